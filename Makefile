@@ -1,0 +1,58 @@
+# Everything a person or a machine runs here. `make` lists it.
+# Each target prepares what it needs: a virtual environment in .venv with the package in it.
+
+PYTHON ?= python3
+# Installed first, so that the package does not choose another; any torch from 2.11 on will do.
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test check fmt lint doctor clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed ## teacher, pairs, student, report on scanned digits, in minutes
+	$(BIN)/dstudent demo
+
+test: $(VENV)/.test ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+check: fmt lint test ## what a change must pass
+
+fmt: $(VENV)/.test ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+
+lint: $(VENV)/.test ## look for mistakes without changing anything
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+doctor: $(VENV)/.installed ## what this machine has and which kernels run here
+	$(BIN)/dstudent doctor
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build ds/lib *.egg-info
+
+BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP) install --editable .
+	@$(SAY_BUILT)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP) install --editable ".[test]"
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.6,<3.10"
+	@$(SAY_BUILT)
+	@touch $@ $(VENV)/.installed
+
+SAY_BUILT = $(BIN)/python -c 'from ds.ops import build_info as b; i = b(); \
+	print("C++ kernels:", i["compiler"] if i["built"] else i["reason"])'
