@@ -1,0 +1,95 @@
+"""uint8 images and the float tensors networks see, converted in this file only."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds.files import replacing, replacing_directory
+
+SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
+Rounding = Literal["round", "floor"]
+
+
+def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
+    """Convert floats [N, C, H, W], clipped to [-1, 1], to uint8 [N, H, W, C].
+
+    "round" is unbiased. "floor" is what the 2021 implementation did: it darkens by half a grey
+    level and doubles the root-mean-square error, and exists for comparison with its data.
+    Raises ValueError for another rounding.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"to_uint8: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
+        )
+    levels = x.clamp(-1, 1) * 127.5 + 127.5
+    levels = levels.round() if rounding == "round" else levels.floor()
+    return levels.to(torch.uint8).movedim(1, -1).contiguous()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 [N, H, W, C] to float32 in [-1, 1], [N, C, H, W] in channels_last memory."""
+    return images.movedim(-1, 1).float() / 127.5 - 1
+
+
+def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """Lay uint8 images [N, H, W, C] out as one image, row by row, on white, `gap` pixels apart."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = images.new_full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = image
+    return sheet
+
+
+def save_png(image: Tensor, path: Path, *, scale: int = 1) -> None:
+    """Write one uint8 image [H, W, 1 or 3], each pixel enlarged to scale x scale."""
+    _picture(image, scale).save(path, format="PNG")
+
+
+def save(images: Tensor, path: Path, *, columns: int | None = None, scale: int = 1) -> None:
+    """Write uint8 images [N, H, W, C] in the form that the name asks for.
+
+    .png is one sheet of them with `columns` (as square as can be by default), .gif an animation
+    there and back, .npy an array, .npz an array called "images", and a name without a suffix a
+    directory of PNGs called 000000.png and so on. `scale` enlarges the pixels of pictures. Raises
+    ValueError for another name.
+    """
+    check_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.suffix:
+        with replacing_directory(path) as folder:
+            for i, image in enumerate(images):
+                save_png(image, folder / f"{i:06d}.png", scale=scale)
+        return
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, images.numpy())
+        elif path.suffix == ".npz":
+            np.savez_compressed(file, images=images.numpy())
+        elif path.suffix == ".png":
+            sheet = tile(images, columns or math.ceil(len(images) ** 0.5))
+            _picture(sheet, scale).save(file, format="PNG")
+        else:
+            frames = [_picture(image, scale) for image in (*images, *images[1:-1].flip(0))]
+            frames[0].save(
+                file, format="GIF", save_all=True, append_images=frames[1:], duration=80, loop=0
+            )
+
+
+def check_name(path: Path) -> None:
+    """Raise ValueError for a name that `save` would not know what to write to."""
+    if path.suffix not in SUFFIXES:
+        known = ", ".join(s for s in SUFFIXES if s)
+        raise ValueError(f"{path}: the name must end in one of {known}, or in none for a directory")
+
+
+def _picture(image: Tensor, scale: int) -> Any:
+    from PIL import Image
+
+    pixels = image.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return Image.fromarray(pixels.squeeze(-1).cpu().numpy())

@@ -1,0 +1,237 @@
+"""Draw samples: a teacher's loop, a student's single call, and batches of either."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ds import checkpoint
+from ds.config import to_json
+from ds.denoiser import Denoiser
+from ds.grids import Grid
+from ds.images import Rounding, to_uint8
+from ds.philox import noise
+from ds.schedule import DATA
+from ds.solvers import AbstractSolver
+
+
+def integrate(
+    denoiser: Denoiser, solver: AbstractSolver, grid: Grid, x: Tensor, *, progress: bool = False
+) -> Tensor:
+    """Follow the probability-flow ODE from x [N, *shape] at time grid[0] down to the data.
+
+    Nothing in the loop waits for the device: times and coefficients are numbers of the host.
+    """
+    state = None
+    for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
+        x, state = solver.step(denoiser, x, t, s, state)
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A denoiser, the solver that integrates it, and the grid of times the solver visits.
+
+    Raises ValueError for a grid that does not fall or has a time the schedule lacks.
+    """
+
+    denoiser: Denoiser
+    solver: AbstractSolver
+    grid: Grid
+    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for people
+    kind: ClassVar[str] = "teacher"
+
+    def __post_init__(self):
+        falling = all(t > s for t, s in pairwise(self.grid))
+        if not self.grid or not falling or self.grid[-1] <= DATA:
+            raise ValueError(f"Teacher: a grid falls from noise to 0 or above, not {self.grid}")
+        self.denoiser.schedule.check(*self.grid)
+
+    @property
+    def net(self) -> nn.Module:
+        """The denoiser's network."""
+        return self.denoiser.net
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample, for images (C, H, W)."""
+        return self.denoiser.shape
+
+    @property
+    def nfe(self) -> int:
+        """Network calls a sample costs."""
+        return len(self.grid) * self.solver.nfe_per_step
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, *, progress: bool = False) -> Tensor:
+        """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped."""
+        return integrate(self.denoiser, self.solver, self.grid, noise, progress=progress)
+
+    def compile(self) -> "Teacher":
+        """Return the same teacher with a compiled network."""
+        return replace(self, denoiser=replace(self.denoiser, net=torch.compile(self.net)))
+
+    def card(self, name: str) -> str:
+        """Return the text of a model card for a directory of this name."""
+        return _card(
+            f"# A teacher for denoising-student\n\n"
+            f"{describe_shape(self.shape)}, {self.nfe} network calls a sample.",
+            f'ds.load_teacher("{name}")',
+            self.provenance,
+        )
+
+    def save_pretrained(self, path: str | Path, **provenance: Any) -> None:
+        """Write a directory that ds.load_teacher reads; provenance goes into config.json too."""
+        teacher = replace(self, provenance=self.provenance | provenance)
+        about = {
+            "schedule": to_json(self.denoiser.schedule),
+            "prediction": self.denoiser.prediction,
+            "solver": to_json(self.solver),
+            "grid": list(self.grid),
+            "provenance": teacher.provenance,
+        }
+        checkpoint.write(path, self.kind, about, self.net, teacher.card(Path(path).name))
+
+
+class Generator(Protocol):
+    """What turns a network and noise into samples: a distillation method."""
+
+    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A distilled network and the method that says how to sample from it in one call."""
+
+    net: nn.Module
+    method: Generator
+    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for people
+    kind: ClassVar[str] = "student"
+    nfe: ClassVar[int] = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample, for images (C, H, W)."""
+        return tuple(self.net.shape)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Turn noise [N, *shape] into data of the same shape, about [-1, 1], not clipped."""
+        return self.method.sample(self.net, noise)
+
+    def compile(self) -> "Student":
+        """Return the same student with a compiled network."""
+        return replace(self, net=torch.compile(self.net))
+
+    def card(self, name: str) -> str:
+        """Return the text of a model card for a directory of this name."""
+        return _card(
+            f"# A one-step generator, distilled by denoising-student\n\n"
+            f"{describe_shape(self.shape)}, one network call a sample, "
+            f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
+            f"Method: {type(self.method).__name__}.",
+            f'ds.load_student("{name}")',
+            self.provenance,
+        )
+
+    def save_pretrained(self, path: str | Path, **provenance: Any) -> None:
+        """Write a directory that ds.load_student reads, with a model card.
+
+        `provenance` (teacher and store hashes, figures) goes into config.json and the card.
+        """
+        student = replace(self, provenance=self.provenance | provenance)
+        about = {"method": to_json(self.method), "provenance": student.provenance}
+        checkpoint.write(path, self.kind, about, self.net, student.card(Path(path).name))
+
+
+def _card(head: str, load: str, provenance: dict[str, Any]) -> str:
+    rows = "".join(f"| {name} | {value} |\n" for name, value in provenance.items())
+    table = f"\n| where it comes from | |\n| --- | --- |\n{rows}" if rows else ""
+    return (
+        f"{head}\n\n```python\nimport ds\n\nmodel = {load}\n"
+        f"images = ds.Sampler(model)(seed=0, indices=range(64))\n```\n{table}"
+    )
+
+
+class Sampler:
+    """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
+
+    `device` and `dtype` move the model's network, in place; `compile` compiles it. The noise of an
+    image depends on (seed, index) alone, so any split of the indices gives the same images, up to
+    the rounding of a convolution whose algorithm depends on the batch size.
+    """
+
+    def __init__(
+        self,
+        model: Teacher | Student,
+        *,
+        batch_size: int = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
+        model.net.to(device=device, dtype=dtype)
+        self.model = model.compile() if compile else model
+        self.batch_size = batch_size
+        tensors = chain(model.net.parameters(), model.net.buffers())
+        self.device = next((t.device for t in tensors), torch.device(device or "cpu"))
+
+    def __call__(
+        self, seed: int = 0, indices: Sequence[int] = range(64), *, rounding: Rounding = "round"
+    ) -> Tensor:
+        """Return the images of `indices` as uint8 [N, H, W, C] on the CPU.
+
+        Raises ValueError for a model whose samples are no images.
+        """
+        return self._images(self.batches(seed, indices), rounding)
+
+    def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
+        """Return the images of given noise [N, *shape], as a call does."""
+        parts = (part.to(self.device) for part in z.split(self.batch_size))
+        return self._images(map(self.model.sample, parts), rounding)
+
+    def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
+        if len(self.model.shape) != 3:
+            raise ValueError(
+                f"Sampler: samples of shape {list(self.model.shape)} are no images [C, H, W]; "
+                f"use `batches`"
+            )
+        c, h, w = self.model.shape
+        empty = torch.empty(0, h, w, c, dtype=torch.uint8)
+        return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in batches)])
+
+    def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the samples of `indices` in order, floats [N, *shape] on the model's device."""
+        for start in range(0, len(indices), self.batch_size):
+            part = indices[start : start + self.batch_size]
+            yield self.model.sample(noise(seed, part, self.model.shape, device=self.device))
+
+
+def great_circle(z: Tensor, between: int) -> Tensor:
+    """Go through noise tensors z [N, *shape], with `between` more on the way from each to the next.
+
+    Returns [(N - 1) * (between + 1) + 1, *shape]. Steps are even in angle: a straight line would
+    leave the shell on which normal noise lies. Shoemake 1985, "Animating rotation with quaternion
+    curves", section 3.3.
+    """
+    share = torch.linspace(0, 1, between + 2, dtype=torch.float64)[:-1]
+    share = share.reshape(-1, *[1] * (z.dim() - 1))
+    path = []
+    for a, b in pairwise(z.double()):
+        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        path.append((((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin())
+    return torch.cat([*path, z[-1:].double()]).to(z.dtype)
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """Say what a sample is, for people."""
+    if len(shape) != 3:
+        return f"Samples of shape {list(shape)}"
+    return f"Images of {shape[1]} x {shape[2]} pixels, {shape[0]} channel{'s' * (shape[0] > 1)}"

@@ -1,0 +1,72 @@
+"""The grids against the formulas of the 2021 code."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds import analytic, grids, noise
+from ds.sample import integrate
+from ds.solvers import DDIM
+
+RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
+
+
+def test_quadratic_100_has_the_96_distinct_times_of_the_2021_list():
+    assert len(RAW) == 100 and grids.quadratic(100) == tuple(sorted(set(RAW), reverse=True))
+    assert len(grids.quadratic(100)) == 96
+
+
+def test_quadratic_100_starts_and_ends_as_published():
+    grid = grids.quadratic(100)
+    assert grid[:4] == (800, 783, 768, 752)
+    assert grid[:-10:-1] == (0, 1, 2, 3, 5, 6, 8, 9, 11)
+
+
+@pytest.mark.parametrize(
+    "data", [analytic.Gaussian(), analytic.GaussianField(), analytic.GaussianMixture()]
+)
+def test_the_repeats_of_the_2021_list_change_nothing(data):
+    denoiser = data.teacher(DDIM(), (0,)).denoiser
+    z = noise(0, range(20), data.shape, dtype=torch.float64)
+    with_repeats = integrate(denoiser, DDIM(), RAW[::-1], z)
+    without = integrate(denoiser, DDIM(), grids.quadratic(100), z)
+    # A step from t to t divides by alpha and multiplies again: one rounding of a number below 2.
+    torch.testing.assert_close(with_repeats, without, rtol=0, atol=4.5e-16)
+
+
+def test_uniform_50_is_lsun_s_grid():
+    assert grids.uniform(50) == tuple(range(980, -1, -20))
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(2, 1000), top=st.integers(1, 9999))
+def test_quadratic_is_the_formula_without_repeats(n, top):
+    formula = np.unique((np.linspace(0, np.sqrt(top), n) ** 2).astype(np.int64))
+    assert grids.quadratic(n, top=top) == tuple(formula[::-1].tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5000).flatmap(lambda m: st.tuples(st.integers(1, m), st.just(m))))
+def test_uniform_is_evenly_spaced_from_zero(sizes):
+    n, num_steps = sizes
+    expected = np.arange(n) * (num_steps // n)
+    assert grids.uniform(n, num_steps=num_steps) == tuple(expected[::-1].tolist())
+
+
+def test_times_are_plain_integers():
+    # numpy's would go into JSON and into schedule.at as something else
+    assert all(type(t) is int for t in (*grids.quadratic(10), *grids.uniform(10)))
+
+
+@pytest.mark.parametrize("n", [-1, 0, 1001])
+def test_uniform_names_an_impossible_count(n):
+    with pytest.raises(ValueError, match=f"between 1 and 1000, not {n}"):
+        grids.uniform(n)
+
+
+@pytest.mark.parametrize(("n", "top"), [(1, 800), (0, 800), (-5, 800), (10, 0), (10, -1)])
+def test_quadratic_names_an_impossible_count_or_top(n, top):
+    with pytest.raises(ValueError, match=f"not n = {n} and top = {top}"):
+        grids.quadratic(n, top=top)

@@ -1,0 +1,77 @@
+"""The one conversion between levels and floats, and pictures of many images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds.images import save_png, tile, to_float, to_uint8
+
+LEVELS = torch.arange(256, dtype=torch.uint8)
+
+
+def test_every_level_survives_the_round_trip():
+    images = LEVELS.reshape(1, 16, 16, 1)
+    assert torch.equal(to_uint8(to_float(images)), images)
+
+
+def test_levels_are_spread_over_minus_one_to_one():
+    floats = to_float(LEVELS.reshape(1, 16, 16, 1)).flatten()
+    expected = (np.arange(256) / 127.5 - 1).astype(np.float32)
+    np.testing.assert_allclose(floats, expected, rtol=0, atol=6e-8)  # half an ulp at 1
+
+
+def test_channels_move_from_last_to_first_and_back():
+    images = torch.arange(2 * 3 * 4 * 3).reshape(2, 3, 4, 3).to(torch.uint8)
+    floats = to_float(images)
+    assert floats[1, 2, 0, 3] == images[1, 0, 3, 2] / 127.5 - 1
+    assert torch.equal(to_uint8(floats), images)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "bias", "rms"),
+    # Uniform error within half a level, 1/127.5 / sqrt(12), or below one: -1/255 and / sqrt(3)
+    [("round", 0.0, 0.00227), ("floor", -0.0039, 0.00453)],
+)
+def test_floor_darkens_by_half_a_level_and_doubles_the_error(rounding, bias, rms):
+    x = torch.linspace(-1, 1, 1_000_001).reshape(1, 1, 1, -1)
+    error = (to_float(to_uint8(x, rounding)) - x).double()
+    assert float(error.mean()) == pytest.approx(bias, abs=5e-5)
+    assert float(error.square().mean().sqrt()) == pytest.approx(rms, abs=1e-5)
+
+
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+def test_what_lies_outside_is_clipped(rounding):
+    x = torch.tensor([-7.0, -1.0, 1.0, 7.0, float("inf")]).reshape(1, 1, 1, 5)
+    assert to_uint8(x, rounding).flatten().tolist() == [0, 0, 255, 255, 255]
+
+
+def test_an_unknown_rounding_is_refused():
+    with pytest.raises(ValueError, match="one of round, floor, not 'truncate'"):
+        to_uint8(torch.zeros(1, 1, 1, 1), "truncate")
+
+
+def test_floats_are_laid_out_as_networks_want_them():
+    floats = to_float(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+    assert floats.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tiles_go_row_by_row_on_white():
+    images = torch.tensor([1, 2, 3], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    w = 255
+    expected = [
+        [w, w, w, w, w],
+        [w, 1, w, 2, w],
+        [w, w, w, w, w],
+        [w, 3, w, w, w],
+        [w, w, w, w, w],
+    ]
+    assert tile(images, columns=2).squeeze(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_holds_each_pixel_enlarged(tmp_path, channels):
+    image = torch.arange(2 * 3 * channels, dtype=torch.uint8).reshape(2, 3, channels)
+    save_png(image, tmp_path / "image.png", scale=4)
+    read = np.asarray(Image.open(tmp_path / "image.png")).reshape(8, 12, channels)
+    np.testing.assert_array_equal(read, image.numpy().repeat(4, 0).repeat(4, 1))

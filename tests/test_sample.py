@@ -1,0 +1,99 @@
+"""Sampler and the ways its images are written."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ds
+from ds import analytic, grids
+from ds.images import save, tile
+from ds.sample import great_circle
+from ds.solvers import DDIM
+
+FIELD = analytic.GaussianField(size=4)
+TEACHER = FIELD.teacher(DDIM(), grids.quadratic(5))
+IMAGES = torch.randint(0, 256, (5, 4, 6, 3), generator=torch.Generator().manual_seed(0)).byte()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_an_image_depends_on_its_seed_and_index_only(batch_size):
+    expected = ds.Sampler(TEACHER)(seed=5, indices=range(10))
+    made = ds.Sampler(TEACHER, batch_size=batch_size)(seed=5, indices=[9, 3, 3, 0, 2, 8])
+    assert torch.equal(made, expected[[9, 3, 3, 0, 2, 8]])
+
+
+def test_given_noise_gives_the_images_of_its_indices():
+    z = ds.noise(5, range(10), FIELD.shape)
+    sampler = ds.Sampler(TEACHER, batch_size=4)
+    assert torch.equal(sampler.draw(z), sampler(seed=5, indices=range(10)))
+
+
+def test_no_indices_give_no_images():
+    assert ds.Sampler(TEACHER)(indices=[]).shape == (0, 4, 4, 1)
+
+
+def test_points_are_no_images():
+    points = analytic.GaussianMixture().teacher(DDIM(), grids.quadratic(5))
+    with pytest.raises(ValueError, match=r"shape \[2\] are no images"):
+        ds.Sampler(points)()
+
+
+def test_a_compiled_teacher_draws_the_same_images():
+    expected = ds.Sampler(TEACHER)(indices=range(4))
+    made = ds.Sampler(TEACHER, compile=True)(indices=range(4))
+    assert (made.int() - expected.int()).abs().max() <= 1  # a pixel may round the other way
+
+
+@pytest.mark.parametrize("between", [0, 1, 9])
+def test_a_great_circle_passes_through_its_points_in_even_steps(between):
+    z = torch.nn.functional.normalize(torch.randn(3, 20, dtype=torch.float64), dim=1) * 4
+    path = great_circle(z, between)
+    assert len(path) == 2 * (between + 1) + 1
+    torch.testing.assert_close(path[:: between + 1], z)
+    torch.testing.assert_close(path.norm(dim=1), torch.full((len(path),), 4.0).double())
+    steps = torch.acos((path[1:] * path[:-1]).sum(1) / 16)
+    for leg in steps.split(between + 1):
+        torch.testing.assert_close(leg, leg[:1].expand_as(leg))
+
+
+@pytest.mark.parametrize("columns", [None, 2])
+def test_a_sheet_is_a_png_with_enlarged_pixels(tmp_path, columns):
+    save(IMAGES, tmp_path / "sheet.png", columns=columns, scale=3)
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "sheet.png")))
+    expected = tile(IMAGES, columns or math.ceil(math.sqrt(5)))
+    assert torch.equal(sheet[1::3, 1::3], expected)
+    assert torch.equal(sheet[::3, 2::3], expected)
+
+
+def test_a_directory_has_a_png_for_each_image(tmp_path):
+    save(IMAGES, tmp_path / "folder")
+    for i, image in enumerate(IMAGES):
+        stored = np.array(Image.open(tmp_path / "folder" / f"{i:06d}.png"))
+        assert torch.equal(torch.from_numpy(stored), image)
+
+
+def test_arrays_hold_the_images_as_they_are(tmp_path):
+    save(IMAGES, tmp_path / "a.npy")
+    save(IMAGES, tmp_path / "a.npz")
+    assert (np.load(tmp_path / "a.npy") == IMAGES.numpy()).all()
+    assert (np.load(tmp_path / "a.npz")["images"] == IMAGES.numpy()).all()
+
+
+def test_an_animation_goes_there_and_back(tmp_path):
+    grey = (torch.arange(5) * 60).byte().reshape(-1, 1, 1, 1).expand(-1, 4, 4, 1)
+    save(grey, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as animation:
+        shades = []
+        for frame in range(animation.n_frames):
+            animation.seek(frame)
+            shades.append(animation.convert("L").getpixel((0, 0)))
+    assert shades == [0, 60, 120, 180, 240, 180, 120, 60]
+
+
+def test_another_name_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.bmp: the name must end in one of \.png, \.gif"):
+        save(IMAGES, tmp_path / "new" / "a.bmp")
+    assert not list(tmp_path.iterdir())
