@@ -1,0 +1,179 @@
+"""Compile every Triton kernel for GPUs that need not be there, and report what the code is like.
+
+    python benchmarks/aot.py > benchmarks/results/aot.json
+
+The kernels are those that the launchers would launch for each GroupNorm of the paper's networks, in
+bfloat16: the networks and the launchers run on meta tensors, and the launches are noted, not done.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds import presets
+from ds.kernels import group_norm_silu as kernels
+
+NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
+ARCHITECTURES = (80, 90)
+BATCH = 32
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
+
+
+class GroupNorms(TorchDispatchMode):
+    """Note the channels, pixels, groups and silu of every GroupNorm that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.ds.group_norm_silu.default:
+            x, _, _, groups, _, silu = args
+            self.found.add((x.shape[1], x[0, 0].numel(), groups, silu))
+        return func(*args, **kwargs or {})
+
+
+def shapes() -> list[tuple[int, int, int, bool]]:
+    """Return channels, pixels, groups and silu of every GroupNorm of the paper's networks."""
+    with torch.device("meta"), torch.no_grad(), GroupNorms() as norms:
+        for preset in NETWORKS:
+            net = preset().net.build().bfloat16()
+            net(torch.empty(1, *net.shape), torch.zeros(1))
+    return sorted(norms.found)
+
+
+def launches(
+    channels: int, pixels: int, groups: int, silu: bool
+) -> Iterator[tuple[JITFunction, dict]]:
+    """Yield each kernel of a forward and a backward pass with its arguments by name."""
+    noted = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        noted.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    x = torch.empty(BATCH, pixels, channels, dtype=torch.bfloat16, device="meta")
+    parameter = torch.empty(channels, dtype=torch.bfloat16, device="meta")
+    with mock.patch.object(JITFunction, "run", note):
+        _, mean, rstd = kernels.group_norm_silu(x, parameter, parameter, groups, 1e-6, silu)
+        kernels.group_norm_silu_backward(x, x, parameter, parameter, mean, rstd, groups, silu)
+    yield from noted
+
+
+def source(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """Specialize a kernel as its launch would: on the number 1, and on multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = TYPES[value.dtype if tensor else type(value)]
+        if tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def configurations() -> list[dict]:
+    """Return the distinct things to compile: source, options, architecture, and who needs it."""
+    found = {}
+    for shape in shapes():
+        for kernel, arguments in launches(*shape):
+            src, warps = source(kernel, arguments), arguments.get("num_warps", 4)
+            key = kernel.__name__, str(src.signature), str(src.constants), str(src.attrs), warps
+            found.setdefault(key, (src, warps, []))[2].append(shape)
+    return [
+        {"source": src, "warps": warps, "shapes": needed, "arch": arch}
+        for src, warps, needed in found.values()
+        for arch in ARCHITECTURES
+    ]
+
+
+def description(configuration: dict) -> dict:
+    """Name a configuration; a shape is [channels, pixels, groups, silu]."""
+    src = configuration["source"]
+    names = [parameter.name for parameter in src.fn.params]
+    return {
+        "kernel": src.fn.__name__.strip("_"),
+        "arch": f"sm_{configuration['arch']}",
+        "warps": configuration["warps"],
+        "constants": {names[path[0]]: value for path, value in src.constants.items()},
+        "shapes": [list(shape) for shape in configuration["shapes"]],
+    }
+
+
+def figures(configuration: dict) -> dict:
+    """Compile, and read the figures off the machine code.
+
+    Loads and stores count instructions by width in bits; stack is bytes a thread, shared bytes.
+    """
+    compiled = triton.compile(
+        configuration["source"],
+        target=GPUTarget("cuda", configuration["arch"], 32),
+        options={"num_warps": configuration["warps"]},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = disassemble(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = disassemble(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": sum(name.startswith(("LDL", "STL")) for name in instructions),
+        "shared": compiled.metadata.shared,
+        "loads": widths(instructions, "LDG"),
+        "stores": widths(instructions, "STG"),
+        "instructions": sum(name != "NOP" for name in instructions),
+    }
+
+
+def disassemble(tool: str, *arguments: str) -> str:
+    """Run one of the tools that come with Triton; the figures may be on either stream."""
+    result = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def widths(instructions: list[str], operation: str) -> dict[str, int]:
+    """Count the instructions of global memory by their width in bits."""
+    suffixes = [name.split(".")[1:] for name in instructions if name.startswith(operation)]
+    sizes = collections.Counter(
+        next((int(size) for s in suffix if (size := s.lstrip("US")).isdecimal()), 32)
+        for suffix in suffixes
+    )
+    return {str(size): sizes[size] for size in sorted(sizes, reverse=True)}
+
+
+def main() -> None:
+    """Write the report; with --every K, figures for one configuration in K only."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="skip figures but K-th")
+    every = parser.parse_args().every
+    rows = [
+        description(configuration) | (figures(configuration) if i % every == 0 else {})
+        for i, configuration in enumerate(configurations())
+    ]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    sys.stdout.write(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The report of benchmarks/aot.py: complete, up to date, and what is asked of the code in it."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs a checkout")
+
+KEY = "kernel", "arch", "warps", "constants", "shapes"
+REPORT = ROOT / "benchmarks" / "results" / "aot.json"
+# Backward at 32 x 32 pixels a program has room for one group of 12 channels, and groups start on
+# multiples of 24 bytes.
+NARROW = {"PIXELS": 1024, "PER_GROUP": 12, "GROUPS": 1}
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    return json.loads(REPORT.read_text())
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict:
+    """Compile a few of the kernels again, in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--every", "17"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_report_has_every_kernel_at_every_shape(committed, fresh):
+    def keys(report):
+        return [{name: row[name] for name in KEY} for row in report["kernels"]]
+
+    assert keys(committed) == keys(fresh), "run: python benchmarks/aot.py > " + str(REPORT)
+
+
+def test_the_code_is_what_the_report_says(committed, fresh):
+    compiled = [
+        (new, old)
+        for new, old in zip(fresh["kernels"], committed["kernels"], strict=True)
+        if "registers" in new
+    ]
+    assert len(compiled) >= 7
+    for new, old in compiled:
+        check(new)
+        if importlib.metadata.version("triton") == committed["triton"]:
+            assert new == old
+
+
+def test_the_code_is_what_is_asked_of_it(committed):
+    for row in committed["kernels"]:
+        check(row)
+
+
+def check(row: dict) -> None:
+    """No memory of its own but registers, room for the shared memory, and wide access to tensors.
+
+    A kernel reads 1 or 2 tensors of bfloat16 tiles and writes at most 1; the rest are small tables.
+    """
+    constants = row["constants"]
+    assert row["stack"] == row["spills"] == 0, row
+    assert row["shared"] <= (227 if row["arch"] == "sm_90" else 163) * 1024, row
+    assert row["registers"] * row["warps"] * 32 <= 65536, row
+    if "BLOCK_P" not in constants:
+        return
+    vector = 64 if NARROW.items() <= constants.items() else 128
+    tile = constants["BLOCK_P"] * constants["BLOCK_C"] * 16 // vector // (row["warps"] * 32)
+    reads = 2 if row["kernel"].startswith("bwd") else 1
+    writes = 0 if "sums" in row["kernel"] else 1
+    assert row["loads"][str(vector)] >= reads * tile, row
+    assert row["stores"].get(str(vector), 0) >= writes * tile, row

@@ -1,0 +1,291 @@
+"""The Triton kernels against float64, through the backend as ds.ops calls it for a GPU.
+
+The interpreter cuts float32 off to bfloat16 where a GPU rounds. The tolerance of tests/ops, with
+two units in the last place of the largest value, has room for that.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
+
+from ds import ops
+from ds.kernels import group_norm_silu as kernels
+from ds.ops._op import Unsupported
+from ds.ops.group_norm_silu import backward, forward
+from tests.ops.test_group_norm_silu import assert_as_exact, inputs, poisoned, pytorch, spike
+
+# NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NHWC = torch.channels_last
+# The last two do not fit one pass: too many pixels, too wide a group.
+SHAPES = [
+    ((2, 96, 5, 3), 8), ((1, 384, 4, 4), 32), ((2, 30, 3, 11), 10), ((1, 7, 13, 1), 7),
+    ((2, 21, 8, 8), 1), ((2, 5, 1, 1), 1), ((1, 70, 41, 26), 7), ((2, 272, 3, 3), 1),
+]  # fmt: skip
+every_shape = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+both_silu = pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])
+
+
+@pytest.fixture(params=["one pass", "two passes"])
+def passes(request, monkeypatch):
+    """Force two passes, with tiles so small that every loop and every table has several turns."""
+    if request.param == "two passes":
+        small_tiles(monkeypatch)
+    return request.param
+
+
+def small_tiles(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "ONE_PASS_PIXELS", 0)
+    monkeypatch.setattr(kernels, "FORWARD_TILES", (128, 128))
+    monkeypatch.setattr(kernels, "BACKWARD_TILES", (64, 64))
+    monkeypatch.setattr(kernels, "TABLE_ROWS", 2)
+
+
+def values(shape, dtype, layout=NHWC, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(value.to(DEVICE) for value in inputs(shape, dtype, layout, seed))
+
+
+def run(x, weight, bias, groups, silu, eps=1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    return forward._load("cuda", "triton")(x, weight, bias, groups, eps, silu)
+
+
+def run_backward(grad, x, weight, bias, groups, silu) -> tuple[Tensor, Tensor, Tensor]:
+    _, mean, rstd = run(x, weight, bias, groups, silu)
+    launch = backward._load("cuda", "triton")
+    return launch(grad, x, weight, bias, mean, rstd, groups, silu)
+
+
+def check_forward(x, weight, bias, groups, silu) -> None:
+    y, mean, rstd = run(x, weight, bias, groups, silu)
+    assert y.shape == x.shape
+    assert mean.shape == rstd.shape == (len(x), groups)
+    exact = pytorch(x.double(), weight.double(), bias.double(), groups, silu)
+    assert_as_exact(y, pytorch(x, weight, bias, groups, silu), exact, factor=2)
+
+
+def check_backward(grad, x, weight, bias, groups, silu) -> None:
+    def gradients(dtype):
+        leaves = [value.detach().to(dtype).requires_grad_() for value in (x, weight, bias)]
+        return torch.autograd.grad(pytorch(*leaves, groups, silu), leaves, grad.to(dtype))
+
+    actual = run_backward(grad, x, weight, bias, groups, silu)
+    baseline, exact = gradients(x.dtype), gradients(torch.float64)
+    for a, b, e in zip(actual, baseline, exact, strict=True):
+        assert a.shape == e.shape
+        assert_as_exact(a, b, e, factor=3)
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+
+
+@every_shape
+@every_dtype
+@both_silu
+def test_forward_is_as_exact_as_pytorch(shape, groups, dtype, silu):
+    check_forward(*values(shape, dtype), groups, silu)
+
+
+@every_shape
+@every_dtype
+@both_silu
+def test_gradients_are_as_exact_as_pytorchs(shape, groups, dtype, silu):
+    x, weight, bias = values(shape, dtype)
+    check_backward(gradient_like(x), x, weight, bias, groups, silu)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    groups=st.integers(1, 12),
+    per_group=st.integers(1, 13),
+    size=st.tuples(st.integers(2, 7), st.integers(1, 7)),
+    dtype=st.sampled_from(DTYPES),
+    view=st.sampled_from(["nchw", "nhwc", "channel slice", "pixel slice", "transposed"]),
+    two_passes=st.booleans(),
+)
+def test_any_shape_and_strides(images, groups, per_group, size, dtype, view, two_passes):
+    height, width = size
+    channels = groups * per_group
+    x, weight, bias = values((images, channels + 2, height + 1, 2 * width), dtype)
+    x = {
+        "nchw": lambda: x[:, :channels, :height, :width].contiguous(),
+        "nhwc": lambda: x[:, :channels, :height, :width].contiguous(memory_format=NHWC),
+        "channel slice": lambda: x[:, 1 : 1 + channels],
+        "pixel slice": lambda: x[:, :channels, 1:, width:],
+        "transposed": lambda: x[:, :channels].transpose(2, 3),
+    }[view]()
+    weight, bias = weight[:channels], bias[1 : 1 + channels]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if two_passes:
+            small_tiles(monkeypatch)
+        check_forward(x, weight, bias, groups, True)
+        check_backward(gradient_like(x), x, weight, bias, groups, True)
+        y = run(x, weight, bias, groups, True)[0]
+    for layout in (torch.contiguous_format, NHWC):
+        if x.is_contiguous(memory_format=layout):
+            assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8), (2, 8, 5), (2, 8, 2, 3, 2)], ids=str)
+def test_any_number_of_images_and_dimensions(shape, passes):
+    x, weight, bias = values(shape, torch.float32)
+    y, _, _ = run(x, weight, bias, 2, True)
+    d_x, d_weight, d_bias = run_backward(torch.ones_like(x), x, weight, bias, 2, True)
+    assert y.shape == d_x.shape == x.shape
+    if len(x):
+        check_forward(x, weight, bias, 2, True)
+        check_backward(gradient_like(x), x, weight, bias, 2, True)
+    else:
+        assert not d_weight.any()
+        assert not d_bias.any()
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(lambda x: x + 2e4, id="mean of 1e4 standard deviations"),
+        pytest.param(lambda x: x - 2e4, id="negative mean"),
+        pytest.param(lambda x: x * 1e-39, id="denormals"),
+        pytest.param(lambda x: x * 1e12, id="large"),
+        pytest.param(lambda x: x + spike(x), id="outlier"),
+    ],
+)
+def test_adversarial_values(disturb, passes):
+    x, weight, bias = values((2, 24, 5, 8), torch.float32)
+    check_forward(disturb(x), weight, bias, 6, True)
+    check_backward(gradient_like(x), disturb(x), weight, bias, 6, True)
+
+
+@every_dtype
+@both_silu
+def test_constant_groups_give_the_bias(dtype, silu, passes):
+    x, weight, bias = values((2, 24, 5, 5), dtype)
+    y, _, rstd = run(torch.full_like(x, 3.1), weight, bias, 6, silu)
+    expected = (F.silu(bias.double()) if silu else bias.double()).view(1, -1, 1, 1)
+    # The mean of equal values may be off by a few roundings, which 1 / sqrt(eps) = 1000 enlarges.
+    tolerance = 3.1 * 1000 * 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    assert (y.double() - expected).abs().max() <= tolerance
+    torch.testing.assert_close(rstd, torch.full_like(rstd, 1000))
+
+
+@both_silu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_propagate_as_in_pytorch(bad, silu, passes):
+    x, weight, bias = values((2, 24, 5, 7), torch.float32)
+    x[1, 9, 2, 3] = bad
+    bias[1], bias[13], bias[14] = bad, 200, -200
+    y, _, _ = run(x, weight, bias, 6, silu)
+    expected = pytorch(x, weight, bias, 6, silu)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+    assert torch.equal(y.isneginf(), expected.isneginf())
+    bias[1] = 0
+    d_x, _, _ = run_backward(torch.ones_like(x), x, weight, bias, 6, silu)
+    expected = torch.zeros_like(x, dtype=torch.bool)
+    expected[1, 8:12] = True
+    assert torch.equal(d_x.isnan(), expected)
+
+
+def test_silu_over_its_whole_range(passes):
+    """With a weight of zero the output is silu(bias), whatever x is."""
+    bias = torch.cat([torch.linspace(-120, 120, 997), torch.tensor([-3e38, 3e38, 0.0])]).to(DEVICE)
+    x = torch.zeros(1, len(bias), 1, 1, device=DEVICE)
+    y = run(x, torch.zeros_like(bias), bias, 100, True)[0].flatten()
+    exact = F.silu(bias.double())
+    # The argument of exp2 is rounded to float32; half a unit of 128 is 3e-6 of the result.
+    assert ((y - exact).abs() <= 4e-6 * exact.abs() + 1e-36).all()
+
+
+def test_every_element_is_written(passes, monkeypatch):
+    arguments = values((2, 30, 5, 3), torch.float32)
+    expected = [*run(*arguments, 10, True), *run_backward(arguments[0], *arguments, 10, True)]
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    results = [*run(*arguments, 10, True), *run_backward(arguments[0], *arguments, 10, True)]
+    for result, before in zip(results, expected, strict=True):
+        assert not result.isnan().any()
+        assert torch.equal(result, before)  # and the same bits twice
+
+
+@every_dtype
+def test_bits_do_not_depend_on_the_batch(dtype, passes):
+    x, weight, bias = values((3, 24, 3, 5), dtype)
+    grad = gradient_like(x)
+    y, mean, rstd = run(x, weight, bias, 8, True)
+    d_x, _, _ = run_backward(grad, x, weight, bias, 8, True)
+    for i in range(len(x)):
+        one = slice(i, i + 1)
+        alone = run(x[one], weight, bias, 8, True)
+        for a, b in zip(alone, (y, mean, rstd), strict=True):
+            assert torch.equal(a, b[one])
+        assert torch.equal(run_backward(grad[one], x[one], weight, bias, 8, True)[0], d_x[one])
+
+
+def test_a_program_writes_its_own_slice_and_nothing_else():
+    """The interpreter runs programs in turn and would hide that one writes into the next one's."""
+    x, weight, bias = torch.randn(1, 5, 24), torch.ones(24), torch.zeros(24)
+    y, mean, rstd = (torch.full(s, float("nan")) for s in ((1, 5, 24), (1, 8), (1, 8)))
+    x, weight, bias, y, mean, rstd = (t.to(DEVICE) for t in (x, weight, bias, y, mean, rstd))
+    kernels._fwd_kernel[(1,)](
+        x, weight, bias, y, mean, rstd, 24, 8, 3, 1e-6,
+        PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
+    )  # fmt: skip
+    assert not y[..., :9].isnan().any()
+    assert y[..., 9:].isnan().all()
+    for statistic in (mean, rstd):
+        assert not statistic[:, :3].isnan().any()
+        assert statistic[:, 3:].isnan().all()
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_parameters_may_differ_from_x_in_dtype(other):
+    x, weight, bias = values((2, 32, 5, 5), torch.float16)
+    weight, bias = weight.to(other), bias[::2].repeat_interleave(2)[:32]
+    y, _, _ = run(x, weight, bias, 8, True)
+    exact = pytorch(x.double(), weight.double(), bias.double(), 8, True)
+    assert_as_exact(y, exact.to(x.dtype), exact, factor=2)
+    _, d_weight, d_bias = run_backward(x, x, weight, bias, 8, True)
+    assert (d_weight.dtype, d_bias.dtype) == (other, bias.dtype)
+
+
+def test_channels_last_memory_is_not_copied(monkeypatch):
+    """The kernels see the memory of x itself, and y is the memory they wrote."""
+    seen = []
+
+    def note(x, *args):
+        seen.append(x)
+        return torch.empty_like(x), None, None
+
+    x, weight, bias = values((2, 12, 4, 6), torch.float32)
+    monkeypatch.setattr(kernels, "group_norm_silu", note)
+    run(x, weight, bias, 4, True)
+    assert seen[0].shape == (2, 24, 12)
+    assert seen[0].data_ptr() == x.data_ptr()
+
+
+def test_what_it_does_not_take_it_leaves_to_others():
+    x, weight, bias = values((2, 8, 3, 3), torch.float32)
+    for arguments in [(x.double(), weight, bias), (x[:, :, :0], weight, bias)]:
+        with pytest.raises(Unsupported, match="it takes"):
+            run(*arguments, 2, True)
+        with pytest.raises(Unsupported, match="it takes"):
+            launch = backward._load("cuda", "triton")
+            launch(arguments[0], *arguments, torch.zeros(2, 2), torch.zeros(2, 2), 2, True)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_the_op_runs_them_on_a_gpu():
+    x, weight, bias = values((2, 32, 5, 5), torch.bfloat16)
+    assert torch.equal(ops.group_norm_silu(x, weight, bias, 8), run(x, weight, bias, 8, True)[0])

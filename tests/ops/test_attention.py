@@ -1,0 +1,151 @@
+"""attention against float64, for every backend and data type."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ds.ops
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+backends = pytest.mark.parametrize("backend", ["reference", "sdpa"])
+
+
+def inputs(shape, dtype, seed=0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)
+    ]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def assert_as_exact(actual: Tensor, baseline: Tensor, exact: Tensor, factor: float) -> None:
+    """Allow `factor` times the error of plain PyTorch in the same dtype, plus a rounding floor."""
+    assert actual.dtype == baseline.dtype
+    if not exact.numel():
+        return
+    roundings = 16 if actual.dtype == torch.float64 else 2
+    floor = roundings * torch.finfo(actual.dtype).eps * exact.abs().max()
+    assert (actual - exact).abs().max() <= factor * (baseline - exact).abs().max() + floor
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in ("reference", "sdpa", "default")
+        for dtype in FLOATS
+        if (backend, dtype) != ("sdpa", torch.bfloat16)  # refused, see below
+    ],
+)
+def test_forward_and_gradients_are_as_exact_as_plain_pytorch(backend, dtype):
+    values = inputs((2, 3, 17, 8), dtype)
+    grad = inputs((2, 3, 17, 8), dtype, seed=1)[0]
+
+    def run(function, dtype):
+        leaves = [value.to(dtype).requires_grad_() for value in values]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+    forced = ds.ops.use_backend(backend) if backend != "default" else nullcontext()
+    with forced:
+        actual = run(ds.ops.attention, dtype)
+    results = zip(actual, run(plain, dtype), run(plain, torch.float64), strict=True)
+    for i, (a, baseline, exact) in enumerate(results):
+        assert_as_exact(a, baseline, exact, factor=3 if i else 2)
+
+
+def test_sdpa_on_a_cpu_takes_bfloat16_without_a_gradient_only():
+    values = inputs((2, 1, 16, 8), torch.bfloat16)
+    with ds.ops.use_backend("sdpa"):
+        y = ds.ops.attention(*values)
+        assert_as_exact(y, plain(*values), plain(*(v.double() for v in values)), factor=2)
+        with pytest.raises(RuntimeError, match="does not take bfloat16 with a gradient"):
+            ds.ops.attention(*(v.requires_grad_() for v in values))
+
+
+@backends
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 40), st.integers(1, 33)),
+    layout=st.sampled_from(["contiguous", "heads inside", "from one projection", "transposed"]),
+)
+def test_any_shape_and_strides(backend, shape, layout):
+    images, heads, tokens, width = shape
+    q, k, v = {
+        "contiguous": lambda: inputs(shape, torch.float32),
+        "heads inside": lambda: [
+            value.transpose(1, 2) for value in inputs((images, tokens, heads, width), torch.float32)
+        ],
+        "from one projection": lambda: inputs((images, heads, tokens, 3 * width), torch.float32)[
+            0
+        ].chunk(3, -1),
+        "transposed": lambda: [
+            value.mT for value in inputs((images, heads, width, tokens), torch.float32)
+        ],
+    }[layout]()
+    with ds.ops.use_backend(backend):
+        y = ds.ops.attention(q, k, v)
+    exact = plain(q.double(), k.double(), v.double())
+    assert y.shape == exact.shape
+    assert_as_exact(y, plain(q, k, v), exact, factor=2)
+
+
+@backends
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = (100 * value for value in inputs((1, 1, 9, 4), torch.float32))
+    with ds.ops.use_backend(backend):
+        y = ds.ops.attention(q, k, v)
+    torch.testing.assert_close(
+        y.double(), plain(q.double(), k.double(), v.double()), rtol=0, atol=0.02
+    )
+
+
+@backends
+def test_a_nan_in_a_key_or_value_propagates(backend):
+    q, k, v = inputs((1, 2, 5, 4), torch.float32)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[0, 1, 3, 2] = bad_v[0, 1, 3, 2] = float("nan")
+    with ds.ops.use_backend(backend):
+        by_key, by_value = ds.ops.attention(q, bad_k, v), ds.ops.attention(q, k, bad_v)
+    assert by_key[0, 1].isnan().all()
+    assert not by_key[0, 0].isnan().any()
+    assert by_value[0, 1, :, 2].isnan().all()
+    assert by_value.isnan().sum() == 5
+
+
+@backends
+def test_opcheck_and_compile(backend):
+    leaves = [value.requires_grad_() for value in inputs((2, 2, 6, 4), torch.float32)]
+    with ds.ops.use_backend(backend):
+        torch.library.opcheck(torch.ops.ds.attention.default, tuple(leaves))
+        loss = lambda *args: ds.ops.attention(*args).square().sum()  # noqa: E731
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        actual = torch.autograd.grad(compiled(*leaves), leaves)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@backends
+def test_gradcheck_in_float64(backend):
+    leaves = [value.requires_grad_() for value in inputs((1, 2, 4, 3), torch.float64)]
+    with ds.ops.use_backend(backend):
+        assert torch.autograd.gradcheck(ds.ops.attention, leaves)
+
+
+def test_errors_name_what_does_not_fit():
+    q, k, v = inputs((1, 2, 5, 4), torch.float32)
+    with pytest.raises(ValueError, match="q must be"):
+        ds.ops.attention(q[0], k[0], v[0])
+    with pytest.raises(ValueError, match="one shape"):
+        ds.ops.attention(q, k[:, :, 1:], v)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        ds.ops.attention(q, k.double(), v)

@@ -1,0 +1,431 @@
+"""group_norm_silu against float64, for every backend, data type, layout and direction."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ds.ops
+from ds.ops import _native
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+KERNEL_FLOATS = [torch.bfloat16, torch.float32]
+CASES = [
+    *[(backend, dtype) for backend in ("reference", "aten") for dtype in FLOATS],
+    *[("cpu", dtype) for dtype in KERNEL_FLOATS],
+]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+cases = pytest.mark.parametrize(("backend", "dtype"), CASES)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+kernel_floats = pytest.mark.parametrize("dtype", KERNEL_FLOATS)
+
+
+@pytest.fixture(autouse=True)
+def _built(request):
+    params = getattr(request.node, "callspec", None)
+    if params is None or params.params.get("backend") != "cpu":
+        return
+    if not _native.build_info()["built"]:
+        pytest.skip(f"libds_cpu.so is not built: {_native.build_info()['reason']}")
+
+
+def forced(backend: str) -> contextlib.AbstractContextManager:
+    return ds.ops.use_backend(backend)
+
+
+def inputs(shape, dtype, layout=torch.contiguous_format, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 0.5
+    weight = 1 + 0.3 * torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    bias = 0.3 * torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    x = x.to(dtype)
+    return (
+        (x.contiguous(memory_format=layout) if x.dim() == 4 else x),
+        weight.to(dtype),
+        bias.to(dtype),
+    )
+
+
+def pytorch(x, weight, bias, groups, silu, eps=1e-6) -> Tensor:
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+def ours(x, weight, bias, groups, silu, eps=1e-6) -> Tensor:
+    function = ds.ops.group_norm_silu if silu else ds.ops.group_norm
+    return function(x, weight, bias, groups, eps)
+
+
+def assert_as_exact(
+    actual: Tensor, baseline: Tensor, exact: Tensor, factor: float, terms: float = 0.0
+) -> None:
+    """Allow `factor` times the error of PyTorch in the same data type, plus two roundings of exact.
+
+    And two float32 roundings of `terms`, the size of what cancels in a sum. For float64 there is no
+    more exact answer to compare with, so a few roundings more are allowed.
+    """
+    assert actual.dtype == baseline.dtype
+    if not exact.numel():
+        return
+    roundings = 16 if actual.dtype == torch.float64 else 2
+    floor = roundings * torch.finfo(actual.dtype).eps * exact.abs().max() + 2 * 2**-23 * terms
+    error, allowed = (actual.double() - exact).abs().max(), (baseline.double() - exact).abs().max()
+    assert error <= factor * allowed + floor, (
+        f"{error:.3g} > {factor} * {allowed:.3g} + {floor:.3g}"
+    )
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    """Draw a gradient with the strides of x."""
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    return torch.empty_like(x).copy_(drawn)
+
+
+def gradients(function, values, groups, silu, grad, dtype=None) -> tuple[Tensor, ...]:
+    leaves = [value.detach().to(dtype or value.dtype).requires_grad_() for value in values]
+    y = function(*leaves, groups, silu)
+    return torch.autograd.grad(y, leaves, grad.to(dtype or grad.dtype))
+
+
+def check_gradients(backend, x, weight, bias, groups, silu, grad=None) -> None:
+    """Compare with float64, allowing three times the error of PyTorch."""
+    values = (x, weight, bias)
+    grad = gradient_like(x) if grad is None else grad
+    with forced(backend):
+        actual = gradients(ours, values, groups, silu, grad)
+    baseline = gradients(pytorch, values, groups, silu, grad)
+    exact = gradients(pytorch, values, groups, silu, grad, torch.float64)
+    variance = x.double().reshape(len(x), groups, -1).var(2, correction=0)
+    sizes = grad.double().abs()
+    largest = weight.double().abs().max() * sizes.max() / (variance.min() + 1e-6).sqrt()
+    summed = sizes.transpose(0, 1).flatten(1).sum(1).max()
+    # PyTorch's d_weight is (sum g x - mean sum g) * rstd: what cancels there grows with x * rstd.
+    offset = (x.double().abs().max() / (variance.min() + 1e-6).sqrt()) if backend == "aten" else 1
+    terms = (largest.item(), (summed * max(offset, 1)).item(), summed.item())
+    for *results, size in zip(actual, baseline, exact, terms, strict=True):
+        assert_as_exact(*results, factor=3, terms=size)
+
+
+def check_forward(backend, x, weight, bias, groups, silu, eps=1e-6) -> Tensor:
+    with forced(backend):
+        y = ours(x, weight, bias, groups, silu, eps)
+    exact = pytorch(x.double(), weight.double(), bias.double(), groups, silu, eps)
+    assert_as_exact(y, pytorch(x, weight, bias, groups, silu, eps), exact, factor=2)
+    return y
+
+
+@cases
+@layouts
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 128, 9, 7), 32), ((3, 96, 5, 5), 8), ((2, 30, 3, 11), 10), ((1, 7, 13, 1), 7),
+     ((2, 21, 8, 8), 1), ((1, 384, 4, 4), 32), ((2, 5, 1, 1), 1)],
+)  # fmt: skip
+def test_forward_is_as_exact_as_pytorch(backend, dtype, layout, silu, shape, groups):
+    check_forward(backend, *inputs(shape, dtype, layout), groups, silu)
+
+
+@cases
+@layouts
+@pytest.mark.parametrize("silu", [False, True])
+def test_gradients_are_as_exact_as_pytorchs(backend, dtype, layout, silu):
+    check_gradients(backend, *inputs((3, 64, 7, 5), dtype, layout), 16, silu)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(0, 3),
+    groups=st.integers(1, 12),
+    per_group=st.integers(1, 13),
+    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    dtype=st.sampled_from(KERNEL_FLOATS),
+    view=st.sampled_from(["nchw", "nhwc", "channel slice", "pixel slice", "step", "transposed"]),
+    silu=st.booleans(),
+    other_grad=st.sampled_from(["as x", "nchw", "nhwc", "expanded"]),
+)
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+def test_any_shape_and_strides(
+    backend, images, groups, per_group, size, dtype, view, silu, other_grad
+):
+    height, width = size
+    channels = groups * per_group
+    x, weight, bias = inputs((images, channels + 2, height + 1, 2 * width), dtype)
+    x = {
+        "nchw": lambda: x[:, :channels, :height, :width].contiguous(),
+        "nhwc": lambda: x[:, :channels, :height, :width].contiguous(
+            memory_format=torch.channels_last
+        ),
+        "channel slice": lambda: x.contiguous(memory_format=torch.channels_last)[
+            :, 1 : 1 + channels
+        ],
+        "pixel slice": lambda: x[:, :channels, 1:, width:],
+        "step": lambda: x[:, :channels, :, ::2],
+        "transposed": lambda: x[:, :channels].transpose(2, 3),
+    }[view]()
+    weight, bias = weight[:channels], bias[1 : 1 + channels]
+    y = check_forward(backend, x, weight, bias, groups, silu)
+    assert y.shape == x.shape
+    for layout in LAYOUTS:
+        if x.is_contiguous(memory_format=layout):
+            assert y.is_contiguous(memory_format=layout)
+    grad = gradient_like(x)
+    grad = {
+        "as x": lambda: grad,
+        "nchw": lambda: grad.contiguous(),
+        "nhwc": lambda: grad.contiguous(memory_format=torch.channels_last),
+        "expanded": lambda: grad[..., :1, :1].expand_as(x),
+    }[other_grad]()
+    if images:  # PyTorch's own backward refuses an empty batch
+        check_gradients(backend, x, weight, bias, groups, silu, grad)
+
+
+@cases
+@layouts
+@pytest.mark.parametrize("silu", [False, True])
+def test_constant_groups_give_the_bias(backend, dtype, layout, silu):
+    x, weight, bias = inputs((2, 32, 5, 5), dtype, layout)
+    x = torch.full_like(x, 3.1)
+    with forced(backend):
+        y = ours(x, weight, bias, 8, silu)
+    expected = (F.silu(bias.double()) if silu else bias.double()).view(1, -1, 1, 1)
+    # The mean of equal values may be off by a few roundings, which 1 / sqrt(eps) = 1000 enlarges.
+    wide = torch.promote_types(dtype, torch.float32)
+    tolerance = 3.1 * 1000 * 4 * torch.finfo(wide).eps + torch.finfo(dtype).eps
+    assert (y.double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@layouts
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(lambda x: x + 2e4, id="mean of 1e4 standard deviations"),
+        pytest.param(lambda x: x * 1e-39, id="denormals"),
+        pytest.param(lambda x: x * 1e12, id="large"),
+        pytest.param(lambda x: x + spike(x), id="outlier"),
+        pytest.param(lambda x: x - 2e4, id="negative mean"),
+    ],
+)
+def test_adversarial_values(backend, layout, disturb):
+    x, weight, bias = inputs((2, 32, 17, 16), torch.float32, layout)
+    x = disturb(x).contiguous(memory_format=layout)
+    check_forward(backend, x, weight, bias, 8, True)
+    check_gradients(backend, x, weight, bias, 8, True)
+
+
+def spike(x: Tensor) -> Tensor:
+    spike = torch.zeros_like(x)
+    spike[:, :, 0, 0] = 1e4
+    return spike
+
+
+@layouts
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_the_kernel_keeps_its_precision_far_from_zero(backend, layout):
+    """The variance is taken about the mean, so an offset costs what rounding x costs, not more."""
+    x, weight, bias = inputs((2, 32, 33, 31), torch.float32, layout)
+    x = x / 2 + 1e4
+    with forced(backend):
+        y = ours(x, weight, bias, 8, False)
+    exact = pytorch(x.double(), weight.double(), bias.double(), 8, False)
+    assert (y - exact).abs().max() < 5e-6
+    values, grad = (x, weight, bias), gradient_like(x)
+    with forced(backend):
+        actual = gradients(ours, values, 8, True, grad)
+    exact = gradients(pytorch, values, 8, True, grad, torch.float64)
+    for a, b in zip(actual, exact, strict=True):
+        assert (a - b).abs().max() < 5e-6 * b.abs().max()
+
+
+@cases
+@layouts
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, layout, silu, bad):
+    x, weight, bias = inputs((2, 32, 5, 7), dtype, layout)
+    x[1, 9, 2, 3] = bad
+    bias[1], bias[5], bias[6] = bad, 200, -200
+    with forced(backend):
+        y = ours(x, weight, bias, 8, silu)
+    expected = pytorch(x, weight, bias, 8, silu)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+    assert torch.equal(y.isneginf(), expected.isneginf())
+
+
+@cases
+@layouts
+@pytest.mark.parametrize("place", ["grad", "x", "bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_are_finite_where_pytorchs_are(backend, dtype, layout, place, bad):
+    x, weight, bias = inputs((2, 32, 5, 7), dtype, layout)
+    grad = gradient_like(x)
+    {"grad": grad[1, 9], "x": x[1, 9], "bias": bias}[place].view(-1)[5] = bad
+    with forced(backend):
+        actual = gradients(ours, (x, weight, bias), 8, True, grad)
+    expected = gradients(pytorch, (x, weight, bias), 8, True, grad)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_silu_over_its_whole_range(backend):
+    """With a weight of zero the output is silu(bias), whatever x is."""
+    bias = torch.cat([torch.linspace(-120, 120, 4801), torch.tensor([-3e38, 3e38, 0.0, 1e-40])])
+    with forced(backend):
+        y = ours(torch.zeros(1, len(bias), 1, 1), torch.zeros_like(bias), bias, 1, True).flatten()
+    exact = F.silu(bias.double())
+    assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()
+
+
+@cases
+@layouts
+def test_every_output_element_is_written(backend, dtype, layout, monkeypatch):
+    values = inputs((2, 48, 5, 3), dtype, layout)
+    with forced(backend):
+        expected = ours(*values, 4, True)
+        monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        for result in torch.ops.ds.group_norm_silu(*values, 4, 1e-6, True):
+            assert not result.isnan().any()
+        assert torch.equal(ours(*values, 4, True), expected)
+        for result in gradients(ours, values, 4, True, gradient_like(values[0])):
+            assert not result.isnan().any()
+
+
+def poisoned(allocate):
+    return lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
+
+
+@layouts
+@kernel_floats
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+def test_bits_depend_on_neither_repetition_nor_threads(backend, layout, dtype):
+    values = inputs((4, 96, 31, 33), dtype, layout)
+    grad = gradient_like(values[0])
+
+    def compute():
+        forward = torch.ops.ds.group_norm_silu(*values, 8, 1e-6, True)
+        return *forward, *gradients(ours, values, 8, True, grad)
+
+    threads = torch.get_num_threads()
+    try:
+        with forced(backend):
+            torch.set_num_threads(1)
+            first, again = compute(), compute()
+            torch.set_num_threads(2)
+            two = compute()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if backend == "cpu":  # PyTorch's own reductions promise no such thing
+        assert all(torch.equal(a, b) for a, b in zip(first, two, strict=True))
+
+
+@layouts
+@kernel_floats
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_bits_do_not_depend_on_the_batch(backend, layout, dtype):
+    x, weight, bias = inputs((6, 60, 9, 11), dtype, layout)
+    grad = gradient_like(x)
+    with forced(backend):
+        batch = ours(x, weight, bias, 5, True)
+        batch_grad = gradients(ours, (x, weight, bias), 5, True, grad)[0]
+        for i in range(len(x)):
+            alone = x[i : i + 1].clone(memory_format=layout)
+            assert torch.equal(ours(alone, weight, bias, 5, True)[0], batch[i])
+            grads = gradients(ours, (alone, weight, bias), 5, True, grad[i : i + 1])
+            assert torch.equal(grads[0][0], batch_grad[i])
+
+
+@layouts
+@kernel_floats
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_every_instruction_set_is_as_exact(backend, level, dtype, layout):
+    limit = _native.library().ds_limit_simd
+    try:
+        if limit(level) != level:
+            pytest.skip("this processor does not have the instruction set")
+        check_forward(backend, *inputs((2, 84, 7, 9), dtype, layout), 7, True)
+        check_gradients(backend, *inputs((2, 84, 7, 9), dtype, layout), 7, True)
+    finally:
+        limit(2)
+
+
+@kernel_floats
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+def test_parameters_may_differ_from_x_in_dtype(backend, dtype):
+    x, weight, bias = inputs((2, 32, 5, 5), dtype)
+    same = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    with forced(backend):
+        for other in (same, torch.float64):
+            mixed = ours(x, weight.to(other), bias, 8, True)
+            exact = pytorch(x.double(), weight.to(other).double(), bias.double(), 8, True)
+            assert_as_exact(mixed, exact.to(dtype), exact, factor=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@layouts
+def test_opcheck(backend, op, layout):
+    x, weight, bias = inputs((2, 12, 3, 5), torch.float32, layout)
+    with forced(backend):
+        if op == "forward":
+            leaves = [value.requires_grad_() for value in (x, weight, bias)]
+            torch.library.opcheck(torch.ops.ds.group_norm_silu.default, (*leaves, 4, 1e-6, True))
+        else:
+            y, mean, rstd = torch.ops.ds.group_norm_silu(x, weight, bias, 4, 1e-6, True)
+            arguments = (y, x, weight, bias, mean, rstd, 4, True)
+            torch.library.opcheck(torch.ops.ds.group_norm_silu_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+def test_compiles_without_graph_breaks(backend):
+    leaves = [v.requires_grad_() for v in inputs((2, 16, 6, 6), torch.float32, LAYOUTS[1])]
+
+    def loss(x, weight, bias):
+        return ds.ops.group_norm_silu(x * 2, weight, bias, 4).square().sum()
+
+    with forced(backend):
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        actual = torch.autograd.grad(compiled(*leaves), leaves)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_gradcheck_in_float64(silu):
+    leaves = [value.requires_grad_() for value in inputs((2, 6, 3, 2), torch.float64)]
+    assert torch.autograd.gradcheck(lambda *args: ours(*args, 3, silu), leaves)
+
+
+def test_a_second_derivative_is_refused():
+    leaves = [value.requires_grad_() for value in inputs((2, 6, 3, 2), torch.float64)]
+    (first,) = torch.autograd.grad(
+        ours(*leaves, 3, True).square().sum(), leaves[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_errors_name_what_does_not_fit():
+    x, weight, bias = inputs((2, 30, 4, 4), torch.float32)
+    message = r"group_norm_silu: channels \(30\) must be a multiple of groups \(32\)"
+    with pytest.raises(ValueError, match=message):
+        ds.ops.group_norm_silu(x, weight, bias, 32)
+    with pytest.raises(ValueError, match=r"group_norm: channels .* groups"):
+        ds.ops.group_norm(x, weight, bias, 0)
+    with pytest.raises(ValueError, match=r"weight must be \[30\]"):
+        ds.ops.group_norm_silu(x, weight[:3], bias, 3)
+    with pytest.raises(ValueError, match="x must be"):
+        ds.ops.group_norm_silu(x[0, 0, 0], weight, bias, 3)
+    with pytest.raises(ValueError, match="floating point"):
+        ds.ops.group_norm_silu(x.int(), weight, bias, 3)

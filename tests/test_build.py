@@ -1,0 +1,117 @@
+"""The build: with a compiler, with a broken one, and switched off."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_tools = [shutil.which("cmake"), shutil.which("ninja"), importlib.util.find_spec("setuptools")]
+pytestmark = pytest.mark.skipif(
+    None in _tools or not (ROOT / "setup.py").is_file(),
+    reason="needs a checkout and the build requirements (pip install setuptools cmake ninja)",
+)
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Copy what the build reads; the package itself is not needed."""
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "__init__.py").touch()
+    return tmp_path
+
+
+def setup(checkout: Path, *command: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=checkout,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def wheel(checkout: Path) -> tuple[str, dict[str, str | bool], list[str]]:
+    """Return the tag, build.json and file names of the one wheel in dist/."""
+    (path,) = (checkout / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        (info,) = (name for name in names if name.endswith("ds/lib/build.json"))
+        return path.stem.split("-", 2)[2], json.loads(archive.read(info)), names
+
+
+@needs_compiler
+def test_a_wheel_with_the_library_serves_every_python(checkout):
+    setup(checkout, "bdist_wheel")
+    tag, info, names = wheel(checkout)
+    assert tag.startswith("py3-none-")
+    assert not tag.endswith("-any")
+    assert "ds/lib/libds_cpu.so" in names
+    assert info["built"] is True
+    assert info["reason"] == ""
+    assert info["compiler"].split()[0] in {"GNU", "Clang", "AppleClang"}
+    assert "-O3" in info["flags"]
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as archive:
+        library = ctypes.CDLL(archive.extract("ds/lib/libds_cpu.so", checkout / "unpacked"))
+    assert library.ds_limit_simd(0) == 0
+
+    # A later build without a compiler must not pick up the library that lies in build/.
+    shutil.rmtree(checkout / "dist")
+    setup(checkout, "bdist_wheel", DS_BUILD_EXT="0")
+    assert "ds/lib/libds_cpu.so" not in wheel(checkout)[2]
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout):
+    output = setup(checkout, "bdist_wheel", CXX="/bin/false")
+    tag, info, names = wheel(checkout)
+    assert tag == "py3-none-any"
+    assert not [name for name in names if name.endswith(".so")]
+    assert info["built"] is False
+    assert info["reason"].startswith("the C++ build failed: ")
+    assert "/bin/false" in info["reason"]
+    assert "libds_cpu.so was not built" in output
+    assert "install a C++17 compiler" in output
+
+
+@needs_compiler
+def test_a_compile_error_is_the_recorded_reason(checkout):
+    (checkout / "csrc" / "cpu" / "simd.h").write_text("#error this machine is too old\n")
+    setup(checkout, "build_ext", "--inplace")
+    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+    assert info["built"] is False
+    assert "this machine is too old" in info["reason"]
+
+
+def test_without_cmake_the_reason_names_it(checkout):
+    setup(checkout, "build_ext", "--inplace", PATH=str(checkout))
+    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+    assert info["reason"] == "cmake was not found (pip install cmake ninja)"
+
+
+def test_the_build_can_be_switched_off(checkout):
+    setup(checkout, "build_ext", "--inplace", DS_BUILD_EXT="0")
+    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+    assert info["reason"] == "the build was switched off with DS_BUILD_EXT=0"
+
+
+def test_the_source_archive_can_build_the_library(checkout):
+    setup(checkout, "sdist", "--formats=zip")
+    (path,) = (checkout / "dist").glob("*.zip")
+    names = {name.partition("/")[2] for name in zipfile.ZipFile(path).namelist()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {"CMakeLists.txt", *sources} <= names
