@@ -1,0 +1,199 @@
+"""A directory for a network: config.json, model.safetensors and a README.md for people.
+
+config.json holds the configuration, where it came from, and the SHA-256 of the weights, so a
+damaged or mixed-up directory is noticed. Nothing in it can run code.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ds
+from ds.config import from_json, to_json
+from ds.denoiser import Denoiser
+from ds.files import read_json, recover, replacing, replacing_directory, sha256, write_json
+from ds.nets.base import AbstractNetConfig
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+T = TypeVar("T")
+
+
+def write(path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: str) -> None:
+    """Write a network with its configuration; an existing directory is replaced as a whole.
+
+    Raises ValueError for a network that has no configuration in ds to rebuild it from, or with a
+    weight that is not finite.
+    """
+    weights = {name: w.detach().cpu().contiguous() for name, w in _state(net).items()}
+    check_finite(weights, str(path))
+    with replacing_directory(Path(path)) as folder:
+        try:
+            save_file(weights, folder / WEIGHTS)
+        except SafetensorError as error:
+            raise RuntimeError(f"{path}: the weights could not be written ({error})") from None
+        head = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
+        net_config = to_json(rebuildable(net))
+        digest = sha256(folder / WEIGHTS)
+        write_json(folder / CONFIG, {**head, "net": net_config, "sha256": digest, **config})
+        (folder / CARD).write_text(card)
+
+
+def annotate(path: str | Path, provenance: dict[str, Any], card: str) -> None:
+    """Replace the provenance and the card of a directory, and nothing else in it."""
+    path = Path(path)
+    write_json(path / CONFIG, {**_read_config(path), "provenance": provenance})
+    with replacing(path / CARD) as temporary:
+        temporary.write_text(card)
+
+
+def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
+    """Read what `write` wrote; return the configuration and the network, on the CPU, in eval mode.
+
+    Raises ValueError, naming the file, for anything missing, damaged, of another kind, of the
+    wrong shape or not finite.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    _check_kind(path, config, (kind,))
+    weights = _read_weights(path / WEIGHTS, config.get("sha256"))
+    with naming(path):
+        net = entry(config, "net", AbstractNetConfig).build()
+    load_strictly(net, weights, str(path / WEIGHTS))
+    return config, net.eval()
+
+
+def is_ours(path: str | Path) -> bool:
+    """Say whether a directory's config.json is one that `write` wrote, of whatever kind."""
+    recover(Path(path))
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        return False
+    config = read_json(file)
+    return isinstance(config, dict) and str(config.get("format")).startswith("denoising-student/")
+
+
+def kind(path: str | Path, expected: tuple[str, ...]) -> str:
+    """Return which of the expected kinds a directory is; ValueError if it is none of them."""
+    return _check_kind(Path(path), _read_config(Path(path)), expected)
+
+
+def entry(config: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return what the configuration says under a name; ValueError if that is no `kind`."""
+    value = from_json(config.get(name))
+    if not isinstance(value, kind):
+        raise ValueError(f"{name!r} must be of the kind {kind.__name__}, not {value!r}")
+    return value
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Make a ValueError about what a directory's config.json says name that file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / CONFIG}: {error}") from None
+
+
+def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Copy weights into a network; every tensor is used once, has its shape, and is finite.
+
+    Raises ValueError naming the first wrong key and, for a shape, both shapes.
+    """
+    expected = net.state_dict()
+    for name, w in expected.items():
+        if name not in weights:
+            raise ValueError(f"{where}: the weight {name} {list(w.shape)} is missing")
+        if weights[name].shape != w.shape:
+            raise ValueError(
+                f"{where}: the weight {name} has the shape {list(weights[name].shape)}, "
+                f"the network needs {list(w.shape)}"
+            )
+    for name in weights:
+        if name not in expected:
+            raise ValueError(f"{where}: the network has no weight {name}")
+    check_finite(weights, where)
+    net.load_state_dict(weights)
+
+
+def check_finite(weights: dict[str, Tensor], where: str) -> None:
+    """Raise ValueError naming the first weight that holds an infinity or not-a-number."""
+    for name, w in weights.items():
+        if not w.isfinite().all():
+            raise ValueError(f"{where}: the weight {name} is not finite; it cannot be used")
+
+
+def rebuildable(net: nn.Module) -> AbstractNetConfig:
+    """Return the network's configuration; ValueError if ds could not rebuild it from that."""
+    config = getattr(net, "config", None)
+    if not isinstance(config, AbstractNetConfig):
+        raise ValueError(
+            f"{type(net).__name__} cannot be saved: its `config` is no AbstractNetConfig; "
+            f"save its state_dict yourself"
+        )
+    return config
+
+
+def describe(net: nn.Module) -> Any:
+    """Return the JSON of a network's configuration, or its type's name where it has none."""
+    config = getattr(net, "config", None)
+    return type(net).__qualname__ if config is None else to_json(config)
+
+
+def fingerprint(denoiser: Denoiser) -> str:
+    """Hash what a denoiser computes: network, weights, schedule, prediction. SHA-256, hex."""
+    digest = hashlib.sha256()
+    about = (describe(denoiser.net), to_json(denoiser.schedule), denoiser.prediction)
+    digest.update(repr(about).encode())
+    for name, w in sorted(_state(denoiser.net).items()):
+        bits = w.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {w.dtype} {list(w.shape)}".encode())
+        digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    """Return the weights under the names they have before torch.compile wraps the network."""
+    return {name.removeprefix("_orig_mod."): w for name, w in net.state_dict().items()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{path}: no model here, it has no {CONFIG}")
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG}: not the configuration of a model")
+    return config
+
+
+def _check_kind(path: Path, config: dict[str, Any], expected: tuple[str, ...]) -> str:
+    found = config.get("format")
+    for kind in expected:
+        if found == f"denoising-student/{kind}/1":
+            return kind
+    raise ValueError(
+        f"{path / CONFIG}: expected a {' or a '.join(expected)}, found the format {found!r}"
+    )
+
+
+def _read_weights(path: Path, digest: Any) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: the weights are missing")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if sha256(path) != digest:
+        raise ValueError(
+            f"{path}: its SHA-256 is not the one in {CONFIG}; the file is damaged or from "
+            f"elsewhere, copy the directory again"
+        )
+    return weights

@@ -1,0 +1,69 @@
+"""Students for programs that do not have this library: torch.export and ONNX."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds.files import replacing
+from ds.sample import Student
+
+BATCH = torch.export.Dim("batch", min=1, max=65536)
+
+
+def to_program(student: Student, path: str | Path) -> None:
+    """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
+
+    Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else.
+    """
+    program = _exported(student)
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.export.save(program, file)
+
+
+def to_onnx(student: Student, path: str | Path) -> None:
+    """Write an ONNX model of the same function, with the input "noise" and the output "samples".
+
+    Raises RuntimeError where the packages it takes are not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise RuntimeError("ONNX needs two more packages: pip install onnx onnxscript") from None
+    program = torch.onnx.export(
+        _exported(student), input_names=["noise"], output_names=["samples"], verbose=False
+    )
+    with replacing(Path(path)) as temporary:
+        program.save(temporary)
+
+
+class _OneCall(nn.Module):
+    def __init__(self, student: Student):
+        super().__init__()
+        self.net = student.net
+        self.method = student.method
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.method.sample(self.net, noise)
+
+
+@torch.no_grad()
+def _exported(student: Student) -> torch.export.ExportedProgram:
+    z = torch.zeros(2, *student.shape, device=next(student.net.parameters()).device)
+    module = _OneCall(student).eval()
+    program = torch.export.export(module, (z,), dynamic_shapes=({0: BATCH},))
+    return program.run_decompositions(
+        {
+            torch.ops.ds.group_norm_silu.default: _group_norm_silu,
+            torch.ops.ds.attention.default: F.scaled_dot_product_attention,
+        }
+    )
+
+
+def _group_norm_silu(x, weight, bias, groups, eps, silu):
+    images, channels, height, width = x.shape
+    y, mean, rstd = torch.ops.aten.native_group_norm(
+        x, weight, bias, images, channels, height * width, groups, eps
+    )
+    return F.silu(y) if silu else y, mean, rstd

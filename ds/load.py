@@ -1,0 +1,103 @@
+"""Read teachers and students: our own directories, and the files other codes wrote."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds import checkpoint, grids
+from ds.denoiser import Denoiser
+from ds.grids import Grid
+from ds.methods import AbstractMethod, DenoisingStudent
+from ds.nets.convert import Imported, read
+from ds.sample import Student, Teacher
+from ds.schedule import AbstractSchedule
+from ds.solvers import DDIM, AbstractSolver
+
+
+def load(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Teacher | Student:  # fmt: skip
+    """Read a teacher or a student, whichever is there, whatever wrote it.
+
+    Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM and
+    DDIM codes, and the HDF5 files of 2021, recognised by their content; see docs/teachers.md.
+    `overrides` are `solver` and `grid` of a teacher, and `image_size` for a file that does not tell
+    it. Raises ValueError, naming the file, for whatever is missing, damaged or of another kind.
+    """
+    if checkpoint.is_ours(path):
+        model = _OURS[checkpoint.kind(path, tuple(_OURS))](path)
+    else:
+        model = _adopt(read(path, image_size=overrides.pop("image_size", None)))
+    model.net.to(device, dtype)
+    return replace(model, **overrides)
+
+
+def load_teacher(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Teacher:  # fmt: skip
+    """Read a teacher; see `load`. Raises ValueError if a student is there."""
+    return _expect(Teacher, load(path, device=device, dtype=dtype, **overrides), path)
+
+
+def load_student(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Student:
+    """Read a student; see `load`. Raises ValueError if a teacher is there."""
+    return _expect(Student, load(path, device=device, dtype=dtype), path)
+
+
+def _expect(kind: type, model: Teacher | Student, path: str | Path) -> Any:
+    if not isinstance(model, kind):
+        raise ValueError(f"{path}: expected a {kind.kind}, found a {model.kind}")
+    return model
+
+
+def _teacher(path: str | Path) -> Teacher:
+    config, net = checkpoint.read(path, Teacher.kind)
+    entry = partial(checkpoint.entry, config)
+    with checkpoint.naming(path):
+        schedule, prediction = entry("schedule", AbstractSchedule), entry("prediction", str)
+        denoiser = Denoiser(net, schedule, prediction)
+        solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
+        return Teacher(denoiser, solver, grid, config.get("provenance", {}))
+
+
+def _student(path: str | Path) -> Student:
+    config, net = checkpoint.read(path, Student.kind)
+    with checkpoint.naming(path):
+        method = checkpoint.entry(config, "method", AbstractMethod)
+        return Student(net, method, config.get("provenance", {}))
+
+
+_OURS = {Teacher.kind: _teacher, Student.kind: _student}
+
+
+def _adopt(found: Imported) -> Teacher | Student:
+    """Give an imported network its meaning."""
+    net = _built(found)
+    if found.kind == Student.kind:
+        return Student(net, DenoisingStudent(t=found.schedule.num_steps - 1), found.facts)
+    denoiser = Denoiser(net, found.schedule, found.prediction)
+    return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
+
+
+def _built(found: Imported) -> nn.Module:
+    with torch.device("meta"):
+        net = found.config.build()
+    net = net.to_empty(device="cpu")
+    net.load_state_dict(found.weights)
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def _paper_grid(found: Imported) -> Grid:
+    """What the paper integrated a network of this size on, for as many steps as there are."""
+    steps = found.schedule.num_steps
+    if found.config.image_size > 64:
+        return grids.uniform(min(50, steps), num_steps=steps)
+    return grids.quadratic(100, top=steps * 4 // 5)

@@ -1,0 +1,6 @@
+"""Networks: weights and wiring; the arithmetic lives in ds.ops."""
+
+from ds.nets.base import AbstractNetConfig
+from ds.nets.unet import UNet, UNetConfig
+
+__all__ = ["AbstractNetConfig", "UNet", "UNetConfig"]

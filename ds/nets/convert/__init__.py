@@ -1,0 +1,38 @@
+"""Networks to and from other people's files: diffusers, the PyTorch ports, the 2021 HDF5 files.
+
+Formats are told apart by content, never by name; tensors are read and nothing is run.
+"""
+
+from pathlib import Path
+
+from ds.nets.convert import ddpm, diffusers, keras
+from ds.nets.convert.diffusers import write as to_diffusers
+from ds.nets.convert.imported import Imported
+
+__all__ = ["Imported", "read", "to_diffusers"]
+
+_READERS = {b"\x89HDF": keras.read, b"PK\x03\x04": ddpm.read, b"\x80\x02": ddpm.read}
+
+
+def read(path: str | Path, *, image_size: int | None = None) -> Imported:
+    """Read a teacher or a student of another code from a file or a directory.
+
+    `image_size` [pixels] is needed for a network whose file does not tell it. Raises ValueError,
+    naming the file, for whatever is missing, damaged, of another kind or of another shape.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return diffusers.read(path, image_size)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file or directory")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    for signature, reader in _READERS.items():
+        if head.startswith(signature):
+            return reader(path, image_size)
+    if head[8:] == b"{":  # safetensors: the length of a JSON header, then the header
+        return ddpm.read(path, image_size)
+    raise ValueError(
+        f"{path}: not a checkpoint; accepted are PyTorch, safetensors and HDF5 files, and "
+        f"diffusers directories"
+    )

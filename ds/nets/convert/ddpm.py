@@ -1,0 +1,114 @@
+"""Checkpoints of the DDIM code and of the PyTorch port of DDPM. Their names are ours.
+
+ermongroup/ddim saves [model, optimizer, epoch, step, ema]; the port (pesser/pytorch_diffusion)
+saves a state dict. Neither says what the network is, so its tensors do.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from torch import Size, Tensor
+
+from ds.files import sha256
+from ds.nets.convert.imported import PUBLISHED, Imported, fit, named, naming, tensors
+from ds.nets.unet import UNetConfig
+from ds.schedule import LinearBeta
+
+
+def read(path: Path, image_size: int | None) -> Imported:
+    """Read a file with the weights of a DDPM U-Net; its schedule is the one of both codes."""
+    found, which = _choose(tensors(path), path)
+    config = _architecture(found, image_size, path)
+    weights = fit(config, found, _spelling, path)
+    facts = {"format": "ddpm", "file": path.name, "sha256": sha256(path), "weights": which}
+    return Imported("teacher", config, weights, LinearBeta(), "eps", facts)
+
+
+def _choose(saved: Any, where: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the state dict to use, without the prefix of DataParallel, and say which it is."""
+    which = "the only ones in the file"
+    if isinstance(saved, list | tuple):
+        if len(saved) not in (4, 5):
+            raise ValueError(
+                f"{where}: holds a list of {len(saved)}; accepted are a state dict and "
+                f"[model, optimizer, epoch, step, ema], the last or not"
+            )
+        saved, which = (saved[4], "EMA") if len(saved) == 5 else (saved[0], "model, without EMA")
+    found = named(saved, where)
+    if all(key.startswith("module.") for key in found):
+        found = {key.removeprefix("module."): w for key, w in found.items()}
+    return found, which
+
+
+def _spelling(name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
+    return (name, name.replace("nin_shortcut", "conv_shortcut")), shape  # the latter is 3x3
+
+
+def _architecture(found: Mapping[str, Tensor], image_size: int | None, where: Path) -> UNetConfig:
+    """Say which network has these weights; `fit` then checks every one of them."""
+    if "time_embedding.linear_1.weight" in found:
+        raise ValueError(
+            f"{where}: weights of diffusers, which need their config.json; give the directory "
+            f"that holds both"
+        )
+    # Read off biases, so that a weight with its dimensions swapped is left for `fit` to name.
+    channels = _length(found, "conv_in.bias", where)
+    width = "down.{}.block.0.conv2.bias"
+    levels = list(_counted(found, "down.{}."))
+    widths = [_length(found, width.format(i), where) for i in levels]
+    for i, length in zip(levels, widths, strict=True):
+        if length % channels:
+            raise ValueError(
+                f"{where}: the weight {width.format(i)} has the shape [{length}], which must be "
+                f"a multiple of conv_in.bias [{channels}]"
+            )
+    mult = tuple(length // channels for length in widths)
+    attend = tuple(i for i in levels if _has(found, f"down.{i}.attn."))
+    size = image_size or _published_size(mult, attend, where)
+    with naming(where):
+        return UNetConfig(
+            image_size=size,
+            in_channels=_length(found, "conv_out.bias", where),
+            channels=channels,
+            channel_mult=mult,
+            num_res_blocks=len(list(_counted(found, "down.0.block.{}."))),
+            attention_resolutions=tuple(size >> i for i in attend),
+            conv_shortcut=any(".conv_shortcut." in key for key in found),
+        )
+
+
+def _length(found: Mapping[str, Tensor], key: str, where: Path) -> int:
+    if key not in found:
+        raise ValueError(f"{where}: not a U-Net of DDPM, the weight {key} is missing")
+    shape = tuple(found[key].shape)
+    if len(shape) != 1 or 0 in shape:
+        raise ValueError(
+            f"{where}: the weight {key} has the shape {list(shape)}, the network needs [channels]"
+        )
+    return shape[0]
+
+
+def _counted(found: Mapping[str, Tensor], prefix: str) -> Iterator[int]:
+    return takewhile(lambda i: _has(found, prefix.format(i)), count())
+
+
+def _has(found: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in found)
+
+
+def _published_size(mult: tuple[int, ...], attend: tuple[int, ...], where: Path) -> int:
+    """A convolution fits any image, but the published networks are known by their levels."""
+    for known in PUBLISHED:
+        if (known.channel_mult, _attention_levels(known)) == (mult, attend):
+            return known.image_size
+    raise ValueError(
+        f"{where}: the file does not tell the size of its images (levels of {mult} times the "
+        f"base channels, attention at levels {attend}); pass image_size"
+    )
+
+
+def _attention_levels(config: UNetConfig) -> tuple[int, ...]:
+    levels = range(len(config.channel_mult))
+    return tuple(i for i in levels if config.image_size >> i in config.attention_resolutions)

@@ -1,0 +1,142 @@
+"""What every reader of an outside checkpoint returns, and the one strict way to fill it."""
+
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Size, Tensor
+
+from ds.nets.unet import UNetConfig
+from ds.schedule import LinearBeta
+
+# The three networks of DDPM, DDIM and the 2021 code: CIFAR-10; CelebA; LSUN and CelebA-HQ.
+PUBLISHED = (
+    UNetConfig(),
+    UNetConfig(image_size=64, channel_mult=(1, 2, 2, 2, 4)),
+    UNetConfig(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
+)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float32 holds each of them exactly
+# What torch.load and h5py raise on a file that is damaged or holds more than tensors.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+
+# How a file spells one of our weights: the keys it may have there, and its shape under them.
+Spelling = Callable[[str, Size], tuple[tuple[str, ...], Size]]
+
+
+class Imported(NamedTuple):
+    """A network from elsewhere: its configuration, its weights under our names, its meaning.
+
+    `prediction` is "eps", "x0" or "v", and None for a student. `facts` are plain JSON values for
+    the provenance: format, file, sha256, and what else the format says.
+    """
+
+    kind: Literal["teacher", "student"]
+    config: UNetConfig
+    weights: dict[str, Tensor]
+    schedule: LinearBeta
+    prediction: str | None
+    facts: dict[str, Any]
+
+
+@contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """Make a ValueError about what a file says name that file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+@contextmanager
+def whole(where: Path, kind: str) -> Iterator[None]:
+    """Make whatever reading a damaged file raises one ValueError."""
+    try:
+        yield
+    except _UNREADABLE:
+        raise ValueError(f"{where}: not a whole {kind}; nothing in it was run") from None
+
+
+def shapes(config: UNetConfig) -> dict[str, Size]:
+    """Return the shape of every weight, in the order the network defines them."""
+    with torch.device("meta"):
+        return {name: w.shape for name, w in config.build().state_dict().items()}
+
+
+def tensors(path: Path) -> Any:
+    """Read the tensors of a safetensors or PyTorch file, whichever its bytes say; run nothing."""
+    with open(path, "rb") as file:
+        safe = file.read(9)[8:] == b"{"
+    with whole(path, "safetensors file" if safe else "PyTorch file of plain tensors"):
+        if safe:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def named(value: Any, where: Path) -> dict[str, Tensor]:
+    """Return a state dict whose every entry is a tensor under a name; ValueError if it is not."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: holds one {type(value).__name__}, not weights by name")
+    for key, w in value.items():
+        if not isinstance(key, str) or not isinstance(w, Tensor):
+            raise ValueError(
+                f"{where}: holds {key!r} of the type {type(w).__name__}, not weights by name"
+            )
+    return dict(value)
+
+
+def fit(
+    config: UNetConfig, found: Mapping[str, Tensor], spelling: Spelling, where: Path
+) -> dict[str, Tensor]:
+    """Return the weights of a network under our names, float32; each tensor found is used once.
+
+    Raises ValueError for the first weight that is missing, superfluous, of another shape or dtype,
+    or not finite.
+    """
+    weights, unused = {}, dict(found)
+    for name, shape in shapes(config).items():
+        keys, stored = spelling(name, shape)
+        there = [key for key in keys if key in unused]
+        if not there:
+            raise ValueError(f"{where}: the weight {keys[0]} {list(stored)} is missing")
+        weights[name] = checked(unused.pop(there[0]), there[0], stored, where).reshape(shape)
+    if unused:
+        key, w = next(iter(unused.items()))
+        raise ValueError(f"{where}: the network has no weight {key} {list(w.shape)}")
+    return weights
+
+
+def checked(w: Tensor, key: str, shape: Size, where: Path) -> Tensor:
+    """Return a weight as contiguous float32; ValueError for a wrong shape, dtype or value."""
+    if w.shape != shape:
+        raise ValueError(
+            f"{where}: the weight {key} has the shape {list(w.shape)}, the network needs "
+            f"{list(shape)}"
+        )
+    if w.dtype not in DTYPES or w.layout != torch.strided or w.is_meta:
+        raise ValueError(
+            f"{where}: the weight {key} is {w.dtype}, {w.layout}, on {w.device}; accepted are "
+            f"dense float16, bfloat16 and float32"
+        )
+    if not w.isfinite().all():
+        raise ValueError(f"{where}: the weight {key} is not finite; it cannot be used")
+    return w.detach().float().contiguous()

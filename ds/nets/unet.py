@@ -1,0 +1,273 @@
+"""The U-Net of DDPM and DDIM, one class for all of the paper's networks.
+
+Ho et al. 2020, arXiv:2006.11239, appendix B. Parameters carry the names of the PyTorch ports of
+the DDPM and DDIM checkpoints, so those load without a map.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds import ops
+from ds.nets.base import AbstractNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(AbstractNetConfig):
+    """The shape of a U-Net: channels * channel_mult[i] channels at the size image_size / 2**i."""
+
+    image_size: int = 32
+    in_channels: int = 3
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    conv_shortcut: bool = False  # 3x3 instead of 1x1 where a block changes the channels
+    dropout: float = 0.0
+    norm_groups: int = 32
+    norm_eps: float = 1e-6  # the 2021 files were made with 1e-3
+
+    def build(self) -> "UNet":
+        """Make the network with freshly drawn weights."""
+        return UNet(self)
+
+    @property
+    def temb_channels(self) -> int:
+        """The width of the time embedding, four times the base channels."""
+        return 4 * self.channels
+
+    def __post_init__(self):
+        for name in ("image_size", "in_channels", "num_res_blocks", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"UNetConfig: {name} must be at least 1, not {getattr(self, name)}"
+                )
+        if self.channels < 4 or self.channels % 2:  # half sines, half cosines, two of each or more
+            raise ValueError(
+                f"UNetConfig: channels must be even and 4 or more, not {self.channels}"
+            )
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(
+                f"UNetConfig: channel_mult needs one level or more, each at least 1, "
+                f"not {self.channel_mult}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"UNetConfig: dropout must lie in [0, 1), not {self.dropout}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"UNetConfig: norm_eps must be above 0, not {self.norm_eps}")
+        halvings = 2 ** (len(self.channel_mult) - 1)
+        if self.image_size % halvings:
+            raise ValueError(
+                f"UNetConfig: image_size ({self.image_size}) must be a multiple of {halvings}, "
+                f"one halving per level after the first"
+            )
+        sizes = {self.image_size >> level for level in range(len(self.channel_mult))}
+        if unreached := set(self.attention_resolutions) - sizes:
+            raise ValueError(
+                f"UNetConfig: attention_resolutions holds {min(unreached)}, the network has the "
+                f"sizes {', '.join(map(str, sorted(sizes)))}"
+            )
+        for mult in self.channel_mult:
+            if self.channels * mult % self.norm_groups:
+                raise ValueError(
+                    f"UNetConfig: channels ({self.channels * mult}) must be a multiple of "
+                    f"norm_groups ({self.norm_groups})"
+                )
+
+
+class UNet(nn.Module):
+    """A U-Net: net(x [N, C, H, W], t [N]) -> [N, C, H, W], in channels_last memory.
+
+    It computes in the dtype of its weights and returns the dtype of x.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = c = config
+        widths = [c.channels * mult for mult in c.channel_mult]
+        sizes = [c.image_size >> level for level in range(len(widths))]
+        last = len(widths) - 1
+
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList(
+            [nn.Linear(c.channels, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
+        )
+        self.conv_in = nn.Conv2d(c.in_channels, c.channels, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        skips = [width := c.channels]
+        for i, out in enumerate(widths):
+            level = Level(c, sizes[i], [width] + [out] * (c.num_res_blocks - 1), out)
+            skips += [out] * c.num_res_blocks
+            if i < last:
+                level.downsample = Downsample(out)
+                skips.append(out)
+            self.down.append(level)
+            width = out
+
+        self.mid = nn.Module()
+        self.mid.block_1 = ResBlock(c, width, width)
+        self.mid.attn_1 = Attention(c, width)
+        self.mid.block_2 = ResBlock(c, width, width)
+
+        self.up = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            out = widths[i]
+            inputs = [w + skips.pop() for w in [width] + [out] * c.num_res_blocks]
+            level = Level(c, sizes[i], inputs, out)
+            if i > 0:
+                level.upsample = Upsample(out)
+            self.up.insert(0, level)
+            width = out
+
+        self.norm_out = GroupNorm(c, width, silu=True)
+        self.conv_out = nn.Conv2d(width, c.in_channels, 3, padding=1)
+        self.apply(_initialise)
+        for layer in self.modules():  # each residual branch, and the network, starts at zero
+            if isinstance(layer, ResBlock):
+                nn.init.zeros_(layer.conv2.weight)
+            elif isinstance(layer, Attention):
+                nn.init.zeros_(layer.proj_out.weight)
+        nn.init.zeros_(self.conv_out.weight)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image, (C, H, W)."""
+        return (self.config.in_channels, self.config.image_size, self.config.image_size)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        temb = timestep_embedding(t, self.config.channels).to(dtype)
+        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+
+        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
+        skips = [h]
+        for i, level in enumerate(self.down):
+            for block, attn in zip(level.block, level.attn, strict=True):
+                h = attn(block(h, temb))
+                skips.append(h)
+            if i < len(self.down) - 1:
+                h = level.downsample(h)
+                skips.append(h)
+
+        h = self.mid.block_1(h, temb)
+        h = self.mid.attn_1(h)
+        h = self.mid.block_2(h, temb)
+
+        for i, level in reversed(list(enumerate(self.up))):
+            for block, attn in zip(level.block, level.attn, strict=True):
+                h = attn(block(torch.cat([h, skips.pop()], dim=1), temb))
+            if i > 0:
+                h = level.upsample(h)
+
+        return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where it is asked for."""
+
+    def __init__(self, c: UNetConfig, size: int, inputs: list[int], out: int):
+        super().__init__()
+        attend = size in c.attention_resolutions
+        self.block = nn.ModuleList(ResBlock(c, width, out) for width in inputs)
+        self.attn = nn.ModuleList(Attention(c, out) if attend else nn.Identity() for _ in inputs)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, + time embedding, norm, SiLU, dropout, conv, + shortcut."""
+
+    def __init__(self, c: UNetConfig, width: int, out: int):
+        super().__init__()
+        self.norm1 = GroupNorm(c, width, silu=True)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.temb_proj = nn.Linear(c.temb_channels, out)
+        self.norm2 = GroupNorm(c, out, silu=True)
+        self.dropout = nn.Dropout(c.dropout)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        if width == out:
+            self.nin_shortcut = nn.Identity()
+        elif c.conv_shortcut:
+            self.nin_shortcut = nn.Conv2d(width, out, 3, padding=1)
+        else:
+            self.nin_shortcut = nn.Conv2d(width, out, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x)) + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels with one head as wide as the channels, + input."""
+
+    def __init__(self, c: UNetConfig, width: int):
+        super().__init__()
+        self.norm = GroupNorm(c, width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # [N, C, H, W] -> [N, 1, HW, C]: one head; a view of channels_last memory
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = ops.attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class GroupNorm(nn.Module):
+    """The weights of ds.ops.group_norm, or of ds.ops.group_norm_silu."""
+
+    def __init__(self, c: UNetConfig, width: int, *, silu: bool = False):
+        super().__init__()
+        self.groups, self.eps = c.norm_groups, c.norm_eps
+        self.op = ops.group_norm_silu if silu else ops.group_norm
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2 that pads on the right and below only, TensorFlow's SAME."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Every pixel doubled in both directions, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Embed times t [N] as sines, then cosines, float32 [N, channels].
+
+    Frequencies fall geometrically from 1 to 1/10000 inclusive, hence half - 1 below.
+    """
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _initialise(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,77 @@
+"""Outputs of the 2021 TensorFlow implementation, and its weights read into our U-Net.
+
+Its model classes ran with 32 base channels instead of 128, on weights drawn at random and rounded
+to multiples of 1/256. GroupNorm's epsilon there is 1e-3. Nothing was trained.
+"""
+
+import lzma
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds.nets import UNet, UNetConfig
+
+FOLDER = Path(__file__).parent
+CONFIG = UNetConfig(channels=32, norm_eps=1e-3)
+
+
+def arrays(name: str) -> dict[str, Tensor]:
+    """Read the .npz, images as [N, C, H, W], and make the noise they belong to."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        data = {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+    rng = np.random.default_rng(int(data["seed"]))
+    z = rng.normal(size=(2, 32, 32, 3)).astype("float32")
+    return {**data, "y": data["y"].movedim(-1, 1), "z": torch.from_numpy(z).movedim(-1, 1)}
+
+
+def network(name: str) -> UNet:
+    """Read a Keras weights file into our U-Net, by the order its variables were created in."""
+    import h5py
+
+    with h5py.File(BytesIO(lzma.open(FOLDER / f"{name}.h5.xz").read())) as file:
+        tensors = [
+            torch.from_numpy(file[layer][weight][()])
+            for layer in file.attrs["layer_names"]
+            for weight in file[layer].attrs["weight_names"]
+        ]
+    net = UNet(CONFIG)
+    state = net.state_dict()
+    names = [f"{layer}.{end}" for layer in _layers() for end in ("weight", "bias")]
+    assert sorted(names) == sorted(state) and len(tensors) == len(names)
+    for key, w in zip(names, tensors, strict=True):
+        if w.dim() == 4:  # kernel: height, width, in, out
+            w = w.permute(3, 2, 0, 1)
+        elif w.dim() == 2:
+            w = w.T
+        state[key] = w.reshape(state[key].shape)
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def _layers() -> list[str]:
+    """The layers of the CIFAR-10 network in the order the reference creates them."""
+
+    def block(name: str, shortcut: bool = False) -> list[str]:
+        parts = ["conv1", "conv2", *["nin_shortcut"] * shortcut, "norm1", "norm2", "temb_proj"]
+        return [f"{name}.{part}" for part in parts]
+
+    def attention(name: str) -> list[str]:
+        return [f"{name}.{part}" for part in ("k", "norm", "proj_out", "q", "v")]
+
+    layers = ["conv_in", "conv_out"]
+    for i in range(4):
+        if i == 1:
+            layers += attention("down.1.attn.0") + attention("down.1.attn.1")
+        layers += block(f"down.{i}.block.0", shortcut=i == 1) + block(f"down.{i}.block.1")
+        layers += [f"down.{i}.downsample.conv"] * (i < 3)
+    layers += attention("mid.attn_1") + block("mid.block_1") + block("mid.block_2")
+    layers += ["norm_out", "temb.dense.0", "temb.dense.1"]
+    for i in range(4):
+        if i == 1:
+            layers += [part for j in range(3) for part in attention(f"up.1.attn.{j}")]
+        layers += [part for j in range(3) for part in block(f"up.{i}.block.{j}", shortcut=True)]
+        layers += [f"up.{i}.upsample.conv"] * (i > 0)
+    return layers

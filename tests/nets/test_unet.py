@@ -1,0 +1,305 @@
+"""The U-Net against the 2021 implementation, the published checkpoints' names, and its parts."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import ds
+from ds import presets
+from ds.denoiser import Denoiser
+from ds.methods import DenoisingStudent
+from ds.nets import UNetConfig
+from ds.nets.unet import Attention, Downsample, GroupNorm, ResBlock, timestep_embedding
+from ds.schedule import LinearBeta
+from ds.solvers import DDIM
+from tests import golden
+
+TINY = UNetConfig(
+    image_size=8, in_channels=2, channels=8, channel_mult=(1, 2), num_res_blocks=1,
+    attention_resolutions=(4,), norm_groups=4,
+)  # fmt: skip
+
+
+def build(config=TINY, seed=0):
+    """A network in eval mode, away from the zeros its branches start from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = config.build().eval()
+        for p in net.parameters():
+            p.data += 0.2 * torch.randn(p.shape)
+    return net
+
+
+def inputs(n=3, config=TINY):
+    x = ds.noise(0, range(n), (config.in_channels, config.image_size, config.image_size))
+    return x, torch.tensor([999, 0, 37, 500])[:n]
+
+
+def relative_rms(found, expected):
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        (presets.cifar10, 35_746_307),
+        (presets.celeba, 78_700_803),
+        (presets.lsun_bedroom, 113_673_219),
+        (presets.lsun_church, 113_673_219),
+    ],
+)
+def test_the_paper_s_networks_have_their_published_size(preset, count):
+    with torch.device("meta"):
+        net = preset().net.build()
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@torch.no_grad()
+def test_the_network_is_that_of_the_2021_code():
+    data = golden.arrays("ddpm_cifar10_c32")
+    found = golden.network("ddpm_cifar10_c32")(data["z"], data["t"])
+    assert (found - data["y"]).abs().max() < 1e-5 * data["y"].abs().max()  # float32, other sums
+
+
+def test_the_student_is_that_of_the_2021_code():
+    data = golden.arrays("student_cifar10_c32")
+    student = ds.Student(golden.network("student_cifar10_c32"), DenoisingStudent(t=999))
+    found = student.sample(data["z"])
+    assert (found - data["y"]).abs().max() < 1e-5 * data["y"].abs().max()
+
+
+def test_the_sampling_loop_is_that_of_the_2021_code():
+    data = golden.arrays("ddim100_cifar10_c32")
+    denoiser = Denoiser(golden.network("student_cifar10_c32"), LinearBeta())
+    teacher = ds.Teacher(denoiser, DDIM(), ds.grids.quadratic(100))
+    # 96 calls in float32, whose tables were float32 there as well
+    assert relative_rms(teacher.sample(data["z"]), data["y"]) < 1e-4
+
+
+def ddpm_names():
+    """The weights of the PyTorch port of the CIFAR-10 network, with the channels of each."""
+    shapes = {}
+
+    def add(name, *shape):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    def block(name, width, out):
+        add(f"{name}.norm1", width)
+        add(f"{name}.conv1", out, width, 3, 3)
+        add(f"{name}.temb_proj", out, 512)
+        add(f"{name}.norm2", out)
+        add(f"{name}.conv2", out, out, 3, 3)
+        if width != out:
+            add(f"{name}.nin_shortcut", out, width, 1, 1)
+
+    def attention(name, width):
+        add(f"{name}.norm", width)
+        for part in ("q", "k", "v", "proj_out"):
+            add(f"{name}.{part}", width, width, 1, 1)
+
+    add("temb.dense.0", 512, 128)
+    add("temb.dense.1", 512, 512)
+    add("conv_in", 128, 3, 3, 3)
+    for i, widths in enumerate([(128, 128), (128, 256), (256, 256), (256, 256)]):
+        out = 128 if i == 0 else 256
+        for j, width in enumerate(widths):
+            block(f"down.{i}.block.{j}", width, out)
+    for i, width in enumerate([128, 256, 256]):
+        add(f"down.{i}.downsample.conv", width, width, 3, 3)
+    block("mid.block_1", 256, 256)
+    attention("mid.attn_1", 256)
+    block("mid.block_2", 256, 256)
+    ups = [(384, 256, 256), (512, 512, 384), (512, 512, 512), (512, 512, 512)]
+    for i, widths in enumerate(ups):
+        for j, width in enumerate(widths):
+            block(f"up.{i}.block.{j}", width, 128 if i == 0 else 256)
+    for i in (1, 2, 3):
+        add(f"up.{i}.upsample.conv", 256, 256, 3, 3)
+    for name in ("down.1.attn.0", "down.1.attn.1", *(f"up.1.attn.{j}" for j in range(3))):
+        attention(name, 256)
+    add("norm_out", 128)
+    add("conv_out", 3, 128, 3, 3)
+    return shapes
+
+
+def test_cifar10_weights_have_the_names_and_shapes_of_the_ddpm_port():
+    with torch.device("meta"):
+        state = presets.cifar10().net.build().state_dict()
+    assert {name: tuple(w.shape) for name, w in state.items()} == ddpm_names()
+
+
+def test_downsampling_pads_on_the_right_and_below():
+    layer = Downsample(2)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 4, 6, generator=generator)
+    weight, bias = layer.conv.weight, layer.conv.bias
+    expected = torch.zeros(1, 2, 2, 3)
+    for i in range(2):
+        for j in range(3):
+            window = x[0, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]  # cut off at the border
+            kernel = weight[:, :, : window.shape[1], : window.shape[2]]
+            expected[0, :, i, j] = (kernel * window).sum((1, 2, 3)) + bias
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)  # sums of 18 in float32
+
+
+def test_upsampling_doubles_every_pixel():
+    layer = next(m for m in build().modules() if hasattr(m, "conv") and m.conv.stride == (1, 1))
+    nn.init.dirac_(layer.conv.weight)
+    nn.init.zeros_(layer.conv.bias)
+    x = torch.randn(1, 16, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("t", [0, 1, 37, 999])
+def test_the_time_embedding_is_sines_then_cosines(t):
+    frequencies = [math.exp(-math.log(10000) * k / 63) for k in range(64)]
+    expected = [f(t * w) for f in (math.sin, math.cos) for w in frequencies]
+    found = timestep_embedding(torch.tensor([t]), 128)[0].double()
+    # float32 holds an angle below 1000 to 3e-5, and a frequency near 1 to 6e-8 of it
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_the_norm_s_epsilon_is_the_configured_one(eps):
+    norm = GroupNorm(replace(TINY, norm_eps=eps), 8)
+    x = 0.01 * torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    grouped = x.double().reshape(4, -1)
+    deviation = (grouped.var(1, correction=0, keepdim=True) + eps).sqrt()
+    expected = ((grouped - grouped.mean(1, keepdim=True)) / deviation).reshape(x.shape).float()
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)  # float32
+
+
+def attending(net):
+    return {name for name, module in net.named_modules() if isinstance(module, Attention)}
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "expected"),
+    [
+        ((), set()),
+        ((4,), {"down.1.attn.0", "up.1.attn.0", "up.1.attn.1"}),
+        ((8,), {"down.0.attn.0", "up.0.attn.0", "up.0.attn.1"}),
+    ],
+)
+def test_attention_is_in_the_middle_and_where_it_is_asked_for(resolutions, expected):
+    net = replace(TINY, attention_resolutions=resolutions).build()
+    assert attending(net) == expected | {"mid.attn_1"}
+
+
+def test_attention_lets_every_pixel_see_every_other():
+    layer = Attention(TINY, 8)
+    x = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    nn.init.ones_(layer.proj_out.weight)
+    layer(x)[0, 0, 0, 0].backward()
+    assert (x.grad.abs().sum((0, 1)) > 0).all()
+
+
+@pytest.mark.parametrize(("conv_shortcut", "size"), [(False, 1), (True, 3)])
+def test_the_shortcut_has_the_configured_size(conv_shortcut, size):
+    block = ResBlock(replace(TINY, conv_shortcut=conv_shortcut), 8, 16)
+    assert block.nin_shortcut.kernel_size == (size, size)
+
+
+def test_a_block_that_keeps_its_channels_has_no_shortcut():
+    assert not list(ResBlock(TINY, 8, 8).nin_shortcut.parameters())
+
+
+def test_a_block_starts_as_its_shortcut():
+    x, temb = torch.randn(1, 16, 4, 4), torch.randn(1, 32)
+    assert torch.equal(TINY.build().mid.block_1(x, temb), x)
+
+
+def test_a_fresh_network_predicts_nothing():
+    assert not TINY.build()(*inputs()).any()
+
+
+@torch.no_grad()
+def test_dropout_drops_in_training():
+    net = build(replace(TINY, dropout=0.5)).train()
+    assert not torch.equal(net(*inputs()), net(*inputs()))
+
+
+@torch.no_grad()
+def test_dropout_does_nothing_outside_training():
+    assert torch.equal(build(replace(TINY, dropout=0.5))(*inputs()), build()(*inputs()))
+
+
+@torch.no_grad()
+def test_a_sample_does_not_depend_on_its_batch():
+    net, (x, t) = build(), inputs(4)
+    alone = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(4)])
+    # A convolution may sum in another order for another batch.
+    torch.testing.assert_close(net(x, t), alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_time_changes_the_prediction():
+    net, (x, _) = build(), inputs(1)
+    assert not torch.allclose(net(x, torch.tensor([10])), net(x, torch.tensor([900])), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_result_has_the_dtype_of_x_whatever_the_weights(dtype):
+    net, (x, t) = build().bfloat16(), inputs()
+    assert net(x.to(dtype), t).dtype == dtype
+
+
+@torch.no_grad()
+def test_bfloat16_weights_give_nearly_the_same_prediction():
+    x, t = inputs()
+    # Two dozen layers, each of which rounds to 8 bits: 0.002 each
+    assert relative_rms(build().bfloat16()(x, t), build()(x, t)) < 0.03
+
+
+@torch.no_grad()
+def test_the_memory_format_of_x_changes_nothing():
+    net, (x, t) = build(), inputs()
+    assert torch.equal(net(x.to(memory_format=torch.channels_last), t), net(x.contiguous(), t))
+
+
+def test_every_weight_learns():
+    net = build()
+    net(*inputs()).square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad.isfinite().all(), name
+        # A constant added to every key changes no softmax; its gradient is rounding.
+        if not re.search(r"\.k\.bias$", name):
+            assert p.grad.abs().max() > 1e-7, name
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph():
+    net, (x, t) = build(), inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 9}, r"image_size \(9\) must be a multiple of 2"),
+        ({"image_size": 0}, "image_size must be at least 1, not 0"),
+        ({"in_channels": 0}, "in_channels must be at least 1, not 0"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1, not 0"),
+        ({"channels": 10}, r"channels \(10\) must be a multiple of norm_groups \(4\)"),
+        ({"channels": 7, "norm_groups": 7}, "channels must be even and 4 or more, not 7"),
+        ({"channels": 2, "norm_groups": 1}, "channels must be even and 4 or more, not 2"),
+        ({"norm_groups": 0}, "norm_groups must be at least 1, not 0"),
+        ({"channel_mult": ()}, "channel_mult needs one level or more"),
+        ({"channel_mult": (1, 0)}, r"each at least 1, not \(1, 0\)"),
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\), not 1.5"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0, not 0.0"),
+    ],
+)
+def test_an_impossible_configuration_is_one_clear_error(change, message):
+    with pytest.raises(ValueError, match=f"^UNetConfig: .*{message}"):
+        replace(TINY, **change)
+
+
+def test_a_network_has_the_shape_of_its_images():
+    assert TINY.build().shape == (2, 8, 8)

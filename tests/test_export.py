@@ -1,0 +1,76 @@
+"""What a student computes elsewhere: the exported program and the ONNX model against eager."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ds
+from ds.export import to_onnx, to_program
+from ds.methods import DenoisingStudent
+from ds.nets import UNetConfig
+
+CONFIG = UNetConfig(
+    image_size=8, in_channels=1, channels=16, channel_mult=(1, 2), num_res_blocks=1,
+    attention_resolutions=(4,), norm_groups=8,
+)  # fmt: skip
+BATCHES = (1, 2, 7)
+
+
+@pytest.fixture(scope="module")
+def student() -> ds.Student:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = CONFIG.build().eval()
+        for p in net.parameters():  # the zeros of a fresh network would hide most of it
+            p.data.add_(0.05 * torch.randn_like(p))
+    return ds.Student(net, DenoisingStudent())
+
+
+def noise(n: int) -> torch.Tensor:
+    return ds.noise(0, range(n), CONFIG.build().shape)
+
+
+def assert_same(made: torch.Tensor, eager: torch.Tensor) -> None:
+    """Allow what float32 rounds differently when the same operations come in another order."""
+    assert (made - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+def test_the_program_computes_what_the_student_does_for_any_batch(student, tmp_path):
+    to_program(student, tmp_path / "student.pt2")
+    module = torch.export.load(tmp_path / "student.pt2").module()
+    for n in BATCHES:
+        assert_same(module(noise(n)), student.sample(noise(n)))
+
+
+def test_the_program_runs_where_this_library_is_not(student, tmp_path):
+    to_program(student, tmp_path / "student.pt2")
+    torch.save((noise(3), student.sample(noise(3))), tmp_path / "pair.pt")
+    code = (
+        "import sys, torch\n"
+        "z, y = torch.load('pair.pt')\n"
+        "made = torch.export.load('student.pt2').module()(z)\n"
+        "assert 'ds' not in sys.modules\n"
+        "assert (made - y).abs().max() <= 1e-5 * y.abs().max()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_onnx_model_computes_what_the_student_does_for_any_batch(student, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    to_onnx(student, tmp_path / "student.onnx")
+    session = runtime.InferenceSession(tmp_path / "student.onnx")
+    for n in BATCHES:
+        (made,) = session.run(["samples"], {"noise": noise(n).numpy()})
+        assert_same(torch.from_numpy(made), student.sample(noise(n)))
+
+
+def test_onnx_says_what_to_install(student, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(RuntimeError, match="pip install onnx onnxscript"):
+        to_onnx(student, tmp_path / "student.onnx")
+    assert not list(tmp_path.iterdir())
