@@ -1,0 +1,47 @@
+"""Denoising: how a teacher is trained in the first place."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ds import grids
+from ds.denoiser import Denoiser, Prediction
+from ds.methods.base import AbstractMethod
+from ds.sample import integrate
+from ds.schedule import LinearBeta
+from ds.solvers import DDIM
+
+
+@dataclass(frozen=True)
+class Denoising(AbstractMethod):
+    """Predict what noise was added at a random time.
+
+    Ho et al. 2020, arXiv:2006.11239, Eq. 14.
+    """
+
+    feeds: ClassVar = "images"
+
+    schedule: LinearBeta = field(default_factory=LinearBeta)
+    prediction: Prediction = "eps"
+
+    def init(self, teacher: Denoiser) -> nn.ModuleDict:
+        return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
+
+    def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
+        x0, eps = batch["x0"], batch["noise"]
+        draw = torch.Generator().manual_seed(step)
+        t = torch.randint(self.schedule.num_steps, (len(x0),), generator=draw).to(x0.device)
+        alpha, sigma = self.schedule.gather(t, x0)
+        target = self.denoiser(modules["student"]).target(x0, eps, t)
+        return (modules["student"](alpha * x0 + sigma * eps, t) - target).square().mean()
+
+    def sample(self, net: nn.Module, z: Tensor, nfe: int = 20) -> Tensor:
+        grid = grids.uniform(nfe, num_steps=self.schedule.num_steps)
+        return integrate(self.denoiser(net), DDIM(), grid, z)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        """Return the network with what it was trained to predict."""
+        return Denoiser(net, self.schedule, self.prediction)

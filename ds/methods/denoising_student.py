@@ -1,0 +1,46 @@
+"""Denoising Student: the method of the paper."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ds.denoiser import Denoiser
+from ds.methods.base import AbstractMethod
+
+
+@dataclass(frozen=True)
+class DenoisingStudent(AbstractMethod):
+    """Regress the endpoint of a deterministic sampler on its noise, in one network call.
+
+    student(x_T) = x_T - net(x_T, t), with the teacher's weights to start from. The difference
+    x_T - x0 is a target of ordinary size, where x0 itself would need the noise prediction divided
+    by alpha_T = 1/157. Luhman & Luhman 2021, arXiv:2101.02388, section 3.
+
+    The loss is the mean over elements; the paper's is the sum over the elements of an image, which
+    Adam does not tell apart.
+    """
+
+    feeds: ClassVar = "pairs"
+
+    loss_type: Literal["l1", "l2"] = "l2"
+    t: int = 999  # the last index of the schedule, which the teacher itself may never visit
+
+    def __post_init__(self):
+        if self.t < 0:
+            raise ValueError(f"DenoisingStudent: t must be an index of noise, not {self.t}")
+
+    def init(self, teacher: Denoiser) -> nn.ModuleDict:
+        teacher.schedule.check(self.t)
+        return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
+
+    def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
+        error = self.sample(modules["student"], batch["noise"]) - batch["x0"]
+        return error.abs().mean() if self.loss_type == "l1" else error.square().mean()
+
+    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor:
+        if nfe != 1:
+            raise ValueError(f"DenoisingStudent: makes an image in 1 network call, not {nfe}")
+        return z - net(z, torch.full((z.shape[0],), self.t, device=z.device))

@@ -1,0 +1,158 @@
+"""Kill `dstudent pairs` and `dstudent distill` at random moments; nothing may be lost or differ.
+
+    python tests/kill.py --kills 20
+
+Each command is run once without interruption. Then it is run again elsewhere, killed with SIGKILL
+at a random moment, restarted, killed, and so on until it gets to its end, and what it leaves is
+compared with the uninterrupted run to the bit; then it starts afresh, until there were that many
+kills. Exits with 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from shlex import split
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TEACH = split("--net.channels 8 --net.norm-groups 4 --train.epochs 1 --train.warmup-steps 5")
+PAIRS = split(
+    "--pairs.count 1472 --pairs.held-out 64 --pairs.shard-size 64 --pairs.batch-size 64 "
+    "--solve.steps 10"
+)
+DISTILL = split("--held-out 64 --train.epochs 4 --train.check-every 9 --train.log-every 5")
+
+
+def start(*args: str | Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ds", *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def seconds(*args: str | Path) -> float:
+    """Run a command to its end; return how long it took."""
+    begin = time.perf_counter()
+    process = start(*args)
+    _, err = process.communicate()
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, args))}: {err}")
+    return time.perf_counter() - begin
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return what a directory holds, without locks and times."""
+    return {f.name: _timeless(f) for f in sorted(folder.iterdir()) if f.name != ".lock"}
+
+
+def _timeless(file: Path) -> bytes:
+    if file.is_dir():
+        return b""
+    if file.name == "checkpoint.pt":  # equal content may be pickled in more than one way
+        import torch
+
+        return repr(_plain(torch.load(file, weights_only=True))).encode()
+    if file.suffix != ".jsonl":
+        return file.read_bytes()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return repr([{k: v for k, v in m.items() if k != "images_per_second"} for m in lines]).encode()
+
+
+def _plain(saved: Any) -> Any:
+    """Turn the tensors of a checkpoint into numbers, which print to the bit."""
+    if isinstance(saved, dict):
+        return {name: _plain(value) for name, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return [_plain(value) for value in saved]
+    return saved.tolist() if hasattr(saved, "tolist") else saved
+
+
+def store_state(folder: Path) -> str:
+    return f"{len(list(folder.glob('pairs/images-*.npy')))} shards written"
+
+
+def run_state(folder: Path) -> str:
+    metrics = folder / "student-run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return f"step {json.loads(lines[-1])['step']} noted" if lines else "nothing noted"
+
+
+def attack(
+    name: str, command: Callable[[Path], list], folders: list[str], state: Callable[[Path], str],
+    home: Path, kills: int, draw: random.Random,
+) -> bool:  # fmt: skip
+    """Kill one command so many times; say whether every end equals the uninterrupted one."""
+    whole, cut = home / f"{name}-whole", home / f"{name}-cut"
+    shortest = seconds(*command(whole), "--dry-run")
+    longest = seconds(*command(whole))
+    expected = {folder: files(whole / folder) for folder in folders}
+    print(f"{name}: {longest:.1f} s, of which {shortest:.1f} s to start", flush=True)
+    done, ends, equal = 0, 0, True
+    while done < kills or not ends:
+        shutil.rmtree(cut, ignore_errors=True)
+        finished = False
+        while not finished:
+            begin, fresh = time.perf_counter(), not cut.exists()
+            process = start(*command(cut))
+            moment = draw.uniform(0.9 * shortest, longest) if done < kills else None
+            try:
+                _, err = process.communicate(timeout=moment)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                done += 1
+                print(f"{name}: kill {done} after {moment:.2f} s, {state(cut)}", flush=True)
+                continue
+            if process.returncode:
+                print(f"{name}: could not go on: {err}", flush=True)
+                return False
+            finished = True
+            if fresh:  # the machine has become less busy than it was
+                longest = min(longest, time.perf_counter() - begin)
+        ends += 1
+        for folder in folders:
+            found = files(cut / folder)
+            for file in sorted(expected[folder].keys() | found.keys()):
+                if found.get(file) != expected[folder].get(file):
+                    print(f"{name}: {folder}/{file} differs", flush=True)
+                    equal = False
+    print(f"{name}: {done} kills, {ends} ends, {'equal' if equal else 'DIFFERENT'}", flush=True)
+    return equal
+
+
+def kill(kills: int, seed: int = 0) -> bool:
+    """Attack both commands; say whether nothing was lost."""
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        teacher = home / "teacher"
+        seconds("teach", "digits", "--out", teacher, *TEACH)
+        equal = attack(
+            "pairs",
+            lambda out: ["pairs", "digits", "--teacher", teacher, "--out", out / "pairs", *PAIRS],
+            ["pairs"], store_state, home, kills, draw,
+        )  # fmt: skip
+        store = home / "pairs-whole" / "pairs"
+        there = ["--teacher", teacher, "--store", store]
+        equal &= attack(
+            "distill",
+            lambda out: ["distill", "digits", *there, "--out", out / "student", *DISTILL],
+            ["student", "student-run", "student-run/samples"], run_state, home, kills, draw,
+        )  # fmt: skip
+    return equal
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="of each command")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    options = parser.parse_args()
+    sys.exit(0 if kill(options.kills, options.seed) else 1)

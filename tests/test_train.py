@@ -1,0 +1,516 @@
+"""The Trainer: it learns what it should, resumes to the bit, and loses nothing."""
+
+import contextlib
+import copy
+import json
+import math
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import ds
+from ds.analytic import Gaussian
+from ds.config import to_json
+from ds.data import Images, Pairs, digits
+from ds.files import Interrupted, locked
+from ds.images import save_png, tile, to_uint8
+from ds.methods import AbstractMethod, Denoising, DenoisingStudent
+from ds.nets import UNetConfig
+from ds.train import TrainConfig, Trainer
+
+DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
+TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(100))
+HELD_OUT = 256
+TINY = UNetConfig(
+    image_size=8, in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1,
+    attention_resolutions=(4,), norm_groups=4, dropout=0.2,
+)  # fmt: skip
+SHORT = TrainConfig(
+    batch_size=32, epochs=12 / 8, lr=1e-2, warmup_steps=0, ema_decay=0.5, log_every=3, check_every=4
+)
+
+
+class Affine(nn.Module):
+    """Two parameters: with x - net(x), the student is gain * x + shift."""
+
+    shape = DATA.shape
+
+    def __init__(self, gain: float = 0.0):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+        self.shift = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x, t):
+        return x - (self.gain * x + self.shift)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    return ds.generate_pairs(TEACHER, folder, 4096 + HELD_OUT, batch_size=1024)
+
+
+def affine() -> ds.Denoiser:
+    return ds.Denoiser(Affine(), ds.schedule.LinearBeta())
+
+
+def unet() -> ds.Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = TINY.build()
+        with torch.no_grad():
+            for w in net.parameters():
+                w.add_(0.05 * torch.randn_like(w))
+    return ds.Denoiser(net, ds.schedule.LinearBeta())
+
+
+def trainer(store, out, config=SHORT, *, init=None, method=None, rows=256, **options) -> Trainer:
+    """A run of 12 steps of 8 a epoch, unless the configuration says otherwise."""
+    source, held_out = Pairs(store, range(HELD_OUT, HELD_OUT + rows)), Pairs(store, range(64))
+    method = method or DenoisingStudent()
+    return Trainer(method, init or affine(), source, held_out, out, config, **options)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(run: Trainer) -> dict[str, torch.Tensor]:
+    """Everything that a run has learnt."""
+    return {
+        f"{kind} {name}": w
+        for kind, module in (("now", run.modules), ("ema", run.ema), ("best", run.best))
+        for name, w in module.state_dict().items()
+    }
+
+
+def assert_same_bits(a: Trainer, b: Trainer) -> None:
+    assert state(a).keys() == state(b).keys()
+    for name, w in state(a).items():
+        assert torch.equal(w, state(b)[name]), name
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Send the signal of Ctrl-C, in effect, while that step is taken."""
+    asked = iter(range(1, 10**9))
+
+    @contextlib.contextmanager
+    def signals():
+        yield lambda: next(asked) == step
+
+    monkeypatch.setattr("ds.train.deferred_signals", signals)
+
+
+# The bar with a closed form.
+
+
+def test_two_parameters_reach_the_floor_that_rounding_to_uint8_sets(store, tmp_path):
+    """DDIM on Gaussian data is an affine map, so the student can be exact.
+
+    What is left to the stored pairs is their rounding, 2 / 255 / sqrt(12) = 0.00226; to the teacher
+    itself, what averaging over 262,144 rounded elements leaves, about 0.00226 / 512 = 4e-6.
+    """
+    config = TrainConfig(
+        batch_size=256, epochs=40, lr=5e-3, warmup_steps=20, betas=(0.9, 0.999), decay="cosine",
+        ema_decay=0.98, check_every=160,
+    )  # fmt: skip
+    run = trainer(store, tmp_path, config, rows=4096)
+    student = ds.Student(run.fit(), run.method)
+    z = store.noise(range(HELD_OUT))
+    to_pairs = (student.sample(z) - store.targets(range(HELD_OUT))).square().mean().sqrt().item()
+    to_teacher = (student.sample(z) - TEACHER.sample(z)).double().square().mean().sqrt().item()
+    print(f"RMS to the stored pairs {to_pairs:.6f}, to the unquantised teacher {to_teacher:.2e}")
+    assert to_pairs == pytest.approx(2 / 255 / math.sqrt(12), rel=0.01)
+    assert to_teacher < 1e-5
+
+
+# Single parts.
+
+
+def test_the_student_starts_as_noise_minus_the_teachers_network(store, tmp_path):
+    init = unet()
+    run = trainer(store, tmp_path, init=init)
+    z = ds.noise(0, range(4), init.shape)
+    init.net.eval()
+    expected = z - init.net(z, torch.full((4,), 999))
+    for net in (run.modules["student"].eval(), run.ema, run.best):
+        assert torch.equal(run.method.sample(net, z), expected)
+
+
+def test_training_leaves_the_teacher_as_it_is(store, tmp_path):
+    init = unet()
+    before = copy.deepcopy(init.net.state_dict())
+    trainer(store, tmp_path, init=init).fit()
+    assert all(torch.equal(w, before[name]) for name, w in init.net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("none", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 11: 1.0}),
+        # half a cosine over the 8 steps after the warm-up of 4
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 6: (1 + math.sqrt(0.5)) / 2, 8: 0.5, 12: 0.0}),
+    ],
+)
+def test_the_learning_rate_rises_linearly_and_then_decays(store, tmp_path, decay, expected):
+    run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, decay=decay))
+    for step, share in expected.items():
+        run.step = step
+        assert run._lr() == pytest.approx(share * SHORT.lr)
+
+
+def test_the_first_adam_step_moves_by_the_learning_rate(store, tmp_path):
+    """The learning rate gets to the optimiser: Adam's first step is lr * sign(gradient)."""
+    run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, epochs=1 / 8))
+    run.fit()
+    moved = [p.item() for p in run.modules["student"].parameters()]
+    assert moved == pytest.approx([SHORT.lr / 4, SHORT.lr / 4], rel=1e-5)
+
+
+def test_the_average_is_its_closed_form(store, tmp_path, monkeypatch):
+    run = trainer(store, tmp_path)
+    weights, advance = [0.0], run._advance
+
+    def note():
+        advance()
+        weights.append(run.modules["student"].gain.item())
+
+    monkeypatch.setattr(run, "_advance", note)
+    run.fit()
+    d, k = SHORT.ema_decay, len(weights) - 1
+    expected = d**k * weights[0] + sum((1 - d) * d ** (k - i) * weights[i] for i in range(1, k + 1))
+    assert k == 12
+    assert run.ema.gain.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_average_is_float32_where_the_network_is_not(store, tmp_path):
+    init = affine()
+    init.net.to(torch.bfloat16)
+    run = trainer(store, tmp_path, init=init)
+    assert {p.dtype for p in run.ema.parameters()} == {torch.float32}
+
+
+def test_the_best_average_is_the_one_with_the_lowest_held_out_loss(store, tmp_path, monkeypatch):
+    """A learning rate far too high makes a later average worse than an earlier one."""
+    run = trainer(store, tmp_path, replace(SHORT, lr=0.1, epochs=4))
+    seen, check = [], run._check
+
+    def note():
+        check()
+        seen.append((lines(tmp_path)[-1]["held_out_loss"], copy.deepcopy(run.ema.state_dict())))
+
+    monkeypatch.setattr(run, "_check", note)
+    net = run.fit()
+    losses = [loss for loss, _ in seen]
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1, "the last average must not be the best for this test to say much"
+    assert all(torch.equal(w, seen[best][1][name]) for name, w in net.state_dict().items())
+    assert run.best_loss == min(losses)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_held_out_rows(store, tmp_path):
+    run = trainer(store, tmp_path, replace(SHORT, batch_size=48))  # 64 rows: a batch and a rest
+    run.fit()
+    z, x0 = store.noise(range(64)), store.targets(range(64))
+    expected = (run.method.sample(run.ema, z) - x0).square().mean().item()
+    assert lines(tmp_path)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_noted_loss_is_the_mean_since_the_last_note(store, tmp_path, monkeypatch):
+    run, losses = trainer(store, tmp_path), []
+    method = run.method
+
+    class Noting:
+        def __getattr__(self, name):
+            return getattr(method, name)
+
+        def loss(self, modules, batch, step):
+            out = method.loss(modules, batch, step)
+            if out.requires_grad:
+                losses.append(out.item())
+            return out
+
+    monkeypatch.setattr(run, "method", Noting())
+    run.fit()
+    noted = [line["loss"] for line in lines(tmp_path) if "loss" in line]
+    expected = [sum(losses[i : i + 3]) / 3 for i in range(0, 12, 3)]
+    assert noted == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(sheet, path, scale):
+        drawn.append(sheet)
+        save_png(sheet, path, scale=scale)
+
+    monkeypatch.setattr("ds.train.save_png", draw)
+    run = trainer(store, tmp_path)
+    run.fit()
+    made = run.method.sample(run.ema, ds.noise(SHORT.seed, range(64), DATA.shape))
+    assert torch.equal(drawn[-1], tile(to_uint8(made), columns=8))
+    sheets = sorted(f.name for f in (tmp_path / "samples").iterdir())
+    assert sheets == [f"step-{step:07d}.png" for step in (4, 8, 12)]
+
+
+def test_bfloat16_trains(store, tmp_path):
+    config = replace(SHORT, precision="bfloat16", epochs=4, lr=3e-3, ema_decay=0.8)
+    run = trainer(store, tmp_path, config, init=unet())
+    run.fit()
+    losses = [line["held_out_loss"] for line in lines(tmp_path) if "held_out_loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    assert {w.dtype for w in state(run).values()} == {torch.float32}
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("make", [affine, unet], ids=["affine", "unet with dropout"])
+@pytest.mark.parametrize("step", [4, 7])
+def test_a_run_interrupted_at_a_step_resumes_to_the_same_bits(
+    store, tmp_path, monkeypatch, make, step
+):
+    whole = trainer(store, tmp_path / "whole", init=make())
+    whole.fit()
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted, match=f"interrupted at step {step} of 12, which is saved"):
+            trainer(store, tmp_path / "cut", init=make()).fit()
+    resumed = trainer(store, tmp_path / "cut", init=make())
+    resumed.fit()
+    assert_same_bits(whole, resumed)
+    timeless = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(out)]
+        for out in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_dropout_is_on_while_training(store, tmp_path):
+    """Without it the resumption with dropout above would say nothing."""
+    run = trainer(store, tmp_path, init=unet())
+    batch = run.batches.at(0)
+    losses = {run.method.loss(run.modules, batch, 0).item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_steps_after_the_last_checkpoint_are_taken_again(store, tmp_path, monkeypatch):
+    """As after kill -9 at step 7: the last checkpoint is that of step 4, the last line is torn."""
+    whole = trainer(store, tmp_path / "whole")
+    whole.fit()
+    cut = trainer(store, tmp_path / "cut")
+    advance = cut._advance
+
+    def die_at_seven():
+        if cut.step == 7:
+            raise MemoryError
+        advance()
+
+    monkeypatch.setattr(cut, "_advance", die_at_seven)
+    with pytest.raises(MemoryError):
+        cut.fit()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = trainer(store, tmp_path / "cut")
+    resumed.fit()
+    assert_same_bits(whole, resumed)
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [3, 4, 6, 8, 9, 12, 12]
+
+
+def test_a_finished_run_is_not_trained_again(store, tmp_path, monkeypatch):
+    first = trainer(store, tmp_path)
+    first.fit()
+    again = trainer(store, tmp_path)
+    monkeypatch.setattr(again, "_advance", None)
+    again.fit()
+    assert_same_bits(first, again)
+
+
+def test_training_leaves_the_global_random_state_alone(store, tmp_path):
+    torch.manual_seed(123)
+    expected = torch.rand(4)
+    torch.manual_seed(123)
+    trainer(store, tmp_path, init=unet()).fit()
+    assert torch.equal(torch.rand(4), expected)
+
+
+# What is refused, and what is kept.
+
+
+class Exploding(DenoisingStudent):
+    """Not finite from step 6 on."""
+
+    def loss(self, modules, batch, step):
+        loss = super().loss(modules, batch, step)
+        return loss * (math.nan if step >= 6 and loss.requires_grad else 1)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(store, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is nan at step 9; the last checkpoint is"):
+        trainer(store, tmp_path, replace(SHORT, check_every=5), method=Exploding()).fit()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 5
+    assert all(w.isfinite().all() for w in saved["modules"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(store, tmp_path):
+    """A check can come between the step that went wrong and the line that would tell."""
+    with pytest.raises((RuntimeError, ValueError), match="not finite"):
+        config = replace(SHORT, check_every=4, log_every=1000)
+        trainer(store, tmp_path, config, method=Exploding()).fit()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": replace(SHORT, lr=2e-2)}, r"train\.lr: 0\.01, not 0\.02"),
+        ({"method": DenoisingStudent(loss_type="l1")}, r"method\.loss_type: l2, not l1"),
+        ({"init": ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())}, "init: "),
+        ({"rows": 320}, "source: "),
+    ],
+    ids=["configuration", "method", "initial weights", "rows"],
+)
+def test_a_directory_with_another_run_refuses_and_names_the_difference(
+    store, tmp_path, change, named
+):
+    trainer(store, tmp_path).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=rf"holds another run \({named}"):
+        trainer(store, tmp_path, **change).fit()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 not a checkpoint",
+        pickle.dumps(Bomb(), protocol=2),
+        pickle.dumps({"step": 3}, protocol=2),
+    ],
+    ids=["empty", "garbage", "code", "another pickle"],
+)
+def test_a_damaged_checkpoint_is_named_and_runs_no_code(store, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    trainer(store, tmp_path).fit()
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged"):
+        trainer(store, tmp_path).fit()
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("change", ["truncate", "other network", "no dictionary"])
+def test_a_checkpoint_of_something_else_is_named(store, tmp_path, change):
+    trainer(store, tmp_path).fit()
+    file = tmp_path / "checkpoint.pt"
+    if change == "truncate":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change == "other network":
+        saved = torch.load(file, weights_only=True)
+        torch.save({**saved, "modules": {"student.gain": torch.zeros(2)}}, file)
+    else:
+        torch.save([1, 2], file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged"):
+        trainer(store, tmp_path).fit()
+
+
+def test_a_method_for_pairs_refuses_images(store, tmp_path):
+    images = Images(digits()[0])
+    with pytest.raises(ValueError, match="DenoisingStudent needs pairs, the source has images"):
+        Trainer(DenoisingStudent(), affine(), images, images, tmp_path / "run", SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_for_images_refuses_pairs(store, tmp_path):
+    with pytest.raises(ValueError, match="Denoising needs images, the source has pairs"):
+        trainer(store, tmp_path, method=Denoising())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("epochs", 0), ("lr", -1e-3), ("log_every", 0), ("check_every", -1),
+     ("ema_decay", 1.0), ("lr", math.nan), ("warmup_steps", -1)],
+)  # fmt: skip
+def test_a_configuration_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"train.{name} must"):
+        replace(SHORT, **{name: value})
+
+
+def test_two_trainers_do_not_share_a_directory(store, tmp_path):
+    tmp_path.mkdir(exist_ok=True)
+    with locked(tmp_path), pytest.raises(RuntimeError, match="another process is writing here"):
+        trainer(store, tmp_path).fit()
+
+
+# The Trainer does not know what it trains.
+
+
+@dataclass(frozen=True)
+class Anchored(AbstractMethod):
+    """The student chases a slow copy of itself that only after_step moves, and a frozen teacher."""
+
+    feeds: ClassVar = "pairs"
+    speed: float = 0.25
+
+    def init(self, teacher):
+        student, target, frozen = (copy.deepcopy(teacher.net) for _ in range(3))
+        student.requires_grad_(True)
+        return nn.ModuleDict(
+            {
+                "student": student,
+                "target": target.requires_grad_(False),
+                "teacher": frozen.requires_grad_(False),
+            }
+        )
+
+    def loss(self, modules, batch, step):
+        z, t = batch["noise"], torch.zeros(len(batch["noise"]))
+        away = modules["student"](z, t) - (modules["target"](z, t) + modules["teacher"](z, t)) / 2
+        return (
+            away.square().mean() + (self.sample(modules["student"], z) - batch["x0"]).abs().mean()
+        )
+
+    def after_step(self, modules, step):
+        with torch.no_grad():
+            modules["target"].gain.lerp_(modules["student"].gain, self.speed)
+
+    def sample(self, net, z, nfe=1):
+        return z - net(z, torch.zeros(len(z)))
+
+
+def test_a_method_with_a_moving_target_and_a_frozen_teacher_trains_and_resumes(
+    store, tmp_path, monkeypatch
+):
+    whole = trainer(store, tmp_path / "whole", method=Anchored())
+    whole.fit()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Interrupted):
+            trainer(store, tmp_path / "cut", method=Anchored()).fit()
+    resumed = trainer(store, tmp_path / "cut", method=Anchored())
+    resumed.fit()
+    assert_same_bits(whole, resumed)
+    student, target, teacher = (whole.modules[n] for n in ("student", "target", "teacher"))
+    assert teacher.gain == 0
+    assert 0 < target.gain < student.gain
+    assert target.shift == 0
+
+
+def test_the_run_file_says_what_is_trained(store, tmp_path):
+    run = trainer(store, tmp_path)
+    run.fit()
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert saved["method"] == to_json(DenoisingStudent())
+    assert saved["train"] == to_json(SHORT)
+    assert saved["source"] == Pairs(store, range(HELD_OUT, HELD_OUT + 256)).fingerprint()
