@@ -1,0 +1,131 @@
+"""What this machine has: a report that always prints, whatever is missing or broken."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ds
+
+
+def report() -> dict[str, Any]:
+    """Probe the machine; a probe that fails reports why instead of its answer."""
+    return {name: _guarded(probe) for name, probe in _PROBES.items()}
+
+
+def text(found: dict[str, Any]) -> str:
+    """Lay a report out for people."""
+    lines = []
+    for name, value in found.items():
+        if name == "ops" and isinstance(value, list):
+            lines += ["", f"{'op':32}{'device':8}{'backend':12}status"]
+            lines += [_op_line(**row) for row in value]
+        else:
+            lines.append(f"{name:14}{value}")
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """Return the commit of the checkout that ds runs from, "unknown" where it is no checkout."""
+    root = Path(ds.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _op_line(op: str, device: str, backend: str, status: str, reason: str) -> str:
+    return f"{op:32}{device:8}{backend:12}{status}{f': {reason}' if reason else ''}"
+
+
+def _guarded(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except Exception as error:  # a report on a broken machine is when it is needed
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}, " + (
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    p = torch.cuda.get_device_properties(0)
+    return f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+
+
+def _dali() -> str:
+    found = [d for d in importlib.metadata.distributions() if _is_dali(d.metadata["Name"])]
+    return ", ".join(f"{d.metadata['Name']} {d.version}" for d in found) or (
+        "not installed: pip install 'denoising-student[dali]'"
+    )
+
+
+def _is_dali(name: str | None) -> bool:
+    return (name or "").startswith("nvidia-dali-cuda")
+
+
+def _apex() -> str:
+    """Tell NVIDIA's apex from the distribution of that name on PyPI without importing either."""
+    from importlib.util import find_spec
+
+    spec = find_spec("apex")
+    if spec is None:
+        return "not installed (optional; NVIDIA's, built from its source)"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+        return "another project of the same name, not NVIDIA's: pip uninstall apex"
+    return f"NVIDIA's, {_version('apex')}"
+
+
+def _extension() -> str:
+    from ds import ops
+
+    info = ops.build_info()
+    return f"built with {info['compiler']}, {info['flags']}" if info["built"] else info["reason"]
+
+
+def _ops() -> list[dict[str, str]]:
+    from ds import ops
+
+    return [row._asdict() for row in ops.table()]
+
+
+_PROBES: dict[str, Callable[[], Any]] = {
+    "version": lambda: ds.__version__,
+    "commit": commit,
+    "python": lambda: f"{sys.version.split()[0]} on {platform.platform()}",
+    "cpu": lambda: f"{os.cpu_count()} cores, {platform.machine()}",
+    "torch": _torch,
+    "gpu": _gpu,
+    "triton": lambda: _version("triton"),
+    "dali": _dali,
+    "apex": _apex,
+    "numpy": lambda: _version("numpy"),
+    "variables": lambda: {k: v for k, v in os.environ.items() if k.startswith("DS_")} or "none set",
+    "extension": _extension,
+    "ops": _ops,
+}

@@ -1,0 +1,239 @@
+"""How good are the images? Distances to real ones, and the error on held-out pairs."""
+
+import hashlib
+import math
+import time
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ds
+from ds import checkpoint
+from ds.data import Pairs, digits
+from ds.features import AbstractExtractor, Inception
+from ds.files import sha256, write_json
+from ds.images import Rounding
+from ds.metrics import (
+    frechet_distance,
+    frechet_distance_from_moments,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    r2,
+)
+from ds.ranks import from_first, gather, is_first, share
+from ds.sample import Sampler, Student, Teacher
+
+SECONDS = "seconds_per_1000_images"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Moments(NamedTuple):
+    """The mean [D] and covariance [D, D] of the features of a reference set, and their hash."""
+
+    mean: Tensor
+    covariance: Tensor
+    sha256: str
+
+
+def evaluate(
+    images_or_model: Tensor | Teacher | Student,
+    reference: Tensor | Moments,
+    extractor: AbstractExtractor,
+    *,
+    n: int = 4096,
+    seed: int = 1,
+    batch_size: int = 256,
+    rounding: Rounding = "round",
+    held_out: Pairs | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Compare generated images with real ones; return the figures and how they were obtained.
+
+    `images_or_model` is a model to draw n images from, with the noise of (seed, 0 .. n - 1), or
+    uint8 images [N, H, W, C]; `reference` is uint8 images, or the moments of their features, which
+    allow a Frechet distance and nothing else. With `held_out` pairs the model's images for their
+    noise are compared with the stored ones: "pair_rms" in units of [-1, 1] and "pair_r2". With
+    `out` the result is also written there as JSON. Processes that torchrun started share the work
+    and return the same figures.
+
+    The Frechet distance is called "fid" only on Inception features of 50,000 images or more, and
+    "frechet_distance" otherwise. Raises ValueError for images that are not uint8 or of another
+    size, for n below 2, and for held-out pairs without a model.
+    """
+    if out is not None:  # what cannot be written is better known before the work
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figures, protocol = {}, {"version": ds.__version__, "quantizer": rounding}
+    if isinstance(images_or_model, Tensor):
+        if held_out is not None:
+            raise ValueError("evaluate: held_out pairs need a model, not images it has drawn")
+        n, mine = len(images_or_model), images_or_model[_slice(len(images_or_model))]
+    else:
+        if n < 2:
+            raise ValueError(f"evaluate: n must be at least 2, not {n}")
+        sampler = Sampler(images_or_model, batch_size=batch_size)
+        # What is done once is not part of the speed, and a wrong reference is found at once.
+        _check_images(sampler(seed, range(min(n, batch_size))), reference)
+        start = time.perf_counter()
+        mine = sampler(seed, share(n), rounding=rounding)
+        figures[SECONDS] = (time.perf_counter() - start) / n * 1000
+        protocol |= {"nfe": images_or_model.nfe, "seed": seed, "batch_size": batch_size}
+        if held_out is not None:
+            figures |= _pair_error(sampler, held_out)
+            protocol["held_out"] = held_out.fingerprint()
+    _check_images(mine, reference)
+    made = gather(extractor(mine, batch_size=batch_size))
+    if isinstance(reference, Tensor):
+        real = gather(extractor(reference[_slice(len(reference))], batch_size=batch_size))
+        protocol["reference"] = {"n": len(reference), "sha256": _hash(reference)}
+    else:
+        real = reference
+        protocol["reference"] = {"moments": True, "sha256": reference.sha256}
+    figures |= from_first(lambda: _distances(made, real, extractor))
+    about = {"name": extractor.name, "sha256": extractor.sha256, "dim": made.shape[1]}
+    result = {**figures, "protocol": {**protocol, "n": n, "extractor": about}}
+    if out is not None and is_first():
+        write_json(Path(out), result)
+    return result
+
+
+def record(path: str | Path, model: Teacher | Student, result: dict[str, Any]) -> None:
+    """Put the figures of an evaluation into a model directory: metrics.json and its card."""
+    about = result["protocol"]
+    # How long it took says more about the machine than about the model.
+    figures = {k: f"{v:.4g}" for k, v in result.items() if k not in ("protocol", SECONDS)}
+    figures["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
+    noted = replace(model, provenance=model.provenance | figures)
+    checkpoint.annotate(path, noted.provenance, noted.card(Path(path).name))
+    write_json(Path(path) / "metrics.json", result)
+
+
+def _slice(n: int) -> slice:
+    mine = share(n)
+    return slice(mine.start, mine.stop)
+
+
+def _distances(
+    made: Tensor, real: Tensor | Moments, extractor: AbstractExtractor
+) -> dict[str, float]:
+    """Return what can be said about two sets of features."""
+    fid = extractor.name == Inception.name and len(made) >= 50_000
+    name = "fid" if fid else "frechet_distance"
+    if isinstance(real, Moments):
+        moments = (made.mean(0), made.T.cov(), real.mean, real.covariance)
+        figures = {name: frechet_distance_from_moments(*moments)}
+    else:
+        figures = {name: frechet_distance(made, real)}
+        figures["kernel_distance"] = kernel_distance(made, real)
+        figures |= precision_recall(real, made)._asdict()
+    logits = extractor.logits(made)
+    if logits is not None:
+        figures["inception_score"], figures["inception_score_std"] = inception_score(logits)
+    return figures
+
+
+def split_floor(
+    images: Tensor, extractor: AbstractExtractor, *, first: int, splits: int = 5
+) -> float:
+    """Return the Frechet distance of real images to real images, the mean over random splits.
+
+    `first` images are compared with the rest; no generator can be expected to do much better.
+    """
+    features = extractor(images)
+    total = 0.0
+    for seed in range(splits):
+        order = np.random.default_rng(seed).permutation(len(images))
+        total += frechet_distance(features[order[:first]], features[order[first:]])
+    return total / splits
+
+
+def read_reference(name: str) -> Tensor | Moments:
+    """Return a reference set: uint8 images [N, H, W, C], or the moments of its features.
+
+    `name` is "digits", a directory of image files of one size, an .npy or .npz of uint8 images (an
+    .npz holds one array, or one called "images"), or an .npz with "mu" and "sigma" as the FID codes
+    write it. Raises ValueError for anything else.
+    """
+    if name == "digits":
+        return digits()[0]
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        data = np.load(path, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            arrays = {"images": data}
+        else:
+            arrays = {key: data[key] for key in data.files}
+        if arrays.keys() >= {"mu", "sigma"}:
+            mean, covariance = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
+            if covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"sigma is {list(covariance.shape)}, mu {list(mean.shape)}")
+            return Moments(mean, covariance, sha256(path))
+        (array,) = [arrays["images"]] if "images" in arrays else arrays.values()
+        images = torch.from_numpy(array)
+        _check_images(images, images)
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{name}: no reference; give `digits`, a directory of images, an .npy or .npz of uint8 "
+            f"images, or an .npz with mu and sigma ({error})"
+        ) from None
+    return images
+
+
+def _read_folder(path: Path) -> Tensor:
+    """Return the images of a directory and those below it, in the order of their names."""
+    from PIL import Image
+
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"no {' or '.join(IMAGE_SUFFIXES)} file is there")
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            image = image if image.mode == "L" else image.convert("RGB")
+            pixels = torch.from_numpy(np.array(image))
+        images.append(pixels.reshape(*pixels.shape[:2], -1))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"{file.name} is {list(images[-1].shape)}, {files[0].name} is "
+                f"{list(images[0].shape)}; bring all to one size first"
+            )
+    return torch.stack(images)
+
+
+def _pair_error(sampler: Sampler, pairs: Pairs) -> dict[str, float]:
+    made, stored = [], []
+    for start in range(0, len(pairs), sampler.batch_size):
+        rows = range(start, min(start + sampler.batch_size, len(pairs)))
+        batch = pairs.batch(rows, rows)
+        made.append(sampler.model.sample(batch["noise"].to(sampler.device)).float().cpu())
+        stored.append(batch["x0"])
+    output, target = torch.cat(made), torch.cat(stored)
+    rms = math.sqrt((output - target).double().square().mean())
+    return {"pair_rms": rms, "pair_r2": r2(output, target)}
+
+
+def _check_images(images: Tensor, reference: Tensor | Moments) -> None:
+    if isinstance(reference, Moments):
+        reference = images
+    for what, x in (("images", images), ("reference", reference)):
+        if x.dtype != torch.uint8 or x.dim() != 4:
+            raise ValueError(
+                f"evaluate: {what} must be uint8 [N, H, W, C], not {x.dtype} {list(x.shape)}"
+            )
+    if images.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"evaluate: images are {list(images.shape[1:])}, the reference is "
+            f"{list(reference.shape[1:])}; bring them to one size first"
+        )
+
+
+def _hash(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()

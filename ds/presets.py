@@ -1,0 +1,152 @@
+"""Presets: the numbers of a dataset, one function each. A relative says only what differs.
+
+The paper's numbers are those of its 2021 code, `get_settings` and `create_dataset.py`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from ds import grids
+from ds.methods import Denoising, DenoisingStudent
+from ds.nets import UNetConfig
+from ds.pairs import Quantizer
+from ds.solvers import DDIM, AbstractSolver
+from ds.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where to compute."""
+
+    device: str = "auto"  # cuda where there is one, else cpu
+    threads: int = 0  # of the CPU; 0 leaves the choice to PyTorch
+
+    def use(self) -> torch.device:
+        """Set the number of threads of this process; return the device, ValueError if unusable."""
+        if self.threads > 0:
+            torch.set_num_threads(self.threads)
+        if self.device == "auto":
+            # Of the processes that torchrun starts, each has a GPU of its own.
+            gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            return gpu if torch.cuda.is_available() else torch.device("cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig:
+    """How the teacher is integrated."""
+
+    solver: Literal["ddim"] = "ddim"
+    grid: Literal["quadratic", "uniform"] = "quadratic"
+    steps: int = 100
+    top: int = 800  # the largest time of a quadratic grid
+
+    def build(self, num_steps: int) -> tuple[AbstractSolver, grids.Grid]:
+        """Return the solver and the grid for a schedule of num_steps."""
+        if self.grid == "uniform":
+            return DDIM(), grids.uniform(self.steps, num_steps=num_steps)
+        return DDIM(), grids.quadratic(self.steps, top=self.top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """How many pairs to train on, how many more to hold out, and in what form to keep them."""
+
+    count: int = 1_024_000
+    held_out: int = 51_200
+    seed: int = 0
+    batch_size: int = 512
+    shard_size: int = 16_384
+    quantizer: Quantizer = "round"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Everything a dataset's run needs; `teach` is there where the data ships with the library."""
+
+    net: UNetConfig
+    solve: SolveConfig
+    pairs: PairsConfig
+    method: DenoisingStudent
+    train: TrainConfig
+    denoising: Denoising = field(default_factory=Denoising)
+    teach: TrainConfig | None = None
+    machine: Machine = field(default_factory=Machine)
+
+
+def cifar10() -> Preset:
+    """CIFAR-10, 32 x 32. Paper, section 5."""
+    return Preset(
+        net=UNetConfig(),
+        solve=SolveConfig(),
+        pairs=PairsConfig(),
+        method=DenoisingStudent(loss_type="l1"),
+        train=TrainConfig(),
+    )
+
+
+def celeba() -> Preset:
+    """CelebA, 64 x 64."""
+    base = cifar10()
+    return replace(
+        base,
+        net=UNetConfig(image_size=64, channel_mult=(1, 2, 2, 2, 4)),
+        pairs=replace(base.pairs, held_out=10_240),
+        method=DenoisingStudent(loss_type="l2"),
+        train=replace(base.train, lr=5e-5, epochs=35),
+    )
+
+
+def lsun_bedroom() -> Preset:
+    """LSUN bedroom, 256 x 256."""
+    return Preset(
+        net=UNetConfig(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
+        solve=SolveConfig(grid="uniform", steps=50),
+        pairs=PairsConfig(held_out=2_560, batch_size=64, shard_size=2_048),
+        method=DenoisingStudent(loss_type="l2"),
+        train=TrainConfig(
+            batch_size=32, epochs=50, lr=5e-6, warmup_steps=1000, betas=(0.98, 0.999),
+            ema_decay=0.9995, check_every=6400,
+        ),
+    )  # fmt: skip
+
+
+def lsun_church() -> Preset:
+    """LSUN church, 256 x 256."""
+    base = lsun_bedroom()
+    return replace(base, train=replace(base.train, epochs=40))
+
+
+def digits() -> Preset:
+    """scikit-learn's scanned digits, 8 x 8: the whole chain in minutes on two CPU cores."""
+    train = TrainConfig(
+        batch_size=64, epochs=5, lr=2e-3, warmup_steps=50, betas=(0.9, 0.999), decay="cosine",
+        ema_decay=0.98, precision="bfloat16", check_every=250,
+    )  # fmt: skip
+    return Preset(
+        net=UNetConfig(
+            image_size=8, in_channels=1, channels=32, channel_mult=(1, 2), num_res_blocks=1,
+            attention_resolutions=(4,), norm_groups=8,
+        ),
+        solve=SolveConfig(steps=12),
+        pairs=PairsConfig(count=12_288, held_out=512, batch_size=512, shard_size=2_048),
+        method=DenoisingStudent(loss_type="l1"),
+        train=train,
+        teach=replace(
+            train, epochs=79, warmup_steps=100, decay="none", ema_decay=0.998, check_every=1000
+        ),
+        machine=Machine(threads=1),  # such small images are quicker done than shared out
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {
+    f.__name__: f for f in (digits, cifar10, celeba, lsun_bedroom, lsun_church)
+}

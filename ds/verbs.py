@@ -1,0 +1,383 @@
+"""What each verb of the command line does. A verb's options are the fields of its dataclass."""
+
+import contextlib
+import io
+import json
+import logging
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import ds
+from ds import checkpoint, doctor, export
+from ds.checkpoint import fingerprint
+from ds.config import to_json
+from ds.data import Images, Pairs, digits
+from ds.evaluation import evaluate, read_reference, record
+from ds.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.images import check_name, save
+from ds.load import load, load_teacher
+from ds.methods import Denoising, DenoisingStudent
+from ds.nets import UNetConfig
+from ds.nets.convert import to_diffusers
+from ds.pairs import PairStore, generate_pairs
+from ds.philox import noise
+from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
+from ds.ranks import is_first, joined
+from ds.sample import Sampler, Student, Teacher, great_circle
+from ds.train import TrainConfig, Trainer
+
+Model = Annotated[Path, tyro.conf.Positional]
+Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teach:
+    """Train a teacher on real images, to have one to distil."""
+
+    out: Path
+    net: UNetConfig
+    method: Denoising
+    train: TrainConfig
+    solve: SolveConfig
+    seed: int = 0  # of the first weights
+    machine: Here = field(default_factory=Machine)
+
+    @classmethod
+    def of(cls, name: str, p: Preset) -> "Teach":
+        if p.teach is None:
+            raise ValueError(
+                f"teach: no images of {name} come with the library; bring a trained teacher and "
+                f"start at `dstudent pairs {name} --teacher DIR`"
+            )
+        return cls(
+            out=_home(name) / "teacher", net=p.net, method=p.denoising, train=p.teach,
+            solve=p.solve, machine=p.machine,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        images, _ = digits()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            start = self.method.denoiser(self.net.build())
+        net = Trainer(
+            self.method, start, Images(images), Images(images, seed=1), _run_folder(self.out),
+            self.train, device=self.machine.use(), progress=_watched(),
+        ).fit()  # fmt: skip
+        solver, grid = self.solve.build(self.method.schedule.num_steps)
+        teacher = Teacher(self.method.denoiser(net), solver, grid)
+        teacher.save_pretrained(self.out, version=ds.__version__, commit=doctor.commit())
+        _say(f"teacher: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePairs:
+    """Run the teacher on noise and keep what it makes: the pairs a student learns from.
+
+    Interrupt it when you like, and run it again to go on. Several processes may share one store.
+    """
+
+    teacher: Path
+    out: Path
+    pairs: PairsConfig
+    solve: SolveConfig
+    verify: int = 0  # check the finished store: every hash, and this many pairs made again
+    machine: Here = field(default_factory=Machine)
+
+    @classmethod
+    def of(cls, name: str, p: Preset) -> "MakePairs":
+        home = _home(name)
+        return cls(
+            teacher=home / "teacher", out=home / "pairs", pairs=p.pairs, solve=p.solve,
+            machine=p.machine,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        teacher = load_teacher(self.teacher, device=self.machine.use())
+        solver, grid = self.solve.build(teacher.denoiser.schedule.num_steps)
+        teacher = replace(teacher, solver=solver, grid=grid)
+        p = self.pairs
+        for option, value in (("count", p.count), ("held_out", p.held_out)):
+            if value < 1:
+                raise ValueError(f"pairs.{option} must be at least 1, not {value}")
+        store = generate_pairs(
+            teacher, self.out, p.count + p.held_out, seed=p.seed, batch_size=p.batch_size,
+            shard_size=p.shard_size, quantizer=p.quantizer, progress=_watched(),
+        )  # fmt: skip
+        if self.verify:
+            store.verify(teacher, self.verify)
+        _say(f"pairs: {self.out}, {len(store):,} of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Train a student that makes in one network call what the teacher makes in many."""
+
+    teacher: Path
+    store: Path
+    out: Path
+    held_out: int
+    method: DenoisingStudent
+    train: TrainConfig
+    machine: Here = field(default_factory=Machine)
+
+    @classmethod
+    def of(cls, name: str, p: Preset) -> "Distill":
+        home = _home(name)
+        return cls(
+            teacher=home / "teacher", store=home / "pairs", out=home / "student",
+            held_out=p.pairs.held_out, method=p.method, train=p.train, machine=p.machine,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        teacher, store = load_teacher(self.teacher), PairStore(self.store)
+        if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
+            raise ValueError(
+                f"{self.store}: was made by another teacher than {self.teacher}; give that one"
+            )
+        trainer = Trainer(
+            self.method, teacher.denoiser, Pairs(store, range(self.held_out, len(store))),
+            Pairs(store, range(self.held_out)), _run_folder(self.out), self.train,
+            device=self.machine.use(), progress=_watched(),
+        )  # fmt: skip
+        student = Student(trainer.fit(), self.method)
+        student.save_pretrained(
+            self.out,
+            teacher_sha256=store.manifest["teacher"]["sha256"],
+            pairs_sha256=store.sha256,
+            pairs=len(store) - self.held_out,
+            teacher_nfe=len(store.manifest["grid"]),
+            steps=trainer.steps,
+            held_out_loss=trainer.best_loss,
+            version=ds.__version__,
+            commit=doctor.commit(),
+        )
+        _say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw images from a teacher or a student, or a path between two of them.
+
+    The name of `out` says what is written: a .png is one sheet, a .gif an animation, an .npy or
+    .npz an array, uint8 [N, H, W, C], and a name without a suffix a directory of PNGs.
+    """
+
+    model: Model
+    out: Path = Path("samples.png")
+    seed: int = 0
+    indices: str = "0-63"  # of the noise: numbers and ranges, such as 3,7,100-199
+    between: int = 0  # images on the way from each index to the next, along a great circle
+    scale: int = 0  # pixels of a picture for each of the image; 0 makes small images larger
+    batch_size: int = 256
+    machine: Here = field(default_factory=Machine)
+
+    def run(self) -> None:
+        indices = _indices(self.indices)
+        if self.between < 0:
+            raise ValueError(f"sample: between must be at least 0, not {self.between}")
+        if self.between and len(indices) < 2:
+            raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
+        check_name(self.out)
+        model = load(self.model, device=self.machine.use())
+        sampler = Sampler(model, batch_size=self.batch_size)
+        if self.between:
+            z = noise(self.seed, indices, model.shape)
+            images, columns = sampler.draw(great_circle(z, self.between)), self.between + 1
+        else:
+            images, columns = sampler(self.seed, indices), None
+        scale = self.scale or max(1, 64 // images.shape[1])
+        save(images, self.out, columns=columns, scale=scale)
+        _say(f"samples: {self.out}, {len(images)} images, {model.nfe} network calls each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a teacher or a student in another format.
+
+    SOURCE is anything that `dstudent sample` takes. A student can also become a torch.export
+    program (pt2) or an ONNX model; a teacher or a student a directory that diffusers loads.
+    """
+
+    source: Model
+    out: Annotated[Path, tyro.conf.Positional]
+    to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
+    image_size: int = 0  # for a file that does not tell it
+
+    def run(self) -> None:
+        size = {"image_size": self.image_size} if self.image_size else {}
+        model = load(self.source, **size)
+        if self.to == "ours":
+            model.save_pretrained(self.out)
+        elif self.to == "diffusers":
+            self._to_diffusers(model)
+        elif isinstance(model, Teacher):
+            raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
+        else:
+            {"pt2": export.to_program, "onnx": export.to_onnx}[self.to](model, self.out)
+        _say(f"{model.kind}: {self.out}")
+
+    def _to_diffusers(self, model: Teacher | Student) -> None:
+        if isinstance(model, Student):
+            raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
+        denoiser = model.denoiser
+        to_diffusers(
+            self.out, model.net.config, model.net.state_dict(), denoiser.schedule,
+            denoiser.prediction,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare a model's images with real ones; write the figures and the protocol as JSON."""
+
+    model: Model
+    reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
+    extractor: Literal["digits", "pixels", "inception"] = "digits"
+    inception_weights: Path | None = None
+    store: Path | None = None  # pairs whose first `held_out` the model is held against
+    held_out: int = 1024
+    count: int = 4096  # images to draw
+    seed: int = 1
+    batch_size: int = 256
+    out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
+    machine: Here = field(default_factory=Machine)
+
+    def run(self) -> None:
+        with joined():
+            self._run()
+
+    def _run(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"evaluate: count must be at least 2, not {self.count}")
+        device = self.machine.use()
+        model = load(self.model, device=device)
+        held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
+        result = evaluate(
+            model, read_reference(self.reference), self._extractor(device), n=self.count,
+            seed=self.seed, batch_size=self.batch_size, held_out=held_out,
+            out=self.out,
+        )  # fmt: skip
+        if is_first():
+            if self.out is None and checkpoint.is_ours(self.model):
+                record(self.model, model, result)
+            print(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
+
+    def _extractor(self, device: torch.device) -> AbstractExtractor:
+        if self.extractor == "inception":
+            if self.inception_weights is None:
+                raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
+            return Inception(self.inception_weights, device=device)
+        return Digits() if self.extractor == "digits" else Pixels()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Report what this machine has and which implementation of each operation runs here."""
+
+    json: bool = False  # for machines
+
+    def run(self) -> None:
+        report = doctor.report()
+        print(json.dumps(report, indent=2) if self.json else doctor.text(report))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Teach, make pairs, distil, sample and evaluate on scanned digits; write a report."""
+
+    out: Path = Path("runs/demo")
+
+    def run(self) -> None:
+        from ds.demo import demo
+
+        demo(self.out)
+
+
+PER_PRESET: dict[str, Any] = {"teach": Teach, "pairs": MakePairs, "distill": Distill}
+PLAIN: dict[str, Any] = {
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "convert": Convert,
+    "doctor": Doctor,
+    "demo": Demo,
+}
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Parse the options of a verb and do what it says. Errors are ValueErrors of one line."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ds").setLevel(logging.INFO)
+    dry = "--dry-run" in args
+    args = [arg for arg in args if arg != "--dry-run"]
+    if verb in PER_PRESET:
+        name, args = _preset_name(verb, args)
+        default = PER_PRESET[verb].of(name, PRESETS[name]())
+        task = _parse(PER_PRESET[verb], args, f"dstudent {verb} {name}", default=default)
+    else:
+        task = _parse(PLAIN[verb], args, f"dstudent {verb}")
+    if dry:
+        print(json.dumps(to_json(task), indent=2))
+    else:
+        task.run()
+
+
+def _preset_name(verb: str, args: list[str]) -> tuple[str, list[str]]:
+    known = ", ".join(PRESETS)
+    if args and args[0] in PRESETS:
+        return args[0], args[1:]
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"{verb}: no preset {args[0]!r}; the presets are {known}")
+    if {"-h", "--help"} & set(args):
+        return "digits", args
+    raise ValueError(f"{verb}: name a preset first: {known}")
+
+
+def _parse(task: Any, args: list[str], prog: str, **default: Any) -> Any:
+    """Read options into the dataclass; what tyro says about a mistake becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(task, prog=prog, args=args, **default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    boxed = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+    rules = (i for i, line in enumerate(boxed) if line.startswith(("─", "For full helptext")))
+    reason = " ".join(boxed[: next(rules, None)]) or said.getvalue()
+    raise ValueError(f"{reason} (see `{prog} --help`)")
+
+
+def _home(name: str) -> Path:
+    return Path("runs") / name
+
+
+def _indices(text: str) -> list[int]:
+    """Read numbers and ranges: "3,7,100-199" has 102 of them."""
+    indices: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"indices {text!r}: {part!r} is no number and no range such as 0-63")
+        indices += range(int(first), int(last or first) + 1)
+    if not indices:
+        raise ValueError(f"indices {text!r} are none")
+    return indices
+
+
+def _run_folder(out: Path) -> Path:
+    """Return where a run keeps its checkpoints and metrics, beside what it produces."""
+    return out.with_name(f"{out.name}-run")
+
+
+def _watched() -> bool:
+    """Say whether somebody looks at standard error, and so at a progress bar."""
+    return sys.stderr.isatty()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

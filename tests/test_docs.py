@@ -1,0 +1,78 @@
+"""Every code block of the documents runs: Python as it stands, commands as far as they parse."""
+
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds import presets, verbs
+from ds.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NEEDS_A_NETWORK = ("git clone", "cd ", "pip install")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+def pages_with(*languages: str) -> list[Path]:
+    return [page for page in PAGES if any(lang in languages for lang, _ in blocks(page))]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder that looks as `dstudent demo` leaves it, from a few steps of training."""
+    folder = tmp_path_factory.mktemp("docs")
+    p = presets.digits()
+    quick = replace(p.train, epochs=0.5, check_every=1000)
+    p = replace(
+        p, teach=quick, train=quick, pairs=replace(p.pairs, count=256, held_out=64), solve=p.solve
+    )
+    home = folder / "runs" / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        replace(verbs.Teach.of("digits", p), out=home / "teacher").run()
+        replace(verbs.MakePairs.of("digits", p), teacher=home / "teacher", out=home / "pairs").run()
+        replace(
+            verbs.Distill.of("digits", p), teacher=home / "teacher", store=home / "pairs",
+            out=home / "student",
+        ).run()  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda p: p.name)
+def test_the_python_of_a_page_runs(page, trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    names: dict = {"__name__": "page"}
+    for language, code in blocks(page):
+        if language == "python":
+            # dataclass looks its module up by name
+            exec(compile(code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=lambda p: p.name)
+def test_the_commands_of_a_page_exist(page, capsys):
+    for language, code in blocks(page):
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
+            command = line.partition(" #")[0].strip()
+            if not command or command.startswith(NEEDS_A_NETWORK):
+                continue
+            program, *args = shlex.split(command)
+            if program == "make":
+                subprocess.run(["make", "-n", *args], cwd=ROOT, check=True, capture_output=True)
+            else:
+                assert program == "dstudent", f"{page.name}: {command}"
+                assert main([*args, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

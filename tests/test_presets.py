@@ -1,0 +1,87 @@
+"""The numbers of the 2021 code, and what follows from them."""
+
+import pytest
+
+from ds import grids
+from ds.presets import PRESETS
+from ds.solvers import DDIM
+
+QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
+BETAS, LSUN_BETAS = (0.9, 0.98), (0.98, 0.999)
+COLUMNS = "loss, lr, warm-up, batch, betas, EMA, epochs, pairs, held out, grid"
+# fmt: off
+PAPER = {
+    "cifar10":      ("l1", 2e-4, 5000, 512, BETAS, 0.995, 25, 1_024_000, 51_200, QUADRATIC),
+    "celeba":       ("l2", 5e-5, 5000, 512, BETAS, 0.995, 35, 1_024_000, 10_240, QUADRATIC),
+    "lsun_bedroom": ("l2", 5e-6, 1000, 32, LSUN_BETAS, 0.9995, 50, 1_024_000, 2_560, UNIFORM),
+    "lsun_church":  ("l2", 5e-6, 1000, 32, LSUN_BETAS, 0.9995, 40, 1_024_000, 2_560, UNIFORM),
+}
+# fmt: on
+paper = pytest.mark.parametrize("name", PAPER)
+
+
+@pytest.mark.parametrize("column", range(10), ids=COLUMNS.split(", "))
+@paper
+def test_the_paper_s_numbers(name, column):
+    p = PRESETS[name]()
+    t, (_, grid) = p.train, p.solve.build(1000)
+    found = (
+        p.method.loss_type, t.lr, t.warmup_steps, t.batch_size, t.betas, t.ema_decay, t.epochs,
+        p.pairs.count, p.pairs.held_out, grid,
+    )  # fmt: skip
+    assert found[column] == PAPER[name][column]
+
+
+@paper
+def test_the_paper_s_optimiser_is_plain_adam_in_float32(name):
+    t = PRESETS[name]().train
+    assert (t.eps, t.decay, t.precision) == (1e-8, "none", "float32")
+
+
+@paper
+def test_the_paper_s_solver_is_ddim(name):
+    assert PRESETS[name]().solve.build(1000)[0] == DDIM()
+
+
+@paper
+def test_the_paper_s_student_is_asked_at_the_last_time(name):
+    assert PRESETS[name]().method.t == PRESETS[name]().denoising.schedule.num_steps - 1 == 999
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "total"),
+    [
+        ("cifar10", 2000, 50_000),
+        ("celeba", 2000, 70_000),
+        ("lsun_bedroom", 32_000, 1_600_000),
+        ("lsun_church", 32_000, 1_280_000),
+    ],
+)
+def test_an_epoch_has_the_paper_s_number_of_steps(name, steps, total):
+    p = PRESETS[name]()
+    per_epoch = p.pairs.count // p.train.batch_size
+    assert (per_epoch, per_epoch * p.train.epochs) == (steps, total)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("digits", (1, 8)),
+        ("cifar10", (3, 32)),
+        ("celeba", (3, 64)),
+        ("lsun_bedroom", (3, 256)),
+        ("lsun_church", (3, 256)),
+    ],
+)
+def test_images_have_the_size_of_the_dataset(name, shape):
+    net = PRESETS[name]().net
+    assert (net.in_channels, net.image_size) == shape
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_value(name):
+    assert PRESETS[name]() == PRESETS[name]() and hash(PRESETS[name]()) == hash(PRESETS[name]())
+
+
+def test_only_the_data_that_ships_can_be_taught():
+    assert [name for name, preset in PRESETS.items() if preset().teach] == ["digits"]
