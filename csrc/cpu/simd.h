@@ -60,11 +60,14 @@ template <class V>
 struct BitsOf {
   typedef uint32_t type __attribute__((vector_size(sizeof(V))));
   typedef uint64_t wide __attribute__((vector_size(2 * sizeof(V))));
+  typedef uint64_t longs __attribute__((vector_size(sizeof(V))));
 };
 template <class V>
 using Bits = typename BitsOf<V>::type;
 template <class V>
 using Wide = typename BitsOf<V>::wide;  // as many lanes, twice as wide
+template <class V>
+using Longs = typename BitsOf<V>::longs;  // half as many lanes, each of two
 
 template <class V>
 constexpr int64_t kLanes = sizeof(V) / sizeof(float);
@@ -80,6 +83,16 @@ INLINE float widen(bfloat16 value) {
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
+}
+
+// One value to its type in memory, rounded to nearest even; loops over it become vectors.
+INLINE void narrow(float value, float* to) { *to = value; }
+
+INLINE void narrow(float value, bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  to->bits = static_cast<uint16_t>((value == value ? rounded : 0x7fc00000u) >> 16);
 }
 
 template <class V>

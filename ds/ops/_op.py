@@ -1,14 +1,16 @@
 """An op: a schema, and a table of the backends that can compute it."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
+Kernel = Callable[..., Tensor | tuple[Tensor, ...] | None]
 DEVICES = ("cpu", "cuda")
 
 _library = torch.library.Library("ds", "DEF")
@@ -155,6 +157,14 @@ def table() -> list[Row]:
     A forced backend that is missing leaves its op without a row marked "chosen".
     """
     return [row for op in _ops for device in DEVICES for row in op.rows(device)]
+
+
+def triton_kernels(op: str) -> ModuleType:
+    """Import kernels/<op>.py, or raise ImportError with the reason."""
+    try:
+        return importlib.import_module(f"ds.kernels.{op}")
+    except ImportError as error:
+        raise ImportError(f"Triton does not load: {error} (pip install triton)") from error
 
 
 def _check_backend(name: str) -> None:

@@ -1,0 +1,95 @@
+"""uint8 images from the floats that networks see, and back. The two formulas are in this file only.
+
+level = round(clip(x, -1, 1) * 127.5 + 127.5)        x = level / 127.5 - 1
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ds.ops import _native
+from ds.ops._op import Op, Unsupported, triton_kernels
+
+Rounding = Literal["round", "floor"]
+
+
+def quantise(x: Tensor, rounding: Rounding = "round") -> Tensor:
+    """Convert floats [N, C, ...], clipped to [-1, 1], to uint8 [N, ..., C]; NaN becomes 0.
+
+    Computed in float32 (float64 for a float64 x). "round", to nearest even, is unbiased; "floor"
+    darkens by half a level.
+
+    Raises:
+        ValueError: another rounding, or x has no channels or is not floating.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"quantise: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
+        )
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"quantise: x must be floating point [N, C, ...], not {x.dtype} of shape "
+            f"{list(x.shape)}"
+        )
+    return torch.ops.ds.quantise(x, rounding == "floor")
+
+
+def dequantise(images: Tensor) -> Tensor:
+    """Convert uint8 [N, ..., C] to float32 in [-1, 1], [N, C, ...] in the same memory order."""
+    return images.movedim(-1, 1).float() / 127.5 - 1
+
+
+def reference(x: Tensor, floor: bool) -> Tensor:
+    """Round product and sum one by one, as the kernels do: all backends agree to the bit."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    levels = x.clamp(-1, 1) * 127.5 + 127.5
+    levels = levels.floor() if floor else levels.round()
+    return levels.nan_to_num(0).to(torch.uint8).movedim(1, -1).contiguous()
+
+
+def fake(x, floor):
+    return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8)
+
+
+_op = Op("quantise(Tensor x, bool floor) -> Tensor", reference, fake)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x, or a contiguous copy where it is neither contiguous nor channels_last."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
+
+
+@_op.backend("cpu", "cpu")
+def _():
+    kernel = _native.library().ds_quantise
+
+    def launch(x, floor):
+        narrow = x.dtype == torch.bfloat16
+        if not narrow and x.dtype != torch.float32:
+            raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
+        x = _dense(x)
+        levels = torch.empty((len(x), *x.shape[2:], x.shape[1]), dtype=torch.uint8)
+        images, channels, pixels = len(x), x.shape[1], x.shape[2:].numel()
+        error = kernel(
+            x.data_ptr(), levels.data_ptr(), images, channels, pixels,
+            floor, not x.is_contiguous(), narrow,
+        )  # fmt: skip
+        _native.check("quantise", error)
+        return levels
+
+    return launch
+
+
+@_op.backend("triton", "cuda")
+def _():
+    kernels = triton_kernels("quantise")
+
+    def launch(x, floor):
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise Unsupported(f"it takes x in float32, float16 or bfloat16, not {x.dtype}")
+        with torch.cuda.device_of(x):
+            return kernels.quantise(_dense(x), floor)
+
+    return launch

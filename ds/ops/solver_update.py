@@ -1,0 +1,142 @@
+"""A step of a solver that is linear in the outputs of the network: x <- a x + sum_i b_i h_i."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds.ops import _native
+from ds.ops._op import Op, Unsupported, triton_kernels
+
+
+def solver_update(
+    x: Tensor, terms: Sequence[Tensor], table: Tensor, step: Tensor, copy: Tensor | None = None
+) -> None:
+    """Replace x by a x + sum_i b_i terms[i], and write it to `copy`, rounded to the dtype of that.
+
+    One term, the predicted noise, makes a step of DDIM; multistep solvers have a term for each
+    network call that they remember. The coefficients (a, b_1, ...) are row `step` of table [steps,
+    1 + len(terms)]. `step` is one int32 or int64, read on the device, so that a CUDA graph of one
+    step can be replayed while the step counts; counting it up is the caller's. A step that the
+    table lacks makes x NaN.
+
+    The state x is float32 (or float64) and so is the sum; terms and copy have the shape of x and
+    any floating dtype. x and copy must not overlap the others. There is no gradient.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a gradient is asked for.
+    """
+    tensors = [x, *terms, *([] if copy is None else [copy])]
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"solver_update: x must be float32 or float64, not {x.dtype}")
+    if any(t.shape != x.shape or not t.is_floating_point() for t in tensors):
+        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[1:])
+        raise ValueError(
+            f"solver_update: terms and copy must be floating point {list(x.shape)}, as x, not "
+            f"{found}"
+        )
+    if table.dim() != 2 or table.shape[1] != 1 + len(terms) or not table.is_floating_point():
+        raise ValueError(
+            f"solver_update: table must be floating point [steps, {1 + len(terms)}], a column for "
+            f"x and for each term, not {table.dtype} {list(table.shape)}"
+        )
+    if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"solver_update: step must be one int32 or int64, not {step.dtype} {list(step.shape)}"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError("solver_update: it has no gradient; call it under torch.no_grad()")
+    torch.ops.ds.solver_update(x, list(terms), table, step, copy)
+
+
+def _row(table: Tensor, step: Tensor) -> Tensor:
+    """Return the coefficients of a step, or NaN, without waiting for a device to tell the step."""
+    step = step.reshape(1)
+    known = (step >= 0) & (step < len(table))
+    rows = torch.cat([table, table.new_full((1, table.shape[1]), torch.nan)])
+    return rows.index_select(0, step.where(known, len(table)))[0]
+
+
+def reference(
+    x: Tensor, terms: list[Tensor], table: Tensor, step: Tensor, copy: Tensor | None
+) -> None:
+    """Add one term after the other, in the dtype of x."""
+    a, *b = _row(table, step).to(x.dtype).unbind()
+    total = a * x
+    for coefficient, term in zip(b, terms, strict=True):
+        total += coefficient * term.to(x.dtype)
+    x.copy_(total)
+    if copy is not None:
+        copy.copy_(total)
+
+
+def fake(x, terms, table, step, copy):
+    return None
+
+
+_op = Op(
+    "solver_update(Tensor(a!) x, Tensor[] terms, Tensor table, Tensor step, Tensor(b!)? copy)"
+    " -> ()",
+    reference,
+    fake,
+)
+
+
+def _in_order_of(x: Tensor, other: Tensor) -> Tensor:
+    """Return the other tensor, or a copy of it with the strides of x."""
+    if other.stride() == x.stride():
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def _check_kernels_take(
+    dtypes: tuple[torch.dtype, ...],
+    x: Tensor,
+    terms: list[Tensor],
+    table: Tensor,
+    copy: Tensor | None,
+) -> None:
+    if x.dtype != torch.float32 or table.dtype != torch.float32:
+        raise Unsupported(f"it takes x and table in float32, not {x.dtype} and {table.dtype}")
+    others = [t.dtype for t in (*terms, *([] if copy is None else [copy]))]
+    if not set(others) <= set(dtypes):
+        raise Unsupported(f"it takes terms and copy in {dtypes}, not {others}")
+    dense = x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or (copy is not None and copy.stride() != x.stride()):
+        raise Unsupported("it takes x contiguous or channels_last, and copy with its strides")
+
+
+@_op.backend("cpu", "cpu")
+def _():
+    kernel = _native.library().ds_solver_update
+
+    def launch(x, terms, table, step, copy):
+        _check_kernels_take((torch.float32, torch.bfloat16), x, terms, table, copy)
+        terms = [_in_order_of(x, term) for term in terms]
+        row = _row(table, step)
+        count = len(terms)
+        error = kernel(
+            x.data_ptr(), None if copy is None else copy.data_ptr(),
+            (ctypes.c_void_p * count)(*(term.data_ptr() for term in terms)),
+            (ctypes.c_bool * count)(*(term.dtype == torch.bfloat16 for term in terms)),
+            row.data_ptr(), x.numel(), count, copy is not None and copy.dtype == torch.bfloat16,
+        )  # fmt: skip
+        _native.check("solver_update", error)
+
+    return launch
+
+
+@_op.backend("triton", "cuda")
+def _():
+    kernels = triton_kernels("solver_update")
+
+    def launch(x, terms, table, step, copy):
+        _check_kernels_take((torch.float32, torch.float16, torch.bfloat16), x, terms, table, copy)
+        terms = [_in_order_of(x, term) for term in terms]
+        with torch.cuda.device_of(x):
+            kernels.solver_update(x, terms, table.contiguous(), step, copy)
+
+    return launch
