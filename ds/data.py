@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds.images import to_float
+from ds import ops
 from ds.pairs import PairStore
-from ds.philox import noise
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +47,10 @@ class Pairs:
 
     def batch(self, rows: Sequence[int], draws: Sequence[int]) -> Batch:
         indices = torch.as_tensor(rows) * self.rows.step + self.rows.start
-        return {"x0": self.store.targets(indices), "noise": self.store.noise(indices)}
+        images = self.store.images(indices)
+        if images.dtype != torch.uint8:
+            return {"x0": self.store.targets(indices), "noise": self.store.noise(indices)}
+        return _prepared(images, indices, self.store.seed)
 
     def fingerprint(self) -> str:
         return f"{self.store.sha256} {self.rows}"
@@ -67,12 +69,16 @@ class Images:
         return len(self.images)
 
     def batch(self, rows: Sequence[int], draws: Sequence[int]) -> Batch:
-        x0 = to_float(self.images[torch.as_tensor(rows)])
-        return {"x0": x0, "noise": noise(self.seed, draws, x0.shape[1:])}
+        return _prepared(self.images[torch.as_tensor(rows)], torch.as_tensor(draws), self.seed)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy()).hexdigest()
         return f"{len(self)} images {digest}, seed {self.seed}"
+
+
+def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
+    x0, noise = ops.prepare_batch(images, indices, seed)
+    return {"x0": x0, "noise": noise}
 
 
 class Batches:

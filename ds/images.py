@@ -1,17 +1,17 @@
-"""uint8 images and the float tensors networks see, converted in this file only."""
+"""uint8 images, the float tensors networks see, and pictures."""
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ds import ops
 from ds.files import replacing, replacing_directory
+from ds.ops.quantise import Rounding
 
 SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
-Rounding = Literal["round", "floor"]
 
 
 def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -21,18 +21,12 @@ def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
     level and doubles the root-mean-square error, and exists for comparison with its data.
     Raises ValueError for another rounding.
     """
-    if rounding not in get_args(Rounding):
-        raise ValueError(
-            f"to_uint8: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
-        )
-    levels = x.clamp(-1, 1) * 127.5 + 127.5
-    levels = levels.round() if rounding == "round" else levels.floor()
-    return levels.to(torch.uint8).movedim(1, -1).contiguous()
+    return ops.quantise(x, rounding)
 
 
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 [N, H, W, C] to float32 in [-1, 1], [N, C, H, W] in channels_last memory."""
-    return images.movedim(-1, 1).float() / 127.5 - 1
+    return ops.dequantise(images)
 
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:

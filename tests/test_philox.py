@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds import noise
-from ds.philox import philox
+from ds import noise, ops
+from ds.ops.noise import philox
 
 words = st.integers(0, 2**64 - 1)
 PI_WORDS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -85,9 +85,10 @@ def test_the_normals_are_those_of_a_float64_box_muller(seed, indices, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_other_dtypes_are_the_float64_normals_rounded_once(dtype):
+def test_other_dtypes_of_the_reference_are_its_float64_normals_rounded_once(dtype):
     wide = noise(3, range(50), (7,), dtype=torch.float64)
-    assert torch.equal(noise(3, range(50), (7,), dtype=dtype), wide.to(dtype))
+    with ops.use_backend("reference"):
+        assert torch.equal(noise(3, range(50), (7,), dtype=dtype), wide.to(dtype))
 
 
 def test_float32_is_the_default():
