@@ -3,12 +3,14 @@
     python benchmarks/aot.py > benchmarks/results/aot.json
 
 The kernels are those that the launchers would launch for each GroupNorm of the paper's networks, in
-bfloat16: the networks and the launchers run on meta tensors, and the launches are noted, not done.
+bfloat16, and for the noise, batches, solver steps and levels of their images: the networks and the
+launchers run on meta tensors, and the launches are noted, not done.
 """
 
 import argparse
 import collections
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,11 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import presets
 from ds.kernels import group_norm_silu as kernels
+from ds.kernels import noise, prepare_batch, quantise, solver_update
 
 NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
 ARCHITECTURES = (80, 90)
 BATCH = 32
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
+    int: "i32", float: "fp32",
+}  # fmt: skip
 
 
 class GroupNorms(TorchDispatchMode):
@@ -75,18 +81,51 @@ def launches(
     yield from noted
 
 
+def image_shapes() -> list[tuple[int, int, int]]:
+    """Return channels, height and width of the images of the paper's networks."""
+    with torch.device("meta"):
+        return sorted({tuple(preset().net.build().shape) for preset in NETWORKS})
+
+
+def image_launches(*shape: int) -> Iterator[tuple[JITFunction, dict]]:
+    """Yield each kernel that makes noise, a batch, a solver's step or levels of images."""
+    noted = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        noted.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    size = math.prod(shape)
+    with mock.patch.object(JITFunction, "run", note), torch.device("meta"):
+        indices = torch.empty(BATCH, dtype=torch.int64)
+        noise.noise(indices, 0, size, torch.float32)
+        x = torch.empty(BATCH, *shape).contiguous(memory_format=torch.channels_last)
+        images = torch.empty(BATCH, *shape[1:], shape[0], dtype=torch.uint8)
+        prepare_batch.prepare_batch(images, indices, 0, x, x)
+        prepare_batch.prepare_batch(images, indices, 0, x.bfloat16(), x.bfloat16())
+        table, step = torch.empty(100, 2), torch.empty(1, dtype=torch.int64)
+        solver_update.solver_update(x, [x.bfloat16()], table, step, x.bfloat16())
+        quantise.quantise(x, False)
+        quantise.quantise(x.contiguous(), False)
+    yield from noted
+
+
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     """Specialize a kernel as its launch would: on the number 1, and on multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
+        if isinstance(value, tuple):
+            signature[parameter.name] = tuple(TYPES[tensor.dtype] for tensor in value)
+            attributes |= {(i, k): [["tt.divisibility", 16]] for k in range(len(value))}
+            continue
         tensor = isinstance(value, torch.Tensor)
         signature[parameter.name] = TYPES[value.dtype if tensor else type(value)]
-        if tensor or (isinstance(value, int) and value % 16 == 0):
+        if tensor or (special and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
@@ -94,20 +133,23 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
 def configurations() -> list[dict]:
     """Return the distinct things to compile: source, options, architecture, and who needs it."""
     found = {}
-    for shape in shapes():
-        for kernel, arguments in launches(*shape):
+    needs = [(shape, launches(*shape)) for shape in shapes()]
+    needs += [(shape, image_launches(*shape)) for shape in image_shapes()]
+    for shape, launched in needs:
+        for kernel, arguments in launched:
             src, warps = source(kernel, arguments), arguments.get("num_warps", 4)
             key = kernel.__name__, str(src.signature), str(src.constants), str(src.attrs), warps
-            found.setdefault(key, (src, warps, []))[2].append(shape)
+            options = {n: arguments[n] for n in ("enable_fp_fusion",) if n in arguments}
+            found.setdefault(key, (src, warps, options, []))[3].append(shape)
     return [
-        {"source": src, "warps": warps, "shapes": needed, "arch": arch}
-        for src, warps, needed in found.values()
+        {"source": src, "warps": warps, "options": options, "shapes": needed, "arch": arch}
+        for src, warps, options, needed in found.values()
         for arch in ARCHITECTURES
     ]
 
 
 def description(configuration: dict) -> dict:
-    """Name a configuration; a shape is [channels, pixels, groups, silu]."""
+    """Name a configuration; a shape is [channels, pixels, groups, silu], or that of an image."""
     src = configuration["source"]
     names = [parameter.name for parameter in src.fn.params]
     return {
@@ -127,7 +169,7 @@ def figures(configuration: dict) -> dict:
     compiled = triton.compile(
         configuration["source"],
         target=GPUTarget("cuda", configuration["arch"], 32),
-        options={"num_warps": configuration["warps"]},
+        options={"num_warps": configuration["warps"]} | configuration["options"],
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

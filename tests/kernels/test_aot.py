@@ -18,6 +18,14 @@ REPORT = ROOT / "benchmarks" / "results" / "aot.json"
 # Backward at 32 x 32 pixels a program has room for one group of 12 channels, and groups start on
 # multiples of 24 bytes.
 NARROW = {"PIXELS": 1024, "PER_GROUP": 12, "GROUPS": 1}
+# Loads and stores of 128 bits of the kernels that take tensors element by element, at least: 8
+# elements a thread, 16 in quantise, which reads planes one element at a time.
+WIDE = {
+    "noise_kernel": (0, 2),
+    "prepare_batch_kernel": (0, 1),
+    "quantise_kernel": (0, 1),
+    "solver_update_kernel": (3, 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,9 @@ def check(row: dict) -> None:
     assert row["stack"] == row["spills"] == 0, row
     assert row["shared"] <= (227 if row["arch"] == "sm_90" else 163) * 1024, row
     assert row["registers"] * row["warps"] * 32 <= 65536, row
+    loads, stores = WIDE.get(row["kernel"], (0, 0))
+    assert row["loads"].get("128", 0) >= loads, row
+    assert row["stores"].get("128", 0) >= stores, row
     if "BLOCK_P" not in constants:
         return
     vector = 64 if NARROW.items() <= constants.items() else 128
