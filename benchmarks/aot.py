@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import presets
 from ds.kernels import group_norm_silu as kernels
-from ds.kernels import noise, prepare_batch, quantise, solver_update
+from ds.kernels import noise, prepare_batch, quantize, solver_update
 
 NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
 ARCHITECTURES = (80, 90)
@@ -104,8 +104,8 @@ def image_launches(*shape: int) -> Iterator[tuple[JITFunction, dict]]:
         prepare_batch.prepare_batch(images, indices, 0, x.bfloat16(), x.bfloat16())
         table, step = torch.empty(100, 2), torch.empty(1, dtype=torch.int64)
         solver_update.solver_update(x, [x.bfloat16()], table, step, x.bfloat16())
-        quantise.quantise(x, False)
-        quantise.quantise(x.contiguous(), False)
+        quantize.quantize(x, False)
+        quantize.quantize(x.contiguous(), False)
     yield from noted
 
 

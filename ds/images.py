@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds import ops
 from ds.files import replacing, replacing_directory
-from ds.ops.quantise import Rounding
+from ds.ops.quantize import Rounding
 
 SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
 
@@ -21,12 +21,12 @@ def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
     level and doubles the root-mean-square error, and exists for comparison with its data.
     Raises ValueError for another rounding.
     """
-    return ops.quantise(x, rounding)
+    return ops.quantize(x, rounding)
 
 
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 [N, H, W, C] to float32 in [-1, 1], [N, C, H, W] in channels_last memory."""
-    return ops.dequantise(images)
+    return ops.dequantize(images)
 
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:

@@ -124,7 +124,7 @@ def test_two_parameters_reach_the_floor_that_rounding_to_uint8_sets(store, tmp_p
     z = store.noise(range(HELD_OUT))
     to_pairs = (student.sample(z) - store.targets(range(HELD_OUT))).square().mean().sqrt().item()
     to_teacher = (student.sample(z) - TEACHER.sample(z)).double().square().mean().sqrt().item()
-    print(f"RMS to the stored pairs {to_pairs:.6f}, to the unquantised teacher {to_teacher:.2e}")
+    print(f"RMS to the stored pairs {to_pairs:.6f}, to the unquantized teacher {to_teacher:.2e}")
     assert to_pairs == pytest.approx(2 / 255 / math.sqrt(12), rel=0.01)
     assert to_teacher < 1e-5
 

@@ -6,19 +6,19 @@ from ds.ops.attention import attention
 from ds.ops.group_norm_silu import group_norm, group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
-from ds.ops.quantise import dequantise, quantise
+from ds.ops.quantize import dequantize, quantize
 from ds.ops.solver_update import solver_update
 
 __all__ = [
     "Row",
     "attention",
     "build_info",
-    "dequantise",
+    "dequantize",
     "group_norm",
     "group_norm_silu",
     "noise",
     "prepare_batch",
-    "quantise",
+    "quantize",
     "solver_update",
     "table",
     "use_backend",

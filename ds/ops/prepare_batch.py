@@ -6,7 +6,7 @@ from torch import Tensor
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported, triton_kernels
 from ds.ops.noise import check_indices, signed
-from ds.ops.quantise import dequantise
+from ds.ops.quantize import dequantize
 
 
 def prepare_batch(
@@ -42,7 +42,7 @@ def reference(
     """Convert the images and draw the noise, one after the other."""
     x0, noise = fake(images, indices, seed, dtype)
     drawn = torch.ops.ds.noise(indices, seed, x0.shape[1:].numel(), dtype)
-    return x0.copy_(dequantise(images)), noise.copy_(drawn.view(x0.shape))
+    return x0.copy_(dequantize(images)), noise.copy_(drawn.view(x0.shape))
 
 
 def fake(images, indices, seed, dtype):

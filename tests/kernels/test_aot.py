@@ -19,11 +19,11 @@ REPORT = ROOT / "benchmarks" / "results" / "aot.json"
 # multiples of 24 bytes.
 NARROW = {"PIXELS": 1024, "PER_GROUP": 12, "GROUPS": 1}
 # Loads and stores of 128 bits of the kernels that take tensors element by element, at least: 8
-# elements a thread, 16 in quantise, which reads planes one element at a time.
+# elements a thread, 16 in quantize, which reads planes one element at a time.
 WIDE = {
     "noise_kernel": (0, 2),
     "prepare_batch_kernel": (0, 1),
-    "quantise_kernel": (0, 1),
+    "quantize_kernel": (0, 1),
     "solver_update_kernel": (3, 3),
 }
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of quantise: the formula to the bit."""
+"""The Triton kernel of quantize: the formula to the bit."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import quantise as kernels
-from ds.ops.quantise import _op
+from ds.kernels import quantize as kernels
+from ds.ops.quantize import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
-from tests.ops.test_quantise import ROUNDINGS, border, formula, values
+from tests.ops.test_quantize import ROUNDINGS, border, formula, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 both_roundings = pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -64,7 +64,7 @@ def test_every_level_is_written_by_its_own_program():
     expected = formula(x, "round")
     levels = (255 - expected).contiguous().to(DEVICE)
     before = levels.cpu().flatten()
-    kernels._quantise_kernel[(2,)](
+    kernels._quantize_kernel[(2,)](
         x.to(DEVICE), levels, 189, 63, 3, PLANES=3, FLOOR=False, BLOCK=64
     )
     assert torch.equal(levels.cpu().flatten()[:128], expected.flatten()[:128])
@@ -80,4 +80,4 @@ def test_what_it_does_not_take_it_leaves_to_others():
 @pytest.mark.gpu
 def test_the_op_runs_it_on_a_gpu():
     x = values((2, 3, 7, 9), torch.float32)
-    assert torch.equal(ops.quantise(x.cuda()).cpu(), formula(x, "round"))
+    assert torch.equal(ops.quantize(x.cuda()).cpu(), formula(x, "round"))

@@ -18,7 +18,7 @@ BLOCK = 2048  # elements of a program
 
 
 @triton.jit
-def _quantise_kernel(
+def _quantize_kernel(
     x_ptr, levels_ptr, size, pixels, tiles,
     PLANES: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -34,14 +34,14 @@ def _quantise_kernel(
     tl.store(levels_ptr + image + offset, value.to(tl.uint8), mask=inside)
 
 
-def quantise(x: Tensor, floor: bool) -> Tensor:
+def quantize(x: Tensor, floor: bool) -> Tensor:
     """Return uint8 [N, ..., C] of x [N, C, ...]."""
     images, channels, *spatial = x.shape
     levels = torch.empty((images, *spatial, channels), dtype=torch.uint8, device=x.device)
     if levels.numel():
         size, pixels = x[0].numel(), x[0, 0].numel()
         tiles = triton.cdiv(size, BLOCK)
-        _quantise_kernel[(images * tiles,)](
+        _quantize_kernel[(images * tiles,)](
             x, levels, size, pixels, tiles,
             PLANES=channels if x.is_contiguous() else 1, FLOOR=floor, BLOCK=BLOCK,
             enable_fp_fusion=False,

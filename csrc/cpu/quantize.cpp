@@ -91,7 +91,7 @@ RangeFunction kernel_for(bool bfloat16_data, bool floor) {
 // x is [images, pixels, channels] (channels_last) or [images, channels, pixels], contiguous,
 // float32 or bfloat16; levels [images, pixels, channels]. Returns 0, or the error code of the
 // thread pool.
-EXPORT int ds_quantise(const void* x, uint8_t* levels, int64_t images, int64_t channels,
+EXPORT int ds_quantize(const void* x, uint8_t* levels, int64_t images, int64_t channels,
                        int64_t pixels, bool floor, bool channels_last, bool bfloat16_data) {
   const int64_t size = images * channels * pixels, tiles = (pixels + kTile - 1) / kTile;
   Call call{x, levels, size, channels, pixels, tiles};

@@ -14,7 +14,7 @@ from ds.ops._op import Op, Unsupported, triton_kernels
 Rounding = Literal["round", "floor"]
 
 
-def quantise(x: Tensor, rounding: Rounding = "round") -> Tensor:
+def quantize(x: Tensor, rounding: Rounding = "round") -> Tensor:
     """Convert floats [N, C, ...], clipped to [-1, 1], to uint8 [N, ..., C]; NaN becomes 0.
 
     Computed in float32 (float64 for a float64 x). "round", to nearest even, is unbiased; "floor"
@@ -25,17 +25,17 @@ def quantise(x: Tensor, rounding: Rounding = "round") -> Tensor:
     """
     if rounding not in get_args(Rounding):
         raise ValueError(
-            f"quantise: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
+            f"quantize: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
         )
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
-            f"quantise: x must be floating point [N, C, ...], not {x.dtype} of shape "
+            f"quantize: x must be floating point [N, C, ...], not {x.dtype} of shape "
             f"{list(x.shape)}"
         )
-    return torch.ops.ds.quantise(x, rounding == "floor")
+    return torch.ops.ds.quantize(x, rounding == "floor")
 
 
-def dequantise(images: Tensor) -> Tensor:
+def dequantize(images: Tensor) -> Tensor:
     """Convert uint8 [N, ..., C] to float32 in [-1, 1], [N, C, ...] in the same memory order."""
     return images.movedim(-1, 1).float() / 127.5 - 1
 
@@ -52,7 +52,7 @@ def fake(x, floor):
     return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8)
 
 
-_op = Op("quantise(Tensor x, bool floor) -> Tensor", reference, fake)
+_op = Op("quantize(Tensor x, bool floor) -> Tensor", reference, fake)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _dense(x: Tensor) -> Tensor:
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_quantise
+    kernel = _native.library().ds_quantize
 
     def launch(x, floor):
         narrow = x.dtype == torch.bfloat16
@@ -76,7 +76,7 @@ def _():
             x.data_ptr(), levels.data_ptr(), images, channels, pixels,
             floor, not x.is_contiguous(), narrow,
         )  # fmt: skip
-        _native.check("quantise", error)
+        _native.check("quantize", error)
         return levels
 
     return launch
@@ -84,12 +84,12 @@ def _():
 
 @_op.backend("triton", "cuda")
 def _():
-    kernels = triton_kernels("quantise")
+    kernels = triton_kernels("quantize")
 
     def launch(x, floor):
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise Unsupported(f"it takes x in float32, float16 or bfloat16, not {x.dtype}")
         with torch.cuda.device_of(x):
-            return kernels.quantise(_dense(x), floor)
+            return kernels.quantize(_dense(x), floor)
 
     return launch

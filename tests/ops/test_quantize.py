@@ -1,4 +1,4 @@
-"""quantise and dequantise: the formulas to the bit, for every backend, data type and layout."""
+"""quantize and dequantize: the formulas to the bit, for every backend, data type and layout."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_levels_at_their_borders(backend, dtype, rounding):
     wide = torch.promote_types(dtype, torch.float32)
     x = border(dtype if dtype != torch.float16 else torch.float32).to(dtype)
     with ds.ops.use_backend(backend):
-        levels = ds.ops.quantise(x, rounding)
+        levels = ds.ops.quantize(x, rounding)
     assert torch.equal(levels, formula(x.to(wide), rounding))
 
 
@@ -59,7 +59,7 @@ def test_every_instruction_set_gives_the_same_levels(backend, rounding, instruct
     for layout in (torch.contiguous_format, LAST):
         laid = x.contiguous(memory_format=layout)
         with ds.ops.use_backend(backend):
-            assert torch.equal(ds.ops.quantise(laid, rounding), formula(x, rounding))
+            assert torch.equal(ds.ops.quantize(laid, rounding), formula(x, rounding))
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +83,7 @@ def test_any_shape_and_strides(backend, shape, dtype, view, rounding):
         "transposed": lambda: x[:, :channels].transpose(2, 3),
     }[view]()
     with ds.ops.use_backend(backend):
-        levels = ds.ops.quantise(x, rounding)
+        levels = ds.ops.quantize(x, rounding)
     assert levels.is_contiguous()
     assert torch.equal(levels, formula(x, rounding))
 
@@ -95,7 +95,7 @@ def test_what_lies_outside_is_clipped_and_nan_is_zero(backend, dtype, rounding):
     x = torch.tensor(bad, dtype=dtype).view(1, 1, -1)
     zero = 128 if rounding == "round" else 127
     with ds.ops.use_backend(backend):
-        levels = ds.ops.quantise(x, rounding).flatten().tolist()
+        levels = ds.ops.quantize(x, rounding).flatten().tolist()
     assert levels == [0, 0, 255, 0, 255, 0, zero, 255, 0]
 
 
@@ -109,7 +109,7 @@ def test_bits_depend_on_neither_repetition_nor_threads(backend):
             for layout in (torch.contiguous_format, LAST):
                 laid = x.contiguous(memory_format=layout)
                 with ds.ops.use_backend(backend):
-                    assert torch.equal(ds.ops.quantise(laid), formula(x, "round"))
+                    assert torch.equal(ds.ops.quantize(laid), formula(x, "round"))
     finally:
         torch.set_num_threads(threads)
 
@@ -128,7 +128,7 @@ def test_every_level_is_written_and_nothing_else(backend, monkeypatch):
 
         monkeypatch.setattr(torch, "empty", within)
         with ds.ops.use_backend(backend):
-            levels = ds.ops.quantise(x)
+            levels = ds.ops.quantize(x)
         monkeypatch.undo()
         assert torch.equal(levels, formula(x, "round"))
         for memory in kept:
@@ -137,17 +137,17 @@ def test_every_level_is_written_and_nothing_else(backend, monkeypatch):
 
 def test_every_level_survives_the_round_trip_in_every_shape():
     images = torch.arange(256, dtype=torch.uint8).view(2, 16, 4, 2)
-    x = ds.ops.dequantise(images)
+    x = ds.ops.dequantize(images)
     assert x.shape == (2, 2, 16, 4) and x.is_contiguous(memory_format=LAST)
     assert torch.equal(x.double(), (images.movedim(-1, 1).float() / 127.5 - 1).double())
-    assert torch.equal(ds.ops.quantise(x), images)
+    assert torch.equal(ds.ops.quantize(x), images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     with ds.ops.use_backend(backend):
         for x in (values((2, 3, 5, 4), torch.float32), values((2, 3), torch.bfloat16)):
-            torch.library.opcheck(torch.ops.ds.quantise.default, (x, False))
+            torch.library.opcheck(torch.ops.ds.quantize.default, (x, False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -155,17 +155,17 @@ def test_compiles_without_graph_breaks(backend):
     x = values((2, 3, 5, 4), torch.float32)
     with ds.ops.use_backend(backend):
         compiled = torch.compile(
-            lambda x: ds.ops.quantise(x / 2, "floor"), fullgraph=True, backend="aot_eager"
+            lambda x: ds.ops.quantize(x / 2, "floor"), fullgraph=True, backend="aot_eager"
         )
         assert torch.equal(compiled(x), formula(x / 2, "floor"))
 
 
 def test_errors_name_what_does_not_fit():
     with pytest.raises(
-        ValueError, match="quantise: rounding must be one of round, floor, not 'up'"
+        ValueError, match="quantize: rounding must be one of round, floor, not 'up'"
     ):
-        ds.ops.quantise(torch.zeros(1, 1), "up")
-    with pytest.raises(ValueError, match=r"quantise: x must be floating point \[N, C, ...\]"):
-        ds.ops.quantise(torch.zeros(1, 1, dtype=torch.int64))
+        ds.ops.quantize(torch.zeros(1, 1), "up")
+    with pytest.raises(ValueError, match=r"quantize: x must be floating point \[N, C, ...\]"):
+        ds.ops.quantize(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"not torch.float32 of shape \[3\]"):
-        ds.ops.quantise(torch.zeros(3))
+        ds.ops.quantize(torch.zeros(3))
