@@ -57,6 +57,7 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
         {
             torch.ops.ds.group_norm_silu.default: _group_norm_silu,
             torch.ops.ds.attention.default: F.scaled_dot_product_attention,
+            torch.ops.ds.attention_residual.default: _attention_residual,
         }
     )
 
@@ -67,3 +68,8 @@ def _group_norm_silu(x, weight, bias, groups, eps, silu):
         x, weight, bias, images, channels, height * width, groups, eps
     )
     return F.silu(y) if silu else y, mean, rstd
+
+
+def _attention_residual(q, k, v, weight, bias, residual):
+    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return (heads + bias if weight is None else F.linear(heads, weight, bias)) + residual

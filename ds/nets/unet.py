@@ -214,10 +214,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # [N, C, H, W] -> [N, 1, HW, C]: one head; a view of channels_last memory
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = ops.attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(h)
+        q, k, v = (pixels(f(h))[:, None] for f in (self.q, self.k, self.v))  # one head
+        y = ops.attention_residual(
+            q, k, v, self.proj_out.weight.flatten(1), self.proj_out.bias, pixels(x)
+        )
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """View [N, C, H, W] in channels_last memory as [N, H * W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class GroupNorm(nn.Module):

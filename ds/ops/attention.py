@@ -1,10 +1,11 @@
-"""Scaled dot-product attention: softmax(q k^T / sqrt(D)) v."""
+"""Scaled dot-product attention, softmax(q k^T / sqrt(D)) v, alone and with what follows it."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds.ops._op import Op, Unsupported
 
@@ -19,15 +20,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
+    _check("attention", q, k, v)
+    return torch.ops.ds.attention(q, k, v)
+
+
+def attention_residual(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor, residual: Tensor
+) -> Tensor:
+    """Attend, project the heads of each query together, and add: a whole residual branch.
+
+    q, k and v are [N, heads, T, D]; weight is [C, heads * D], or None for heads that are added
+    as they are, with C = heads * D; bias is [C], residual and the result are [N, T, C]. All are of
+    one dtype but weight and bias, which may be of any other.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    _check("attention_residual", q, k, v)
+    images, heads, tokens, width = q.shape
+    channels = heads * width if weight is None else weight.shape[0]
+    shapes = {
+        "weight": (weight, [channels, heads * width]),
+        "bias": (bias, [channels]),
+        "residual": (residual, [images, tokens, channels]),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            found = list(tensor.shape)
+            raise ValueError(f"attention_residual: {name} must be {shape}, not of shape {found}")
+    if residual.dtype != q.dtype:
+        raise ValueError(
+            f"attention_residual: residual must be {q.dtype} as q, k and v, not {residual.dtype}"
+        )
+    return torch.ops.ds.attention_residual(q, k, v, weight, bias, residual)
+
+
+def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or q.shape[3] < 1:
-        raise ValueError(f"attention: q must be [N, heads, T, D], not of shape {list(q.shape)}")
+        raise ValueError(f"{name}: q must be [N, heads, T, D], not of shape {list(q.shape)}")
     if not q.shape == k.shape == v.shape:
         shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        raise ValueError(f"attention: q, k and v must have one shape, not {shapes}")
+        raise ValueError(f"{name}: q, k and v must have one shape, not {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         dtypes = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise ValueError(f"attention: q, k and v must have one floating dtype, not {dtypes}")
-    return torch.ops.ds.attention(q, k, v)
+        raise ValueError(f"{name}: q, k and v must have one floating dtype, not {dtypes}")
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,24 +73,113 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
 
 
-# Both backends are made of differentiable PyTorch functions: the op needs no gradient of its own.
-_op = Op("attention(Tensor q, Tensor k, Tensor v) -> Tensor", reference)
+# The backends of both ops are made of differentiable PyTorch functions, or leave what needs a
+# gradient to the next one: the ops need no gradient of their own.
+op = Op("attention(Tensor q, Tensor k, Tensor v) -> Tensor", reference)
 
 
-@_op.backend("sdpa", "cuda")
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# PyTorch's own order has flash first, and cuDNN's kernels are faster where they take the arguments:
+# on a GPU of 2022 or later, up to D = 128 and, in newer versions, 256. Beyond that flash takes up
+# to 256, and neither takes float32.
+_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@op.backend("sdpa", "cuda")
 def _():
-    return F.scaled_dot_product_attention
+    def launch(q, k, v):
+        with sdpa_kernel(_PRIORITY, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return launch
 
 
 # On CPUs PyTorch 2.13 answers a query that holds a NaN with zeros where no key does. In
 # self-attention a NaN of a pixel is in its key as well and so reaches every query.
-@_op.backend("sdpa", "cpu")
+@op.backend("sdpa", "cpu")
 def _():
     def launch(q, k, v):
         # Its bfloat16 backward took 9.4 ms where the reference took 1.1, at [128, 1, 16, 64] on
         # one Sapphire Rapids core with PyTorch 2.13, November 2026; its forward is the faster one.
-        if q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad:
+        if q.dtype == torch.bfloat16 and _needs_gradient(q):
             raise Unsupported("it does not take bfloat16 with a gradient")
         return F.scaled_dot_product_attention(q, k, v)
+
+    return launch
+
+
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor bias, Tensor residual) -> Tensor"
+)
+
+
+def reference_residual(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor, residual: Tensor
+) -> Tensor:
+    """Compute in float32, or in float64 for float64 inputs."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads = reference(q.to(wide), k.to(wide), v.to(wide))
+    return _with_residual(heads, weight, bias, residual.to(wide)).to(residual.dtype)
+
+
+def _with_residual(heads: Tensor, weight: Tensor | None, bias: Tensor, residual: Tensor) -> Tensor:
+    """Do what follows attention, in the dtype of the heads."""
+    together = heads.transpose(1, 2).flatten(2)  # [N, heads, T, D] -> [N, T, heads * D]
+    bias = bias.to(heads.dtype)
+    if weight is None:
+        return together + bias + residual
+    return F.linear(together, weight.to(heads.dtype), bias) + residual
+
+
+residual_op = Op("attention_residual" + _ARGUMENTS, reference_residual)
+
+
+@residual_op.backend("triton", "cuda")
+def _():
+    kernels = _kernels()
+
+    def launch(q, k, v, weight, bias, residual):
+        if _needs_gradient(q, k, v, weight, bias, residual):
+            raise Unsupported("it has no gradient")
+        if reason := kernels.refusal(q, weight):
+            raise Unsupported(reason)
+        weight = None if weight is None else weight.to(q.dtype)
+        return torch.ops.ds.attention_residual_triton(q, k, v, weight, bias, residual)
+
+    return launch
+
+
+def _kernels():
+    try:
+        from ds.kernels import attention
+    except ImportError as error:
+        raise ImportError(f"Triton does not load: {error} (pip install triton)") from error
+    return attention
+
+
+# The compiler sees through the op to what its backends call, and takes this call as it is.
+@torch.library.custom_op("ds::attention_residual_triton", mutates_args=(), schema=_ARGUMENTS)
+def _triton(q, k, v, weight, bias, residual):
+    with torch.cuda.device_of(q):
+        return _kernels().attention_residual(q, k, v, weight, bias, residual)
+
+
+@_triton.register_fake
+def _(q, k, v, weight, bias, residual):
+    return residual.new_empty(residual.shape)
+
+
+@residual_op.backend("sdpa", "cpu", "cuda")
+def _():
+    def launch(q, k, v, weight, bias, residual):
+        return _with_residual(torch.ops.ds.attention(q, k, v), weight, bias, residual)
 
     return launch

@@ -1,15 +1,17 @@
-"""attention against float64, for every backend and data type."""
+"""attention and attention_residual against float64, for every backend and data type."""
 
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ds.ops
+from ds.ops.attention import op
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 backends = pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -24,6 +26,22 @@ def inputs(shape, dtype, seed=0) -> list[Tensor]:
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def residual_inputs(shape, dtype, seed=0) -> list[Tensor | None]:
+    """For shape N, heads, T, D and C: q, k, v, weight, bias and residual; C = 0 is no weight."""
+    images, heads, tokens, width, channels = shape
+    q, k, v = inputs(shape[:4], dtype, seed)
+    weight = inputs((channels, heads * width), dtype, seed + 1)[0] / math.sqrt(heads * width)
+    channels = channels or heads * width
+    bias = inputs((channels,), dtype, seed + 2)[0]
+    residual = inputs((images, tokens, channels), dtype, seed + 3)[0]
+    return [q, k, v, weight if len(weight) else None, bias, residual]
+
+
+def plain_residual(q, k, v, weight, bias, residual) -> Tensor:
+    heads = plain(q, k, v).transpose(1, 2).flatten(2)
+    return residual + (heads + bias if weight is None else F.linear(heads, weight, bias))
 
 
 def assert_as_exact(actual: Tensor, baseline: Tensor, exact: Tensor, factor: float) -> None:
@@ -149,3 +167,97 @@ def test_errors_name_what_does_not_fit():
         ds.ops.attention(q, k[:, :, 1:], v)
     with pytest.raises(ValueError, match="one floating dtype"):
         ds.ops.attention(q, k.double(), v)
+
+
+def test_on_a_gpu_cudnn_comes_first_and_the_callers_order_comes_back():
+    """The choice is that of a GPU; a CPU runs it too, with what it has."""
+    order = torch._C._get_sdp_priority_order
+    before, seen = order(), []
+    launch, values = op._load("cuda", "sdpa"), inputs((1, 2, 5, 4), torch.float32)
+
+    def note(*args):
+        seen.append(order())
+        return attend(*args)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        attend = F.scaled_dot_product_attention
+        monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+        y = launch(*values)
+    cudnn, flash, efficient, math_ = (
+        int(getattr(torch.nn.attention.SDPBackend, name))
+        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    )
+    assert seen[0][:4] == [cudnn, flash, efficient, math_]
+    assert order() == before
+    assert_as_exact(y, plain(*values), plain(*(v.double() for v in values)), factor=2)
+
+
+def test_the_order_for_a_gpu_breaks_no_graph(monkeypatch):
+    launch, values = op._load("cuda", "sdpa"), inputs((1, 2, 5, 4), torch.float32)
+    monkeypatch.setitem(op._chains, ("cpu", None), [("sdpa", launch)])
+    compiled = torch.compile(ds.ops.attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*values), plain(*values))
+
+
+every_residual = pytest.mark.parametrize("shape", [(2, 3, 9, 4, 5), (2, 3, 9, 4, 0)], ids=str)
+
+
+@every_residual
+@pytest.mark.parametrize("backend", ["reference", "default"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_residual_and_its_gradients_are_as_exact_as_plain_pytorch(shape, backend, dtype):
+    values = residual_inputs(shape, dtype)
+    grad = inputs(values[-1].shape, dtype, seed=4)[0]
+
+    def run(function, dtype):
+        leaves = [x if x is None else x.detach().to(dtype).requires_grad_() for x in values]
+        y = function(*leaves)
+        return [
+            y.detach(),
+            *torch.autograd.grad(y, [x for x in leaves if x is not None], grad.to(dtype)),
+        ]
+
+    forced = ds.ops.use_backend(backend) if backend != "default" else nullcontext()
+    with forced:
+        actual = run(ds.ops.attention_residual, dtype)
+    results = zip(
+        actual, run(plain_residual, dtype), run(plain_residual, torch.float64), strict=True
+    )
+    for i, (a, baseline, exact) in enumerate(results):
+        assert_as_exact(a, baseline, exact, factor=3 if i else 2)
+
+
+@every_residual
+def test_residual_opcheck_and_compile(shape):
+    leaves = [x if x is None else x.requires_grad_() for x in residual_inputs(shape, torch.float32)]
+    wanted = [x for x in leaves if x is not None]
+    torch.library.opcheck(torch.ops.ds.attention_residual.default, tuple(leaves))
+    loss = lambda *args: ds.ops.attention_residual(*args).square().sum()  # noqa: E731
+    expected = torch.autograd.grad(loss(*leaves), wanted)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*leaves), wanted)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_residual_takes_parameters_of_another_dtype_as_under_autocast():
+    *rest, weight, bias, residual = residual_inputs((2, 1, 17, 8, 8), torch.bfloat16)
+    y = ds.ops.attention_residual(*rest, weight.float(), bias.float(), residual)
+    assert torch.equal(y, ds.ops.attention_residual(*rest, weight, bias, residual))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ds.ops.attention_residual(*rest, weight.float(), bias.float(), residual)
+    assert y.dtype == torch.bfloat16
+
+
+def test_residual_errors_name_what_does_not_fit():
+    q, k, v, weight, bias, residual = residual_inputs((1, 2, 5, 4, 8), torch.float32)
+    with pytest.raises(ValueError, match="attention_residual: q, k and v must have one shape"):
+        ds.ops.attention_residual(q, k[:, :, 1:], v, weight, bias, residual)
+    with pytest.raises(ValueError, match=r"weight must be \[8, 8\], not of shape \[8, 7\]"):
+        ds.ops.attention_residual(q, k, v, weight[:, 1:], bias, residual)
+    with pytest.raises(ValueError, match=r"bias must be \[8\], not of shape \[7\]"):
+        ds.ops.attention_residual(q, k, v, weight, bias[1:], residual)
+    with pytest.raises(ValueError, match=r"residual must be \[1, 5, 8\], not of shape \[1, 4, 8\]"):
+        ds.ops.attention_residual(q, k, v, None, bias, residual[:, 1:])
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 .* not torch.float64"):
+        ds.ops.attention_residual(q, k, v, weight, bias, residual.double())
