@@ -1,6 +1,7 @@
 """Networks: weights and wiring; the arithmetic lives in ds.ops."""
 
 from ds.nets.base import AbstractNetConfig
+from ds.nets.fold import fold_attention
 from ds.nets.unet import UNet, UNetConfig
 
-__all__ = ["AbstractNetConfig", "UNet", "UNetConfig"]
+__all__ = ["AbstractNetConfig", "UNet", "UNetConfig", "fold_attention"]
