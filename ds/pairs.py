@@ -40,7 +40,7 @@ from ds.files import (
 )
 from ds.images import to_float, to_uint8
 from ds.philox import noise
-from ds.sample import Sampler, Teacher
+from ds.sample import Sampler, Teacher, seconds_per_call
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -183,11 +183,8 @@ def _estimate(plan: "_Plan", sampler: Sampler, pairs: int) -> str:
     teacher = sampler.model
     indices = plan.indices(0)[: sampler.batch_size]
     z = noise(0, indices, teacher.shape, device=sampler.device)
-    for _ in range(2):
-        start = time.perf_counter()
-        with torch.no_grad():
-            teacher.denoiser(z, teacher.grid[0]).x0.sum().item()
-    seconds = (time.perf_counter() - start) * teacher.nfe * pairs / len(indices)
+    seconds = seconds_per_call(teacher.denoiser, z, teacher.grid[0]) * teacher.nfe
+    seconds *= pairs / len(indices)
     return (
         f"{plan.path}: {pairs:,} pairs to make, {_size(pairs * plan.bytes_per_pair)}, "
         f"{teacher.nfe} network calls each, about {_duration(seconds)}"

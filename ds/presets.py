@@ -14,7 +14,8 @@ from ds import grids
 from ds.methods import Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.pairs import Quantizer
-from ds.solvers import DDIM, AbstractSolver
+from ds.schedule import AbstractSchedule
+from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
 from ds.train import TrainConfig
 
 
@@ -44,16 +45,35 @@ class Machine:
 class SolveConfig:
     """How the teacher is integrated."""
 
-    solver: Literal["ddim"] = "ddim"
-    grid: Literal["quadratic", "uniform"] = "quadratic"
+    solver: Literal[
+        "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc"
+    ] = "ddim"  # fmt: skip
+    grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: int = 100
-    top: int = 800  # the largest time of a quadratic grid
+    top: int = 800  # the largest time of a grid; a uniform one has its own
 
-    def build(self, num_steps: int) -> tuple[AbstractSolver, grids.Grid]:
-        """Return the solver and the grid for a schedule of num_steps."""
+    def build(self, schedule: AbstractSchedule) -> tuple[AbstractSolver, grids.Grid]:
+        """Return the solver and the grid for a schedule; ValueError for a grid it cannot have."""
+        return SOLVERS[self.solver], self._grid(schedule)
+
+    def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
-            return DDIM(), grids.uniform(self.steps, num_steps=num_steps)
-        return DDIM(), grids.quadratic(self.steps, top=self.top)
+            return grids.uniform(self.steps, num_steps=schedule.num_steps)
+        if self.grid == "quadratic":
+            return grids.quadratic(self.steps, top=self.top)
+        grid = {"log_snr": grids.log_snr, "karras": grids.karras}[self.grid]
+        return grid(self.steps, schedule, top=self.top)
+
+
+SOLVERS: dict[str, AbstractSolver] = {
+    "ddim": DDIM(),
+    "heun": Heun(),
+    "dpmpp_2m": DPMSolverPP(order=2),
+    "dpmpp_3m": DPMSolverPP(order=3),
+    "dpmpp_2s": DPMSolverPPSinglestep(order=2),
+    "dpmpp_3s": DPMSolverPPSinglestep(order=3),
+    "unipc": UniPC(p=2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Draw samples: a teacher's loop, a student's single call, and batches of either."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -31,6 +32,15 @@ def integrate(
     for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
         x, state = solver.step(denoiser, x, t, s, state)
     return x
+
+
+@torch.no_grad()
+def seconds_per_call(denoiser: Denoiser, x: Tensor, t: int) -> float:
+    """Time a network call on x [N, *shape] at time t, after a first one that warms up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        denoiser(x, t).x0.sum().item()  # waits for the device
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +75,7 @@ class Teacher:
     @property
     def nfe(self) -> int:
         """Network calls a sample costs."""
-        return len(self.grid) * self.solver.nfe_per_step
+        return self.solver.nfe(self.grid)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, *, progress: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ DATA (-1) stands for the data itself, alpha = 1 and sigma = 0. Tables are float6
 a frozen value without tensors, so it hashes, compares and prints.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,11 @@ class AbstractSchedule(ABC):
         """
         self.check(t)
         return _pairs(self)[t] if t != DATA else (1.0, 0.0)
+
+    def lam(self, t: int) -> float:
+        """Return log(alpha / sigma) at index t, half the log-SNR: rising towards the data."""
+        alpha, sigma = self.at(t)
+        return math.log(alpha / sigma)
 
     def gather(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at the indices t [N], shaped to multiply `like` [N, ...].

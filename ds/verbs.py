@@ -15,7 +15,7 @@ import tyro
 import ds
 from ds import checkpoint, doctor, export
 from ds.checkpoint import fingerprint
-from ds.config import to_json
+from ds.config import from_json, to_json
 from ds.data import Images, Pairs, digits
 from ds.evaluation import evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
@@ -68,7 +68,7 @@ class Teach:
             self.method, start, Images(images), Images(images, seed=1), _run_folder(self.out),
             self.train, device=self.machine.use(), progress=_watched(),
         ).fit()  # fmt: skip
-        solver, grid = self.solve.build(self.method.schedule.num_steps)
+        solver, grid = self.solve.build(self.method.schedule)
         teacher = Teacher(self.method.denoiser(net), solver, grid)
         teacher.save_pretrained(self.out, version=ds.__version__, commit=doctor.commit())
         _say(f"teacher: {self.out}")
@@ -98,7 +98,7 @@ class MakePairs:
 
     def run(self) -> None:
         teacher = load_teacher(self.teacher, device=self.machine.use())
-        solver, grid = self.solve.build(teacher.denoiser.schedule.num_steps)
+        solver, grid = self.solve.build(teacher.denoiser.schedule)
         teacher = replace(teacher, solver=solver, grid=grid)
         p = self.pairs
         for option, value in (("count", p.count), ("held_out", p.held_out)):
@@ -150,7 +150,7 @@ class Distill:
             teacher_sha256=store.manifest["teacher"]["sha256"],
             pairs_sha256=store.sha256,
             pairs=len(store) - self.held_out,
-            teacher_nfe=len(store.manifest["grid"]),
+            teacher_nfe=from_json(store.manifest["solver"]).nfe(store.manifest["grid"]),
             steps=trainer.steps,
             held_out_loss=trainer.best_loss,
             version=ds.__version__,

@@ -150,6 +150,15 @@ def test_a_second_chain_reuses_what_is_there(home, monkeypatch):
     assert stable() == before
 
 
+def test_another_solver_makes_pairs_and_its_calls_are_counted(home):
+    solver = ("--solve.solver", "heun", "--solve.grid", "log_snr")
+    assert main(pairs_of(*solver)) == 0
+    assert ds.PairStore("new").manifest["solver"] == {"type": "ds.solvers.heun.Heun"}
+    assert main([*distill_of("--store", "new", "--out", "other")]) == 0
+    about = json.loads(Path("other/config.json").read_text())["provenance"]
+    assert about["teacher_nfe"] == 9
+
+
 # Help and dry runs.
 
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds import analytic, grids, noise
 from ds.sample import integrate
+from ds.schedule import LinearBeta
 from ds.solvers import DDIM
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
@@ -70,3 +72,55 @@ def test_uniform_names_an_impossible_count(n):
 def test_quadratic_names_an_impossible_count_or_top(n, top):
     with pytest.raises(ValueError, match=f"not n = {n} and top = {top}"):
         grids.quadratic(n, top=top)
+
+
+EVEN = pytest.mark.parametrize("grid", [grids.log_snr, grids.karras])
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(2, 300), top=st.integers(1, 999))
+def test_grids_even_in_noise_fall_from_top_to_0_without_repeats(n, top):
+    for grid in (grids.log_snr, grids.karras):
+        times = grid(n, LinearBeta(), top=top)
+        assert times[0] == top and times[-1] == 0 and len(times) <= n
+        assert all(type(t) is int for t in times)
+        assert list(times) == sorted(set(times), reverse=True)
+
+
+@EVEN
+def test_grids_even_in_noise_list_a_time_once_when_asked_for_too_many(grid):
+    assert len(grid(24, LinearBeta(), top=800)) == 24
+    assert 60 < len(grid(100, LinearBeta(), top=800)) < 100
+    assert grid(10_000, LinearBeta(5)) == (4, 3, 2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "flag"),
+    [(grids.karras, "use_karras_sigmas"), (grids.log_snr, "use_exponential_sigmas")],
+)
+@pytest.mark.parametrize("n", [10, 24])
+def test_grids_even_in_noise_have_the_times_of_diffusers(grid, flag, n):
+    peer = DPMSolverMultistepScheduler(**{flag: True})
+    peer.set_timesteps(n)
+    times = peer.timesteps.double()
+    # its table of sigmas is float32, and it may round a half the other way
+    ours = torch.tensor(grid(n, LinearBeta()), dtype=torch.float64)
+    assert (ours - times).abs().max() <= 1
+
+
+@EVEN
+@pytest.mark.parametrize(("n", "top"), [(1, 800), (0, 800), (10, 0), (10, -1)])
+def test_grids_even_in_noise_name_an_impossible_count_or_top(grid, n, top):
+    with pytest.raises(ValueError, match=f"not n = {n} and top = {top}"):
+        grid(n, LinearBeta(), top=top)
+
+
+@EVEN
+def test_grids_even_in_noise_name_a_top_the_schedule_lacks(grid):
+    with pytest.raises(ValueError, match="t = 1000 does not exist"):
+        grid(10, LinearBeta(), top=1000)
+
+
+def test_karras_names_an_impossible_rho():
+    with pytest.raises(ValueError, match="rho must be positive, not 0"):
+        grids.karras(10, LinearBeta(), rho=0)

@@ -15,8 +15,8 @@ ROOT = Path(ds.__file__).parent
 ROWS = [
     ["kernels"],
     ["ops"],
-    ["config", "files", "grids", "metrics", "philox", "ranks", "schedule"],
-    ["images", "nets"],
+    ["config", "files", "metrics", "philox", "ranks", "schedule"],
+    ["grids", "images", "nets"],
     ["denoiser"],
     ["checkpoint", "solvers"],
     ["sample"],

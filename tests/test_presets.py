@@ -4,6 +4,7 @@ import pytest
 
 from ds import grids
 from ds.presets import PRESETS
+from ds.schedule import LinearBeta
 from ds.solvers import DDIM
 
 QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
@@ -24,7 +25,7 @@ paper = pytest.mark.parametrize("name", PAPER)
 @paper
 def test_the_paper_s_numbers(name, column):
     p = PRESETS[name]()
-    t, (_, grid) = p.train, p.solve.build(1000)
+    t, (_, grid) = p.train, p.solve.build(LinearBeta())
     found = (
         p.method.loss_type, t.lr, t.warmup_steps, t.batch_size, t.betas, t.ema_decay, t.epochs,
         p.pairs.count, p.pairs.held_out, grid,
@@ -40,7 +41,7 @@ def test_the_paper_s_optimiser_is_plain_adam_in_float32(name):
 
 @paper
 def test_the_paper_s_solver_is_ddim(name):
-    assert PRESETS[name]().solve.build(1000)[0] == DDIM()
+    assert PRESETS[name]().solve.build(LinearBeta())[0] == DDIM()
 
 
 @paper

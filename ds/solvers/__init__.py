@@ -2,5 +2,8 @@
 
 from ds.solvers.base import AbstractSolver
 from ds.solvers.ddim import DDIM
+from ds.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
+from ds.solvers.heun import Heun
+from ds.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "AbstractSolver"]
+__all__ = ["DDIM", "AbstractSolver", "DPMSolverPP", "DPMSolverPPSinglestep", "Heun", "UniPC"]

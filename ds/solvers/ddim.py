@@ -17,7 +17,6 @@ class DDIM(AbstractSolver):
     """
 
     order: ClassVar[int] = 1
-    nfe_per_step: ClassVar[int] = 1
 
     def step(
         self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: None

@@ -1,0 +1,81 @@
+"""UniPC: one polynomial predicts the next x, and with one more point on it corrects the last."""
+
+from dataclasses import dataclass
+from math import expm1, factorial
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ds.denoiser import Denoiser
+from ds.schedule import DATA, AbstractSchedule
+from ds.solvers.base import AbstractSolver
+from ds.solvers.dpm_solver_pp import History, check_order
+
+
+class _State(NamedTuple):
+    x: Tensor  # at the last time of the history, corrected
+    history: History
+    used: int  # how many of its predictions the last step used
+
+
+@dataclass(frozen=True)
+class UniPC(AbstractSolver):
+    """UniPC-p of the data prediction, variant bh2: order p + 1 for one network call a step.
+
+    The prediction at the next x, needed there anyway, corrects the step that led to it. The first
+    steps are of the order that the history allows; with `lower_order_final` the step to time 0
+    uses two predictions at most, and the step to the data is x0 itself. Zhao et al. 2023,
+    arXiv:2302.04867, section 3 and its algorithms for data prediction.
+    """
+
+    p: int = 2
+    lower_order_final: bool = True
+
+    def __post_init__(self):
+        check_order(self, self.p)
+
+    @property
+    def order(self) -> int:
+        return self.p + 1
+
+    def step(
+        self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: _State | None
+    ) -> tuple[Tensor, _State]:
+        schedule = denoiser.schedule
+        x0 = denoiser(x, t).x0
+        if s == DATA:
+            return x0, state
+        history: History = ((t, x0),)
+        if state:
+            x = _move(schedule, state.x, t, state.history[-state.used :], x0)
+            history = (*state.history, (t, x0))[-self.p :]
+        used = min(len(history), 2 if self.lower_order_final and s == 0 else self.p)
+        return _move(schedule, x, s, history[-used:]), _State(x, history, used)
+
+
+def _move(
+    schedule: AbstractSchedule, x: Tensor, s: int, history: History, at_s: Tensor | None = None
+) -> Tensor:
+    """Move x from the last time of the history to s; at_s, the x0 predicted there, corrects."""
+    (t, d0), *older = reversed(history)
+    h = schedule.lam(s) - schedule.lam(t)
+    points = [((schedule.lam(u) - schedule.lam(t)) / h, d) for u, d in older]
+    if at_s is not None:
+        points.append((1.0, at_s))
+    alpha_s, sigma_s = schedule.at(s)
+    moved = sigma_s / schedule.at(t)[1] * x - alpha_s * expm1(-h) * d0
+    for (r, d), weight in zip(points, _weights(h, [r for r, _ in points]), strict=True):
+        moved = moved - alpha_s * weight / r * (d - d0)
+    return moved
+
+
+def _weights(h: float, r: list[float]) -> list[float]:
+    """Solve for the weights a_p B(h) of the differences at the places r."""
+    if len(r) == 1:
+        return [expm1(-h) / 2]  # any B(h) / 2 = h / 2 + O(h^2) keeps the order; this is "bh2"
+    phi, right = expm1(-h), []
+    for k in range(1, len(r) + 1):
+        phi = phi / -h - 1 / factorial(k)
+        right.append(phi * factorial(k))
+    return np.linalg.solve(np.vander(r, increasing=True).T, right).tolist()
