@@ -19,6 +19,7 @@ from ds.config import from_json, to_json
 from ds.data import Images, Pairs, digits
 from ds.evaluation import evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.frontier import frontier, plan_table
 from ds.images import check_name, save
 from ds.load import load, load_teacher
 from ds.methods import Denoising, DenoisingStudent
@@ -28,7 +29,7 @@ from ds.pairs import PairStore, generate_pairs
 from ds.philox import noise
 from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first, joined
-from ds.sample import Sampler, Student, Teacher, great_circle
+from ds.sample import Sampler, Student, Teacher, great_circle, seconds_per_call
 from ds.train import TrainConfig, Trainer
 
 Model = Annotated[Path, tyro.conf.Positional]
@@ -86,6 +87,8 @@ class MakePairs:
     pairs: PairsConfig
     solve: SolveConfig
     verify: int = 0  # check the finished store: every hash, and this many pairs made again
+    plan: bool = False  # make no pairs; measure how many network calls they need
+    plan_noises: int = 16  # to measure it on
     machine: Here = field(default_factory=Machine)
 
     @classmethod
@@ -97,13 +100,17 @@ class MakePairs:
         )  # fmt: skip
 
     def run(self) -> None:
-        teacher = load_teacher(self.teacher, device=self.machine.use())
+        device = self.machine.use()
+        teacher = load_teacher(self.teacher, device=device)
         solver, grid = self.solve.build(teacher.denoiser.schedule)
         teacher = replace(teacher, solver=solver, grid=grid)
         p = self.pairs
         for option, value in (("count", p.count), ("held_out", p.held_out)):
             if value < 1:
                 raise ValueError(f"pairs.{option} must be at least 1, not {value}")
+        if self.plan:
+            self._plan(teacher, device)
+            return
         store = generate_pairs(
             teacher, self.out, p.count + p.held_out, seed=p.seed, batch_size=p.batch_size,
             shard_size=p.shard_size, quantizer=p.quantizer, progress=_watched(),
@@ -111,6 +118,20 @@ class MakePairs:
         if self.verify:
             store.verify(teacher, self.verify)
         _say(f"pairs: {self.out}, {len(store):,} of them")
+
+    def _plan(self, teacher: Teacher, device: torch.device) -> None:
+        p, denoiser = self.pairs, teacher.denoiser
+        for option, value in (
+            ("plan-noises", self.plan_noises),
+            ("pairs.batch-size", p.batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"pairs: {option} must be at least 1, not {value}")
+        z = noise(p.seed, range(max(self.plan_noises, p.batch_size)), teacher.shape, device=device)
+        found = frontier(denoiser, z[: self.plan_noises], self.solve, progress=_watched())
+        batch = z[: p.batch_size]
+        seconds = seconds_per_call(denoiser, batch, teacher.grid[0]) / len(batch)
+        _say(plan_table(found, seconds, p.count + p.held_out))
 
 
 @dataclass(frozen=True, kw_only=True)

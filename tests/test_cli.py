@@ -150,6 +150,25 @@ def test_a_second_chain_reuses_what_is_there(home, monkeypatch):
     assert stable() == before
 
 
+def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypatch):
+    monkeypatch.setattr("ds.frontier.CALLS", (6, 12))
+    before = tree(home)
+    options = ("--plan", "--plan-noises", "2", "--solve.steps", "20", "--solve.top", "60")
+    assert main(pairs_of(*options)) == 0
+    said = capsys.readouterr().out
+    assert "18 calls of ddim" in said.splitlines()[-1]
+    assert {line.split()[1] for line in said.splitlines() if line[:5].strip().isdecimal()} == {
+        "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc"
+    }  # fmt: skip
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("option", ["plan-noises", "pairs.batch-size"])
+def test_a_plan_without_noises_is_refused(home, capsys, option):
+    line = refused(capsys, *pairs_of("--plan", f"--{option}", "0"))
+    assert f"{option} must be at least 1, not 0" in line
+
+
 def test_another_solver_makes_pairs_and_its_calls_are_counted(home):
     solver = ("--solve.solver", "heun", "--solve.grid", "log_snr")
     assert main(pairs_of(*solver)) == 0
@@ -173,7 +192,7 @@ OPTIONS = {
     "demo": ["--out"],
     "doctor": ["--json"],
     "teach": ["--out", "--net.channels", "--train.batch-size", "--solve.steps", "--device"],
-    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--verify", "--device"],
+    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--verify", "--plan"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
     "convert": ["--to", "--image-size"],

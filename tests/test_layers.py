@@ -24,6 +24,7 @@ ROWS = [
     ["data", "load"],
     ["features", "hub", "train"],
     ["doctor", "evaluation", "presets", "report"],
+    ["frontier"],
     ["__main__", "demo", "verbs"],
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

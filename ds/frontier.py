@@ -1,0 +1,151 @@
+"""How many network calls does an endpoint need? Solvers and grids against the converged ODE."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ds import grids
+from ds.denoiser import Denoiser
+from ds.grids import Grid
+from ds.presets import SolveConfig
+from ds.sample import integrate
+from ds.schedule import AbstractSchedule
+from ds.solvers import AbstractSolver, DPMSolverPP
+
+CALLS = (8, 12, 16, 24, 36)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way to integrate costs and how far from the ODE it ends."""
+
+    solve: SolveConfig
+    nfe: int
+    error: float  # root mean square over noises and elements
+    best: bool = False  # nothing measured is as close for as few calls
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Rows from few calls to many, the one they are held against, and what the truth was."""
+
+    rows: tuple[Row, ...]
+    asked: Row
+    reference_nfe: int
+    reference_error: float  # how far it moves when half of its times are left out
+
+    @property
+    def answer(self) -> Row | None:
+        """The row of the fewest calls that is at least as close as the one asked for, if any is."""
+        enough = [r for r in self.rows if r.error <= self.asked.error and r.nfe < self.asked.nfe]
+        return min(enough, key=lambda r: (r.nfe, r.error), default=None)
+
+
+def candidates(schedule: AbstractSchedule, top: int) -> list[SolveConfig]:
+    """Return the solvers and grids worth a look, from `top` down; the note 0008 says why these.
+
+    A quadratic grid whose largest time is rounded to another than `top` is left out.
+    """
+    every = [
+        SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, top=top)
+        for s in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
+        for g in ("quadratic", "log_snr")
+        for calls in CALLS
+    ]
+    return [solve for solve in every if solve.build(schedule)[1][0] == top]
+
+
+@torch.no_grad()
+def frontier(
+    denoiser: Denoiser,
+    z: Tensor,
+    asked: SolveConfig,
+    among: Iterable[SolveConfig] | None = None,
+    *,
+    progress: bool = False,
+) -> Frontier:
+    """Integrate z [N, *shape] in many ways from the first time of the grid that is asked for.
+
+    The truth is a third-order solver on a grid of up to 400 times. It is at least as good as its
+    distance to the same with half as many, which is returned: smaller errors are not told apart.
+    `among` defaults to `candidates`; all of its grids must begin with the same time. Raises
+    ValueError for a grid that does not, RuntimeError where the reference is not finite.
+    """
+    schedule = denoiser.schedule
+    _, grid = asked.build(schedule)
+    schedule.check(*grid)
+    top = grid[0]
+    fine, half = (
+        tuple(sorted({top, *grids.quadratic(n, top=max(top, 1))}, reverse=True)) for n in (400, 200)
+    )
+    among = list(candidates(schedule, top) if among is None else among)
+    with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:
+
+        def endpoint(solver: AbstractSolver, grid: Grid) -> Tensor:
+            if grid[0] != top:
+                raise ValueError(f"frontier: a grid begins at {grid[0]}, not at {top}")
+            bar.update()
+            return integrate(denoiser, solver, grid, z)
+
+        truth, check = (endpoint(DPMSolverPP(order=3), times) for times in (fine, half))
+        if not truth.isfinite().all():
+            raise RuntimeError("frontier: the denoiser returned numbers that are not finite")
+
+        def row(solve: SolveConfig) -> Row:
+            solver, grid = solve.build(schedule)
+            return Row(solve, solver.nfe(grid), _rms(endpoint(solver, grid), truth))
+
+        first, rows = row(asked), [row(solve) for solve in among]
+    return Frontier(_mark([first, *rows]), first, len(fine), _rms(check, truth))
+
+
+def _rms(a: Tensor, b: Tensor) -> float:
+    return (a - b).double().square().mean().sqrt().item()
+
+
+def _mark(rows: list[Row]) -> tuple[Row, ...]:
+    """Sort rows by calls and error; mark those that nothing with as few calls equals."""
+    closest, marked = float("inf"), []
+    for row in sorted(rows, key=lambda r: (r.nfe, r.error)):
+        marked.append(replace(row, best=row.error < closest))
+        closest = min(closest, row.error)
+    return tuple(marked)
+
+
+def plan_table(found: Frontier, seconds: float, count: int) -> str:
+    """Lay a frontier out as text: seconds is that of a network call an image, count the images.
+
+    Of every solver and number of calls the best grid is shown. The last line is the answer.
+    """
+    lines = [
+        f"error: distance to the ODE's endpoint, root mean square; the ODE: "
+        f"{found.reference_nfe} calls of a third-order solver,",
+        f"which half of them miss by {found.reference_error:.2g}. *: none is as close for as few",
+        f"{'calls':>5}  {'solver':9}{'grid':10}{'steps':>5}{'error':>10}"
+        f"{'s / 1000':>10}{'hours':>8}",
+    ]
+    shown = set()
+    for r in found.rows:
+        if (r.solve.solver, r.nfe) not in shown or r.solve == found.asked.solve:
+            shown.add((r.solve.solver, r.nfe))
+            cost = r.nfe * seconds
+            lines.append(
+                f"{r.nfe:5}  {r.solve.solver:9}{r.solve.grid:10}{r.solve.steps:5}{r.error:10.2g}"
+                f"{cost * 1000:10.3g}{cost * count / 3600:8.3g}{' *' if r.best else ''}"
+            )
+    return "\n".join([*lines, _answer(found)])
+
+
+def _answer(found: Frontier) -> str:
+    asked = f"{found.asked.nfe} calls of {found.asked.solve.solver}"
+    if (row := found.answer) is None:
+        return f"No fewer calls end as close to the ODE as the {asked} do: keep them."
+    s = row.solve
+    return (
+        f"{row.nfe} calls of {s.solver} on {s.grid} end as close to the ODE as {asked}: "
+        f"--solve.solver {s.solver} --solve.grid {s.grid} --solve.steps {s.steps} "
+        f"--solve.top {s.top}"
+    )

@@ -1,0 +1,70 @@
+"""What a frontier says, held against endpoints that are known."""
+
+import pytest
+import torch
+
+from ds import analytic, noise
+from ds.frontier import frontier, plan_table
+from ds.presets import SolveConfig
+from ds.solvers import DDIM
+
+MIXTURE = analytic.GaussianMixture()
+DENOISER = MIXTURE.teacher(DDIM(), (0,)).denoiser
+PAPER = SolveConfig()
+FEW = [
+    SolveConfig(solver=solver, grid=grid, steps=steps)
+    for solver in ("ddim", "dpmpp_3m", "unipc")
+    for grid in ("quadratic", "log_snr")
+    for steps in (12, 24)
+]
+
+
+def z(count=64):
+    return noise(0, range(count), MIXTURE.shape, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return frontier(DENOISER, z(), PAPER, FEW)
+
+
+def test_errors_are_distances_to_the_exact_endpoint(found):
+    exact = MIXTURE.endpoint(z(), *DENOISER.schedule.at(800))
+    assert found.reference_error < 1e-3
+    for row in found.rows:
+        solver, grid = row.solve.build(DENOISER.schedule)
+        x = MIXTURE.teacher(solver, grid).sample(z())
+        # both references miss the step from time 0 to the data, by some 5e-4
+        assert row.error == pytest.approx((x - exact).square().mean().sqrt().item(), abs=1e-3)
+
+
+def test_rows_are_sorted_and_the_frontier_is_what_no_cheaper_row_reaches(found):
+    assert [row.nfe for row in found.rows] == sorted(row.nfe for row in found.rows)
+    for row in found.rows:
+        rivals = [r for r in found.rows if r.nfe <= row.nfe and r is not row]
+        assert row.best == all(r.error > row.error for r in rivals)
+
+
+def test_24_calls_answer_for_the_96_of_the_paper(found):
+    assert found.asked.nfe == 96 and found.asked.solve == PAPER
+    assert found.answer.nfe <= 24 and found.answer.error <= found.asked.error
+    table = plan_table(found, seconds=0.5, count=7200).splitlines()
+    assert "--solve.solver " in table[-1] and "96 calls of ddim" in table[-1]
+    paper = next(line for line in table if line.split()[:4] == ["96", "ddim", "quadratic", "100"])
+    assert paper.split()[5:7] == ["4.8e+04", "96"]  # 48 s an image
+
+
+def test_what_nothing_beats_is_kept():
+    found = frontier(DENOISER, z(4), SolveConfig(solver="unipc", steps=48), FEW[:2])
+    assert found.answer is None
+    assert plan_table(found, 1, 1).endswith("47 calls of unipc do: keep them.")
+
+
+def test_a_grid_that_begins_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="begins at 980, not at 800"):
+        frontier(DENOISER, z(2), PAPER, [SolveConfig(grid="uniform", steps=50)])
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(RuntimeError, match="not finite"):
+        frontier(DENOISER, z(2) * torch.nan, PAPER, [])
