@@ -102,9 +102,13 @@ def _apex() -> str:
 
 
 def _extension() -> str:
+    return f"CPU: {_built('cpu')}; CUDA: {_built('cuda')}"
+
+
+def _built(library: str) -> str:
     from ds import ops
 
-    info = ops.build_info()
+    info = ops.build_info(library)
     return f"built with {info['compiler']}, {info['flags']}" if info["built"] else info["reason"]
 
 

@@ -1,4 +1,4 @@
-"""The build: with a compiler, with a broken one, and switched off."""
+"""The build: with compilers, with broken ones, and switched off."""
 
 import ctypes
 import importlib.util
@@ -35,10 +35,11 @@ def checkout(tmp_path) -> Path:
 
 
 def setup(checkout: Path, *command: str, **environment: str) -> str:
+    """Run setup.py, without nvcc, which takes a minute."""
     result = subprocess.run(
         [sys.executable, "setup.py", *command],
         cwd=checkout,
-        env=os.environ | environment,
+        env=os.environ | {"CUDACXX": "/bin/false"} | environment,
         capture_output=True,
         text=True,
     )
@@ -46,7 +47,12 @@ def setup(checkout: Path, *command: str, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
-def wheel(checkout: Path) -> tuple[str, dict[str, str | bool], list[str]]:
+def built(checkout: Path) -> dict[str, dict[str, str | bool]]:
+    """Return what the build in place recorded."""
+    return json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+
+
+def wheel(checkout: Path) -> tuple[str, dict[str, dict[str, str | bool]], list[str]]:
     """Return the tag, build.json and file names of the one wheel in dist/."""
     (path,) = (checkout / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -62,10 +68,10 @@ def test_a_wheel_with_the_library_serves_every_python(checkout):
     assert tag.startswith("py3-none-")
     assert not tag.endswith("-any")
     assert "ds/lib/libds_cpu.so" in names
-    assert info["built"] is True
-    assert info["reason"] == ""
-    assert info["compiler"].split()[0] in {"GNU", "Clang", "AppleClang"}
-    assert "-O3" in info["flags"]
+    assert info["cpu"]["built"] is True
+    assert info["cpu"]["reason"] == ""
+    assert info["cpu"]["compiler"].split()[0] in {"GNU", "Clang", "AppleClang"}
+    assert "-O3" in info["cpu"]["flags"]
     with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as archive:
         library = ctypes.CDLL(archive.extract("ds/lib/libds_cpu.so", checkout / "unpacked"))
     assert library.ds_limit_simd(0) == 0
@@ -81,10 +87,11 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout):
     tag, info, names = wheel(checkout)
     assert tag == "py3-none-any"
     assert not [name for name in names if name.endswith(".so")]
-    assert info["built"] is False
-    assert info["reason"].startswith("the C++ build failed: ")
-    assert "/bin/false" in info["reason"]
-    assert "libds_cpu.so was not built" in output
+    for library in ("cpu", "cuda"):
+        assert info[library]["built"] is False
+        assert info[library]["reason"].startswith("the build failed: ")
+        assert "/bin/false" in info[library]["reason"]
+        assert f"libds_{library}.so was not built" in output
     assert "install a C++17 compiler" in output
 
 
@@ -92,21 +99,35 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout):
 def test_a_compile_error_is_the_recorded_reason(checkout):
     (checkout / "csrc" / "cpu" / "simd.h").write_text("#error this machine is too old\n")
     setup(checkout, "build_ext", "--inplace")
-    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+    info = built(checkout)["cpu"]
     assert info["built"] is False
     assert "this machine is too old" in info["reason"]
 
 
+@needs_compiler
+def test_the_cpu_library_survives_an_nvcc_that_fails(checkout):
+    for source in (checkout / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("")
+    output = setup(checkout, "build_ext", "--inplace", CUDACXX="/bin/false")
+    info = built(checkout)
+    assert info["cpu"]["built"] is True
+    assert (checkout / "ds" / "lib" / "libds_cpu.so").is_file()
+    assert info["cuda"]["built"] is False
+    assert not (checkout / "ds" / "lib" / "libds_cuda.so").exists()
+    assert "no nvcc that works was found (install the CUDA toolkit" in info["cuda"]["reason"]
+    assert "libds_cuda.so was not built" in output
+
+
 def test_without_cmake_the_reason_names_it(checkout):
     setup(checkout, "build_ext", "--inplace", PATH=str(checkout))
-    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
-    assert info["reason"] == "cmake was not found (pip install cmake ninja)"
+    for info in built(checkout).values():
+        assert info["reason"] == "cmake was not found (pip install cmake ninja)"
 
 
 def test_the_build_can_be_switched_off(checkout):
     setup(checkout, "build_ext", "--inplace", DS_BUILD_EXT="0")
-    info = json.loads((checkout / "ds" / "lib" / "build.json").read_text())
-    assert info["reason"] == "the build was switched off with DS_BUILD_EXT=0"
+    for info in built(checkout).values():
+        assert info["reason"] == "the build was switched off with DS_BUILD_EXT=0"
 
 
 def test_the_source_archive_can_build_the_library(checkout):

@@ -1,21 +1,29 @@
-"""The C++ library libds_cpu.so, which `pip install` builds where it finds a compiler."""
+"""The native libraries, libds_cpu.so and libds_cuda.so, which `pip install` builds where it can."""
 
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _DIRECTORY = Path(__file__).resolve().parent.parent / "lib"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _BOOL, _DOUBLE = ctypes.c_bool, ctypes.c_double
+_ENUM, _TEXT = ctypes.c_int, ctypes.c_char_p
+# The data types that the CUDA library takes, as csrc/cuda/launch.cuh numbers them.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def build_info() -> dict[str, str | bool]:
-    """Return what the installation recorded: built, reason, compiler and flags."""
+def build_info(library: str = "cpu") -> dict[str, str | bool]:
+    """Return what the installation recorded of a library: built, reason, compiler and flags.
+
+    The libraries are "cpu" and "cuda".
+    """
     try:
-        return json.loads((_DIRECTORY / "build.json").read_text())
+        return json.loads((_DIRECTORY / "build.json").read_text())[library]
     except FileNotFoundError:
         reason = "the installation did not try to build it (run: pip install .)"
         return {"built": False, "reason": reason, "compiler": "", "flags": ""}
@@ -28,13 +36,7 @@ def library() -> ctypes.CDLL:
     Raises:
         ImportError: the library was not built, or does not load; the text says why.
     """
-    path = _DIRECTORY / "libds_cpu.so"
-    if not path.is_file():
-        raise ImportError(f"libds_cpu.so was not built: {build_info()['reason']}")
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ImportError(f"libds_cpu.so does not load: {error}") from error
+    lib = _load("cpu")
     lib.ds_group_norm_silu.argtypes = [*[_POINTER] * 6, *[_INT] * 4, _DOUBLE, *[_BOOL] * 3]
     lib.ds_group_norm_silu_backward.argtypes = [*[_POINTER] * 10, *[_INT] * 4, *[_BOOL] * 3]
     lib.ds_noise.argtypes = [*[_POINTER] * 2, *[_INT] * 3, _BOOL]
@@ -55,3 +57,69 @@ def check(op: str, error: int) -> None:
     """Raise RuntimeError for an error code of the thread pool."""
     if error:
         raise RuntimeError(f"{op}: the thread pool failed with error {error}")
+
+
+@functools.cache
+def cuda_library() -> ctypes.CDLL:
+    """Load libds_cuda.so, which needs no GPU and no driver for that.
+
+    Raises:
+        ImportError: the library was not built, or does not load; the text says why.
+    """
+    lib = _load("cuda")
+    place = [_ENUM, _POINTER]
+    signatures = {
+        "interpret": ([_ENUM], None),
+        "unavailable": ([_ENUM, _ENUM], _TEXT),
+        "adam_chunks": ([_POINTER, _INT], _INT),
+        "adam": (
+            [*[_POINTER] * 2, _INT, *[_POINTER] * 5, *[_DOUBLE] * 4, _BOOL, *[_DOUBLE] * 2, _ENUM,
+             *place], _TEXT,
+        ),
+        "group_norm_silu_tiles": ([*[_INT] * 4, _BOOL, _POINTER], _INT),
+        "group_norm_silu": (
+            [*[_POINTER] * 7, *[_INT] * 4, _DOUBLE, _BOOL, *[_ENUM] * 3, *place], _TEXT,
+        ),
+        "prepare_batch": ([*[_POINTER] * 4, *[_INT] * 4, _ENUM, *place], _TEXT),
+    }  # fmt: skip
+    for name, (arguments, result) in signatures.items():
+        function = getattr(lib, f"ds_cuda_{name}")
+        function.argtypes, function.restype = arguments, result
+    return lib
+
+
+def cuda_kernels(capability: int, shared: int = 48 * 1024) -> ctypes.CDLL:
+    """Return the CUDA library, for kernels that need a compute capability and shared memory.
+
+    Raises:
+        ImportError: it was not built or does not load, or a GPU of this machine cannot run them.
+    """
+    lib = cuda_library()
+    if reason := lib.ds_cuda_unavailable(capability, shared):
+        raise ImportError(reason.decode())
+    return lib
+
+
+def cuda_launch(function: Callable[..., bytes | None], x: Tensor, *args) -> None:
+    """Call a function of the CUDA library for the device of x and its current stream.
+
+    Raises:
+        RuntimeError: the launch failed; the text is CUDA's.
+    """
+    if x.is_cuda:
+        with torch.cuda.device_of(x):
+            error = function(*args, x.device.index, torch.cuda.current_stream().cuda_stream)
+    else:  # the kernels are interpreted
+        error = function(*args, 0, None)
+    if error:
+        raise RuntimeError(f"{function.__name__}: {error.decode()}")
+
+
+def _load(name: str) -> ctypes.CDLL:
+    path = _DIRECTORY / f"libds_{name}.so"
+    if not path.is_file():
+        raise ImportError(f"{path.name} was not built: {build_info(name)['reason']}")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"{path.name} does not load: {error}") from error

@@ -1,5 +1,6 @@
 """GroupNorm, with SiLU or without: y = f(weight * (x - mean) / sqrt(var + eps) + bias)."""
 
+import ctypes
 import math
 
 import torch
@@ -125,6 +126,19 @@ def _():
     return launch
 
 
+@forward.backend("cluster", "cuda")
+def _():
+    """The CUDA kernel that reads x once, for images that no program of Triton's holds whole."""
+    lib = _native.cuda_kernels(capability=90, shared=227 * 1024)
+
+    def launch(x, weight, bias, groups, eps, silu):
+        if math.prod(x.shape[2:]) <= 1024:
+            raise Unsupported("it takes images of more than 1024 pixels")
+        return _launch_cuda(lib, True, x, weight, bias, groups, eps, silu)
+
+    return launch
+
+
 @forward.backend("triton", "cuda")
 def _():
     kernels = _kernels()
@@ -148,7 +162,7 @@ def _kernels():
 
 
 def _check_kernels_take(x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in _native.TYPES:
         raise Unsupported(f"it takes x in float32, float16 or bfloat16, not {x.dtype}")
     if 0 in x.shape[2:]:
         raise Unsupported("it takes no images without pixels")
@@ -162,6 +176,55 @@ def _rows(x: Tensor) -> Tensor:
 def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
     """Return [N, pixels, C] in the shape and strides of x, without a copy if channels_last."""
     return _like(rows.transpose(1, 2).reshape(x.shape), x)
+
+
+@forward.backend("cuda", "cuda")
+def _():
+    """The CUDA kernels that read x twice, for GPUs from sm_80 on."""
+    lib = _native.cuda_kernels(capability=80)
+
+    def launch(x, weight, bias, groups, eps, silu):
+        return _launch_cuda(lib, False, x, weight, bias, groups, eps, silu)
+
+    return launch
+
+
+def _launch_cuda(
+    lib: ctypes.CDLL,
+    cluster: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _dense(x)
+    _check_kernels_take(x)
+    images, channels, pixels = _sizes(x)
+    tiles = lib.ds_cuda_group_norm_silu_tiles(pixels, channels, groups, x.itemsize, cluster, None)
+    if not tiles:
+        raise Unsupported(f"it cannot cut {pixels} pixels of {channels} channels, {groups} groups")
+    rows = _rows(x)
+    if rows.data_ptr() % 16:
+        raise Unsupported("it takes x that starts on a multiple of 16 bytes")
+    weight, bias = _parameter(weight), _parameter(bias)
+    y = torch.empty_like(rows)
+    mean = torch.empty((images, groups), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    table = mean.new_empty((0,) if cluster else (images, tiles, 2, channels))  # empty: no address
+    _native.cuda_launch(
+        lib.ds_cuda_group_norm_silu, x,
+        rows.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), table.data_ptr() or None,
+        images, pixels, channels, groups, eps, silu,
+        _native.TYPES[x.dtype], _native.TYPES[weight.dtype], _native.TYPES[bias.dtype],
+    )  # fmt: skip
+    return _from_rows(y, x), mean, rstd
+
+
+def _parameter(values: Tensor) -> Tensor:
+    return (values if values.dtype in _native.TYPES else values.float()).contiguous()
 
 
 @forward.backend("aten", "cpu", "cuda")

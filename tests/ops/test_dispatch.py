@@ -1,5 +1,6 @@
 """Which backend an op runs: by default, when forced, and when the forced one is missing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,10 +125,13 @@ def test_every_op_is_in_the_table_with_one_choice_a_device():
 
 
 def test_a_library_that_was_not_built_gives_the_recorded_reason(tmp_path, monkeypatch):
-    (tmp_path / "build.json").write_text('{"built": false, "reason": "no compiler at all"}')
+    recorded = {name: {"reason": f"no compiler for {name}"} for name in ("cpu", "cuda")}
+    (tmp_path / "build.json").write_text(json.dumps(recorded))
     monkeypatch.setattr(_native, "_DIRECTORY", tmp_path)
-    with pytest.raises(ImportError, match=r"libds_cpu.so was not built: no compiler at all"):
+    with pytest.raises(ImportError, match=r"libds_cpu.so was not built: no compiler for cpu"):
         _native.library.__wrapped__()
+    with pytest.raises(ImportError, match=r"libds_cuda.so was not built: no compiler for cuda"):
+        _native.cuda_library.__wrapped__()
 
 
 def test_a_library_that_does_not_load_gives_the_loaders_reason(tmp_path, monkeypatch):
