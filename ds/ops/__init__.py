@@ -2,6 +2,7 @@
 
 from ds.ops._native import build_info
 from ds.ops._op import Row, table, use_backend
+from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
 from ds.ops.group_norm_silu import group_norm, group_norm_silu
 from ds.ops.noise import noise
@@ -11,6 +12,7 @@ from ds.ops.solver_update import solver_update
 
 __all__ = [
     "Row",
+    "adam_step",
     "attention",
     "attention_residual",
     "build_info",

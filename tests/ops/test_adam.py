@@ -1,0 +1,117 @@
+"""adam_step as everybody calls it: the optimisers of torch.optim, its errors, the compiler."""
+
+import math
+
+import pytest
+import torch
+
+import ds.ops
+from ds.ops import adam
+
+SHAPES = [(3, 5), (16, 3, 3, 3), (), (7,)]
+
+
+def zeros():
+    return [torch.zeros(shape) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["adam", "adamw"])
+@pytest.mark.parametrize("max_norm", [math.inf, 3.0], ids=["free", "clipped"])
+def test_it_steps_as_torch_optim_does(decoupled, max_norm):
+    torch.manual_seed(0)
+    params = [torch.randn(shape) for shape in SHAPES]
+    averages = [param.clone() for param in params]
+    theirs = [param.clone().requires_grad_() for param in params]
+    optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
+        theirs, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.02
+    )
+    expected = [param.clone() for param in params]
+    state, step, lr = (zeros(), zeros()), torch.zeros(()), torch.tensor(1e-2)
+    for _ in range(6):
+        grads = [torch.randn(shape) for shape in SHAPES]
+        norm = ds.ops.adam_step(
+            params, grads, *state, step=step, lr=lr, betas=(0.9, 0.98), weight_decay=0.02,
+            decoupled=decoupled, averages=averages, ema_decay=0.9, max_norm=max_norm,
+        )  # fmt: skip
+        for param, grad in zip(theirs, grads, strict=True):
+            param.grad = grad
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+        optimizer.step()
+        torch._foreach_lerp_(expected, [param.detach() for param in theirs], 0.1)
+    assert step == 6
+    for a, b in zip([*params, *averages], [*theirs, *expected], strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=2e-7)
+
+
+def test_weights_that_require_a_gradient_are_stepped_without_one():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.sum().backward()
+    ds.ops.adam_step(
+        [weight], [weight.grad], [torch.zeros(3)], [torch.zeros(3)],
+        step=torch.zeros(()), lr=torch.tensor(0.1),
+    )  # fmt: skip
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+    assert weight.requires_grad and weight.is_leaf
+
+
+def test_opcheck():
+    lists = [[torch.randn(4), torch.randn(2, 3)] for _ in range(5)]
+    copies = [torch.zeros(4).bfloat16(), torch.zeros(2, 3).bfloat16()]
+    lists[3] = [tensor.square() for tensor in lists[3]]
+    numbers = (0.9, 0.98, 1e-8, 0.1, True, 0.9, 1.0)
+    arguments = (torch.tensor(1.0), torch.tensor(0.01), *lists, copies, *numbers)
+    torch.library.opcheck(torch.ops.ds.adam_step.default, arguments)
+
+
+def test_compiles_without_graph_breaks():
+    def compute(function):
+        params, grads = [torch.ones(5)], [torch.arange(5.0)]
+        state = [torch.zeros(5)], [torch.zeros(5)]
+        norm = function(params, grads, *state, step=torch.zeros(()), lr=torch.tensor(0.1))
+        return norm, params[0], state[0][0]
+
+    expected = compute(ds.ops.adam_step)
+    compiled = torch.compile(ds.ops.adam_step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compute(compiled), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_weights_have_the_norm_zero():
+    assert ds.ops.adam_step([], [], [], [], step=torch.zeros(()), lr=torch.tensor(0.1)) == 0
+
+
+def test_errors_name_what_does_not_fit():
+    def step(params=(4,), grads=(4,), rate=None, **changed):
+        tensors = ([torch.zeros(n) for n in sizes] for sizes in (params, grads, params, params))
+        rate = torch.tensor(0.1) if rate is None else rate
+        ds.ops.adam_step(*tensors, step=torch.zeros(()), lr=rate, **changed)
+
+    with pytest.raises(ValueError, match="adam_step: 2 grads for 1 params"):
+        step(grads=(4, 4))
+    with pytest.raises(ValueError, match=r"grads\[1\] must be \[5\] on cpu, .* not \[4\] on cpu"):
+        step(params=(4, 5), grads=(4, 4))
+    with pytest.raises(ValueError, match=r"averages\[0\] must be \[4\] on cpu, .* on meta"):
+        step(averages=[torch.zeros(4, device="meta")])
+    with pytest.raises(ValueError, match=r"averages\[0\] must be \[4\]"):
+        step(averages=[torch.zeros(3)])
+    with pytest.raises(
+        ValueError, match=r"lr must be a float32 tensor of no dimensions on cpu, .*\[1\]"
+    ):
+        step(rate=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"betas\[1\] must lie in \[0, 1\), not 1.0"):
+        step(betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), not -1"):
+        step(ema_decay=-1)
+    with pytest.raises(ValueError, match="max_norm must be above 0, not nan"):
+        step(max_norm=math.nan)
+
+
+def test_the_reference_serves_float64():
+    lists = [[torch.ones(3, dtype=torch.float64)] for _ in range(4)]
+    numbers = (0.9, 0.98, 1e-8, 0.0, False, 0.9, math.inf)
+    adam.reference(torch.tensor(1.0), torch.tensor(0.1), *lists, [], [], *numbers)
+    m, v = 0.9 + 0.1, 0.98 + 0.02
+    expected = 1 - 0.1 / 0.1 * m / (math.sqrt(v) / math.sqrt(0.02) + 1e-8)
+    torch.testing.assert_close(
+        lists[0][0], torch.full((3,), expected, dtype=torch.float64), rtol=1e-7, atol=0
+    )
