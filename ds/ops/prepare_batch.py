@@ -94,3 +94,25 @@ def _():
         return x0, noise
 
     return launch
+
+
+@_op.backend("cuda", "cuda")
+def _():
+    lib = _native.cuda_kernels(capability=80)
+
+    def launch(images, indices, seed, dtype):
+        if dtype not in _native.TYPES:
+            raise Unsupported(f"it makes float32, float16 or bfloat16, not {dtype}")
+        rows, height, width, channels = images.shape
+        if channels > 4096:
+            raise Unsupported(f"it takes images of at most 4096 channels, not {channels}")
+        images, indices = images.contiguous(), indices.contiguous()
+        x0, noise = fake(images, indices, seed, dtype)
+        _native.cuda_launch(
+            lib.ds_cuda_prepare_batch, images,
+            images.data_ptr(), indices.data_ptr(), x0.data_ptr(), noise.data_ptr(),
+            seed, rows, channels, height * width, _native.TYPES[dtype],
+        )  # fmt: skip
+        return x0, noise
+
+    return launch

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from ds.ops import _native
+from ds.ops._op import Unsupported
+from ds.ops.noise import signed
+from ds.ops.prepare_batch import _op
 from ds.philox import noise
+from tests.ops.test_group_norm_silu import poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INDICES = [0, 1, 2**32 - 1, 2**32 + 7, 2**63 - 1, -1]  # the last has the bits of 2**64 - 1
@@ -18,23 +21,22 @@ def draw_images(shape, device):
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(device)
 
 
-def run(images, indices, seed, dtype):
-    """Return x0 and noise as [N, H, W, C], where they were NaN before."""
-    x0, z = (torch.full(images.shape, float("nan"), device=images.device).to(dtype) for _ in "xz")
-    count, height, width, channels = images.shape
-    _native.cuda_launch(
-        _native.cuda_library().ds_cuda_prepare_batch, images,
-        images.data_ptr(), indices.data_ptr(), x0.data_ptr(), z.data_ptr(),
-        seed - 2**64 if seed >= 2**63 else seed, count, channels, height * width,
-        _native.TYPES[dtype],
-    )  # fmt: skip
-    return x0, z
+@pytest.fixture(scope="module")
+def run(device):
+    """The kernel of the backend, as ds.ops calls it for a GPU; it returns [N, H, W, C]."""
+    kernel = _op._load("cuda", "cuda")
+
+    def launch(images, indices, seed, dtype):
+        results = kernel(images, indices, signed("prepare_batch", "seed", seed), dtype)
+        return tuple(result.permute(0, 2, 3, 1) for result in results)
+
+    return launch
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 @every_dtype
-def test_images_and_noise_are_those_of_the_reference(device, shape, seed, dtype):
+def test_images_and_noise_are_those_of_the_reference(run, device, shape, seed, dtype):
     images = draw_images(shape, device)
     indices = torch.tensor(INDICES[: len(images)], dtype=torch.int64, device=device)
     x0, z = run(images, indices, seed, dtype)
@@ -48,7 +50,7 @@ def test_images_and_noise_are_those_of_the_reference(device, shape, seed, dtype)
     ).all()
 
 
-def test_a_million_normals_are_within_four_roundings(device):
+def test_a_million_normals_are_within_four_roundings(run, device):
     """Among so many are radii next to 0 and angles next to the axes, where digits could be lost."""
     images = draw_images((1, 512, 512, 4), device)
     indices = torch.tensor([12345], device=device)
@@ -60,8 +62,9 @@ def test_a_million_normals_are_within_four_roundings(device):
 
 @every_dtype
 def test_bits_depend_neither_on_the_batch_nor_on_the_order_of_threads(
-    device, dtype, in_both_orders
+    run, device, dtype, in_both_orders, monkeypatch
 ):
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     images = draw_images((3, 17, 19, 3), device)
     indices = torch.tensor([4, 5, 6], device=device)
     first, second = in_both_orders(lambda: run(images, indices, 3, dtype))
@@ -72,7 +75,9 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_order_of_threads(
         assert torch.equal(a[1:2], b)
 
 
-def test_too_many_channels_are_refused(device):
-    images, indices = draw_images((1, 1, 1, 4097), device), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="ds_cuda_prepare_batch: too many channels"):
-        run(images, indices.to(device), 0, torch.float32)
+def test_what_it_does_not_take_it_leaves_to_others(run, device):
+    indices = torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(Unsupported, match="at most 4096 channels, not 4097"):
+        run(draw_images((1, 1, 1, 4097), device), indices, 0, torch.float32)
+    with pytest.raises(Unsupported, match=r"not torch\.float64"):
+        run(draw_images((1, 2, 2, 3), device), indices, 0, torch.float64)
