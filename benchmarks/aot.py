@@ -9,6 +9,7 @@ launchers run on meta tensors, and the launches are noted, not done.
 
 import argparse
 import collections
+import functools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -35,14 +37,28 @@ from ds.kernels import noise, prepare_batch, quantize, solver_update
 NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
 ARCHITECTURES = (80, 90)
 BATCH = 32
+DEFAULTS = None, None, None, False  # of the op's shift, residual, skip and keep
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
     int: "i32", float: "fp32",
 }  # fmt: skip
 
 
+class Norm(NamedTuple):
+    """A GroupNorm of x and skip, by their channels, and what it takes in beside them."""
+
+    channels: int
+    skip: int
+    pixels: int
+    groups: int
+    silu: bool
+    shift: bool
+    residual: bool
+    keep: bool
+
+
 class GroupNorms(TorchDispatchMode):
-    """Note the channels, pixels, groups and silu of every GroupNorm that runs."""
+    """Note every GroupNorm that runs."""
 
     def __init__(self):
         super().__init__()
@@ -50,34 +66,52 @@ class GroupNorms(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.ds.group_norm_silu.default:
-            x, _, _, groups, _, silu = args
-            self.found.add((x.shape[1], x[0, 0].numel(), groups, silu))
+            x, _, _, groups, _, silu, *parts = args
+            shift, residual, skip, keep = [*parts, *DEFAULTS[len(parts) :]]
+            size = x.shape[1], 0 if skip is None else skip.shape[1], x[0, 0].numel(), groups
+            self.found.add(Norm(*size, silu, shift is not None, residual is not None, keep))
         return func(*args, **kwargs or {})
 
 
-def shapes() -> list[tuple[int, int, int, bool]]:
-    """Return channels, pixels, groups and silu of every GroupNorm of the paper's networks."""
-    with torch.device("meta"), torch.no_grad(), GroupNorms() as norms:
+def norms() -> list[Norm]:
+    """Return the distinct GroupNorms of the paper's networks.
+
+    And each after a residual block once more, as it would be if the addition that ends the block,
+    and the bias of the convolution before that, were left to it.
+    """
+    with torch.device("meta"), torch.no_grad(), GroupNorms() as noted:
         for preset in NETWORKS:
             net = preset().net.build().bfloat16()
             net(torch.empty(1, *net.shape), torch.zeros(1))
-    return sorted(norms.found)
+    after_blocks = {
+        norm._replace(shift=True, residual=True, keep=True)
+        for norm in noted.found
+        if norm.silu and not norm.shift and not norm.skip
+    }
+    return sorted(noted.found | after_blocks)
 
 
-def launches(
-    channels: int, pixels: int, groups: int, silu: bool
-) -> Iterator[tuple[JITFunction, dict]]:
+def launches(norm: Norm) -> Iterator[tuple[JITFunction, dict]]:
     """Yield each kernel of a forward and a backward pass with its arguments by name."""
     noted = []
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
 
     def note(kernel, *args, grid, warmup, **kwargs):
         noted.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    x = torch.empty(BATCH, pixels, channels, dtype=torch.bfloat16, device="meta")
-    parameter = torch.empty(channels, dtype=torch.bfloat16, device="meta")
+    x = empty(BATCH, norm.pixels, norm.channels)
+    shift = empty(BATCH, norm.channels) if norm.shift else None
+    residual = x if norm.residual else None
+    skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
+    affine = [empty(norm.channels + norm.skip)] * 2
     with mock.patch.object(JITFunction, "run", note):
-        _, mean, rstd = kernels.group_norm_silu(x, parameter, parameter, groups, 1e-6, silu)
-        kernels.group_norm_silu_backward(x, x, parameter, parameter, mean, rstd, groups, silu)
+        y, mean, rstd, merged = kernels.group_norm_silu(
+            x, *affine, norm.groups, 1e-6, norm.silu, shift, residual, skip, norm.keep
+        )
+        kernels.group_norm_silu_backward(
+            y, merged if norm.keep else x, *affine, mean, rstd, norm.groups, norm.silu,
+            norm.channels, shift, residual, skip, merged,
+        )  # fmt: skip
     yield from noted
 
 
@@ -110,12 +144,12 @@ def image_launches(*shape: int) -> Iterator[tuple[JITFunction, dict]]:
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """Specialize a kernel as its launch would: on the number 1, and on multiples of 16."""
+    """Specialize a kernel as its launch would: on None, the number 1, and multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         special = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and value == 1):
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -133,7 +167,7 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
 def configurations() -> list[dict]:
     """Return the distinct things to compile: source, options, architecture, and who needs it."""
     found = {}
-    needs = [(shape, launches(*shape)) for shape in shapes()]
+    needs = [(norm, launches(norm)) for norm in norms()]
     needs += [(shape, image_launches(*shape)) for shape in image_shapes()]
     for shape, launched in needs:
         for kernel, arguments in launched:
@@ -149,7 +183,7 @@ def configurations() -> list[dict]:
 
 
 def description(configuration: dict) -> dict:
-    """Name a configuration; a shape is [channels, pixels, groups, silu], or that of an image."""
+    """Name a configuration; a shape is a list of the fields of Norm, or that of an image."""
     src = configuration["source"]
     names = [parameter.name for parameter in src.fn.params]
     return {

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds.files import replacing
+from ds.ops.group_norm_silu import merge
 from ds.sample import Student
 
 BATCH = torch.export.Dim("batch", min=1, max=65536)
@@ -62,12 +63,15 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
     )
 
 
-def _group_norm_silu(x, weight, bias, groups, eps, silu):
-    images, channels, height, width = x.shape
+def _group_norm_silu(
+    x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=None, keep=False
+):
+    merged = merge(x, shift, residual, skip)
+    images, channels, height, width = merged.shape
     y, mean, rstd = torch.ops.aten.native_group_norm(
-        x, weight, bias, images, channels, height * width, groups, eps
+        merged, weight, bias, images, channels, height * width, groups, eps
     )
-    return F.silu(y) if silu else y, mean, rstd
+    return F.silu(y) if silu else y, mean, rstd, merged if keep else x.new_empty(0)
 
 
 def _attention_residual(q, k, v, weight, bias, residual):

@@ -1,10 +1,12 @@
 """GroupNorm, with SiLU or without, and its gradient, on x [N, pixels, C]: channels_last memory.
 
-    xhat = (x - mean) / sqrt(var + eps)     mean and var over the pixels and channels of a group
+    m = cat(x + shift + residual, skip)     each of the three where it is given; rounded as x is
+    xhat = (m - mean) / sqrt(var + eps)     mean and var over the pixels and channels of a group
     y = f(weight * xhat + bias)             f is SiLU or the identity
 
     g = grad * f'(weight * xhat + bias)     d_bias = sum g      d_weight = sum g * xhat
-    d_x = (h - mean(h) - xhat * mean(h * xhat)) / sqrt(var + eps)    where h = g * weight
+    d_m = (h - mean(h) - xhat * mean(h * xhat)) / sqrt(var + eps) + grad_merged, h = g * weight
+    d_m = cat(d_x, d_skip)                  d_residual = d_x    d_shift = sum over pixels of d_x
 
 Wu & He 2018, arXiv:1803.08494, Eq. 1, 2, 6 and 7.
 
@@ -15,8 +17,14 @@ over pixels first, which leaves one value a channel, then over the channels of a
 Traffic, in elements of the type of x for each element of x:
 
                 forward                    backward                        where
-    one pass    2: x, y                    3: grad, x, d_x                 a slice fits registers
-    two passes  3: x for sums, then x, y   5: grad, x for sums, then all   elsewhere
+    one pass    2: m, y                    3: grad, m, d_m                 a slice fits registers
+    two passes  3: m for sums, then m, y   5: grad, m for sums, then all   elsewhere
+
+Reading m is reading x, the residual if there is one, and skip; m and grad_merged are one more each
+where the caller keeps m, and backward then reads m alone. In two passes the first one writes m and
+the other reads it. A shift is one row an image. So a residual and m cost 2 where an addition costs
+3, a shift costs nothing where it would cost 2, and concatenation 1 where it would cost 2, for m, or
+nothing. What is left out is memory's; a program that lies on one side of the seam loads there only.
 
 and beside it two float32 a channel, written and read: backward for each image, which adds 17 % at
 4 x 4 pixels of bfloat16, 4 % at 8 x 8, 0.3 % at 32 x 32; in two passes for each tile, which adds
@@ -28,12 +36,14 @@ aot.json), and backward 23 to 39 of the 41 that its traffic leaves. Hence the si
 root, constants where they save instructions, and tiles small enough for two programs a
 multiprocessor, so that one loads while the other computes. GPU figures: not measured yet.
 
-Contract: tensors are contiguous and on one device. x and grad are float32, float16 or bfloat16,
-weight and bias of any floating type; statistics and sums are float32. The variance is a sum of
-squares about the mean, never a difference of sums. No atomics: equal arguments give equal bits, and
-an image those that it would have alone. NaN and infinity spread over their group and no further.
+Contract: tensors are contiguous (shift: its rows) and on one device. Those with pixels have one
+type: float32, float16 or bfloat16; weight, bias and shift have any floating type; statistics and
+sums are float32. The variance is a sum of squares about the mean, never a difference of sums. No
+atomics: equal arguments give equal bits, and an image those that it would have alone. NaN and
+infinity spread over their group and no further.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -100,12 +110,11 @@ def _slice(
     """Return what a program of one pass works on: all pixels of GROUPS groups of an image."""
     image = (tl.program_id(0) // slices).to(tl.int64)
     first_group = tl.program_id(0) % slices * GROUPS
-    p = tl.arange(0, BLOCK_P)[:, None]
     c = tl.arange(0, BLOCK_C)
     channel = first_group * PER_GROUP + c
     inside = (c < GROUPS * PER_GROUP) & (channel < channels)
-    offset = image * PIXELS * channels + (p * channels + channel[None, :])
-    return image, first_group, channel, inside, offset, (p < PIXELS) & inside[None, :]
+    mask = (tl.arange(0, BLOCK_P) < PIXELS)[:, None] & inside[None, :]
+    return image, first_group, image * PIXELS, channel, inside, mask
 
 
 @triton.jit
@@ -116,12 +125,70 @@ def _tile(pixels, channels, tiles, slices, BLOCK_P: tl.constexpr, BLOCK_C: tl.co
     """
     table_row = (tl.program_id(0) // slices).to(tl.int64)
     image, first_pixel = table_row // tiles, table_row % tiles * BLOCK_P
-    p = tl.arange(0, BLOCK_P)[:, None]
     channel = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    offset = (image * pixels + first_pixel) * channels + (p * channels + channel[None, :])
     rows = tl.minimum(pixels - first_pixel, BLOCK_P)
-    return image, table_row, channel, inside, offset, (p < rows) & inside[None, :], rows
+    mask = (tl.arange(0, BLOCK_P) < rows)[:, None] & inside[None, :]
+    return image, table_row, image * pixels + first_pixel, channel, inside, mask, rows
+
+
+@triton.jit
+def _at(ptr, pixel, channel, channels, BLOCK_P: tl.constexpr):
+    """Return pointers to channels of BLOCK_P pixels, from one on, of a tensor [N, pixels, C]."""
+    return ptr + pixel * channels + (tl.arange(0, BLOCK_P)[:, None] * channels + channel[None, :])
+
+
+@triton.jit
+def _load_merged(
+    x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+    split, channels, shift_stride, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of cat(x + shift + residual, skip), 0 where the mask is false.
+
+    x ends before channel `split`, where skip starts: anywhere, also within a group.
+    """
+    left, width = mask, channels
+    if skip_ptr is not None:
+        left, width = mask & (channel < split)[None, :], split
+    x = tl.load(_at(x_ptr, pixel, channel, width, BLOCK_P), mask=left, other=0.0)
+    if (shift_ptr is not None) or (residual_ptr is not None):
+        total = x.to(tl.float32)
+        if shift_ptr is not None:
+            shift_ptr += image * shift_stride + channel
+            shift = tl.load(shift_ptr, mask=channel < width, other=0.0).to(tl.float32)
+            total = tl.where(left, total + shift[None, :], 0.0)
+        if residual_ptr is not None:
+            residual_ptr = _at(residual_ptr, pixel, channel, width, BLOCK_P)
+            total += tl.load(residual_ptr, mask=left, other=0.0).to(tl.float32)
+        x = total.to(x.dtype)
+    if skip_ptr is not None:
+        skip_ptr = _at(skip_ptr, pixel, channel - split, channels - split, BLOCK_P)
+        x = tl.load(skip_ptr, mask=mask & (channel >= split)[None, :], other=x)
+    return x
+
+
+@triton.jit
+def _store_split(
+    d_x_ptr, d_skip_ptr, d_merged, pixel, channel, mask, split, channels, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """Store a tile of the gradient of cat(x, skip) in those of x and skip."""
+    left, width = mask, channels
+    if d_skip_ptr is not None:
+        left, width = mask & (channel < split)[None, :], split
+        d_skip_ptr = _at(d_skip_ptr, pixel, channel - split, channels - split, BLOCK_P)
+        tl.store(d_skip_ptr, d_merged, mask=mask & (channel >= split)[None, :])
+    tl.store(_at(d_x_ptr, pixel, channel, width, BLOCK_P), d_merged, mask=left)
+
+
+@triton.jit
+def _column_sums(table_ptr, count, stride, inside, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sum rows of a table to [BLOCK_C], always in one order; table_ptr are columns of the first."""
+    sums = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for first in range(0, count, BLOCK_T):
+        row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        mask = (row < count) & inside[None, :]
+        sums += tl.load(table_ptr[None, :] + row * stride, mask=mask, other=0.0)
+    return tl.sum(sums, 0)
 
 
 @triton.jit
@@ -151,15 +218,23 @@ def _store_groups(
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, channels, groups, slices, eps,
+    x_ptr, shift_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr,
+    y_ptr, mean_ptr, rstd_ptr, merged_ptr,
+    split, channels, shift_stride, groups, slices, eps,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One pass forward."""
-    image, first_group, channel, inside, offset, mask = _slice(
+    image, first_group, pixel, channel, inside, mask = _slice(
         channels, slices, PIXELS, GROUPS, PER_GROUP, BLOCK_P, BLOCK_C
     )
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    merged = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    )  # fmt: skip
+    if merged_ptr is not None:
+        tl.store(_at(merged_ptr, pixel, channel, channels, BLOCK_P), merged, mask=mask)
+    x = merged.to(tl.float32)
 
     members = _members(PER_GROUP, BLOCK_G, BLOCK_C)
     count = PIXELS * PER_GROUP
@@ -174,19 +249,26 @@ def _fwd_kernel(
     y = centred * (weight * _per_channel(rstd, members))[None, :] + bias[None, :]
     if SILU:
         y *= _sigmoid(y)
-    tl.store(y_ptr + offset, y, mask=mask)
+    tl.store(_at(y_ptr, pixel, channel, channels, BLOCK_P), y, mask=mask)
 
 
 @triton.jit
 def _fwd_sums_kernel(
-    x_ptr, table_ptr, pixels, channels, tiles, slices,
+    x_ptr, shift_ptr, residual_ptr, skip_ptr, table_ptr, merged_ptr,
+    pixels, split, channels, shift_stride, tiles, slices,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Two passes forward, 1 of 3: mean and centred squares of each channel of a tile of pixels."""
-    _, table_row, channel, inside, offset, mask, rows = _tile(
+    image, table_row, pixel, channel, inside, mask, rows = _tile(
         pixels, channels, tiles, slices, BLOCK_P, BLOCK_C
     )
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    merged = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    )  # fmt: skip
+    if merged_ptr is not None:
+        tl.store(_at(merged_ptr, pixel, channel, channels, BLOCK_P), merged, mask=mask)
+    x = merged.to(tl.float32)
     mean = tl.sum(x, 0) / rows
     centred = tl.where(mask, x - mean[None, :], 0.0)
     table_ptr += table_row * 2 * channels + channel
@@ -233,8 +315,8 @@ def _fwd_merge_kernel(
 
 @triton.jit
 def _fwd_apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
-    pixels, channels, groups, tiles, slices,
+    x_ptr, shift_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
+    pixels, split, channels, shift_stride, groups, tiles, slices,
     PER_GROUP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Two passes forward, 3 of 3.
@@ -242,32 +324,37 @@ def _fwd_apply_kernel(
     The mean is taken off before scaling: folded into the shift, it would cost precision where it is
     large beside the standard deviation.
     """
-    image, _, channel, inside, offset, mask, _ = _tile(
+    image, _, pixel, channel, inside, mask, _ = _tile(
         pixels, channels, tiles, slices, BLOCK_P, BLOCK_C
     )
     mean, rstd, weight, bias = _load_channels(
         mean_ptr, rstd_ptr, weight_ptr, bias_ptr, image * groups + channel // PER_GROUP, channel,
         inside,
     )  # fmt: skip
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    ).to(tl.float32)  # fmt: skip
     y = (x - mean[None, :]) * (weight * rstd)[None, :] + bias[None, :]
     if SILU:
         y *= _sigmoid(y)
-    tl.store(y_ptr + offset, y, mask=mask)
+    tl.store(_at(y_ptr, pixel, channel, channels, BLOCK_P), y, mask=mask)
 
 
-def _whole_groups(x: Tensor, groups: int, tiles: tuple[int, ...]) -> int:
+def _whole_groups(
+    pixels: int, channels: int, groups: int, element: int, tiles: tuple[int, ...]
+) -> int:
     """Return how many groups a program of one pass takes; 0 where not even one fits a tile.
 
     As many as fit, so that slices start on sectors of memory, or else on vectors, if at all
-    possible. It depends on the shape of an image only, as then do the bits of the result.
+    possible, of elements of so many bytes. It depends on the shape of an image only, as then do the
+    bits of the result.
     """
-    _, pixels, channels = x.shape
     per_group = channels // groups
     if pixels > ONE_PASS_PIXELS:
         return 0
     for alignment in (32, 16, 1):  # bytes
-        step = alignment // math.gcd(alignment, per_group * x.element_size())
+        step = alignment // math.gcd(alignment, per_group * element)
         for tile in tiles:
             widest = min(tile // triton.next_power_of_2(pixels), ONE_PASS_CHANNELS)
             taken = min(widest // per_group, groups)
@@ -301,8 +388,7 @@ class _Cut(NamedTuple):
     merge_blocks: dict[str, int]
 
 
-def _cut(x: Tensor, groups: int, tile: int) -> _Cut:
-    _, pixels, channels = x.shape
+def _cut(pixels: int, channels: int, groups: int, tile: int) -> _Cut:
     per_group = channels // groups
     block_c = min(triton.next_power_of_2(channels), TWO_PASS_CHANNELS)
     block_p = min(triton.next_power_of_2(pixels), tile // block_c)
@@ -323,46 +409,67 @@ def _cut(x: Tensor, groups: int, tile: int) -> _Cut:
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y [N, pixels, C], and float32 mean and 1 / sqrt(var + eps) of each group [N, groups].
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return y, float32 mean and 1 / sqrt(var + eps) of each group [N, groups], and m to keep.
 
-    x is contiguous [N, pixels, C] of a narrow type or float32, with pixels and channels in it.
+    x is contiguous [N, pixels, split] of a narrow type or float32, with pixels and channels in it;
+    so are residual, and skip [N, pixels, C - split]. shift is [N, split]. y and m are
+    [N, pixels, C].
     """
-    images, pixels, channels = x.shape
+    images, pixels, split = x.shape
+    channels = weight.numel()
     per_group = channels // groups
     weight, bias = weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty((images, pixels, channels), dtype=x.dtype, device=x.device)
+    merged = torch.empty_like(y) if keep else None
     mean = torch.empty((images, groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
+    sources = x, shift, residual, skip
+    widths = split, channels, 0 if shift is None else shift.stride(0)
 
-    taken = _whole_groups(x, groups, FORWARD_TILES)
+    taken = _whole_groups(pixels, channels, groups, x.element_size(), FORWARD_TILES)
     if taken:
         slices = triton.cdiv(groups, taken)
         blocks = _blocks(pixels, taken, per_group)
         _fwd_kernel[(images * slices,)](
-            x, weight, bias, y, mean, rstd, channels, groups, slices, eps,
+            *sources, weight, bias, y, mean, rstd, merged, *widths, groups, slices, eps,
             PIXELS=pixels, GROUPS=taken, PER_GROUP=per_group, SILU=silu, **blocks,
-            num_warps=_warps(blocks["BLOCK_P"] * blocks["BLOCK_C"], FORWARD_THREAD),
+            # With m to store as well, a thread that holds as much of x has too few registers.
+            num_warps=_warps(
+                blocks["BLOCK_P"] * blocks["BLOCK_C"], FORWARD_THREAD // (2 if keep else 1)
+            ),
         )  # fmt: skip
-        return y, mean, rstd
+        return y, mean, rstd, merged
 
-    cut = _cut(x, groups, FORWARD_TILES[0])
+    cut = _cut(pixels, channels, groups, FORWARD_TILES[0])
     warps = _warps(FORWARD_TILES[0], FORWARD_THREAD)
     grid, merge_grid = (images * cut.tiles * cut.slices,), (images * cut.merge_slices,)
     table = torch.empty((images, cut.tiles, 2, channels), dtype=torch.float32, device=x.device)
     _fwd_sums_kernel[grid](
-        x, table, pixels, channels, cut.tiles, cut.slices, **cut.blocks, num_warps=warps
-    )
+        *sources, table, merged, pixels, *widths, cut.tiles, cut.slices,
+        **cut.blocks, num_warps=warps,
+    )  # fmt: skip
     _fwd_merge_kernel[merge_grid](
         table, mean, rstd, pixels, channels, groups, cut.tiles, cut.merge_slices, eps,
         TILE_P=cut.blocks["BLOCK_P"], PER_GROUP=per_group, **cut.merge_blocks,
     )  # fmt: skip
+    if keep:
+        sources, widths = (merged, None, None, None), (channels, channels, 0)
     _fwd_apply_kernel[grid](
-        x, weight, bias, y, mean, rstd, pixels, channels, groups, cut.tiles, cut.slices,
+        *sources, weight, bias, y, mean, rstd, pixels, *widths, groups, cut.tiles, cut.slices,
         PER_GROUP=per_group, SILU=silu, **cut.blocks, num_warps=warps,
     )  # fmt: skip
-    return y, mean, rstd
+    return y, mean, rstd, merged
 
 
 @triton.jit
@@ -377,28 +484,33 @@ def _centred_and_g(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 
 @triton.jit
-def _d_x(centred, g, rstd, weight, mean_h, mean_hx):
+def _d_merged(centred, g, rstd, weight, mean_h, mean_hx):
     along = (rstd * rstd * mean_hx)[None, :]
     return g * (weight * rstd)[None, :] - (centred * along + (rstd * mean_h)[None, :])
 
 
 @triton.jit
 def _bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, d_x_ptr, rows_ptr,
-    channels, groups, slices,
+    grad_ptr, x_ptr, shift_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    grad_merged_ptr, d_x_ptr, d_skip_ptr, d_shift_ptr, rows_ptr,
+    split, channels, shift_stride, groups, slices,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One pass backward: d_x, and this image's part of d_bias and d_weight."""
-    image, _, channel, inside, offset, mask = _slice(
+    """One pass backward: d_x, d_skip, d_shift, and this image's part of d_bias and d_weight."""
+    image, _, pixel, channel, inside, mask = _slice(
         channels, slices, PIXELS, GROUPS, PER_GROUP, BLOCK_P, BLOCK_C
     )
     mean, rstd, weight, bias = _load_channels(
         mean_ptr, rstd_ptr, weight_ptr, bias_ptr, image * groups + channel // PER_GROUP, channel,
         inside,
     )  # fmt: skip
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    ).to(tl.float32)  # fmt: skip
+    grad_ptr = _at(grad_ptr, pixel, channel, channels, BLOCK_P)
+    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
     centred, g = _centred_and_g(x, grad, mean, rstd, weight, bias, SILU)
 
     sum_g, sum_gx = tl.sum(g, 0), tl.sum(g * centred, 0) * rstd
@@ -410,26 +522,36 @@ def _bwd_kernel(
     count = PIXELS * PER_GROUP
     mean_h = _per_channel(_group_sums(sum_g * weight, members) / count, members)
     mean_hx = _per_channel(_group_sums(sum_gx * weight, members) / count, members)
-    d_x = _d_x(centred, g, rstd, weight, mean_h, mean_hx)
-    tl.store(d_x_ptr + offset, d_x, mask=mask)
+    d_merged = _d_merged(centred, g, rstd, weight, mean_h, mean_hx)
+    if grad_merged_ptr is not None:
+        grad_merged_ptr = _at(grad_merged_ptr, pixel, channel, channels, BLOCK_P)
+        d_merged += tl.load(grad_merged_ptr, mask=mask, other=0.0).to(tl.float32)
+    _store_split(d_x_ptr, d_skip_ptr, d_merged, pixel, channel, mask, split, channels, BLOCK_P)
+    if d_shift_ptr is not None:
+        d_shift = tl.sum(tl.where(mask, d_merged, 0.0), 0)
+        tl.store(d_shift_ptr + image * split + channel, d_shift, mask=inside & (channel < split))
 
 
 @triton.jit
 def _bwd_sums_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, table_ptr,
-    pixels, channels, groups, tiles, slices,
+    grad_ptr, x_ptr, shift_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    table_ptr, pixels, split, channels, shift_stride, groups, tiles, slices,
     PER_GROUP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two passes backward, 1 of 3: sums of g and g * xhat of each channel of a tile of pixels."""
-    image, table_row, channel, inside, offset, mask, _ = _tile(
+    """Two passes backward, 1 of 4: sums of g and g * xhat of each channel of a tile of pixels."""
+    image, table_row, pixel, channel, inside, mask, _ = _tile(
         pixels, channels, tiles, slices, BLOCK_P, BLOCK_C
     )
     mean, rstd, weight, bias = _load_channels(
         mean_ptr, rstd_ptr, weight_ptr, bias_ptr, image * groups + channel // PER_GROUP, channel,
         inside,
     )  # fmt: skip
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    ).to(tl.float32)  # fmt: skip
+    grad_ptr = _at(grad_ptr, pixel, channel, channels, BLOCK_P)
+    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
     centred, g = _centred_and_g(x, grad, mean, rstd, weight, bias, SILU)
     table_ptr += table_row * 2 * channels + channel
     tl.store(table_ptr, tl.sum(g, 0), mask=inside)
@@ -443,17 +565,11 @@ def _bwd_merge_kernel(
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two passes backward, 2 of 3: sum tiles to a row for the image, and channels to groups."""
+    """Two passes backward, 2 of 4: sum tiles to a row for the image, and channels to groups."""
     image, first_group, channel, inside = _groups(groups, slices, GROUPS, PER_GROUP, BLOCK_C)
-    table_ptr += image * tiles * 2 * channels + channel[None, :]
-    sums_g = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    sums_gx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for first_tile in range(0, tiles, BLOCK_T):
-        t = first_tile + tl.arange(0, BLOCK_T)[:, None]
-        mask = (t < tiles) & inside[None, :]
-        sums_g += tl.load(table_ptr + t * 2 * channels, mask=mask, other=0.0)
-        sums_gx += tl.load(table_ptr + (t * 2 + 1) * channels, mask=mask, other=0.0)
-    sum_g, sum_gx = tl.sum(sums_g, 0), tl.sum(sums_gx, 0)
+    table_ptr += image * tiles * 2 * channels + channel
+    sum_g = _column_sums(table_ptr, tiles, 2 * channels, inside, BLOCK_T, BLOCK_C)
+    sum_gx = _column_sums(table_ptr + channels, tiles, 2 * channels, inside, BLOCK_T, BLOCK_C)
     rows_ptr += image * 2 * channels + channel
     tl.store(rows_ptr, sum_g, mask=inside)
     tl.store(rows_ptr + channels, sum_gx, mask=inside)
@@ -470,12 +586,13 @@ def _bwd_merge_kernel(
 
 @triton.jit
 def _bwd_apply_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_h_ptr, mean_hx_ptr, d_x_ptr,
-    pixels, channels, groups, tiles, slices,
+    grad_ptr, x_ptr, shift_ptr, residual_ptr, skip_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    mean_h_ptr, mean_hx_ptr, grad_merged_ptr, d_x_ptr, d_skip_ptr, shift_table_ptr,
+    pixels, split, channels, shift_stride, groups, tiles, slices,
     PER_GROUP: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two passes backward, 3 of 3: d_x."""
-    image, _, channel, inside, offset, mask, _ = _tile(
+    """Two passes backward, 3 of 4: d_x, d_skip, and the sums of d_x over a tile of pixels."""
+    image, table_row, pixel, channel, inside, mask, _ = _tile(
         pixels, channels, tiles, slices, BLOCK_P, BLOCK_C
     )
     group = image * groups + channel // PER_GROUP
@@ -484,31 +601,50 @@ def _bwd_apply_kernel(
     )
     mean_h = tl.load(mean_h_ptr + group, mask=inside, other=0.0)
     mean_hx = tl.load(mean_hx_ptr + group, mask=inside, other=0.0)
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = _load_merged(
+        x_ptr, shift_ptr, residual_ptr, skip_ptr, image, pixel, channel, mask,
+        split, channels, shift_stride, BLOCK_P,
+    ).to(tl.float32)  # fmt: skip
+    grad_ptr = _at(grad_ptr, pixel, channel, channels, BLOCK_P)
+    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
     centred, g = _centred_and_g(x, grad, mean, rstd, weight, bias, SILU)
-    d_x = _d_x(centred, g, rstd, weight, mean_h, mean_hx)
-    tl.store(d_x_ptr + offset, d_x, mask=mask)
+    d_merged = _d_merged(centred, g, rstd, weight, mean_h, mean_hx)
+    if grad_merged_ptr is not None:
+        grad_merged_ptr = _at(grad_merged_ptr, pixel, channel, channels, BLOCK_P)
+        d_merged += tl.load(grad_merged_ptr, mask=mask, other=0.0).to(tl.float32)
+    _store_split(d_x_ptr, d_skip_ptr, d_merged, pixel, channel, mask, split, channels, BLOCK_P)
+    if shift_table_ptr is not None:
+        sums = tl.sum(tl.where(mask, d_merged, 0.0), 0)
+        shift_table_ptr += table_row * split + channel
+        tl.store(shift_table_ptr, sums, mask=inside & (channel < split))
+
+
+@triton.jit
+def _bwd_shift_kernel(
+    table_ptr, d_shift_ptr, tiles, channels, slices, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Two passes backward, 4 of 4, where there is a shift: sum the tiles of an image to d_shift."""
+    image = (tl.program_id(0) // slices).to(tl.int64)
+    channel = tl.program_id(0) % slices * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    table_ptr += image * tiles * channels + channel
+    sums = _column_sums(table_ptr, tiles, channels, inside, BLOCK_T, BLOCK_C)
+    tl.store(d_shift_ptr + image * channels + channel, sums, mask=inside)
 
 
 @triton.jit
 def _bwd_rows_kernel(
     rows_ptr, d_bias_ptr, d_weight_ptr, images, channels,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Either way, last: sum the rows of all images to d_bias and d_weight, always in one order."""
+    """Either way, last: sum the rows of all images to d_bias and d_weight."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    rows_ptr += channel[None, :]
-    sums_g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    sums_gx = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for first in range(0, images, BLOCK_N):
-        n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (n < images) & inside[None, :]
-        sums_g += tl.load(rows_ptr + n * 2 * channels, mask=mask, other=0.0)
-        sums_gx += tl.load(rows_ptr + (n * 2 + 1) * channels, mask=mask, other=0.0)
-    tl.store(d_bias_ptr + channel, tl.sum(sums_g, 0), mask=inside)
-    tl.store(d_weight_ptr + channel, tl.sum(sums_gx, 0), mask=inside)
+    rows_ptr += channel
+    sum_g = _column_sums(rows_ptr, images, 2 * channels, inside, BLOCK_T, BLOCK_C)
+    sum_gx = _column_sums(rows_ptr + channels, images, 2 * channels, inside, BLOCK_T, BLOCK_C)
+    tl.store(d_bias_ptr + channel, sum_g, mask=inside)
+    tl.store(d_weight_ptr + channel, sum_gx, mask=inside)
 
 
 def group_norm_silu_backward(
@@ -520,45 +656,73 @@ def group_norm_silu_backward(
     rstd: Tensor,
     groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_x in the type of x, d_weight and d_bias in those of weight and bias.
+    split: int,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    grad_merged: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return d_x and d_skip in the type of x, the others in those of what they are gradients of.
 
-    grad and x are contiguous [N, pixels, C] of one type; mean and rstd are group_norm_silu's.
+    They are d_x, d_weight, d_bias, d_shift and d_skip, the last two None where there is nothing to
+    return. Arguments are those of group_norm_silu, with its mean and rstd; grad is contiguous
+    [N, pixels, C] of the type of x. With grad_merged, which is like grad, x is the m that was kept.
     """
-    images, pixels, channels = x.shape
+    images, pixels, _ = x.shape
+    channels = weight.numel()
     per_group = channels // groups
     weight, bias = weight.contiguous(), bias.contiguous()
-    d_x = torch.empty_like(x)
+    empty = functools.partial(torch.empty, device=x.device)
+    d_x = empty((images, pixels, split), dtype=x.dtype)
+    d_skip = empty((images, pixels, channels - split), dtype=x.dtype) if split < channels else None
+    d_shift = None if shift is None else empty((images, split), dtype=shift.dtype)
     d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
-    rows = torch.empty((images, 2, channels), dtype=torch.float32, device=x.device)
-    tensors = grad, x, weight, bias, mean, rstd
+    rows = empty((images, 2, channels), dtype=torch.float32)
+    sources = (x, shift, residual, skip) if grad_merged is None else (x, None, None, None)
+    widths = split, channels, 0 if shift is None else shift.stride(0)
+    tensors = grad, *sources, weight, bias, mean, rstd
 
-    taken = _whole_groups(x, groups, BACKWARD_TILES)
+    taken = _whole_groups(pixels, channels, groups, x.element_size(), BACKWARD_TILES)
     if taken:
         slices = triton.cdiv(groups, taken)
         blocks = _blocks(pixels, taken, per_group)
         _bwd_kernel[(images * slices,)](
-            *tensors, d_x, rows, channels, groups, slices,
+            *tensors, grad_merged, d_x, d_skip, d_shift, rows, *widths, groups, slices,
             PIXELS=pixels, GROUPS=taken, PER_GROUP=per_group, SILU=silu, **blocks,
-            num_warps=_warps(blocks["BLOCK_P"] * blocks["BLOCK_C"], BACKWARD_THREAD),
+            num_warps=min(
+                _warps(blocks["BLOCK_P"] * blocks["BLOCK_C"], BACKWARD_THREAD),
+                # Of 16 warps a thread has 128 registers, one too few with another tensor to read.
+                16 if grad_merged is None else 8,
+            ),
         )  # fmt: skip
     else:
-        cut = _cut(x, groups, BACKWARD_TILES[0])
+        cut = _cut(pixels, channels, groups, BACKWARD_TILES[0])
         warps = _warps(BACKWARD_TILES[0], BACKWARD_THREAD)
         grid, merge_grid = (images * cut.tiles * cut.slices,), (images * cut.merge_slices,)
-        sizes = pixels, channels, groups, cut.tiles
+        sizes = pixels, *widths, groups, cut.tiles, cut.slices
         constants = {"PER_GROUP": per_group, "SILU": silu, **cut.blocks, "num_warps": warps}
-        table = torch.empty((images, cut.tiles, 2, channels), dtype=torch.float32, device=x.device)
+        table = empty((images, cut.tiles, 2, channels), dtype=torch.float32)
+        shift_table = None
+        if shift is not None:
+            shift_table = empty((images, cut.tiles, split), dtype=torch.float32)
         mean_h, mean_hx = torch.empty_like(mean), torch.empty_like(mean)
-        _bwd_sums_kernel[grid](*tensors, table, *sizes, cut.slices, **constants)
+        _bwd_sums_kernel[grid](*tensors, table, *sizes, **constants)
         _bwd_merge_kernel[merge_grid](
-            table, weight, rows, mean_h, mean_hx, *sizes, cut.merge_slices,
-            PER_GROUP=per_group, **cut.merge_blocks,
+            table, weight, rows, mean_h, mean_hx, pixels, channels, groups, cut.tiles,
+            cut.merge_slices, PER_GROUP=per_group, **cut.merge_blocks,
         )  # fmt: skip
-        _bwd_apply_kernel[grid](*tensors, mean_h, mean_hx, d_x, *sizes, cut.slices, **constants)
+        _bwd_apply_kernel[grid](
+            *tensors, mean_h, mean_hx, grad_merged, d_x, d_skip, shift_table, *sizes, **constants
+        )
+        if shift is not None:
+            slices = triton.cdiv(split, TABLE_CHANNELS)
+            _bwd_shift_kernel[(images * slices,)](
+                shift_table, d_shift, cut.tiles, split, slices,
+                BLOCK_T=TABLE_ROWS, BLOCK_C=TABLE_CHANNELS,
+            )  # fmt: skip
 
     _bwd_rows_kernel[(triton.cdiv(channels, TABLE_CHANNELS),)](
         rows, d_bias, d_weight, images, channels,
-        BLOCK_N=TABLE_ROWS, BLOCK_C=TABLE_CHANNELS,
+        BLOCK_T=TABLE_ROWS, BLOCK_C=TABLE_CHANNELS,
     )  # fmt: skip
-    return d_x, d_weight, d_bias
+    return d_x, d_weight, d_bias, d_shift, d_skip

@@ -4,7 +4,7 @@ from ds.ops._native import build_info
 from ds.ops._op import Row, table, use_backend
 from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
-from ds.ops.group_norm_silu import group_norm, group_norm_silu
+from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
 from ds.ops.quantize import dequantize, quantize
@@ -19,6 +19,7 @@ __all__ = [
     "dequantize",
     "group_norm",
     "group_norm_silu",
+    "merge_group_norm_silu",
     "noise",
     "prepare_batch",
     "quantize",

@@ -1,6 +1,7 @@
 """GroupNorm, with SiLU or without: y = f(weight * (x - mean) / sqrt(var + eps) + bias)."""
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -9,11 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported
+from ds.ops._op import Op, Unsupported, triton_kernels
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Normalize groups of channels, scale and shift channels, then apply SiLU.
 
@@ -21,13 +30,52 @@ def group_norm_silu(
     result has the dtype of x, and its memory format where x is contiguous or channels_last; other
     strides give a contiguous result. Not twice differentiable.
 
+    What else reads and writes x before a norm can be had in the same pass. Then it is not x that is
+    normalized but cat(x + shift + residual, skip), summed in float32 and rounded to the dtype of x:
+
+        shift     [C] or [N, C], as the bias of a convolution, or that and a time embedding
+        residual  of the shape and dtype of x
+        skip      [N, C2, ...], of the dtype of x; weight and bias are then [C + C2], and groups may
+                  have channels of both
+
     Wu & He 2018, arXiv:1803.08494, Eq. 1, 2, 6 and 7.
 
     Raises:
-        ValueError: a shape does not fit, C is no multiple of groups, or a dtype is not floating.
+        ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
-    _check("group_norm_silu", x, weight, bias, groups)
-    return torch.ops.ds.group_norm_silu(x, weight, bias, groups, eps, True)[0]
+    shift = _check("group_norm_silu", x, weight, bias, groups, shift, residual, skip)
+    return torch.ops.ds.group_norm_silu(x, weight, bias, groups, eps, True, shift, residual, skip)[
+        0
+    ]
+
+
+def merge_group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return group_norm_silu of the same arguments, and cat(x + shift + residual, skip).
+
+    That is what was normalized, to the bit, for the branch that goes around the norm. The gradients
+    that come back for both are added in the one pass that backward takes.
+
+    Raises:
+        ValueError: as group_norm_silu, and if there is none of shift, residual and skip.
+    """
+    name = "merge_group_norm_silu"
+    if shift is residual is skip is None:
+        raise ValueError(f"{name}: needs shift, residual or skip, or there is nothing to merge")
+    shift = _check(name, x, weight, bias, groups, shift, residual, skip)
+    y, _, _, merged = torch.ops.ds.group_norm_silu(
+        x, weight, bias, groups, eps, True, shift, residual, skip, True
+    )
+    return y, merged
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
@@ -36,21 +84,54 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float 
     return torch.ops.ds.group_norm_silu(x, weight, bias, groups, eps, False)[0]
 
 
-def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+def _check(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor | None:
+    """Raise for what does not fit; return shift as [N, C]."""
     if x.dim() < 2:
         raise ValueError(f"{name}: x must be [N, C, ...], not of shape {list(x.shape)}")
-    channels = x.shape[1]
+    images, channels, *pixels = x.shape
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"{name}: residual must be of the shape of x, {list(x.shape)}, "
+            f"not {list(residual.shape)}"
+        )
+    if skip is not None and [*skip.shape[:1], *skip.shape[2:]] != [images, *pixels]:
+        raise ValueError(
+            f"{name}: skip must have the shape of x, {list(x.shape)}, but for the channels, "
+            f"not {list(skip.shape)}"
+        )
+    for label, tensor in (("residual", residual), ("skip", skip)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: {label} must be {x.dtype} as x is, not {tensor.dtype}")
+    if shift is not None and list(shift.shape) not in ([channels], [images, channels]):
+        raise ValueError(
+            f"{name}: shift must be [{channels}] or [{images}, {channels}], one value a channel "
+            f"of x, not of shape {list(shift.shape)}"
+        )
+    shift = shift if shift is None else shift.expand(images, channels)
+    channels += 0 if skip is None else skip.shape[1]
     if groups < 1 or channels < 1 or channels % groups:
         raise ValueError(f"{name}: channels ({channels}) must be a multiple of groups ({groups})")
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise ValueError(
-                f"{name}: {label} must be [{channels}], one value a channel of x,"
-                f" not of shape {list(tensor.shape)}"
+                f"{name}: {label} must be [{channels}], one value a channel, "
+                f"not of shape {list(tensor.shape)}"
             )
-    if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
-        dtypes = f"{x.dtype}, {weight.dtype} and {bias.dtype}"
-        raise ValueError(f"{name}: x, weight and bias must be floating point, not {dtypes}")
+    floats = {"x": x, "weight": weight, "bias": bias, "shift": shift}
+    dtypes = {label: tensor.dtype for label, tensor in floats.items() if tensor is not None}
+    if not all(dtype.is_floating_point for dtype in dtypes.values()):
+        found = ", ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
+        raise ValueError(f"{name}: all must be floating point, not {found}")
+    return shift
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -62,6 +143,18 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def _resized(x: Tensor, channels: int) -> Tensor:
+    """Return an empty tensor in the memory format of a dense x, of so many channels."""
+    if channels == x.shape[1]:
+        return torch.empty_like(x)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -71,11 +164,46 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(_wide(x.dtype)).view(-1, *[1] * (x.dim() - 2))
 
 
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and the mean and 1 / sqrt(var + eps) of each group, [N, groups]."""
+def merge(
+    x: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """Return cat(x + shift + residual, skip), dense; x itself if it is that.
+
+    Summed in the dtype of computation and rounded once, which one PyTorch addition does by itself.
+    """
     x = _dense(x)
+    columns = None if shift is None else shift.view(*shift.shape, *[1] * (x.dim() - 2))
+    addends = [addend for addend in (columns, residual) if addend is not None]
+    if addends:
+        once = len(addends) == 1 and addends[0].dtype == x.dtype
+        total = x if once else x.to(_wide(x.dtype))
+        for addend in addends:
+            total = total + addend
+        x = _like(total, x)
+    if skip is not None:
+        x = torch.cat([x, skip], 1).contiguous(memory_format=_format(x))
+    return x
+
+
+def _merged(
+    x: Tensor, shift=None, residual=None, skip=None, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the merged x for a kernel that merges nothing itself, and what the op hands on."""
+    merged = merge(x, shift, residual, skip)
+    return merged, merged if keep else x.new_empty(0)
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *parts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the mean and 1 / sqrt(var + eps) of each group, [N, groups], and what was merged.
+
+    The last is empty unless it is to be kept.
+    """
+    x, kept = _merged(x, *parts)
     grouped = x.to(_wide(x.dtype)).unflatten(1, (groups, x.shape[1] // groups))
     inner = tuple(range(2, grouped.dim()))
     mean = grouped.mean(inner, keepdim=True)
@@ -83,17 +211,20 @@ def reference(
     rstd = (centred.square().mean(inner, keepdim=True) + eps).rsqrt()
     y = (centred * rstd).flatten(1, 2) * _per_channel(weight, x) + _per_channel(bias, x)
     y = F.silu(y) if silu else y
-    return _like(y, x), mean.flatten(1), rstd.flatten(1)
+    return _like(y, x), mean.flatten(1), rstd.flatten(1), kept
 
 
-def fake(x, weight, bias, groups, eps, silu):
+def fake(x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=None, keep=False):
     statistic = x.new_empty((x.shape[0], groups), dtype=_wide(x.dtype))
-    return torch.empty_like(_dense(x)), statistic, torch.empty_like(statistic)
+    y = _resized(_dense(x), weight.shape[0])
+    merged = torch.empty_like(y) if keep else x.new_empty(0)
+    return y, statistic, torch.empty_like(statistic), merged
 
 
 forward = Op(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu)"
-    " -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu,"
+    " Tensor? shift=None, Tensor? residual=None, Tensor? skip=None, bool keep=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     fake,
 )
@@ -103,62 +234,52 @@ forward = Op(
 def _():
     kernel = _native.library().ds_group_norm_silu
 
-    def launch(x, weight, bias, groups, eps, silu):
-        narrow = x.dtype == torch.bfloat16
-        if not narrow and x.dtype != torch.float32:
-            raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
-        x = _dense(x)
+    def launch(x, weight, bias, groups, eps, silu, *parts):
+        narrow = _check_library_takes(x)
+        x, kept = _merged(x, *parts)
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
-        images, channels, *pixels = x.shape
+        images, channels, pixels = _sizes(x)
         y = torch.empty_like(x)
         mean = torch.empty((images, groups))
         rstd = torch.empty((images, groups))
         error = kernel(
             x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
             y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-            images, channels, math.prod(pixels), groups,
+            images, channels, pixels, groups,
             eps, silu, not x.is_contiguous(), narrow,
         )  # fmt: skip
-        if error:
-            raise RuntimeError(f"group_norm_silu: the thread pool failed with error {error}")
-        return y, mean, rstd
+        _native.check("group_norm_silu", error)
+        return y, mean, rstd, kept
 
     return launch
 
 
-@forward.backend("cluster", "cuda")
-def _():
-    """The CUDA kernel that reads x once, for images that no program of Triton's holds whole."""
-    lib = _native.cuda_kernels(capability=90, shared=227 * 1024)
-
-    def launch(x, weight, bias, groups, eps, silu):
-        if math.prod(x.shape[2:]) <= 1024:
-            raise Unsupported("it takes images of more than 1024 pixels")
-        return _launch_cuda(lib, True, x, weight, bias, groups, eps, silu)
-
-    return launch
+def _check_library_takes(x: Tensor) -> bool:
+    """Return whether x is narrow."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
+    return x.dtype == torch.bfloat16
 
 
 @forward.backend("triton", "cuda")
 def _():
-    kernels = _kernels()
+    kernels = triton_kernels("group_norm_silu")
 
-    def launch(x, weight, bias, groups, eps, silu):
+    def launch(
+        x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=None, keep=False
+    ):
         x = _dense(x)
         _check_kernels_take(x)
+        parts = _shift_rows(shift), _maybe_rows(residual), _maybe_rows(skip)
         with torch.cuda.device_of(x):
-            y, mean, rstd = kernels.group_norm_silu(_rows(x), weight, bias, groups, eps, silu)
-        return _from_rows(y, x), mean, rstd
+            y, mean, rstd, merged = kernels.group_norm_silu(
+                _rows(x), weight, bias, groups, eps, silu, *parts, keep
+            )
+        like = x if skip is None else _resized(x, weight.shape[0])
+        merged = _from_rows(merged, like) if keep else x.new_empty(0)
+        return _from_rows(y, like), mean, rstd, merged
 
     return launch
-
-
-def _kernels():
-    try:
-        from ds.kernels import group_norm_silu
-    except ImportError as error:
-        raise ImportError(f"Triton does not load: {error} (pip install triton)") from error
-    return group_norm_silu
 
 
 def _check_kernels_take(x: Tensor) -> None:
@@ -173,20 +294,32 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(_sizes(x)).transpose(1, 2).contiguous()
 
 
+def _maybe_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
+
+
+def _shift_rows(shift: Tensor | None) -> Tensor | None:
+    """Return shift [N, C] with contiguous rows, which may all be one."""
+    return shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
+
+
 def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
     """Return [N, pixels, C] in the shape and strides of x, without a copy if channels_last."""
     return _like(rows.transpose(1, 2).reshape(x.shape), x)
+
+
+@forward.backend("cluster", "cuda")
+def _():
+    """The CUDA kernel that reads x once, for images that no program of Triton's holds whole."""
+    lib = _native.cuda_kernels(capability=90, shared=227 * 1024)
+    return functools.partial(_launch_cuda, lib, True)
 
 
 @forward.backend("cuda", "cuda")
 def _():
     """The CUDA kernels that read x twice, for GPUs from sm_80 on."""
     lib = _native.cuda_kernels(capability=80)
-
-    def launch(x, weight, bias, groups, eps, silu):
-        return _launch_cuda(lib, False, x, weight, bias, groups, eps, silu)
-
-    return launch
+    return functools.partial(_launch_cuda, lib, False)
 
 
 def _launch_cuda(
@@ -198,9 +331,10 @@ def _launch_cuda(
     groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = _dense(x)
+    *parts,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_kernels_take(x)
+    x, kept = _merged(x, *parts)
     images, channels, pixels = _sizes(x)
     tiles = lib.ds_cuda_group_norm_silu_tiles(pixels, channels, groups, x.itemsize, cluster, None)
     if not tiles:
@@ -220,7 +354,7 @@ def _launch_cuda(
         images, pixels, channels, groups, eps, silu,
         _native.TYPES[x.dtype], _native.TYPES[weight.dtype], _native.TYPES[bias.dtype],
     )  # fmt: skip
-    return _from_rows(y, x), mean, rstd
+    return _from_rows(y, x), mean, rstd, kept
 
 
 def _parameter(values: Tensor) -> Tensor:
@@ -231,12 +365,12 @@ def _parameter(values: Tensor) -> Tensor:
 def _():
     """PyTorch's own kernels, on float32 copies of narrower types so that statistics stay wide."""
 
-    def launch(x, weight, bias, groups, eps, silu):
-        x = _dense(x)
+    def launch(x, weight, bias, groups, eps, silu, *parts):
+        x, kept = _merged(x, *parts)
         y, mean, rstd = torch.ops.aten.native_group_norm(
             *_widened(x.dtype, x, weight, bias), *_sizes(x), groups, eps
         )
-        return _like(F.silu(y) if silu else y, x), mean, rstd
+        return _like(F.silu(y) if silu else y, x), mean, rstd, kept
 
     return launch
 
@@ -265,14 +399,18 @@ def reference_backward(
     rstd: Tensor,
     groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias, recomputing what SiLU was applied to.
+    split: int,
+    *parts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias, shift and skip; x is what was merged, or its parts.
 
-    With xhat = (x - mean) * rstd and g = grad * f'(weight * xhat + bias):
+    What SiLU was applied to is computed again. With xhat = (x - mean) * rstd and
+    g = grad * f'(weight * xhat + bias):
     d bias = sum g, d weight = sum g * xhat and, with h = g * weight and means over the group,
-    d x = rstd * (h - mean(h) - xhat * mean(h * xhat)).
+    d x = rstd * (h - mean(h) - xhat * mean(h * xhat)), and to that is added the gradient of what
+    was merged. Its first `split` channels are those of x, and their sums over pixels d shift.
     """
-    x = _dense(x)
+    x = _merged_again(x, *parts)
     wide = _wide(x.dtype)
     outer = (0, *range(2, x.dim()))
     shape = (*mean.shape, *[1] * (x.dim() - 1))
@@ -288,17 +426,53 @@ def reference_backward(
     h = (g * _per_channel(weight, x)).unflatten(1, grouped.shape[1:3])
     along = (h * xhat).mean(inner, keepdim=True)
     d_x = (h - h.mean(inner, keepdim=True) - xhat * along) * rstd.view(shape)
-    return _like(d_x.flatten(1, 2), x), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+    d_x, d_shift, d_skip = _split(d_x.flatten(1, 2), x, split, *parts)
+    return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 
 
-def fake_backward(grad, x, weight, bias, mean, rstd, groups, silu):
-    shape = weight.shape
-    return torch.empty_like(_dense(x)), weight.new_empty(shape), bias.new_empty(shape)
+def _merged_again(x: Tensor, shift=None, residual=None, skip=None, grad_merged=None) -> Tensor:
+    """Return what forward merged: x itself if it was kept, when its gradient is here as well."""
+    return merge(x, shift, residual, skip) if grad_merged is None else _dense(x)
+
+
+def _split(
+    d_merged: Tensor, x: Tensor, split: int, shift=None, residual=None, skip=None, grad_merged=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d_x, d_shift and d_skip, in the dtype and memory format of x, which was merged."""
+    if grad_merged is not None:
+        d_merged = d_merged + grad_merged
+    d_shift = x.new_empty(0)
+    if shift is not None:
+        sums = d_merged[:, :split].flatten(2).sum(2, dtype=_wide(x.dtype))
+        d_shift = sums.to(shift.dtype)
+    if split == x.shape[1]:
+        return _like(d_merged, x), d_shift, x.new_empty(0)
+    d_x, d_skip = (
+        _resized(x, part.shape[1]).copy_(part)
+        for part in (d_merged[:, :split], d_merged[:, split:])
+    )
+    return d_x, d_shift, d_skip
+
+
+def fake_backward(
+    grad, x, weight, bias, mean, rstd, groups, silu, split,
+    shift=None, residual=None, skip=None, grad_merged=None,
+):  # fmt: skip
+    x = _dense(x)
+    channels = weight.shape[0]
+    return (
+        _resized(x, split),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        x.new_empty(0) if shift is None else shift.new_empty(shift.shape),
+        x.new_empty(0) if split == channels else _resized(x, channels - split),
+    )
 
 
 backward = Op(
     "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
-    " Tensor rstd, int groups, bool silu) -> (Tensor, Tensor, Tensor)",
+    " Tensor rstd, int groups, bool silu, int split, Tensor? shift=None, Tensor? residual=None,"
+    " Tensor? skip=None, Tensor? grad_merged=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_backward,
     fake_backward,
 )
@@ -308,11 +482,9 @@ backward = Op(
 def _():
     kernel = _native.library().ds_group_norm_silu_backward
 
-    def launch(grad, x, weight, bias, mean, rstd, groups, silu):
-        narrow = x.dtype == torch.bfloat16
-        if not narrow and x.dtype != torch.float32:
-            raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
-        x = _dense(x)
+    def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, *parts):
+        narrow = _check_library_takes(x)
+        x = _merged_again(x, *parts)
         grad = _like(grad, x)
         images, channels, pixels = _sizes(x)
         w, b = weight.float().contiguous(), bias.float().contiguous()
@@ -324,35 +496,47 @@ def _():
             d_x.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr(), rows.data_ptr(),
             images, channels, pixels, groups, silu, not x.is_contiguous(), narrow,
         )  # fmt: skip
-        if error:
-            raise RuntimeError(f"group_norm_silu: the thread pool failed with error {error}")
-        return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+        _native.check("group_norm_silu", error)
+        d_x, d_shift, d_skip = _split(d_x, x, split, *parts)
+        return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 
     return launch
 
 
 @backward.backend("triton", "cuda")
 def _():
-    kernels = _kernels()
+    kernels = triton_kernels("group_norm_silu")
 
-    def launch(grad, x, weight, bias, mean, rstd, groups, silu):
+    def launch(
+        grad, x, weight, bias, mean, rstd, groups, silu, split,
+        shift=None, residual=None, skip=None, grad_merged=None,
+    ):  # fmt: skip
         x = _dense(x)
         _check_kernels_take(x)
-        grad = _rows(grad.to(x.dtype))
+        parts = _shift_rows(shift), _maybe_rows(residual), _maybe_rows(skip)
+        if grad_merged is not None:
+            grad_merged = _rows(grad_merged.to(x.dtype))
         with torch.cuda.device_of(x):
-            d_x, d_weight, d_bias = kernels.group_norm_silu_backward(
-                grad, _rows(x), weight, bias, mean, rstd, groups, silu
-            )
-        return _from_rows(d_x, x), d_weight, d_bias
+            d_x, d_weight, d_bias, d_shift, d_skip = kernels.group_norm_silu_backward(
+                _rows(grad.to(x.dtype)), _rows(x), weight, bias, mean, rstd, groups, silu, split,
+                *parts, grad_merged,
+            )  # fmt: skip
+        return (
+            _from_rows(d_x, _resized(x, split)),
+            d_weight,
+            d_bias,
+            x.new_empty(0) if d_shift is None else d_shift,
+            x.new_empty(0) if d_skip is None else _from_rows(d_skip, _resized(x, d_skip.shape[2])),
+        )
 
     return launch
 
 
 @backward.backend("aten", "cpu", "cuda")
 def _():
-    def launch(grad, x, weight, bias, mean, rstd, groups, silu):
-        dense = _dense(x)
-        x, grad, w, b = _widened(x.dtype, dense, _like(grad, dense), weight, bias)
+    def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, *parts):
+        dense = _merged_again(x, *parts)
+        x, grad, w, b = _widened(dense.dtype, dense, _like(grad, dense), weight, bias)
         if silu:
             scale = w.view(groups, -1) * rstd[..., None]  # [N, groups, C / groups]
             shift = b.view(groups, -1) - mean[..., None] * scale
@@ -362,23 +546,32 @@ def _():
         d_x, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
             grad, x, mean, rstd, w, *_sizes(x), groups, [True] * 3
         )
-        return _like(d_x, dense), d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+        d_x, d_shift, d_skip = _split(d_x, dense, split, *parts)
+        return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 
     return launch
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, ctx.groups, _, ctx.silu = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    x, weight, bias, ctx.groups, _, ctx.silu, shift, residual, skip, ctx.keep = inputs
+    _, mean, rstd, merged = output
+    ctx.split = x.shape[1]
+    ctx.given = [part is not None for part in (shift, residual, skip)]
+    if ctx.keep:  # backward needs no part of it then, and of shift the dtype only
+        x, residual, skip = merged, None, None
+    ctx.save_for_backward(x, weight, bias, mean, rstd, shift, residual, skip)
 
 
 @once_differentiable
-def _gradient(ctx, grad, *_):
-    d_x, d_weight, d_bias = torch.ops.ds.group_norm_silu_backward(
-        grad, *ctx.saved_tensors, ctx.groups, ctx.silu
+def _gradient(ctx, grad, _mean, _rstd, grad_merged):
+    x, weight, bias, mean, rstd, *parts = ctx.saved_tensors
+    parts.append(grad_merged if ctx.keep else None)
+    d_x, d_weight, d_bias, d_shift, d_skip = torch.ops.ds.group_norm_silu_backward(
+        grad, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, ctx.split, *parts
     )
-    return d_x, d_weight, d_bias, None, None, None
+    gradients = zip((d_shift, d_x, d_skip), ctx.given, strict=True)
+    d_parts = [gradient if given else None for gradient, given in gradients]
+    return d_x, d_weight, d_bias, None, None, None, *d_parts, None
 
 
 forward.register_autograd(_gradient, _save)

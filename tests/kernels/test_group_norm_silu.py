@@ -17,7 +17,21 @@ from ds import ops
 from ds.kernels import group_norm_silu as kernels
 from ds.ops._op import Unsupported
 from ds.ops.group_norm_silu import backward, forward
-from tests.ops.test_group_norm_silu import assert_as_exact, inputs, poisoned, pytorch, spike
+from tests.ops.test_group_norm_silu import (
+    SOURCES,
+    assert_as_exact,
+    check_merging,
+    combinations,
+    inputs,
+    merge_alone,
+    poisoned,
+    pytorch,
+    results,
+    some_gradients,
+    sources,
+    spike,
+    unfused,
+)
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -55,13 +69,13 @@ def values(shape, dtype, layout=NHWC, seed=0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(x, weight, bias, groups, silu, eps=1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    return forward._load("cuda", "triton")(x, weight, bias, groups, eps, silu)
+    return forward._load("cuda", "triton")(x, weight, bias, groups, eps, silu)[:3]
 
 
 def run_backward(grad, x, weight, bias, groups, silu) -> tuple[Tensor, Tensor, Tensor]:
     _, mean, rstd = run(x, weight, bias, groups, silu)
     launch = backward._load("cuda", "triton")
-    return launch(grad, x, weight, bias, mean, rstd, groups, silu)
+    return launch(grad, x, weight, bias, mean, rstd, groups, silu, x.shape[1])[:3]
 
 
 def check_forward(x, weight, bias, groups, silu) -> None:
@@ -238,7 +252,7 @@ def test_a_program_writes_its_own_slice_and_nothing_else():
     y, mean, rstd = (torch.full(s, float("nan")) for s in ((1, 5, 24), (1, 8), (1, 8)))
     x, weight, bias, y, mean, rstd = (t.to(DEVICE) for t in (x, weight, bias, y, mean, rstd))
     kernels._fwd_kernel[(1,)](
-        x, weight, bias, y, mean, rstd, 24, 8, 3, 1e-6,
+        x, None, None, None, weight, bias, y, mean, rstd, None, 24, 24, 0, 8, 3, 1e-6,
         PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
     )  # fmt: skip
     assert not y[..., :9].isnan().any()
@@ -265,7 +279,7 @@ def test_channels_last_memory_is_not_copied(monkeypatch):
 
     def note(x, *args):
         seen.append(x)
-        return torch.empty_like(x), None, None
+        return torch.empty_like(x), None, None, None
 
     x, weight, bias = values((2, 12, 4, 6), torch.float32)
     monkeypatch.setattr(kernels, "group_norm_silu", note)
@@ -281,7 +295,149 @@ def test_what_it_does_not_take_it_leaves_to_others():
             run(*arguments, 2, True)
         with pytest.raises(Unsupported, match="it takes"):
             launch = backward._load("cuda", "triton")
-            launch(arguments[0], *arguments, torch.zeros(2, 2), torch.zeros(2, 2), 2, True)
+            launch(arguments[0], *arguments, torch.zeros(2, 2), torch.zeros(2, 2), 2, True, 8)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Let ds.ops choose the kernels, whatever the device of its arguments."""
+    choose(monkeypatch)
+
+
+def choose(monkeypatch) -> None:
+    for op in (forward, backward):
+        chain = [("triton", op._load("cuda", "triton"))]
+        monkeypatch.setitem(op._chains, (DEVICE, None), chain)
+
+
+def on_device(values, parts):
+    return [v.to(DEVICE) for v in values], {name: v.to(DEVICE) for name, v in parts.items()}
+
+
+@every_dtype
+@combinations
+def test_absorbing_is_as_exact_as_pytorch(dtype, names, chosen):
+    # The second of three groups has channels of both.
+    values, parts = on_device(*sources(names, (2, 12, 4, 3), 6, dtype))
+    y, merged = check_merging(ops.merge_group_norm_silu, values, parts, 3)
+    assert torch.equal(check_merging(merge_alone, values, parts, 3)[0], y)
+    # What is handed on is what was normalized, to the bit.
+    assert torch.equal(run(merged, *values[1:], 3, True)[0], y)
+
+
+@pytest.mark.parametrize("function", [ops.merge_group_norm_silu, merge_alone])
+@pytest.mark.parametrize("names", [("shift",), ("residual", "skip"), SOURCES], ids="+".join)
+def test_absorbing_in_two_passes_is_as_exact_as_pytorch(names, function, chosen, monkeypatch):
+    small_tiles(monkeypatch)
+    values, parts = on_device(*sources(names, (2, 12, 4, 3), 6, torch.float32))
+    check_merging(function, values, parts, 3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    names=st.sets(st.sampled_from(["shift", "residual"])),
+    images=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    per_group=st.integers(2, 9),
+    seam=st.integers(1, 44),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    layouts=st.tuples(*[st.sampled_from([torch.contiguous_format, NHWC])] * 3),
+    shift_rows=st.booleans(),
+    two_passes=st.booleans(),
+)
+def test_two_sources_are_their_concatenation(
+    names, images, groups, per_group, seam, size, layouts, shift_rows, two_passes
+):
+    channels = groups * per_group
+    names, seam = [*sorted(names), "skip"], 1 + seam % (channels - 1)
+    values, parts = sources(
+        names, (images, channels, *size), seam, torch.float32, shift_rows=shift_rows
+    )
+    x, *affine = values
+    x = x.contiguous(memory_format=layouts[0])
+    for name, layout in zip(("residual", "skip"), layouts[1:], strict=True):
+        if name in parts:
+            parts[name] = parts[name].contiguous(memory_format=layout)
+    values, parts = on_device((x, *affine), parts)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        choose(monkeypatch)
+        if two_passes:
+            small_tiles(monkeypatch)
+        y, merged = check_merging(ops.merge_group_norm_silu, values, parts, groups)
+        assert torch.equal(merged, unfused(*values, groups, **parts)[1])
+        assert torch.equal(y, run(merged, *values[1:], groups, True)[0])
+
+
+def test_no_images_have_no_gradients(passes, chosen):
+    values, parts = on_device(*sources(SOURCES, (0, 12, 3, 3), 5, torch.float32))
+    outputs, found = results(merge_alone, values, parts, 3, some_gradients)
+    assert [list(y.shape) for y in outputs] == [[0, 12, 3, 3]] * 2
+    for name, value in parts.items():
+        assert found[name].shape == value.shape
+    assert not found["weight"].any()
+
+
+@pytest.mark.parametrize("place", SOURCES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_spreads_as_in_pytorch(place, bad, passes, chosen):
+    values, parts = on_device(*sources(SOURCES, (2, 12, 3, 3), 6, torch.float32))
+    parts[place][1, 1] = bad
+    outputs, found = results(merge_alone, values, parts, 3, some_gradients)
+    expected, found_expected = results(unfused, values, parts, 3, some_gradients)
+    pairs = zip([*outputs, *found.values()], [*expected, *found_expected.values()], strict=True)
+    for a, b in pairs:
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+@pytest.mark.parametrize("function", [ops.merge_group_norm_silu, merge_alone])
+def test_every_element_is_written_once_and_the_same(function, passes, chosen, monkeypatch):
+    values, parts = on_device(*sources(SOURCES, (2, 12, 4, 3), 5, torch.float32))
+    expected = results(function, values, parts, 3, some_gradients)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    again = results(function, values, parts, 3, some_gradients)
+    pairs = zip([*again[0], *again[1].values()], [*expected[0], *expected[1].values()], strict=True)
+    for a, b in pairs:
+        assert torch.equal(a, b)  # which a NaN is not to itself
+
+
+def test_bits_of_absorbing_do_not_depend_on_the_batch(passes, chosen):
+    values, parts = on_device(*sources(SOURCES, (2, 12, 4, 3), 5, torch.float32))
+    grads = [g.to(DEVICE) for g, _ in some_gradients([torch.empty(2, 12, 4, 3)] * 2)]
+
+    def compute(images):
+        some = [values[0][images], *values[1:]]
+        own = {name: value[images] for name, value in parts.items()}
+        outputs, found = results(
+            ops.merge_group_norm_silu, some, own, 3,
+            lambda outputs: [(g[images], y) for g, y in zip(grads, outputs, strict=True)],
+        )  # fmt: skip
+        return *outputs, *(found[name] for name in ("x", *SOURCES))
+
+    batch = compute(slice(None))
+    for i in range(2):
+        for alone, together in zip(compute(slice(i, i + 1)), batch, strict=True):
+            assert torch.equal(alone, together[i : i + 1])
+
+
+def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
+    """It has 9 of 24 channels, of which 5 are left of the seam and 4 right of it."""
+    nan, x, skip, grad = float("nan"), *(torch.randn(1, 5, c) for c in (5, 19, 24))
+    outputs = d_x, d_skip, d_shift, rows = [
+        torch.full(shape, nan, device=DEVICE)
+        for shape in ((1, 5, 5), (1, 5, 19), (1, 5), (1, 2, 24))
+    ]
+    shift, weight, bias = torch.zeros(1, 5), torch.ones(24), torch.zeros(24)
+    mean, rstd = torch.zeros(1, 8), torch.ones(1, 8)
+    tensors = [t.to(DEVICE) for t in (grad, x, shift, skip, weight, bias, mean, rstd)]
+    kernels._bwd_kernel[(1,)](
+        *tensors[:3], None, *tensors[3:], None, *outputs, 5, 24, 5, 8, 3,
+        PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
+    )  # fmt: skip
+    assert not d_x.isnan().any() and not d_shift.isnan().any()
+    for tensor, own in ((d_skip, 4), (rows, 9)):
+        assert not tensor[..., :own].isnan().any()
+        assert tensor[..., own:].isnan().all()
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")

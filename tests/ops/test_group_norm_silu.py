@@ -1,6 +1,7 @@
 """group_norm_silu against float64, for every backend, data type, layout and direction."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -381,8 +382,8 @@ def test_opcheck(backend, op, layout):
             leaves = [value.requires_grad_() for value in (x, weight, bias)]
             torch.library.opcheck(torch.ops.ds.group_norm_silu.default, (*leaves, 4, 1e-6, True))
         else:
-            y, mean, rstd = torch.ops.ds.group_norm_silu(x, weight, bias, 4, 1e-6, True)
-            arguments = (y, x, weight, bias, mean, rstd, 4, True)
+            y, mean, rstd, _ = torch.ops.ds.group_norm_silu(x, weight, bias, 4, 1e-6, True)
+            arguments = (y, x, weight, bias, mean, rstd, 4, True, 12)
             torch.library.opcheck(torch.ops.ds.group_norm_silu_backward.default, arguments)
 
 
@@ -429,3 +430,290 @@ def test_errors_name_what_does_not_fit():
         ds.ops.group_norm_silu(x[0, 0, 0], weight, bias, 3)
     with pytest.raises(ValueError, match="floating point"):
         ds.ops.group_norm_silu(x.int(), weight, bias, 3)
+
+
+# What the op absorbs, besides the norm: cat(x + shift + residual, skip).
+
+SOURCES = ["shift", "residual", "skip"]
+COMBINATIONS = [c for n in (1, 2, 3) for c in itertools.combinations(SOURCES, n)]
+BACKENDS = ["reference", "aten", "cpu"]
+
+combinations = pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+Parts = dict[str, Tensor]
+
+
+def sources(
+    names, shape, seam, dtype, layout=torch.channels_last, shift_rows=True
+) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+    """Return x, weight and bias, and parts: x has the channels up to the seam, skip the others."""
+    whole, weight, bias = inputs(shape, dtype, layout)
+    if "skip" not in names:
+        seam = shape[1]
+    generator = torch.Generator().manual_seed(2)
+    x = whole[:, :seam].contiguous(memory_format=layout)
+    rows = x.shape[:2] if shift_rows else x.shape[1:2]
+    parts = {
+        "shift": torch.randn(rows, generator=generator).to(dtype),
+        "residual": torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator)),
+        "skip": whole[:, seam:].contiguous(memory_format=layout),
+    }
+    return (x, weight, bias), {name: parts[name] for name in names}
+
+
+def merged_by_pytorch(x, shift=None, residual=None, skip=None) -> Tensor:
+    if shift is not None:
+        x = (x + shift.view(*shift.shape, 1, 1)).to(x.dtype)
+    if residual is not None:
+        x = x + residual
+    return x if skip is None else torch.cat([x, skip], 1)
+
+
+def unfused(x, weight, bias, groups, **parts) -> tuple[Tensor, Tensor]:
+    merged = merged_by_pytorch(x, **parts)
+    return pytorch(merged, weight, bias, groups, True), merged
+
+
+def merge_alone(x, weight, bias, groups, **parts) -> tuple[Tensor, Tensor]:
+    """Return y of the function that hands on nothing, and what it would have, from PyTorch."""
+    y = ds.ops.group_norm_silu(x, weight, bias, groups, **parts)
+    return y, merged_by_pytorch(x, **parts)
+
+
+def results(function, values, parts, groups, grads, dtype=None) -> tuple[list[Tensor], Parts]:
+    """Return the outputs of a function, and the gradients of its arguments by name."""
+    named = dict(zip(("x", "weight", "bias"), values, strict=True)) | parts
+    leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in named.items()}
+    outputs = function(groups=groups, **leaves)
+    found = torch.autograd.grad(
+        outputs, leaves.values(), [g.to(o.dtype) for g, o in grads(outputs)]
+    )
+    return list(outputs), dict(zip(leaves, found, strict=True))
+
+
+def some_gradients(outputs) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(o.shape, generator=generator), o) for o in outputs]
+
+
+def check_merging(function, values, parts, groups) -> list[Tensor]:
+    """Compare outputs and gradients with float64, allowing as much as for the norm alone."""
+    outputs, found = results(function, values, parts, groups, some_gradients)
+    baseline, found_baseline = results(unfused, values, parts, groups, some_gradients)
+    exact, found_exact = results(unfused, values, parts, groups, some_gradients, torch.float64)
+    for actual, *others in zip(outputs, baseline, exact, strict=True):
+        assert_as_exact(actual, *others, factor=2)
+    pixels = values[0][0, 0].numel()
+    largest = found_exact["x"].abs().max().item()
+    for name, gradient in found.items():
+        assert gradient.dtype == (values[0] if name not in parts else parts[name]).dtype
+        size = largest * (1 if name in ("x", "residual", "skip") else pixels * len(values[0]))
+        assert_as_exact(gradient, found_baseline[name], found_exact[name], factor=3, terms=size)
+    return outputs
+
+
+@cases
+@combinations
+def test_absorbing_is_as_exact_as_pytorch(backend, dtype, names):
+    values, parts = sources(names, (2, 36, 5, 3), 14, dtype)  # the second of three groups straddles
+    with forced(backend):
+        y, merged = check_merging(ds.ops.merge_group_norm_silu, values, parts, 3)
+        assert torch.equal(check_merging(merge_alone, values, parts, 3)[0], y)
+        # What is handed on is what was normalized, to the bit.
+        assert torch.equal(ours(merged, *values[1:], 3, True), y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    names=st.sampled_from(COMBINATIONS),
+    images=st.integers(0, 3),
+    groups=st.integers(1, 5),
+    per_group=st.integers(1, 9),
+    seam=st.floats(0, 1),
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    dtype=st.sampled_from(KERNEL_FLOATS),
+    views=st.lists(st.sampled_from(["nchw", "nhwc", "slice"]), min_size=3, max_size=3),
+    shift_rows=st.booleans(),
+)
+@every_backend
+def test_two_sources_are_their_concatenation(
+    backend, names, images, groups, per_group, seam, size, dtype, views, shift_rows
+):
+    """Any seam, any layouts: the bits of the norm of PyTorch's concatenation, and its gradients."""
+    channels = groups * per_group
+    seam = round(seam * channels)
+    if "skip" not in names or not 0 < seam < channels:
+        names, seam = [name for name in names if name != "skip"] or ["shift"], channels
+    (x, *affine), parts = sources(
+        names, (images, channels, *size), seam, dtype, torch.contiguous_format, shift_rows
+    )
+    kinds = dict(zip(("x", "residual", "skip"), views, strict=True))
+    values = {
+        name: {
+            "nchw": lambda value=value: value,
+            "nhwc": lambda value=value: value.contiguous(memory_format=torch.channels_last),
+            "slice": lambda value=value: F.pad(value, (1, 2))[..., 1:-2],
+        }[kinds.get(name, "nchw")]()
+        for name, value in {"x": x, **parts}.items()
+    }
+    x = values.pop("x")
+    with forced(backend):
+        y, merged = ds.ops.merge_group_norm_silu(x, *affine, groups, **values)
+        wide = {name: value.float() for name, value in values.items()}
+        expected = merged_by_pytorch(x.float(), **wide).to(dtype)
+        assert torch.equal(merged, expected)
+        assert torch.equal(y, ours(merged, *affine, groups, True))
+        formats = [layout for layout in LAYOUTS if x.is_contiguous(memory_format=layout)]
+        if len(formats) == 1:  # else x does not say which it wants
+            assert y.is_contiguous(memory_format=formats[0])
+            assert merged.is_contiguous(memory_format=formats[0])
+        if images:  # PyTorch's own backward refuses an empty batch
+            check_merging(ds.ops.merge_group_norm_silu, (x, *affine), values, groups)
+
+
+@every_backend
+def test_no_images_have_no_gradients(backend):
+    values, parts = sources(SOURCES, (0, 12, 3, 3), 5, torch.float32)
+    leaves = [value.requires_grad_() for value in (*values, *parts.values())]
+    with forced(backend):
+        y, merged = ds.ops.merge_group_norm_silu(
+            *leaves[:3], 3, **dict(zip(parts, leaves[3:], strict=True))
+        )
+        if backend == "aten":
+            return  # PyTorch's own backward refuses an empty batch
+        found = torch.autograd.grad((y.sum() + merged.sum()), leaves)
+    assert y.shape == merged.shape == (0, 12, 3, 3)
+    assert [list(g.shape) for g in found] == [list(leaf.shape) for leaf in leaves]
+    assert not any(g.any() for g in found)
+
+
+@cases
+@pytest.mark.parametrize("place", ["shift", "residual", "skip"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_spreads_as_in_pytorch(backend, dtype, place, bad):
+    values, parts = sources(SOURCES, (2, 12, 3, 3), 6, dtype)
+    parts[place][1, 1] = bad
+    with forced(backend):
+        outputs, found = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+    expected, found_expected = results(unfused, values, parts, 3, some_gradients)
+    for a, b in zip(
+        [*outputs, *found.values()], [*expected, *found_expected.values()], strict=True
+    ):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+@cases
+def test_every_element_of_what_is_handed_on_is_written(backend, dtype, monkeypatch):
+    values, parts = sources(SOURCES, (2, 12, 5, 3), 5, dtype)
+    with forced(backend):
+        expected = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+        monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        again = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+    for a, b in zip(
+        [*again[0], *again[1].values()], [*expected[0], *expected[1].values()], strict=True
+    ):
+        assert torch.equal(a, b)  # which a NaN is not to itself
+
+
+@kernel_floats
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_bits_of_absorbing_do_not_depend_on_the_batch(backend, dtype):
+    values, parts = sources(SOURCES, (3, 40, 7, 9), 17, dtype)
+
+    def compute(images):
+        some = [values[0][images], *values[1:]]
+        own = {name: value[images] for name, value in parts.items()}
+
+        def grads(outputs):
+            drawn = some_gradients([torch.empty(3, *o.shape[1:]) for o in outputs])
+            return [(g[images], o) for (g, _), o in zip(drawn, outputs, strict=True)]
+
+        outputs, found = results(ds.ops.merge_group_norm_silu, some, own, 4, grads)
+        return *outputs, *(found[name] for name in ("x", *SOURCES))
+
+    with forced(backend):
+        batch = compute(slice(None))
+        for i in range(3):
+            for alone, together in zip(compute(slice(i, i + 1)), batch, strict=True):
+                assert torch.equal(alone, together[i : i + 1])
+
+
+@every_backend
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck_of_what_is_absorbed(backend, keep):
+    values, parts = sources(SOURCES, (2, 12, 3, 5), 5, torch.float32)
+    leaves = [value.requires_grad_() for value in (*values, *parts.values())]
+    arguments = (*leaves[:3], 3, 1e-6, True, *leaves[3:], keep)
+    with forced(backend):
+        torch.library.opcheck(torch.ops.ds.group_norm_silu.default, arguments)
+        x, weight, bias, *given = (leaf.detach() for leaf in leaves)
+        y, mean, rstd, merged = (t.detach() for t in torch.ops.ds.group_norm_silu(*arguments))
+        arguments = (y, merged if keep else x, weight, bias, mean, rstd, 3, True, 5)
+        torch.library.opcheck(
+            torch.ops.ds.group_norm_silu_backward.default,
+            (*arguments, *given, y if keep else None),
+        )
+
+
+@every_backend
+def test_absorbing_compiles_without_graph_breaks(backend):
+    values, parts = sources(SOURCES, (2, 16, 6, 6), 7, torch.float32)
+    leaves = [value.requires_grad_() for value in (*values, *parts.values())]
+
+    def loss(x, weight, bias, shift, residual, skip):
+        y, merged = ds.ops.merge_group_norm_silu(
+            x * 2, weight, bias, 4, shift=shift[0], residual=residual, skip=skip
+        )
+        alone = ds.ops.group_norm_silu(x * 2, weight, bias, 4, shift=shift, skip=skip)
+        return y.square().sum() + merged.square().sum() + alone.square().sum()
+
+    with forced(backend):
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        actual = torch.autograd.grad(compiled(*leaves), leaves)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [ds.ops.merge_group_norm_silu, merge_alone])
+@combinations
+def test_gradcheck_of_what_is_absorbed(names, function):
+    values, parts = sources(names, (2, 6, 3, 2), 2, torch.float64)
+    leaves = [value.requires_grad_() for value in (*values, *parts.values())]
+
+    def of_leaves(x, weight, bias, *rest):
+        return function(x, weight, bias, 3, **dict(zip(names, rest, strict=True)))
+
+    assert torch.autograd.gradcheck(of_leaves, leaves)
+
+
+@every_backend
+def test_shift_may_differ_from_x_in_dtype(backend):
+    values, parts = sources(["shift", "skip"], (2, 16, 5, 5), 7, torch.bfloat16)
+    parts["shift"] = parts["shift"].float() / 3
+    with forced(backend):
+        check_merging(ds.ops.merge_group_norm_silu, values, parts, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": torch.zeros(7)}, r"shift must be \[8\] or \[2, 8\].*\[7\]"),
+        ({"shift": torch.zeros(8, dtype=torch.int64)}, "floating point, not .*shift torch.int64"),
+        (
+            {"residual": torch.zeros(2, 8, 4, 3)},
+            r"residual must be of the shape of x, \[2, 8, 4, 4\]",
+        ),
+        ({"residual": torch.zeros(2, 8, 4, 4).double()}, "residual must be torch.float32 as x is"),
+        ({"skip": torch.zeros(2, 8, 4, 3)}, r"skip must have the shape of x.*\[2, 8, 4, 3\]"),
+        ({"skip": torch.zeros(2, 8, 4, 4).half()}, "skip must be torch.float32 as x is"),
+        ({"skip": torch.zeros(2, 3, 4, 4)}, r"channels \(11\) must be a multiple of groups \(2\)"),
+        ({"skip": torch.zeros(2, 8, 4, 4)}, r"weight must be \[16\]"),
+        ({}, "needs shift, residual or skip"),
+    ],
+)
+def test_errors_name_the_part_that_does_not_fit(change, message):
+    x, weight, bias = inputs((2, 8, 4, 4), torch.float32)
+    with pytest.raises(ValueError, match=f"^merge_group_norm_silu: .*{message}"):
+        ds.ops.merge_group_norm_silu(x, weight, bias, 2, **change)
