@@ -22,6 +22,7 @@ from ds.denoiser import Denoiser
 from ds.files import Interrupted, deferred_signals, locked, read_json, replacing, write_json
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
+from ds.nets import recompute_norms
 from ds.philox import noise
 
 RUN = "run.json"
@@ -47,6 +48,7 @@ class TrainConfig:
     eps: float = 1e-8
     ema_decay: float = 0.995
     precision: Literal["float32", "bfloat16"] = "float32"
+    recompute_norms: bool = False  # in backward: less memory, the same bits
     log_every: int = 50  # steps
     check_every: int = 2000  # steps
     seed: int = 0
@@ -66,7 +68,8 @@ class Trainer:
 
     `out` receives run.json (what is run), metrics.jsonl (a line per log and per check),
     checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. Raises
-    ValueError if the method needs another kind of source, or if `out` holds another run.
+    ValueError if the method needs another kind of source, if `out` holds another run, or if norms
+    are to be recomputed that the student does not have.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class Trainer:
         self.modules = method.init(init).to(self.device)
         for module in self.modules.values():  # what does not learn has no dropout either
             module.train(any(p.requires_grad for p in module.parameters()))
+        if config.recompute_norms:
+            recompute_norms(self.modules["student"])
         self.ema = copy.deepcopy(self.modules["student"]).float().requires_grad_(False).eval()
         self.best = copy.deepcopy(self.ema)
         self.best_loss = float("inf")

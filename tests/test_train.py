@@ -291,6 +291,21 @@ def test_a_run_interrupted_at_a_step_resumes_to_the_same_bits(
     assert timeless[0] == timeless[1]
 
 
+def test_recomputed_norms_train_to_the_same_bits(store, tmp_path):
+    runs = [
+        trainer(store, tmp_path / str(again), replace(SHORT, recompute_norms=again), init=unet())
+        for again in (False, True)
+    ]
+    for run in runs:
+        run.fit()
+    assert_same_bits(*runs)
+
+
+def test_norms_that_are_not_there_cannot_be_recomputed(store, tmp_path):
+    with pytest.raises(ValueError, match="Affine has no ResBlock"):
+        trainer(store, tmp_path, replace(SHORT, recompute_norms=True))
+
+
 def test_dropout_is_on_while_training(store, tmp_path):
     """Without it the resumption with dropout above would say nothing."""
     run = trainer(store, tmp_path, init=unet())

@@ -2,6 +2,6 @@
 
 from ds.nets.base import AbstractNetConfig
 from ds.nets.fold import fold_attention
-from ds.nets.unet import UNet, UNetConfig
+from ds.nets.unet import UNet, UNetConfig, recompute_norms
 
-__all__ = ["AbstractNetConfig", "UNet", "UNetConfig", "fold_attention"]
+__all__ = ["AbstractNetConfig", "UNet", "UNetConfig", "fold_attention", "recompute_norms"]

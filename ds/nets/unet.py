@@ -5,11 +5,14 @@ the DDPM and DDIM checkpoints, so those load without a map.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds import ops
 from ds.nets.base import AbstractNetConfig
@@ -160,11 +163,27 @@ class UNet(nn.Module):
 
         for i, level in reversed(list(enumerate(self.up))):
             for block, attn in zip(level.block, level.attn, strict=True):
-                h = attn(block(torch.cat([h, skips.pop()], dim=1), temb))
+                h = attn(block(h, temb, skips.pop()))
             if i > 0:
                 h = level.upsample(h)
 
         return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+
+def recompute_norms(net: nn.Module) -> None:
+    """Make the residual blocks of a network recompute their norms in backward, not keep them.
+
+    Training takes less memory, and a pass over the input of each norm longer. Gradients are the
+    same to the bit.
+
+    Raises:
+        ValueError: the network has no residual blocks.
+    """
+    blocks = [layer for layer in net.modules() if isinstance(layer, ResBlock)]
+    if not blocks:
+        raise ValueError(f"recompute_norms: {type(net).__name__} has no ResBlock to do it")
+    for block in blocks:
+        block.recompute = True
 
 
 class Level(nn.Module):
@@ -178,7 +197,13 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, + time embedding, norm, SiLU, dropout, conv, + shortcut."""
+    """norm, SiLU, conv, + time embedding, norm, SiLU, dropout, conv, + shortcut.
+
+    With a skip connection the input is the concatenation of both. If `recompute` is set, backward
+    computes what the norms return a second time, so that forward need not keep it.
+    """
+
+    recompute = False
 
     def __init__(self, c: UNetConfig, width: int, out: int):
         super().__init__()
@@ -195,10 +220,31 @@ class ResBlock(nn.Module):
         else:
             self.nin_shortcut = nn.Conv2d(width, out, 1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x)) + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+    def forward(self, x: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
+        h, x = self._run(self._first, x, skip)
+        shift = self.conv1.bias + self.temb_proj(F.silu(temb))
+        return self.nin_shortcut(x) + self._run(self._second, h, shift)
+
+    def _first(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return conv1's output without its bias, which norm2 adds, and the block's whole input."""
+        if skip is None:
+            h = self.norm1(x)
+        else:
+            h, x = self.norm1.merge(x, skip)
+        return F.conv2d(h, self.conv1.weight, padding=1), x
+
+    def _second(self, h: Tensor, shift: Tensor) -> Tensor:
+        return self.conv2(self.dropout(self.norm2(h, shift)))
+
+    def _run(self, part: Callable, *args: Tensor | None) -> Any:
+        """Call a part of the block, which ends with a convolution.
+
+        Checkpointing stops to compute again once it has what backward needs: with the input of that
+        convolution, which is not run twice.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
 
 class Attention(nn.Module):
@@ -236,8 +282,16 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.weight, self.bias, self.groups, self.eps)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        if shift is None:
+            return self.op(x, self.weight, self.bias, self.groups, self.eps)
+        return self.op(x, self.weight, self.bias, self.groups, self.eps, shift=shift)
+
+    def merge(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of the concatenation of x and skip, with SiLU, and the concatenation."""
+        return ops.merge_group_norm_silu(
+            x, self.weight, self.bias, self.groups, self.eps, skip=skip
+        )
 
 
 class Downsample(nn.Module):

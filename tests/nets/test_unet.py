@@ -2,18 +2,29 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds
 from ds import presets
 from ds.denoiser import Denoiser
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
-from ds.nets.unet import Attention, Downsample, GroupNorm, ResBlock, timestep_embedding
+from ds.nets.unet import (
+    Attention,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    recompute_norms,
+    timestep_embedding,
+)
 from ds.schedule import LinearBeta
 from ds.solvers import DDIM
 from tests import golden
@@ -277,6 +288,98 @@ def test_it_compiles_as_one_graph():
     net, (x, t) = build(), inputs()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-5, atol=1e-5)
+
+
+def test_it_trains_as_one_graph_under_autocast():
+    net, (x, t) = build().train(), inputs()
+    weights = list(net.parameters())
+
+    def gradients(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(x, t).square().mean()
+        return torch.autograd.grad(loss, weights)
+
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(gradients(compiled), gradients(net), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conv_shortcut", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_s_norms_absorb_changes_nothing(conv_shortcut, dtype):
+    """The block as its docstring says it, each step by itself."""
+    net = build(replace(TINY, conv_shortcut=conv_shortcut)).to(dtype)
+    block = net.up[0].block[0]
+    norm1, norm2 = block.norm1, block.norm2
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 16, 8, 8), (2, 8, 8, 8), (2, 32)
+    x, skip, temb = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    x = x.contiguous(memory_format=torch.channels_last)
+    whole = torch.cat([x, skip], 1)
+    h = block.conv1(F.silu(F.group_norm(whole, 4, norm1.weight, norm1.bias, norm1.eps)))
+    h = h + block.temb_proj(F.silu(temb))[:, :, None, None]
+    h = block.conv2(F.silu(F.group_norm(h, 4, norm2.weight, norm2.bias, norm2.eps)))
+    expected = block.nin_shortcut(whole) + h
+    found = block(x, temb, skip)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_rms(found.float(), expected.float()) < 4 * torch.finfo(dtype).eps
+
+
+class Living(TorchDispatchMode):
+    """Count what ops return: how often each ran, and the bytes of it that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs, self.storages = Counter(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **kwargs or {})
+        self.runs[func] += 1
+        for output in outputs if isinstance(outputs, tuple | list) else [outputs]:
+            if isinstance(output, torch.Tensor):
+                storage = output.untyped_storage()
+                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return outputs
+
+    def alive(self) -> int:
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+def train_step(recompute, dropout=0.3, precision=torch.float32):
+    """The gradients of a network, the bytes kept between its passes, and the ops of backward."""
+    net = build(replace(TINY, channels=32, dropout=dropout)).train()
+    if recompute:
+        recompute_norms(net)
+    torch.manual_seed(0)
+    with Living() as forward, torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        loss = net(*inputs()).square().mean()
+    kept = forward.alive()
+    with Living() as backward:
+        loss.backward()
+    return [p.grad for p in net.parameters()], kept, backward.runs
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputed_norms_give_the_same_gradients_to_the_bit(precision):
+    pairs = zip(*(train_step(r, precision=precision)[0] for r in (False, True)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_recomputing_norms_keeps_less_and_repeats_no_convolution():
+    (_, all_kept, plain), (_, kept, again) = (train_step(r, dropout=0.0) for r in (False, True))
+    blocks = [m for m in build().modules() if isinstance(m, ResBlock)]
+    norm, conv = torch.ops.ds.group_norm_silu.default, torch.ops.aten.convolution.default
+    assert (plain[norm], again[norm]) == (0, 2 * len(blocks))
+    assert again[conv] == 0
+    assert kept < 0.85 * all_kept
+
+
+def test_a_network_without_blocks_has_no_norms_to_recompute():
+    with pytest.raises(ValueError, match="recompute_norms: Linear has no ResBlock"):
+        recompute_norms(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
