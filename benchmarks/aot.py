@@ -2,13 +2,15 @@
 
     python benchmarks/aot.py > benchmarks/results/aot.json
 
-The kernels are those that the launchers would launch for each GroupNorm of the paper's networks, in
-bfloat16, and for the noise, batches, solver steps and levels of their images: the networks and the
-launchers run on meta tensors, and the launches are noted, not done.
+The kernels are those that the launchers would launch for each GroupNorm and each attention of the
+paper's networks, in bfloat16, for attention with heads of 64 channels, and for the noise, batches,
+solver steps and levels of the images: networks and launchers run on meta tensors, and the launches
+are noted, not done.
 """
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -30,18 +32,34 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds import presets
-from ds.kernels import group_norm_silu as kernels
-from ds.kernels import noise, prepare_batch, quantize, solver_update
+from ds import ops, presets
+from ds.kernels import (
+    attention,
+    group_norm_silu,
+    noise,
+    prepare_batch,
+    quantize,
+    solver_update,
+)
+from ds.nets import fold_attention
 
 NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
+# Pixels, heads, channels of a head, and channels of the projection or 0: heads of 64, which other
+# networks have. Those of several heads that are refused are not here.
+HEADS_OF_64 = [
+    *((pixels, heads, 64, 0) for pixels in (64, 256) for heads in (4, 8)),
+    (64, 4, 64, 256), (64, 8, 64, 512), (256, 4, 64, 256),
+]  # fmt: skip
 ARCHITECTURES = (80, 90)
+OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
 BATCH = 32
 DEFAULTS = None, None, None, False  # of the op's shift, residual, skip and keep
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
     int: "i32", float: "fp32",
 }  # fmt: skip
+
+Launch = tuple[tuple, JITFunction, dict]  # for what shape, the kernel, its arguments by name
 
 
 class Norm(NamedTuple):
@@ -91,56 +109,83 @@ def norms() -> list[Norm]:
     return sorted(noted.found | after_blocks)
 
 
-def launches(norm: Norm) -> Iterator[tuple[JITFunction, dict]]:
-    """Yield each kernel of a forward and a backward pass with its arguments by name."""
+@contextlib.contextmanager
+def noting() -> Iterator[list[tuple[JITFunction, dict]]]:
+    """Yield a list that fills with kernels and their arguments by name, in place of launches."""
     noted = []
-    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
 
     def note(kernel, *args, grid, warmup, **kwargs):
         noted.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    x = empty(BATCH, norm.pixels, norm.channels)
-    shift = empty(BATCH, norm.channels) if norm.shift else None
-    residual = x if norm.residual else None
-    skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
-    affine = [empty(norm.channels + norm.skip)] * 2
     with mock.patch.object(JITFunction, "run", note):
-        y, mean, rstd, merged = kernels.group_norm_silu(
-            x, *affine, norm.groups, 1e-6, norm.silu, shift, residual, skip, norm.keep
-        )
-        kernels.group_norm_silu_backward(
-            y, merged if norm.keep else x, *affine, mean, rstd, norm.groups, norm.silu,
-            norm.channels, shift, residual, skip, merged,
-        )  # fmt: skip
-    yield from noted
+        yield noted
 
 
-def image_shapes() -> list[tuple[int, int, int]]:
-    """Return channels, height and width of the images of the paper's networks."""
-    with torch.device("meta"):
-        return sorted({tuple(preset().net.build().shape) for preset in NETWORKS})
+def norm_launches() -> Iterator[Launch]:
+    """Yield each kernel of a forward and a backward pass of the networks' GroupNorms."""
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    for norm in norms():
+        x = empty(BATCH, norm.pixels, norm.channels)
+        shift = empty(BATCH, norm.channels) if norm.shift else None
+        residual = x if norm.residual else None
+        skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
+        affine = [empty(norm.channels + norm.skip)] * 2
+        with noting() as noted:
+            y, mean, rstd, merged = group_norm_silu.group_norm_silu(
+                x, *affine, norm.groups, 1e-6, norm.silu, shift, residual, skip, norm.keep
+            )
+            group_norm_silu.group_norm_silu_backward(
+                y, merged if norm.keep else x, *affine, mean, rstd, norm.groups, norm.silu,
+                norm.channels, shift, residual, skip, merged,
+            )  # fmt: skip
+        yield from ((norm, *launch) for launch in noted)
 
 
-def image_launches(*shape: int) -> Iterator[tuple[JITFunction, dict]]:
+def image_launches() -> Iterator[Launch]:
     """Yield each kernel that makes noise, a batch, a solver's step or levels of images."""
-    noted = []
+    with torch.device("meta"):
+        shapes = sorted({tuple(preset().net.build().shape) for preset in NETWORKS})
+    for shape in shapes:
+        with noting() as noted, torch.device("meta"):
+            indices = torch.empty(BATCH, dtype=torch.int64)
+            noise.noise(indices, 0, math.prod(shape), torch.float32)
+            x = torch.empty(BATCH, *shape).contiguous(memory_format=torch.channels_last)
+            images = torch.empty(BATCH, *shape[1:], shape[0], dtype=torch.uint8)
+            prepare_batch.prepare_batch(images, indices, 0, x, x)
+            prepare_batch.prepare_batch(images, indices, 0, x.bfloat16(), x.bfloat16())
+            table, step = torch.empty(100, 2), torch.empty(1, dtype=torch.int64)
+            solver_update.solver_update(x, [x.bfloat16()], table, step, x.bfloat16())
+            quantize.quantize(x, False)
+            quantize.quantize(x.contiguous(), False)
+        yield from ((shape, *launch) for launch in noted)
 
-    def note(kernel, *args, grid, warmup, **kwargs):
-        noted.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    size = math.prod(shape)
-    with mock.patch.object(JITFunction, "run", note), torch.device("meta"):
-        indices = torch.empty(BATCH, dtype=torch.int64)
-        noise.noise(indices, 0, size, torch.float32)
-        x = torch.empty(BATCH, *shape).contiguous(memory_format=torch.channels_last)
-        images = torch.empty(BATCH, *shape[1:], shape[0], dtype=torch.uint8)
-        prepare_batch.prepare_batch(images, indices, 0, x, x)
-        prepare_batch.prepare_batch(images, indices, 0, x.bfloat16(), x.bfloat16())
-        table, step = torch.empty(100, 2), torch.empty(1, dtype=torch.int64)
-        solver_update.solver_update(x, [x.bfloat16()], table, step, x.bfloat16())
-        quantize.quantize(x, False)
-        quantize.quantize(x.contiguous(), False)
-    yield from noted
+def attention_launches() -> Iterator[Launch]:
+    """Yield the kernel of each attention of the networks, plain and folded, and of heads of 64.
+
+    A shape is pixels, heads, channels of a head, and of the projection, 0 where it is folded.
+    """
+    found = set(HEADS_OF_64)
+
+    def note(q, k, v, weight, bias, residual):
+        found.add((q.shape[2], q.shape[1], q.shape[3], 0 if weight is None else len(weight)))
+        return torch.empty_like(residual)
+
+    with torch.device("meta"), torch.no_grad(), mock.patch.object(ops, "attention_residual", note):
+        for preset in NETWORKS:
+            net = preset().net.build().bfloat16()
+            for variant in (net, fold_attention(net)):
+                variant(torch.empty(1, *net.shape), torch.zeros(1))
+
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    for pixels, heads, width, channels in sorted(found):
+        q = empty(BATCH, pixels, heads, width).transpose(1, 2)
+        weight = empty(channels, heads * width) if channels else None
+        out = channels or heads * width
+        assert attention.refusal(q, weight) is None
+        with noting() as noted:
+            attention.attention_residual(q, q, q, weight, empty(out), empty(BATCH, pixels, out))
+        yield from (((pixels, heads, width, channels), *launch) for launch in noted)
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
@@ -167,29 +212,26 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
 def configurations() -> list[dict]:
     """Return the distinct things to compile: source, options, architecture, and who needs it."""
     found = {}
-    needs = [(norm, launches(norm)) for norm in norms()]
-    needs += [(shape, image_launches(*shape)) for shape in image_shapes()]
-    for shape, launched in needs:
-        for kernel, arguments in launched:
-            src, warps = source(kernel, arguments), arguments.get("num_warps", 4)
-            key = kernel.__name__, str(src.signature), str(src.constants), str(src.attrs), warps
-            options = {n: arguments[n] for n in ("enable_fp_fusion",) if n in arguments}
-            found.setdefault(key, (src, warps, options, []))[3].append(shape)
+    for shape, kernel, arguments in (*norm_launches(), *image_launches(), *attention_launches()):
+        src = source(kernel, arguments)
+        options = {name: arguments[name] for name in OPTIONS if name in arguments}
+        key = kernel.__name__, *map(str, (src.signature, src.constants, src.attrs, options))
+        found.setdefault(key, (src, options, []))[2].append(shape)
     return [
-        {"source": src, "warps": warps, "options": options, "shapes": needed, "arch": arch}
-        for src, warps, options, needed in found.values()
+        {"source": src, "options": options, "shapes": needed, "arch": arch}
+        for src, options, needed in found.values()
         for arch in ARCHITECTURES
     ]
 
 
 def description(configuration: dict) -> dict:
-    """Name a configuration; a shape is a list of the fields of Norm, or that of an image."""
+    """Name a configuration; a shape is the fields of a Norm, of an image, or of an attention."""
     src = configuration["source"]
     names = [parameter.name for parameter in src.fn.params]
     return {
         "kernel": src.fn.__name__.strip("_"),
         "arch": f"sm_{configuration['arch']}",
-        "warps": configuration["warps"],
+        "warps": configuration["options"].get("num_warps", 4),
         "constants": {names[path[0]]: value for path, value in src.constants.items()},
         "shapes": [list(shape) for shape in configuration["shapes"]],
     }
@@ -198,12 +240,13 @@ def description(configuration: dict) -> dict:
 def figures(configuration: dict) -> dict:
     """Compile, and read the figures off the machine code.
 
-    Loads and stores count instructions by width in bits; stack is bytes a thread, shared bytes.
+    Loads and stores count instructions by width in bits; stack is bytes a thread, shared bytes. Of
+    kernels with matrix products, mma counts the instructions of tensor cores.
     """
     compiled = triton.compile(
         configuration["source"],
         target=GPUTarget("cuda", configuration["arch"], 32),
-        options={"num_warps": configuration["warps"]} | configuration["options"],
+        options=configuration["options"],
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -211,6 +254,7 @@ def figures(configuration: dict) -> dict:
         usage = disassemble(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         code = disassemble(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
+    products = collections.Counter(re.findall(r"\bHG?MMA\b", " ".join(instructions)))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -219,7 +263,7 @@ def figures(configuration: dict) -> dict:
         "loads": widths(instructions, "LDG"),
         "stores": widths(instructions, "STG"),
         "instructions": sum(name != "NOP" for name in instructions),
-    }
+    } | ({"mma": dict(products)} if products else {})
 
 
 def disassemble(tool: str, *arguments: str) -> str:
@@ -230,7 +274,7 @@ def disassemble(tool: str, *arguments: str) -> str:
 
 def widths(instructions: list[str], operation: str) -> dict[str, int]:
     """Count the instructions of global memory by their width in bits."""
-    suffixes = [name.split(".")[1:] for name in instructions if name.startswith(operation)]
+    suffixes = [name.split(".")[1:] for name in instructions if name.startswith(f"{operation}.")]
     sizes = collections.Counter(
         next((int(size) for s in suffix if (size := s.lstrip("US")).isdecimal()), 32)
         for suffix in suffixes

@@ -1,5 +1,16 @@
-"""Networks of the tests are so small that they are quicker done than shared out."""
+"""Small networks on one thread, and tests that need a GPU only where there is one."""
 
+import pytest
 import torch
 
+# Networks of the tests are so small that they are quicker done than shared out.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked gpu where there is none."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

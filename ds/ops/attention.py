@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds.ops._op import Op, Unsupported
+from ds.ops._op import Op, Unsupported, triton_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ residual_op = Op("attention_residual" + _ARGUMENTS, reference_residual)
 
 @residual_op.backend("triton", "cuda")
 def _():
-    kernels = _kernels()
+    kernels = triton_kernels("attention")
 
     def launch(q, k, v, weight, bias, residual):
         if _needs_gradient(q, k, v, weight, bias, residual):
@@ -157,19 +157,11 @@ def _():
     return launch
 
 
-def _kernels():
-    try:
-        from ds.kernels import attention
-    except ImportError as error:
-        raise ImportError(f"Triton does not load: {error} (pip install triton)") from error
-    return attention
-
-
 # The compiler sees through the op to what its backends call, and takes this call as it is.
 @torch.library.custom_op("ds::attention_residual_triton", mutates_args=(), schema=_ARGUMENTS)
 def _triton(q, k, v, weight, bias, residual):
     with torch.cuda.device_of(q):
-        return _kernels().attention_residual(q, k, v, weight, bias, residual)
+        return triton_kernels("attention").attention_residual(q, k, v, weight, bias, residual)
 
 
 @_triton.register_fake

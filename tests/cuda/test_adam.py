@@ -186,7 +186,6 @@ def test_what_it_does_not_take_it_leaves_to_others(run, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_captured_step_reads_step_and_rate_anew():
     lists = state(SHAPES, "cuda")
     eager = clone(lists)

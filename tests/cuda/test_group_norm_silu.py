@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds import ops
 from ds.ops._op import Unsupported
 from ds.ops.group_norm_silu import forward
 from tests.ops.test_group_norm_silu import assert_as_exact, inputs, poisoned, pytorch, spike
@@ -190,20 +189,10 @@ def test_the_caller_is_not_handed_what_the_kernels_cannot_read(run, device):
             run(*arguments, groups, 1e-6, True)
 
 
-def test_a_cluster_takes_the_large_images_that_fit_it_and_leaves_the_others(device):
-    run = forward._load("cuda", "cluster")
+def test_a_cluster_leaves_the_images_that_do_not_fit_it(device):
     weight = torch.ones(32, dtype=torch.bfloat16, device=device)
-    for size in (32, 256):
-        x = torch.zeros(1, 32, size, size, dtype=torch.bfloat16, device=device)
-        with pytest.raises(Unsupported, match=r"more than 1024|cannot cut 65536 pixels"):
-            run(x.contiguous(memory_format=NHWC), weight, weight, 8, 1e-6, True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_op_chooses_the_cluster_for_large_images_and_triton_for_small_ones():
-    for size, backend in ((64, "cluster"), (16, "triton")):
-        x, weight, bias = values((2, 64, size, size), torch.bfloat16, "cuda")
-        with torch.cuda.stream(torch.cuda.Stream()):
-            expected = forward._load("cuda", backend)(x, weight, bias, 32, 1e-6, True)[0]
-            assert torch.equal(ops.group_norm_silu(x, weight, bias, 32), expected)
+    x = torch.zeros(1, 32, 256, 256, dtype=torch.bfloat16, device=device)
+    with pytest.raises(Unsupported, match="cannot cut 65536 pixels"):
+        forward._load("cuda", "cluster")(
+            x.contiguous(memory_format=NHWC), weight, weight, 8, 1e-6, True
+        )

@@ -77,6 +77,17 @@ def test_the_code_is_what_is_asked_of_it(committed):
         check(row)
 
 
+def test_attention_multiplies_on_tensor_cores(committed):
+    """Hopper's instructions for 64 rows and more, where an image has as many queries."""
+    rows = [row for row in committed["kernels"] if "mma" in row]
+    assert {row["shapes"][0][0] for row in rows} == {16, 64, 256}
+    for row in rows:
+        wide = row["arch"] == "sm_90" and row["constants"]["BLOCK_M"] >= 64
+        assert set(row["mma"]) == {"HGMMA" if wide else "HMMA"}, row
+        assert row["loads"]["128"] > 0, row
+        assert row["stores"].keys() == {"128"}, row
+
+
 def check(row: dict) -> None:
     """No memory of its own but registers, room for the shared memory, and wide access to tensors.
 

@@ -272,7 +272,6 @@ def test_a_compiled_layer_uses_it_without_a_gradient_only(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_them_on_a_gpu():
     arguments = values((2, 1, 64, 64, 64), torch.bfloat16)

@@ -440,7 +440,6 @@ def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
         assert tensor[..., own:].isnan().all()
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_them_on_a_gpu():
     x, weight, bias = values((2, 32, 5, 5), torch.bfloat16)

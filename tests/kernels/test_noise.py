@@ -121,7 +121,6 @@ def test_what_it_does_not_take_it_leaves_to_others():
         run(INDICES, 1, 5, torch.float64)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_it_on_a_gpu():
     assert torch.equal(ops.noise(1, INDICES.cuda(), (9,)).cpu(), run(INDICES, 1, 9))

@@ -93,7 +93,6 @@ def test_what_it_does_not_take_it_leaves_to_others():
         run(levels((1, 2, 2, 1)), INDICES[:1], 0, torch.float64)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_it_on_a_gpu():
     images = levels((7, 5, 7, 3)).cuda()

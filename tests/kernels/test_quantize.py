@@ -76,7 +76,6 @@ def test_what_it_does_not_take_it_leaves_to_others():
         run(torch.zeros(1, 1, dtype=torch.float64), "round")
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_it_on_a_gpu():
     x = values((2, 3, 7, 9), torch.float32)

@@ -97,7 +97,6 @@ def test_what_it_does_not_take_it_leaves_to_others():
         launch(x[..., ::2], [terms[0][..., ::2]], table, torch.tensor(0), None)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_op_runs_it_on_a_gpu_and_a_graph_replays_it():
     x, terms, table = case((2, 3, 8, 8), [NARROW], NHWC)
