@@ -1,0 +1,93 @@
+"""One call of the CIFAR-10 network: ours and diffusers' with the same weights, eager and compiled.
+
+Random weights, channels_last. diffusers in float32 is what its pipeline does as published; the fair
+peers are the same network in our precision and memory format, and compiled, on CPUs with frozen
+weights. FLOPs: two for each multiplication of convolutions, linear layers and attention.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Case, Side
+from benchmarks.peers import diffusers_twin
+from ds import presets
+
+Call = Callable[[Tensor, Tensor], Tensor]
+
+
+def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+    """Yield a case for each precision."""
+    torch.manual_seed(0)
+    net = presets.cifar10().net.build().to(device).eval()
+    for weight in net.parameters():  # no branch starts at zero, or half of the network is idle
+        nn.init.normal_(weight, std=0.02 if weight.dim() > 1 else 0.1)
+    for layer in net.modules():
+        if hasattr(layer, "groups"):
+            nn.init.ones_(layer.weight)
+    images = 264 if device.type == "cuda" else 8
+    x = torch.randn(images, *net.shape, device=device)
+    t = torch.full((images,), 500, device=device)
+    with torch.no_grad():
+        exact = net.double()(x.double(), t)
+    net.float()
+    flops = _flops(net, x, t)
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.bfloat16 and quick:
+            return
+        sides, missing = contenders(net, dtype, device)
+        yield Case(
+            f"forward {str(dtype)[6:]} {list(x.shape)}",
+            {name: Side(functools.partial(_call, f, x, t)) for name, f in sides.items()},
+            lambda: exact,
+            flops=flops,
+            missing=missing,
+        )
+
+
+def contenders(
+    net: nn.Module, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Return what to compare, ours last, and what is missing; each of x and t, float32."""
+    sides, missing = {}, {}
+    try:
+        peer = diffusers_twin(net).to(device)
+        sides["diffusers"] = peer
+        last = diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last)
+        sides["diffusers, channels_last"] = _cast(last, dtype)
+        sides["diffusers, compiled"] = _compiled(_cast(last, dtype), device)
+    except ImportError as error:
+        missing["diffusers"] = str(error)
+    ours = presets.cifar10().net.build().to(device)
+    ours.load_state_dict(net.state_dict())
+    sides["ours"] = ours.to(dtype).eval()
+    return sides, missing
+
+
+def _cast(net: Call, dtype: torch.dtype) -> Call:
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return net(x.to(dtype, memory_format=torch.channels_last), t).float()
+
+    return call
+
+
+def _compiled(call: Call, device: torch.device) -> Call:
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        return torch.compile(call, mode="max-autotune", dynamic=False)
+    return torch.compile(call, dynamic=False, options={"freezing": True})
+
+
+@torch.no_grad()
+def _call(function: Call, x: Tensor, t: Tensor, _: Any) -> Tensor:
+    return function(x, t)
+
+
+def _flops(net: nn.Module, x: Tensor, t: Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x, t)
+    return counter.get_total_flops()
