@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check fmt lint doctor clean
+.PHONY: help demo test check fmt lint bench gpu-test gpu-bench doctor clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,20 @@ fmt: $(VENV)/.test ## format the code
 lint: $(VENV)/.test ## look for mistakes without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+bench: $(VENV)/.test ## time this library and its peers on this machine
+	$(BIN)/python -m benchmarks
+
+# A GPU machine often brings its own PyTorch: make gpu-test GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+gpu-test: ## on a GPU: the tests of ops, kernels and networks, and a run under compute-sanitizer
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_PYTHON) -m pytest tests/ops tests/kernels tests/nets
+	compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest tests/kernels -k any_number
+
+gpu-bench: ## on a GPU: time this library and its peers
+	$(GPU_PYTHON) -m benchmarks --device cuda
 
 doctor: $(VENV)/.installed ## what this machine has and which kernels run here
 	$(BIN)/dstudent doctor

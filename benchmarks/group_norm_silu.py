@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Case, Side
-from benchmarks.peers import missing
+from benchmarks.peers import PEERS
 from ds import ops, presets
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +56,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     net = presets.cifar10().net
     for dtype, (channels, size) in itertools.product(DTYPES, found):
         images = max(16, GPU_ELEMENTS // (channels * size * size)) if cuda else 16
-        functions = contenders(net.norm_groups, net.norm_eps)
-        gone = dict(filter(None, map(missing, ("apex", "liger")))) if cuda else {}
+        functions, gone = contenders(channels, net.norm_groups, net.norm_eps, dtype, device)
         leaves, grad = draw(images, channels, size, dtype, device)
         shape = f"{str(dtype)[6:]} {[images, channels, size, size]}"
         yield Case(
@@ -81,8 +80,10 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         )
 
 
-def contenders(groups: int, eps: float) -> dict[str, Function]:
-    """Return the functions to compare, each of x, weight and bias; ours comes last."""
+def contenders(
+    channels: int, groups: int, eps: float, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Return what to compare, each of x, weight and bias, ours last; and which peers are missing."""
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
@@ -91,7 +92,13 @@ def contenders(groups: int, eps: float) -> dict[str, Function]:
         return ops.group_norm_silu(x, weight, bias, groups, eps)
 
     torch._dynamo.reset()  # one shape at a time, or it would compile for any shape
-    return {"eager": eager, "inductor": torch.compile(eager, dynamic=False), "ours": ours}
+    found, missing = {"eager": eager, "inductor": torch.compile(eager, dynamic=False)}, {}
+    for name, peer in PEERS.items() if device.type == "cuda" else ():
+        try:
+            found[name] = peer(channels, groups, eps, dtype)
+        except ImportError as error:
+            missing[name] = str(error)
+    return {**found, "ours": ours}, missing
 
 
 def draw(

@@ -1,29 +1,49 @@
 """The neighbours that are timed beside ours, each optional; where one is missing, why."""
 
 import tempfile
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds.nets import UNet
 from ds.nets.convert import to_diffusers
 from ds.schedule import LinearBeta
 
-WHERE = {
-    "apex": "not installed (NVIDIA's, built from source with APEX_GROUP_NORM=1)",
-    "liger": "not installed (pip install liger-kernel)",
-}
-MODULES = {"apex": "apex.contrib.group_norm", "liger": "liger_kernel"}
+GroupNormSilu = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def missing(peer: str) -> tuple[str, str] | None:
-    """Return a peer's name and why it cannot run here, or None if it can."""
+def apex(channels: int, groups: int, eps: float, dtype: torch.dtype) -> GroupNormSilu:
+    """Return NVIDIA apex's GroupNorm with its SiLU; ImportError where it was not built."""
     try:
-        there = find_spec(MODULES[peer]) is not None
-    except ModuleNotFoundError:  # PyPI's apex is another project, without such a module
-        there = False
-    return None if there else (peer, WHERE[peer])
+        from apex.contrib.group_norm import GroupNorm
+    except ImportError as error:
+        raise ImportError("not installed (NVIDIA's, built with APEX_GROUP_NORM=1)") from error
+    layer = GroupNorm(groups, channels, eps=eps, act="silu", device="cuda", dtype=dtype)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    return call
+
+
+def liger(channels: int, groups: int, eps: float, dtype: torch.dtype) -> GroupNormSilu:
+    """Return Liger's GroupNorm, which has no SiLU and wants NCHW, followed by PyTorch's SiLU."""
+    try:
+        from liger_kernel.ops.group_norm import LigerGroupNormFunction
+    except ImportError as error:
+        raise ImportError("not installed (pip install liger-kernel)") from error
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = LigerGroupNormFunction.apply(x.contiguous(), weight, bias, channels, groups, eps)
+        return F.silu(y)
+
+    return call
+
+
+PEERS: dict[str, Callable[..., GroupNormSilu]] = {"apex": apex, "liger": liger}
 
 
 def diffusers_twin(net: UNet) -> nn.Module:
@@ -36,10 +56,12 @@ def diffusers_twin(net: UNet) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "twin"
         to_diffusers(path, net.config, net.state_dict(), LinearBeta(), "eps")
-        return _Returned(UNet2DModel.from_pretrained(path / "unet")).eval()
+        return _Unwrapped(UNet2DModel.from_pretrained(path / "unet")).eval()
 
 
-class _Returned(nn.Module):
+class _Unwrapped(nn.Module):
+    """A UNet2DModel that returns a tensor."""
+
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
