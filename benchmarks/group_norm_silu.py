@@ -83,7 +83,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
 def contenders(
     channels: int, groups: int, eps: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Function], dict[str, str]]:
-    """Return what to compare, each of x, weight and bias, ours last; and which peers are missing."""
+    """Return what to compare, each of x, weight and bias, ours last; and the peers that lack."""
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
