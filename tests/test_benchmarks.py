@@ -48,7 +48,11 @@ def test_a_broken_side_is_refused(broken, message):
 
 def test_a_kernel_broken_on_purpose_is_refused(monkeypatch):
     real = group_norm_silu.ops.group_norm_silu
-    monkeypatch.setattr(group_norm_silu.ops, "group_norm_silu", lambda *args: 1.01 * real(*args))
+
+    def broken(*args, **parts):
+        return 1.01 * real(*args, **parts)
+
+    monkeypatch.setattr(group_norm_silu.ops, "group_norm_silu", broken)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(harness.Wrong, match="ours is off by"):
         first(group_norm_silu.cases(CPU, quick=True))
