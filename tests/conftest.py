@@ -1,7 +1,13 @@
-"""Small networks on one thread, and tests that need a GPU only where there is one."""
+"""Small networks on one thread, and a GPU's tests and kernels where there is one."""
+
+import os
 
 import pytest
 import torch
+
+# Elsewhere the Triton kernels run in an interpreter. This is read when triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Networks of the tests are so small that they are quicker done than shared out.
 torch.set_num_threads(1)
