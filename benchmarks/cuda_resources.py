@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import triton
-from aot import disassemble, shapes, widths
+from aot import disassemble, norms, widths
 
 from ds.ops import _native
 
@@ -45,7 +45,7 @@ def kernels(*only: str) -> list[dict]:
                 "registers": int(re.search(r"REG:(\d+)", used)[1]),
                 "stack": int(re.search(r"STACK:(\d+)", used)[1]),
                 "spills": sum(name.startswith(("LDL", "STL")) for name in instructions),
-                "loads": widths([n for n in instructions if not n.startswith("LDGSTS")], "LDG"),
+                "loads": widths(instructions, "LDG"),
                 "copies": widths(instructions, "LDGSTS"),
                 "stores": widths(instructions, "STG"),
                 "instructions": sum(name != "NOP" for name in instructions),
@@ -75,7 +75,8 @@ def cuts() -> list[dict]:
     """Return how the large images of the paper's networks are cut."""
     cut = _native.cuda_library().ds_cuda_group_norm_silu_tiles
     rows = []
-    for channels, pixels, groups in sorted({shape[:3] for shape in shapes() if shape[1] > 1024}):
+    shapes = {(norm.channels + norm.skip, norm.pixels, norm.groups) for norm in norms()}
+    for channels, pixels, groups in sorted(shape for shape in shapes if shape[1] > 1024):
         row = {"channels": channels, "pixels": pixels, "groups": groups}
         for name, cluster in (("cluster", True), ("two passes", False)):
             shared = ctypes.c_int64()

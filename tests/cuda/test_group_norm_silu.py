@@ -35,7 +35,7 @@ def values(shape, dtype, device, layout=NHWC) -> tuple[Tensor, ...]:
 
 
 def check(run, x, weight, bias, groups, silu) -> None:
-    y, mean, rstd = run(x, weight, bias, groups, 1e-6, silu)
+    y, mean, rstd, _ = run(x, weight, bias, groups, 1e-6, silu)
     assert y.shape == x.shape
     assert mean.shape == rstd.shape == (len(x), groups)
     exact = pytorch(x.double(), weight.double(), bias.double(), groups, silu)
@@ -86,7 +86,7 @@ def test_any_shape_and_strides(run, device, images, groups, per_group, size, dty
 
 
 def test_no_images_give_none(run, device):
-    y, mean, _ = run(*values((0, 8, 40, 40), torch.float32, device), 2, 1e-6, True)
+    y, mean, *_ = run(*values((0, 8, 40, 40), torch.float32, device), 2, 1e-6, True)
     assert (y.shape, mean.shape) == ((0, 8, 40, 40), (0, 2))
 
 
@@ -111,7 +111,7 @@ def test_adversarial_values(run, device, disturb):
 @every_dtype
 def test_constant_groups_give_the_bias(run, device, dtype):
     x, weight, bias = values((2, 24, 40, 35), dtype, device)
-    y, _, rstd = run(torch.full_like(x, 3.1), weight, bias, 6, 1e-6, False)
+    y, _, rstd, _ = run(torch.full_like(x, 3.1), weight, bias, 6, 1e-6, False)
     # The mean of equal values may be off by a few roundings, which 1 / sqrt(eps) = 1000 enlarges.
     tolerance = 3.1 * 1000 * 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
     assert (y.double() - bias.double().view(1, -1, 1, 1)).abs().max() <= tolerance
