@@ -7,6 +7,7 @@ a shard is a function of the manifest and its number, whoever writes it and in w
     write     lock images-00003.npy.tmp, compute, flush, hash, rename to images-00003.npy
     resume    write the shards that are missing
     finish    move the hash of every shard into the manifest; without them a store is not read
+    grow      raise the count: the shards there are stay, even a last one that is not full
 """
 
 import fcntl
@@ -17,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,6 +47,7 @@ from ds.sample import Sampler, Teacher, seconds_per_call
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
 Quantizer = Literal["round", "floor", "float16", "float32"]
+_NEEDED = {"teacher", "grid", "seed", "count", "grown_from", "shape", "shard_size"}
 log = logging.getLogger("ds")
 
 
@@ -61,8 +64,9 @@ def generate_pairs(
 ) -> "PairStore":
     """Run the teacher on the noise of the indices 0 .. count - 1 and keep its images in `out`.
 
-    Call it again after an interruption, or from several processes at once: finished shards stay
-    and nobody writes the same one. Images are uint8 by rounding; "floor" truncates as in 2021,
+    Call it again after an interruption, or from several processes at once, which may come and go:
+    finished shards stay and nobody writes the same one. With a larger count a store grows; until
+    it is finished again it is not read. Images are uint8 by rounding; "floor" truncates as in 2021,
     "float16" and "float32" keep the teacher's numbers, unclipped, for points and latents. The
     device is that of the teacher's network.
 
@@ -83,8 +87,7 @@ def generate_pairs(
             f"generate_pairs: {quantizer!r} stores images [C, H, W]; samples of the shape "
             f"{list(teacher.shape)} need quantizer='float32'"
         )
-    plan = _Plan(Path(out), _manifest(teacher, count, seed, shard_size, quantizer))
-    plan.open()
+    plan = _Plan.open(Path(out), _manifest(teacher, count, seed, shard_size, quantizer))
     if missing := plan.missing():
         sampler = Sampler(teacher, batch_size=batch_size)
         total = sum(len(plan.indices(i)) for i in missing)
@@ -163,6 +166,7 @@ def _manifest(
         "noise": "philox4x32-10, Box-Muller",
         "seed": seed,
         "count": count,
+        "grown_from": [],
         "shape": list(teacher.shape),
         "quantizer": quantizer,
         "shard_size": shard_size,
@@ -219,7 +223,7 @@ class PairStore:
         self.manifest = read_json(self.path / MANIFEST)
         if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
             raise ValueError(f"{self.path / MANIFEST}: not the manifest of a pair store")
-        if lost := {"teacher", "grid", "seed", "count", "shape", "shard_size"} - {*self.manifest}:
+        if lost := _NEEDED - {*self.manifest}:
             raise ValueError(f"{self.path / MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
         plan = _Plan(self.path, self.manifest)
         if missing := plan.missing():
@@ -227,12 +231,12 @@ class PairStore:
                 f"{self.path}: {len(missing)} of {plan.shards} shards are missing; run the same "
                 f"`dstudent pairs` again to write them"
             )
-        if "sha256" not in self.manifest:
+        if None in self.manifest.get("sha256", [None]):
             raise ValueError(f"{self.path}: not finished; run the same `dstudent pairs` again")
         self.shape = tuple(self.manifest["shape"])
         self.seed = self.manifest["seed"]
         self._shards = [_map(plan.file(i), len(plan.indices(i))) for i in range(plan.shards)]
-        self._shard_size = self.manifest["shard_size"]
+        self._starts = np.array(plan.starts[:-1])
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -242,7 +246,8 @@ class PairStore:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise ValueError(f"{self.path}: indices must lie in 0 .. {len(self) - 1}")
-        shard, row = np.divmod(wanted, self._shard_size)
+        shard = np.searchsorted(self._starts, wanted, side="right") - 1
+        row = wanted - self._starts[shard]
         first = self._shards[0]
         rows = np.empty((len(wanted), *first.shape[1:]), first.dtype)
         for s in np.unique(shard):
@@ -321,8 +326,40 @@ class _Plan:
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
-        self.count, self.shard_size = manifest["count"], manifest["shard_size"]
-        self.shards = -(-self.count // self.shard_size)
+        counts = (*manifest["grown_from"], manifest["count"])
+        parts = (range(a, b, manifest["shard_size"]) for a, b in pairwise((0, *counts)))
+        self.starts = [*chain.from_iterable(parts), manifest["count"]]  # of the shards, and the end
+        self.shards = len(self.starts) - 1
+
+    @classmethod
+    def open(cls, path: Path, manifest: dict[str, Any]) -> "_Plan":
+        """Create the directory and its manifest, or take those there are, if they are of this plan.
+
+        A manifest that differs in a smaller count only is brought to the new one.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path, wait=True):
+            if not (path / MANIFEST).exists():
+                if any(path.glob("images-*")):
+                    raise ValueError(f"{path}: has shards but no {MANIFEST}; use another name")
+                write_json(path / MANIFEST, manifest)
+            there = read_json(path / MANIFEST)
+            if not isinstance(there, dict):
+                raise ValueError(f"{path / MANIFEST}: not the manifest of a pair store")
+            grown_from, old = there.get("grown_from", []), there.get("count")
+            grows = isinstance(old, int) and old < manifest["count"]
+            if grows:
+                grown_from = [*grown_from, old]
+                there |= {"grown_from": grown_from, "count": manifest["count"]}
+            wanted = manifest | {"grown_from": grown_from}
+            known = {name: there.get(name) for name in wanted if name != "version"}
+            if found := difference(known, {name: wanted[name] for name in known}):
+                raise ValueError(
+                    f"{path}: holds a store made otherwise ({found}); use another name"
+                )
+            if grows:
+                write_json(path / MANIFEST, there)
+        return cls(path, wanted)
 
     @property
     def bytes_per_pair(self) -> int:
@@ -330,32 +367,13 @@ class _Plan:
         return math.prod(self.manifest["shape"]) * itemsize
 
     def indices(self, shard: int) -> range:
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.count))
+        return range(self.starts[shard], self.starts[shard + 1])
 
     def file(self, shard: int) -> Path:
         return self.path / f"images-{shard:05d}.npy"
 
     def missing(self) -> list[int]:
         return [i for i in range(self.shards) if not self.file(i).exists()]
-
-    def open(self) -> None:
-        """Create the directory and its manifest, or check that those there are of this plan."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path, wait=True):
-            if not (self.path / MANIFEST).exists():
-                if any(self.path.glob("images-*")):
-                    raise ValueError(f"{self.path}: has shards but no {MANIFEST}; use another name")
-                write_json(self.path / MANIFEST, self.manifest)
-        there = read_json(self.path / MANIFEST)
-        if not isinstance(there, dict):
-            raise ValueError(f"{self.path / MANIFEST}: not the manifest of a pair store")
-        known = {name: there.get(name) for name in self.manifest if name != "version"}
-        wanted = {name: self.manifest[name] for name in known}
-        if found := difference(known, wanted):
-            raise ValueError(
-                f"{self.path}: holds a store made otherwise ({found}); use another name"
-            )
 
     @contextmanager
     def claim(self, shard: int) -> Iterator[Any]:
@@ -394,7 +412,8 @@ class _Plan:
         """Move the hashes of the shards into the manifest, which makes the store readable."""
         with locked(self.path, wait=True):
             manifest = read_json(self.path / MANIFEST)
-            hashes = manifest.get("sha256", [None] * self.shards)
+            hashes = manifest.get("sha256", [])
+            hashes += [None] * (self.shards - len(hashes))
             new = {i: f.read_text() for i in range(self.shards) if (f := self._digest(i)).exists()}
             if new:
                 hashes = [new.get(i, old) for i, old in enumerate(hashes)]

@@ -143,6 +143,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
         "noise": "philox4x32-10, Box-Muller",
         "seed": 3,
         "count": COUNT,
+        "grown_from": [],
         "shape": [2, 4, 4],
         "quantizer": "round",
         "shard_size": 16,
@@ -251,6 +252,36 @@ def test_a_finished_store_is_not_computed_again(tmp_path, monkeypatch):
     assert len(make(tmp_path / "s")) == COUNT
 
 
+def test_a_larger_count_adds_shards_and_leaves_the_old_ones(tmp_path, monkeypatch):
+    once = make(tmp_path / "once", count=100)
+    old = make(tmp_path / "grown", count=40)
+    before = {f.name: f.stat().st_mtime_ns for f in old.path.glob("images-*")}
+    make(tmp_path / "grown", count=41)
+    grown = make(tmp_path / "grown", count=100)
+    assert torch.equal(all_images(grown), all_images(once))
+    assert [len(s) for s in grown._shards] == [16, 16, 8, 1, 16, 16, 16, 11]
+    assert before.items() <= {f.name: f.stat().st_mtime_ns for f in grown.path.iterdir()}.items()
+    grown.verify(GAUSSIAN)
+    rows = [99, 0, 40, 39, 41, 40]
+    assert torch.equal(grown.images(rows), once.images(rows))
+
+
+def test_a_store_that_grows_is_read_when_it_is_finished_again(tmp_path, monkeypatch):
+    make(tmp_path / "s", count=40)
+
+    def stop(*_):
+        raise pairs.Interrupted("now")
+
+    with monkeypatch.context() as patch, pytest.raises(pairs.Interrupted):
+        patch.setattr(pairs, "_make", stop)
+        make(tmp_path / "s", count=60)
+    with pytest.raises(ValueError, match="shards are missing"):
+        ds.PairStore(tmp_path / "s")
+    with pytest.raises(ValueError, match="count: 60, not 40"):
+        make(tmp_path / "s", count=40)
+    assert len(make(tmp_path / "s", count=60)) == 60
+
+
 @pytest.mark.parametrize("position", [0, 140, -1])
 def test_verify_names_the_file_with_a_flipped_byte(tmp_path, position):
     store = make(tmp_path / "s")
@@ -327,7 +358,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
     ("change", "named"),
     [
         ({"seed": 4}, r"seed: 3, not 4"),
-        ({"count": 41}, r"count: 40, not 41"),
+        ({"count": 39}, r"count: 40, not 39"),
         ({"shard_size": 8}, r"shard_size: 16, not 8"),
         ({"quantizer": "floor"}, r"quantizer: round, not floor"),
         ({"teacher": replace(GAUSSIAN, grid=ds.grids.quadratic(9))}, r"grid: \[800, "),
