@@ -27,7 +27,17 @@ _PUBLIC = {
     "noise": "ds.philox",
     "push_to_hub": "ds.hub",
 }
-_MODULES = ("analytic", "export", "grids", "methods", "nets", "ops", "schedule", "solvers")
+_MODULES = (
+    "analytic",
+    "archives",
+    "export",
+    "grids",
+    "methods",
+    "nets",
+    "ops",
+    "schedule",
+    "solvers",
+)
 
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 

@@ -47,7 +47,9 @@ from ds.sample import Sampler, Teacher, seconds_per_call
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
 Quantizer = Literal["round", "floor", "float16", "float32"]
-_NEEDED = {"teacher", "grid", "seed", "count", "grown_from", "shape", "shard_size"}
+_NEEDED = {
+    "teacher", "solver", "grid", "seed", "count", "grown_from", "shape", "quantizer", "shard_size",
+}  # fmt: skip
 log = logging.getLogger("ds")
 
 
@@ -218,13 +220,7 @@ class PairStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / MANIFEST).is_file():
-            raise ValueError(f"{self.path}: not a pair store, it has no {MANIFEST}")
-        self.manifest = read_json(self.path / MANIFEST)
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.path / MANIFEST}: not the manifest of a pair store")
-        if lost := _NEEDED - {*self.manifest}:
-            raise ValueError(f"{self.path / MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
+        self.manifest = _read_manifest(self.path)
         plan = _Plan(self.path, self.manifest)
         if missing := plan.missing():
             raise ValueError(
@@ -301,6 +297,43 @@ class PairStore:
                 )
 
 
+def info(path: str | Path) -> dict[str, Any]:
+    """Say what is in the directory of a store, finished or not.
+
+    Raises ValueError for a directory that is no store.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    plan = _Plan(path, manifest)
+    missing, grid = len(plan.missing()), manifest["grid"]
+    return {
+        "pairs": plan.count,
+        "grown_from": manifest["grown_from"],
+        "shape": manifest["shape"],
+        "quantizer": manifest["quantizer"],
+        "seed": manifest["seed"],
+        "teacher": manifest["teacher"]["sha256"],
+        "solver": manifest["solver"],
+        "grid": f"{len(grid)} times from {grid[0]} to {grid[-1]}",
+        "shards": f"{plan.shards - missing} of {plan.shards}",
+        "being_written": len(list(path.glob("images-*.npy.tmp"))),
+        "bytes": sum(f.stat().st_size for f in path.glob("images-*.npy")),
+        "finished": not missing and None not in manifest.get("sha256", [None]),
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a store, checked for what is needed of it."""
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path}: not a pair store, it has no {MANIFEST}")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path / MANIFEST}: not the manifest of a pair store")
+    if lost := _NEEDED - {*manifest}:
+        raise ValueError(f"{path / MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
+    return manifest
+
+
 def _map(path: Path, rows: int) -> np.ndarray:
     """Map a shard into memory after checking its size."""
     try:
@@ -328,6 +361,7 @@ class _Plan:
         self.manifest = manifest
         counts = (*manifest["grown_from"], manifest["count"])
         parts = (range(a, b, manifest["shard_size"]) for a, b in pairwise((0, *counts)))
+        self.count = manifest["count"]
         self.starts = [*chain.from_iterable(parts), manifest["count"]]  # of the shards, and the end
         self.shards = len(self.starts) - 1
 

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import ds
-from ds import checkpoint, doctor, export
+from ds import archives, checkpoint, doctor, export, pairs
 from ds.checkpoint import fingerprint
 from ds.config import from_json, to_json
 from ds.data import Images, Pairs, digits
@@ -79,14 +79,15 @@ class Teach:
 class MakePairs:
     """Run the teacher on noise and keep what it makes: the pairs a student learns from.
 
-    Interrupt it when you like, and run it again to go on. Several processes may share one store.
+    Interrupt it when you like, and run it again to go on. Several processes may share one store,
+    and come and go. With a larger --pairs.count a store grows. `dstudent pairs info STORE` says
+    what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes tar archives.
     """
 
     teacher: Path
     out: Path
     pairs: PairsConfig
     solve: SolveConfig
-    verify: int = 0  # check the finished store: every hash, and this many pairs made again
     plan: bool = False  # make no pairs; measure how many network calls they need
     plan_noises: int = 16  # to measure it on
     machine: Here = field(default_factory=Machine)
@@ -115,8 +116,6 @@ class MakePairs:
             teacher, self.out, p.count + p.held_out, seed=p.seed, batch_size=p.batch_size,
             shard_size=p.shard_size, quantizer=p.quantizer, progress=_watched(),
         )  # fmt: skip
-        if self.verify:
-            store.verify(teacher, self.verify)
         _say(f"pairs: {self.out}, {len(store):,} of them")
 
     def _plan(self, teacher: Teacher, device: torch.device) -> None:
@@ -132,6 +131,54 @@ class MakePairs:
         batch = z[: p.batch_size]
         seconds = seconds_per_call(denoiser, batch, teacher.grid[0]) / len(batch)
         _say(plan_table(found, seconds, p.count + p.held_out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsInfo:
+    """Say what a store holds and how much of it is written."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+
+    def run(self) -> None:
+        print(json.dumps(pairs.info(self.store), indent=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsVerify:
+    """Hash every shard of a store; with its teacher, also make some of the pairs again."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    teacher: Path | None = None
+    recompute: int = 4  # pairs to make again, spread over the store
+    machine: Here = field(default_factory=Machine)
+
+    def run(self) -> None:
+        if self.recompute < 1:
+            raise ValueError(f"pairs verify: recompute must be at least 1, not {self.recompute}")
+        store, teacher = PairStore(self.store), None
+        if self.teacher is not None:
+            teacher = load_teacher(self.teacher, device=self.machine.use())
+            solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
+            teacher = replace(teacher, solver=solver, grid=grid)
+        store.verify(teacher, self.recompute)
+        _say(f"pairs: {self.store}, {len(store):,} of them as they were written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsExport:
+    """Write a store, noise and all, as tar archives for WebDataset's or FastGen's loader."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional]
+    to: archives.Form = "webdataset"
+    per_archive: int = 4096
+
+    def run(self) -> None:
+        paths = archives.export(
+            PairStore(self.store), self.out, self.to, per_archive=self.per_archive,
+            progress=_watched(),
+        )  # fmt: skip
+        _say(f"archives: {self.out}, {len(paths)} of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +367,7 @@ class Demo:
 
 
 PER_PRESET: dict[str, Any] = {"teach": Teach, "pairs": MakePairs, "distill": Distill}
+OF_STORES: dict[str, Any] = {"info": PairsInfo, "verify": PairsVerify, "export": PairsExport}
 PLAIN: dict[str, Any] = {
     "sample": Sample,
     "evaluate": Evaluate,
@@ -335,7 +383,9 @@ def run(verb: str, args: list[str]) -> None:
     logging.getLogger("ds").setLevel(logging.INFO)
     dry = "--dry-run" in args
     args = [arg for arg in args if arg != "--dry-run"]
-    if verb in PER_PRESET:
+    if verb == "pairs" and args and args[0] in OF_STORES:
+        task = _parse(OF_STORES[args[0]], args[1:], f"dstudent pairs {args[0]}")
+    elif verb in PER_PRESET:
         name, args = _preset_name(verb, args)
         default = PER_PRESET[verb].of(name, PRESETS[name]())
         task = _parse(PER_PRESET[verb], args, f"dstudent {verb} {name}", default=default)

@@ -1,11 +1,13 @@
 """Kill `dstudent pairs` and `dstudent distill` at random moments; nothing may be lost or differ.
 
     python tests/kill.py --kills 20
+    python tests/kill.py --kills 20 --workers 8
 
 Each command is run once without interruption. Then it is run again elsewhere, killed with SIGKILL
 at a random moment, restarted, killed, and so on until it gets to its end, and what it leaves is
 compared with the uninterrupted run to the bit; then it starts afresh, until there were that many
-kills. Exits with 1 if anything differs.
+kills. With workers, so many processes share one store of pairs; one of them, drawn at random, is
+killed and replaced every few seconds. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -118,13 +120,53 @@ def attack(
             if fresh:  # the machine has become less busy than it was
                 longest = min(longest, time.perf_counter() - begin)
         ends += 1
-        for folder in folders:
-            found = files(cut / folder)
-            for file in sorted(expected[folder].keys() | found.keys()):
-                if found.get(file) != expected[folder].get(file):
-                    print(f"{name}: {folder}/{file} differs", flush=True)
-                    equal = False
+        equal &= all(same(name, folder, cut, expected[folder]) for folder in folders)
     print(f"{name}: {done} kills, {ends} ends, {'equal' if equal else 'DIFFERENT'}", flush=True)
+    return equal
+
+
+def same(name: str, folder: str, home: Path, expected: dict[str, bytes]) -> bool:
+    """Say whether a directory holds what is expected, and what differs."""
+    found = files(home / folder)
+    different = [f for f in sorted(expected.keys() | found) if found.get(f) != expected.get(f)]
+    for file in different:
+        print(f"{name}: {folder}/{file} differs", flush=True)
+    return not different
+
+
+def swarm(command: list, out: Path, workers: int, kills: int, draw: random.Random) -> None:
+    """Run a command in many processes until it is done, and replace one of them `kills` times."""
+    running = [start(*command) for _ in range(workers)]
+    for done in range(1, kills + 1):
+        time.sleep(draw.uniform(2, 5))
+        victim = running.pop(draw.randrange(len(running)))
+        victim.kill()
+        victim.communicate()
+        print(f"workers: kill {done}, {store_state(out.parent)}", flush=True)
+        running.append(start(*command))
+    for process in running:
+        _, err = process.communicate()
+        if process.returncode:
+            sys.exit(f"workers: {err}")
+
+
+def kill_workers(workers: int, kills: int, seed: int = 0) -> bool:
+    """Let workers that are killed and replaced fill one store; say whether it is as from one."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        teacher = home / "teacher"
+        seconds("teach", "digits", "--out", teacher, *TEACH)
+
+        def command(out: Path) -> list:
+            sizes = ["--pairs.count", 64 * 200 * workers - 64, "--solve.steps", 40]
+            return ["pairs", "digits", "--teacher", teacher, "--out", out, *PAIRS, *sizes]
+
+        took = seconds(*command(home / "whole" / "pairs"))
+        print(f"workers: {took:.1f} s alone", flush=True)
+        swarm(command(home / "cut" / "pairs"), home / "cut" / "pairs", workers, kills,
+              random.Random(seed))  # fmt: skip
+        equal = same("workers", "pairs", home / "cut", files(home / "whole" / "pairs"))
+        print(f"workers: {kills} kills of {workers}, {'equal' if equal else 'DIFFERENT'}")
     return equal
 
 
@@ -154,5 +196,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--workers", type=int, help="share one store among so many processes")
     options = parser.parse_args()
-    sys.exit(0 if kill(options.kills, options.seed) else 1)
+    if options.workers:
+        equal = kill_workers(options.workers, options.kills, options.seed)
+    else:
+        equal = kill(options.kills, options.seed)
+    sys.exit(0 if equal else 1)

@@ -192,7 +192,7 @@ OPTIONS = {
     "demo": ["--out"],
     "doctor": ["--json"],
     "teach": ["--out", "--net.channels", "--train.batch-size", "--solve.steps", "--device"],
-    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--verify", "--plan"],
+    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
     "convert": ["--to", "--image-size"],
@@ -433,8 +433,36 @@ def test_a_flipped_byte_in_a_store_is_found_by_verify(home, capsys):
     data = bytearray(file.read_bytes())
     data[-7] ^= 4
     file.write_bytes(data)
-    line = refused(capsys, *pairs_of("--out", "pairs", "--verify", "1"))
+    line = refused(capsys, "pairs", "verify", "pairs")
     assert "images-00001.npy: wrong checksum; delete this file" in line
+
+
+def test_a_store_is_verified_with_the_teacher_that_made_it(home, capsys):
+    assert main(["pairs", "verify", "pairs", "--teacher", "teacher", "--recompute", "3"]) == 0
+    assert "160 of them as they were written" in capsys.readouterr().out
+    line = refused(capsys, "pairs", "verify", "pairs", "--recompute", "0")
+    assert "recompute must be at least 1, not 0" in line
+
+
+def test_a_store_says_what_it_holds_finished_or_not(home, capsys):
+    assert main(["pairs", "info", "pairs"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs"] == 160
+    assert found["shards"] == "4 of 4"
+    assert found["finished"]
+    Path("pairs/images-00002.npy").unlink()
+    assert main(["pairs", "info", "pairs"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shards"] == "3 of 4"
+    assert not found["finished"]
+    assert "not a pair store" in refused(capsys, "pairs", "info", "teacher")
+
+
+def test_a_store_is_written_as_archives(home, capsys):
+    assert main(["pairs", "export", "pairs", "tars", "--per-archive", "100"]) == 0
+    assert sorted(f.name for f in Path("tars").glob("*.tar")) == ["000000.tar", "000001.tar"]
+    line = refused(capsys, "pairs", "export", "pairs", "tars", "--to", "fastgen")
+    assert "holds archives of something else (form: webdataset, not fastgen)" in line
 
 
 def test_a_store_that_is_not_there_is_refused(home, capsys):

@@ -21,7 +21,7 @@ ROWS = [
     ["checkpoint", "solvers"],
     ["sample"],
     ["analytic", "export", "methods", "pairs"],
-    ["data", "load"],
+    ["archives", "data", "load"],
     ["features", "hub", "train"],
     ["doctor", "evaluation", "presets", "report"],
     ["frontier"],
