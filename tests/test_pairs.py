@@ -266,6 +266,20 @@ def test_a_larger_count_adds_shards_and_leaves_the_old_ones(tmp_path, monkeypatc
     assert torch.equal(grown.images(rows), once.images(rows))
 
 
+def test_overhead_is_linear_in_the_number_of_shards(tmp_path, monkeypatch):
+    """Every look at a shard asks for its name first."""
+    real, looks = pairs._Plan.file, {}
+
+    def counted(plan, shard):
+        looks[plan.shards] = looks.get(plan.shards, 0) + 1
+        return real(plan, shard)
+
+    monkeypatch.setattr(pairs._Plan, "file", counted)
+    for shards in (10, 300):
+        make(tmp_path / str(shards), count=shards, shard_size=1)
+    assert looks[300] <= 30 * looks[10]
+
+
 def test_a_store_that_grows_is_read_when_it_is_finished_again(tmp_path, monkeypatch):
     make(tmp_path / "s", count=40)
 
