@@ -28,8 +28,8 @@ lint: $(VENV)/.test ## look for mistakes without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.test ## time this library and its peers on this machine
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.test ## time this library and its peers on this machine; CASES="NAME --quick" for less
+	$(BIN)/python -m benchmarks $(CASES)
 
 # A GPU machine often brings its own PyTorch: make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

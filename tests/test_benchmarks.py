@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import group_norm_silu, harness
+from benchmarks import group_norm_silu, harness, tables
 from benchmarks.harness import Case, Side
 
 CPU = torch.device("cpu")
@@ -75,3 +75,23 @@ def test_what_is_saved_names_machine_versions_and_commit(monkeypatch, tmp_path):
     assert saved["calibration"] == {"copy_gbs": 1.0}
     assert saved["environment"]["torch"] == torch.__version__
     assert saved["environment"]["commit"] == harness.git("rev-parse", "HEAD")
+
+
+def test_the_tables_of_the_documents_are_those_of_the_results():
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page, "run: python -m benchmarks.tables"
+
+
+def test_a_table_has_a_row_for_each_case(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "dirty", lambda: False)
+    row = first([case(eager=torch.square, ours=lambda x: x * x)])
+    row["us"]["eager"]["median"], row["us"]["ours"]["median"] = 9.0, 4.5
+    rates = {"copy_gbs": 1.0, "matmul_tflops_float32": 0.1}
+    harness.save("square", "here", [row], rates, CPU)
+    page = "a\n<!-- table: here/square -->\nold\n<!-- end -->\nb\n"
+    filled = tables.filled(page)
+    assert "| square | 9 | 4 | 2.00 | 11% |" in filled
+    assert "old" not in filled
+    assert tables.filled(filled) == filled
