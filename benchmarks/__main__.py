@@ -10,7 +10,9 @@ a side takes as ours, the last. Results go to benchmarks/results/<machine>/<case
 
 import argparse
 import importlib
+import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,10 +34,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
     parser.add_argument("--machine", help="folder of the results; by default the processor's name")
     parser.add_argument("--no-save", action="store_true", help="print, and write nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, and nothing else")
     options = parser.parse_args()
     if unknown := set(options.cases) - {*CASES}:
         parser.error(f"no case {sorted(unknown)[0]!r}; the cases are {', '.join(CASES)}")
-    if not options.no_save and harness.dirty():
+    save = not (options.no_save or options.json)
+    if save and harness.dirty():
         parser.error("the checkout has uncommitted changes: commit them, or pass --no-save")
 
     torch.set_num_threads(options.threads)
@@ -43,6 +47,7 @@ def main() -> int:
     calibration = harness.calibrate(device)
     print("machine:", ", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
     pace = harness.QUICK if options.quick else harness.Pace()
+    everything = []
     for name in options.cases or CASES:
         cases = importlib.import_module(f"benchmarks.{name}").cases(device, quick=options.quick)
         rows = []
@@ -53,10 +58,13 @@ def main() -> int:
         except harness.Wrong as error:
             print(f"not timed: {error}", file=sys.stderr)
             return 1
-        if not options.no_save:
+        everything += rows
+        if save:
             folder = options.machine or harness.machine(device)
             path = harness.save(name, folder, rows, calibration, device)
             print(f"wrote {path.relative_to(harness.ROOT)}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(everything))
     return 0
 
 
