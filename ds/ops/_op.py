@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...] | None]
 DEVICES = ("cpu", "cuda")
@@ -50,7 +51,17 @@ class Op:
         _library.impl(self.name, self._run, key)
         if fake:
             torch.library.register_fake(f"ds::{self.name}", fake, lib=_library)
+        self._dispatched = getattr(torch.ops.ds, self.name)
         _ops.append(self)
+
+    def __call__(self, *args):
+        """Call the op, past PyTorch's dispatcher where nothing but the result is wanted.
+
+        The dispatcher takes longer than the launch (docs/notes/0003), and does nothing then.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched(args):
+            return self._dispatched(*args)
+        return self._run(*args)
 
     def backend(self, name: str, *devices: str) -> Callable[[Callable[[], Kernel]], None]:
         """Add a backend by its loader, which returns the kernel or raises ImportError."""
@@ -129,6 +140,17 @@ class Op:
             except ImportError as error:
                 missing[name] = str(error)
         return missing
+
+
+def _watched(args: tuple) -> bool:
+    """Say whether a mode, a transform, a tracer or a kind of tensor wants to see calls of ops."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._functorch.peek_interpreter_stack()
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args)
+    )
 
 
 @contextmanager

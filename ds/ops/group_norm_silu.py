@@ -44,9 +44,7 @@ def group_norm_silu(
         ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
     shift = _check("group_norm_silu", x, weight, bias, groups, shift, residual, skip)
-    return torch.ops.ds.group_norm_silu(x, weight, bias, groups, eps, True, shift, residual, skip)[
-        0
-    ]
+    return forward(x, weight, bias, groups, eps, True, shift, residual, skip)[0]
 
 
 def merge_group_norm_silu(
@@ -72,16 +70,14 @@ def merge_group_norm_silu(
     if shift is residual is skip is None:
         raise ValueError(f"{name}: needs shift, residual or skip, or there is nothing to merge")
     shift = _check(name, x, weight, bias, groups, shift, residual, skip)
-    y, _, _, merged = torch.ops.ds.group_norm_silu(
-        x, weight, bias, groups, eps, True, shift, residual, skip, True
-    )
+    y, _, _, merged = forward(x, weight, bias, groups, eps, True, shift, residual, skip, True)
     return y, merged
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
     """Normalize groups of channels, scale and shift channels: group_norm_silu without the SiLU."""
     _check("group_norm", x, weight, bias, groups)
-    return torch.ops.ds.group_norm_silu(x, weight, bias, groups, eps, False)[0]
+    return forward(x, weight, bias, groups, eps, False)[0]
 
 
 def _check(

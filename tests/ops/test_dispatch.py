@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds.ops
 from ds.ops import _native, _op
@@ -46,6 +49,46 @@ def ran(dtype=torch.float32) -> float:
 
 def test_the_default_is_the_first_backend_that_loads(op):
     assert ran() == 2
+
+
+@torch.no_grad()
+def test_a_call_that_nobody_watches_goes_past_the_dispatcher(op, monkeypatch):
+    monkeypatch.setattr(op, "_dispatched", None)
+    assert op(torch.zeros(())).item() == 2
+    with ds.ops.use_backend("reference"):
+        assert op(torch.zeros(())).item() == 1
+
+
+class Notes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Subclass(torch.Tensor):
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@torch.no_grad()
+def test_whoever_watches_sees_the_call(op):
+    x = torch.zeros(2)
+    with Notes() as notes:
+        op(x)
+    assert "ds.test_dispatch.default" in notes.seen
+    op(x.as_subclass(Subclass))
+    assert any("test_dispatch" in name for name in Subclass.seen)
+    graph = make_fx(lambda x: op(x))(x).graph
+    assert torch.ops.ds.test_dispatch.default in {node.target for node in graph.nodes}
+    assert torch.equal(torch.func.vmap(op)(x), torch.full((2,), 2.0))
 
 
 def test_the_default_falls_back_for_arguments_a_kernel_does_not_take(op):
