@@ -5,7 +5,7 @@ import torch
 
 import ds
 from ds.analytic import Gaussian
-from ds.data import Batches, Images, Pairs, digits
+from ds.data import CHUNKS, AbstractSource, Batches, Images, Pairs, digits
 from ds.images import to_float
 
 ROWS, BATCH = 23, 5
@@ -17,7 +17,7 @@ def store(tmp_path_factory):
     return ds.generate_pairs(teacher, tmp_path_factory.mktemp("store"), ROWS, shard_size=7)
 
 
-class Rows:
+class Rows(AbstractSource):
     """A source that answers with the rows and draws it was asked for."""
 
     feeds = "images"
@@ -28,8 +28,14 @@ class Rows:
     def __len__(self):
         return self.count
 
-    def batch(self, rows, draws):
-        return {"rows": torch.as_tensor(rows), "draws": torch.as_tensor(draws)}
+    def read(self, rows):
+        return torch.as_tensor(rows)
+
+    def indices(self, rows, draws):
+        return torch.as_tensor(draws)
+
+    def prepare(self, images, indices):
+        return {"rows": images, "draws": indices}
 
     def fingerprint(self):
         return "rows"
@@ -73,6 +79,36 @@ def test_no_draw_comes_twice_in_a_run():
     batches = Batches(Rows(), BATCH, seed=0)
     draws = torch.cat([batches.at(step)["draws"] for step in range(30)])
     assert len(draws.unique()) == 30 * BATCH
+
+
+@pytest.mark.parametrize("window", [0, 5, 16, 100])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_parts_of_all_processes_make_the_batch(window, world):
+    whole = Batches(Rows(101), 12, seed=3, window=window)
+    parts = [
+        Batches(Rows(101), 12, seed=3, window=window, part=range(i, i + 12 // world))
+        for i in range(0, 12, 12 // world)
+    ]
+    for step in range(2 * whole.per_epoch):
+        for name, rows in whole.at(step).items():
+            assert torch.equal(torch.cat([part.at(step)[name] for part in parts]), rows)
+
+
+@pytest.mark.parametrize(("rows", "window"), [(10_000, 640), (10_007, 641), (10_007, 1), (9, 100)])
+def test_a_window_of_the_order_lies_in_few_places(rows, window):
+    batches = Batches(Rows(rows), 1, seed=0, window=window)
+    chunk = -(-window // CHUNKS)
+    for number in (0, 1):
+        order = torch.tensor(epoch(batches, number))
+        assert torch.equal(order.sort().values, torch.arange(rows))
+        places = [part.div(chunk, rounding_mode="floor").unique() for part in order.split(window)]
+        assert max(map(len, places)) <= CHUNKS + 2  # it may begin and end within one
+
+
+def test_a_window_of_the_order_is_shuffled():
+    (order, again) = (torch.tensor(epoch(Batches(Rows(4096), 1, 0, window=512), n)) for n in (0, 1))
+    neighbours = (order[1:] - order[:-1] == 1).float().mean()
+    assert neighbours < 0.02 and not torch.equal(order, again)
 
 
 @pytest.mark.parametrize("rows", [None, range(4, 20), range(3, 23, 4)])

@@ -66,8 +66,8 @@ def test_a_student_of_4000_steps_passes(folder, store):
 class Shuffled(ds.Pairs):
     """Every noise with the image of its neighbour in the batch."""
 
-    def batch(self, rows, draws):
-        pairs = super().batch(rows, draws)
+    def prepare(self, images, indices):
+        pairs = super().prepare(images, indices)
         return {**pairs, "x0": pairs["x0"].roll(1, 0)}
 
     def fingerprint(self):

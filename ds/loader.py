@@ -1,0 +1,120 @@
+"""Loaders: the ways in which what is kept of a batch gets to the device, all to the same bits.
+
+A loader yields, without end, (images, indices) of one step after the other: what `Batches.read`
+returns for that step, on the device. It keeps no state of its own, so a run goes on at any step.
+
+    memory_map    a thread reads ahead; on CUDA into pinned memory
+    dali          an NVIDIA DALI pipeline around the same reads, with or without a GPU
+    resident      all rows are on the device, and only their numbers go there
+"""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ds.data import Batches
+
+Kind = Literal["auto", "memory_map", "dali", "resident"]
+Loader = Generator[tuple[Tensor, Tensor], None, None]
+RESIDENT_SHARE = 0.25  # of the free memory of a GPU that the rows may take
+log = logging.getLogger("ds")
+
+
+def load(
+    batches: Batches, start: int, device: torch.device, kind: Kind = "auto", prefetch: int = 2
+) -> Loader:
+    """Yield (images, indices) on the device for the steps from `start` on; close it at the end.
+
+    `prefetch` is how many steps are read ahead. "auto" is the memory map on a CPU. On CUDA it is
+    "resident" for rows that fit into a quarter of the free memory, else "dali" if that is
+    installed, else the memory map, and the log says which. Raises ValueError for DALI where it
+    cannot be imported.
+    """
+    if kind == "auto":
+        kind = _choose(batches, device)
+    if kind == "resident":
+        return _resident(batches, start, device)
+    if kind == "dali":
+        return _dali(batches, start, device, prefetch)
+    return _memory_map(batches, start, device, prefetch)
+
+
+def _choose(batches: Batches, device: torch.device) -> Kind:
+    if device.type != "cuda":
+        return "memory_map"
+    size = len(batches.source) * batches.source.read([0]).nbytes
+    if size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        log.info("loader: resident, %.2f GB of rows stay on the GPU", size / 1e9)
+        return "resident"
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        log.info("loader: dali")
+        return "dali"
+    log.info("loader: memory_map; pip install 'denoising-student[dali]' would bring another")
+    return "memory_map"
+
+
+def _memory_map(batches: Batches, start: int, device: torch.device, prefetch: int) -> Loader:
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        kept = batches.read(step)
+        return tuple(x.pin_memory() for x in kept) if device.type == "cuda" else kept
+
+    with ThreadPoolExecutor(1, "loader") as reader:
+        ahead = deque(reader.submit(read, step) for step in range(start, start + prefetch))
+        for step in itertools.count(start + prefetch):
+            ahead.append(reader.submit(read, step))
+            images, indices = ahead.popleft().result()
+            yield images.to(device, non_blocking=True), indices.to(device, non_blocking=True)
+
+
+def _resident(batches: Batches, start: int, device: torch.device) -> Loader:
+    source = batches.source
+    everything = source.read(range(len(source))).to(device)
+    for step in itertools.count(start):
+        rows, draws = batches.rows(step)
+        indices = source.indices(rows, draws)
+        yield everything[torch.from_numpy(rows).to(device)], indices.to(device)
+
+
+def _dali(batches: Batches, start: int, device: torch.device, prefetch: int) -> Loader:
+    """Let DALI ask for steps by number: nothing ends, so nothing has to be reset or padded."""
+    try:
+        from nvidia.dali import Pipeline, fn
+    except ImportError as error:
+        raise ValueError(
+            f"loader dali: {error}; pip install 'denoising-student[dali]', or take memory_map"
+        ) from None
+
+    def read(info: Any) -> tuple[Any, Any]:
+        images, indices = batches.read(start + info.iteration)
+        return images.numpy(), indices.numpy()
+
+    cuda = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=len(batches.part), num_threads=1, prefetch_queue_depth=max(prefetch, 1),
+        device_id=torch.empty(0, device=device).device.index if cuda else None,
+    )  # fmt: skip
+    with pipeline:
+        kept = fn.external_source(read, num_outputs=2, batch=True, batch_info=True)
+        pipeline.set_outputs(*(x.gpu() if cuda else x for x in kept))
+    pipeline.build()
+    return _outputs(pipeline, torch.cuda.Stream(device) if cuda else None)
+
+
+def _outputs(pipeline: Any, stream: torch.cuda.Stream | None) -> Loader:
+    """Copy what the pipeline makes, since it takes its buffers back at its next run."""
+    while True:
+        with torch.cuda.stream(stream):  # which does nothing without a stream
+            kept = [torch.from_dlpack(x.as_tensor()).clone() for x in pipeline.run()]
+        if stream is not None:
+            stream.synchronize()  # with the copies alone, not with the step in work
+            for x in kept:
+                x.record_stream(torch.cuda.current_stream(x.device))
+        images, indices = kept
+        yield images, indices
