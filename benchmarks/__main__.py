@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 
-CASES = ("group_norm_silu", "network")
+CASES = ("group_norm_silu", "loader", "network")
 
 
 def main() -> int:
