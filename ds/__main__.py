@@ -1,5 +1,6 @@
 """The command line, `dstudent VERB`. Nothing heavy is imported until a verb needs it."""
 
+import signal
 import sys
 
 USAGE = """usage: dstudent VERB [PRESET] [OPTIONS]
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         return _broken(args[0], error)
     try:
         verbs.run(args[0], args[1:])
-    except (ValueError, RuntimeError, OSError, Interrupted) as error:
+    except Interrupted as error:
+        code = _fail(str(error))
+        return 0 if error.number == signal.SIGTERM else code  # a scheduler got what it asked for
+    except (ValueError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on")

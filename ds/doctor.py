@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ds
+from ds import apex
 
 
 def report() -> dict[str, Any]:
@@ -88,19 +89,6 @@ def _is_dali(name: str | None) -> bool:
     return (name or "").startswith("nvidia-dali-cuda")
 
 
-def _apex() -> str:
-    """Tell NVIDIA's apex from the distribution of that name on PyPI without importing either."""
-    from importlib.util import find_spec
-
-    spec = find_spec("apex")
-    if spec is None:
-        return "not installed (optional; NVIDIA's, built from its source)"
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        return "another project of the same name, not NVIDIA's: pip uninstall apex"
-    return f"NVIDIA's, {_version('apex')}"
-
-
 def _extension() -> str:
     return f"CPU: {_built('cpu')}; CUDA: {_built('cuda')}"
 
@@ -127,7 +115,7 @@ _PROBES: dict[str, Callable[[], Any]] = {
     "gpu": _gpu,
     "triton": lambda: _version("triton"),
     "dali": _dali,
-    "apex": _apex,
+    "apex": apex.status,
     "numpy": lambda: _version("numpy"),
     "variables": lambda: {k: v for k, v in os.environ.items() if k.startswith("DS_")} or "none set",
     "extension": _extension,

@@ -14,11 +14,15 @@ T = TypeVar("T")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes if torchrun started any, and leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the other processes if torchrun started any, and leave them at the end.
+
+    Inside another `joined`, this does nothing.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("gloo")
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     try:
         yield
     finally:
@@ -27,15 +31,22 @@ def joined() -> Iterator[None]:
 
 def is_first() -> bool:
     """Say whether this is the process that writes and speaks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return number() == 0
+
+
+def number() -> int:
+    """Return the number of this process, 0 of 1 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Return how many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(n: int) -> range:
     """Return this process's part of range(n); the parts in order of rank make the whole."""
-    if not dist.is_initialized():
-        return range(n)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return range(n * rank // world, n * (rank + 1) // world)
+    return range(n * number() // world(), n * (number() + 1) // world())
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -50,6 +61,20 @@ def gather(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(c)] for part, c in zip(parts, counts, strict=True)])
+
+
+def total(value: float) -> float:
+    """Return the sum over all processes, in order of rank, everywhere."""
+    return sum(gather(torch.tensor([value], dtype=torch.float64)).tolist())
+
+
+def largest(value: int) -> int:
+    """Return the largest value that any process has, everywhere."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def from_first(compute: Callable[[], T]) -> T:

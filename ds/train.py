@@ -1,43 +1,52 @@
 """The Trainer: optimiser, averaged weights, checkpoints, metrics. It knows no method by name."""
 
 import copy
-import json
+import faulthandler
 import logging
 import math
 import pickle
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ds import loader as loaders
+from ds import optim, ranks
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import difference, to_json
-from ds.data import Batch, Batches, Source
+from ds.data import AbstractSource, Batch, Batches
 from ds.denoiser import Denoiser
 from ds.files import Interrupted, deferred_signals, locked, read_json, replacing, write_json
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
 from ds.nets import recompute_norms
 from ds.philox import noise
+from ds.records import Records
 
 RUN = "run.json"
-METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
+MEASURED = ("images_per_second", "loader_wait", "memory_gb")  # of a note, unlike in every run
 # What torch.load and load_state_dict raise for a file that is not a whole checkpoint of this run.
 _DAMAGE = (
     RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError,
 )  # fmt: skip
+_LOW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. A check scores the averaged weights, draws a grid and saves a checkpoint."""
+    """What is run. A check scores the averaged weights, draws a grid and saves a checkpoint."""
 
     batch_size: int = 512
     epochs: float = 25
@@ -46,8 +55,13 @@ class TrainConfig:
     decay: Literal["none", "cosine"] = "none"  # what follows the warm-up
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
+    optimizer: optim.Kind = "adam"
+    weight_decay: float = 0.0
+    max_norm: float = 0.0  # that gradients are scaled down to; 0 leaves them as they are
     ema_decay: float = 0.995
-    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_gamma: float = 0.0  # above 0: average over a share of the run instead, by a power function
+    shuffle_window: int = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     recompute_norms: bool = False  # in backward: less memory, the same bits
     log_every: int = 50  # steps
     check_every: int = 2000  # steps
@@ -57,31 +71,55 @@ class TrainConfig:
         for name in ("batch_size", "epochs", "lr", "log_every", "check_every"):
             if not 0 < getattr(self, name) < math.inf:  # which refuses NaN as well
                 raise ValueError(f"train.{name} must be above 0, not {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"train.warmup_steps must be at least 0, not {self.warmup_steps}")
+        for name in ("warmup_steps", "weight_decay", "max_norm", "ema_gamma", "shuffle_window"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How it is run, which moves results by rounding at most: a run may go on with another one."""
+
+    loader: loaders.Kind = "auto"
+    prefetch: int = 2  # steps read ahead
+    accumulate: int = 1  # parts of a step's batch, one after the other, for want of memory
+    compile: Literal["no", "yes", "cuda_graphs"] = "no"
+    reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
+    stall_minutes: float = 0.0  # without a step, after which the process ends; 0 waits for ever
+    wandb: str = ""  # a project of Weights & Biases
+
+    def __post_init__(self):
+        for name, least in (("prefetch", 0), ("accumulate", 1), ("stall_minutes", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"runtime.{name} must be at least {least}, not {getattr(self, name)}"
+                )
 
 
 class Trainer:
     """Train what a method creates, in a directory that can be resumed to the same bits.
 
     `out` receives run.json (what is run), metrics.jsonl (a line per log and per check),
-    checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. Raises
-    ValueError if the method needs another kind of source, if `out` holds another run, or if norms
-    are to be recomputed that the student does not have.
+    checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. The
+    processes of torchrun share every batch, and the first of them writes. Raises ValueError if the
+    method needs another kind of source, if `out` holds another run, if norms are to be recomputed
+    that the student does not have, or if a batch cannot be cut into equal parts or `device` cannot
+    do what `runtime` asks for.
     """
 
     def __init__(
         self,
         method: AbstractMethod,
         init: Denoiser,
-        source: Source,
-        held_out: Source,
+        source: AbstractSource,
+        held_out: AbstractSource,
         out: str | Path,
         config: TrainConfig,
         *,
         device: torch.device | str = "cpu",
+        runtime: Runtime | None = None,
         progress: bool = False,
     ):
         if source.feeds != method.feeds:
@@ -89,8 +127,20 @@ class Trainer:
                 f"{type(method).__name__} needs {method.feeds}, the source has {source.feeds}"
             )
         self.method, self.config, self.out = method, config, Path(out)
-        self.held_out, self.device, self.progress = held_out, torch.device(device), progress
-        self.batches = Batches(source, config.batch_size, config.seed)
+        self.runtime = runtime or Runtime()
+        self.held_out, self.device = held_out, torch.device(device)
+        self.progress = progress and ranks.is_first()
+        if self.runtime.reduce == "bfloat16" and self.device.type != "cuda":
+            raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {self.device.type}")
+        if config.batch_size % (parts := ranks.world() * self.runtime.accumulate):
+            raise ValueError(
+                f"train.batch_size ({config.batch_size}) must be a multiple of {parts}: "
+                f"{ranks.world()} processes, runtime.accumulate {self.runtime.accumulate}"
+            )
+        self.batches = Batches(
+            source, config.batch_size, config.seed, window=config.shuffle_window,
+            part=ranks.share(config.batch_size),
+        )  # fmt: skip
         self.steps = max(1, round(config.epochs * self.batches.per_epoch))
         self.shape = init.shape
         self.run = {
@@ -110,11 +160,14 @@ class Trainer:
         self.best = copy.deepcopy(self.ema)
         self.best_loss = float("inf")
         self.step = 0
-        learning = [p for p in self.modules.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            learning, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        self.learning = [p for p in self.modules.parameters() if p.requires_grad]
+        self.optimizer = optim.build(
+            config.optimizer, self.learning, lr=config.lr, betas=config.betas, eps=config.eps,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
+        self.waited = 0.0  # seconds for the loader since then
 
     def fit(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one; return the best average.
@@ -123,59 +176,83 @@ class Trainer:
         RuntimeError when the loss or a weight is no longer finite; the last good checkpoint stays.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out), deferred_signals() as stop:
+        first = ranks.is_first()
+        with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
             self._resume()
-            self._train(stop)
+            self.loss = _shared(_Loss(self.method, self.modules), self.runtime, self.device)
+            self.records = first and Records(
+                self.out, self.step, self.run, wandb=self.runtime.wandb
+            )
+            with closing(self.records) if first else nullcontext():
+                self._train(stop)
         return self.best
 
-    def _train(self, stop: Callable[[], bool]) -> None:
-        c = self.config
+    def _train(self, stop: Callable[[], int]) -> None:
+        c, r = self.config, self.runtime
         bar = tqdm(
             total=self.steps * c.batch_size, initial=self.step * c.batch_size, unit=" images",
             disable=not self.progress, smoothing=0.02,
         )  # fmt: skip
+        self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
         since, mark = time.perf_counter(), self.step
-        with bar:
+        with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:
             while self.step < self.steps:
                 self._advance()
+                alive()
                 bar.update(c.batch_size)
                 last = self.step == self.steps
                 if self.step % c.log_every == 0 or last:
-                    seconds = time.perf_counter() - since
-                    rate = (self.step - mark) * c.batch_size / seconds
-                    self._log(bar, rate)
+                    self._log(bar, self.step - mark, time.perf_counter() - since)
                     since, mark = time.perf_counter(), self.step
                 if self.step % c.check_every == 0 or last:
                     self._check()
                     since, mark = time.perf_counter(), self.step
-                if stop() and not last:
+                if (number := ranks.largest(stop())) and not last:
                     self._save()
                     raise Interrupted(
                         f"{self.out}: interrupted at step {self.step} of {self.steps}, which is "
-                        f"saved; run the same command again to go on"
+                        f"saved; run the same command again to go on",
+                        number,
                     )
 
     def _advance(self) -> None:
         """Take one optimiser step and move the average."""
         c = self.config
-        batch = self._to_device(self.batches.at(self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
-        with torch.random.fork_rng(), self._autocast():  # dropout is a function of the step
-            torch.manual_seed(c.seed + self.step)
-            loss = self.method.loss(self.modules, batch, self.step)
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self._backward()
+        if c.max_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.learning, c.max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.method.after_step(self.modules, self.step)
-        student = self.modules["student"]
-        with torch.no_grad():
-            weights = [p.float() for p in student.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - c.ema_decay)
-            for average, buffer in zip(self.ema.buffers(), student.buffers(), strict=True):
-                average.copy_(buffer)
-        self.running += loss.detach()
+        decay = optim.power_decay(self.step, c.ema_gamma) if c.ema_gamma else c.ema_decay
+        optim.average(self.ema, self.modules["student"], decay)
         self.step += 1
+
+    def _backward(self) -> None:
+        """Add up the gradients of this process's part of the batch."""
+        begin = time.perf_counter()
+        images, indices = next(self.rows)
+        self.waited += time.perf_counter() - begin
+        count = self.runtime.accumulate
+        for i, part in enumerate(zip(images.chunk(count), indices.chunk(count), strict=True)):
+            batch = self.batches.source.prepare(*part)
+            with _apart(self.loss, i < count - 1):
+                with self._seeded(ranks.number() * count + i), self._autocast():
+                    loss = self.loss(batch, self.step) / count
+                self.scaler.scale(loss).backward()
+            self.running += loss.detach()
+
+    @contextmanager
+    def _seeded(self, part: int) -> Iterator[None]:
+        """Make dropout a function of the step and the part of its batch."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # A CPU's generator takes 32 bits: the golden ratio of them keeps parts far apart.
+            torch.manual_seed(self.config.seed + self.step + part * 0x9E3779B9)
+            yield
 
     def _lr(self) -> float:
         """Rise linearly over the warm-up, then stay or fall to zero along half a cosine."""
@@ -185,8 +262,9 @@ class Trainer:
         fall = 0.5 * (1 + math.cos(math.pi * after)) if c.decay == "cosine" else 1.0
         return c.lr * rise * fall
 
-    def _log(self, bar: tqdm, rate: float) -> None:
-        """Note the mean loss since the last log."""
+    def _log(self, bar: tqdm, steps: int, seconds: float) -> None:
+        """Note the mean loss since the last log, and what was measured meanwhile."""
+        self._pool()
         count = self.step % self.config.log_every or self.config.log_every
         loss = self.running.item() / count
         self.running.zero_()
@@ -196,23 +274,40 @@ class Trainer:
                 f"kept, try a smaller train.lr or train.precision float32"
             )
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        self._note(loss=loss, lr=self._lr(), images_per_second=round(rate, 1))
+        self._note(
+            loss=loss, lr=self._lr(),
+            images_per_second=round(steps * self.config.batch_size / seconds, 1),
+            loader_wait=round(self.waited / seconds, 4), memory_gb=round(self._memory(), 3),
+        )  # fmt: skip
+        self.waited = 0.0
+
+    def _pool(self) -> None:
+        """Give every process the mean of what each has summed up."""
+        self.running.fill_(ranks.total(self.running.item()) / ranks.world())
+
+    def _memory(self) -> float:
+        """Return the most memory this process has used so far, in GB, a GPU's if it has one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     def _check(self) -> None:
         """Score the average on the held-out rows, keep it if it is the best, draw, save."""
         modules = nn.ModuleDict({**self.modules, "student": self.ema})
         size, rows, total = self.config.batch_size, len(self.held_out), 0.0
         with torch.no_grad(), self._autocast():
-            for number, start in enumerate(range(0, rows, size)):
-                part = range(start, min(start + size, rows))
-                batch = self._to_device(self.held_out.batch(part, part))
+            for number in ranks.share(-(-rows // size)):
+                part = range(number * size, min((number + 1) * size, rows))
+                batch = self._held_out_batch(part)
                 total += self.method.loss(modules, batch, number).item() * len(part)
-        loss = total / rows
+        loss = ranks.total(total) / rows
         if loss < self.best_loss:
             self.best_loss = loss
             self.best.load_state_dict(self.ema.state_dict())
         self._note(held_out_loss=loss, best=self.best_loss)
-        self._draw()
+        if ranks.is_first():
+            self._draw()
         self._save()
 
     @torch.no_grad()
@@ -227,11 +322,13 @@ class Trainer:
             save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))
 
     def _note(self, **figures: float) -> None:
-        """Add a line to metrics.jsonl."""
-        with open(self.out / METRICS, "a") as file:
-            file.write(json.dumps({"step": self.step, **figures}) + "\n")
+        if ranks.is_first():
+            self.records.note(self.step, **figures)
 
     def _save(self) -> None:
+        self._pool()
+        if not ranks.is_first():
+            return
         check_finite(self.ema.state_dict(), f"{self.out}: step {self.step}")
         with replacing(self.out / CHECKPOINT) as path:
             torch.save(
@@ -239,6 +336,7 @@ class Trainer:
                     "step": self.step,
                     "modules": self.modules.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
                     "ema": self.ema.state_dict(),
                     "best": self.best.state_dict(),
                     "best_loss": self.best_loss,
@@ -249,11 +347,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue the run in `out`, or start it."""
-        if (self.out / RUN).exists():
-            if found := difference(read_json(self.out / RUN), self.run):
-                raise ValueError(f"{self.out}: holds another run ({found}); use another directory")
-        else:
-            write_json(self.out / RUN, self.run)
+        ranks.from_first(self._claim)
         path = self.out / CHECKPOINT
         if path.exists():
             try:
@@ -261,28 +355,83 @@ class Trainer:
                 self.step, self.best_loss = saved["step"], saved["best_loss"]
                 self.modules.load_state_dict(saved["modules"])
                 self.optimizer.load_state_dict(saved["optimizer"])
+                self.scaler.load_state_dict(saved["scaler"])
                 self.ema.load_state_dict(saved["ema"])
                 self.best.load_state_dict(saved["best"])
                 self.running.copy_(saved["running"])
             except _DAMAGE as error:
                 raise ValueError(f"{path}: damaged ({error}); delete it to start over") from None
             log.info("%s: going on from step %d of %d", self.out, self.step, self.steps)
-        self._trim_metrics()
-
-    def _trim_metrics(self) -> None:
-        """Drop the lines noted after the checkpoint: those steps are taken again."""
-        path = self.out / METRICS
-        if not path.exists():
-            return
-        whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        with replacing(path) as temporary:
-            temporary.write_text(
-                "".join(line for line in whole if json.loads(line)["step"] <= self.step)
+        if self.step != (step := ranks.from_first(lambda: self.step)):
+            raise RuntimeError(
+                f"{path}: holds step {self.step} here and step {step} where the first process "
+                f"runs; all processes need the same file system"
             )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+    def _claim(self) -> None:
+        """Write what is run, or check that the directory holds the same run."""
+        if not (self.out / RUN).exists():
+            write_json(self.out / RUN, self.run)
+        elif found := difference(read_json(self.out / RUN), self.run):
+            raise ValueError(f"{self.out}: holds another run ({found}); use another directory")
+
+    def _held_out_batch(self, rows: range) -> Batch:
+        source = self.held_out
+        kept = source.read(rows), source.indices(rows, rows)
+        return source.prepare(*(x.to(self.device) for x in kept))
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.config.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        low = _LOW[self.config.precision]
+        return torch.autocast(self.device.type, low, enabled=low is not None)
+
+
+class _Loss(nn.Module):
+    """The loss of a method as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, method: AbstractMethod, modules: nn.ModuleDict):
+        super().__init__()
+        self.method, self.modules_ = method, modules
+
+    def forward(self, batch: Batch, step: int) -> Tensor:
+        return self.method.loss(self.modules_, batch, step)
+
+
+def _shared(loss: _Loss, runtime: Runtime, device: torch.device) -> nn.Module:
+    """Compile the networks of a loss, and let processes average its gradients."""
+    if runtime.compile != "no":
+        mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
+        for module in loss.modules_.values():
+            module.compile(fullgraph=True, dynamic=False, mode=mode)
+    if ranks.world() == 1:
+        return loss
+    ids = [device.index] if device.type == "cuda" else None
+    shared = DistributedDataParallel(
+        loss, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False,
+        static_graph=runtime.accumulate == 1,  # whose first backward may not be apart
+    )  # fmt: skip
+    if runtime.reduce == "bfloat16":
+        shared.register_comm_hook(None, bf16_compress_hook)
+    return shared
+
+
+def _apart(loss: nn.Module, wanted: bool) -> Any:
+    """Return a context in which gradients stay in this process, if that is wanted."""
+    shared = isinstance(loss, DistributedDataParallel)
+    return loss.no_sync() if shared and wanted else nullcontext()
+
+
+@contextmanager
+def _watchdog(minutes: float) -> Iterator[Callable[[], None]]:
+    """Yield a sign of life to give; without one for so long, print every stack and end."""
+    if not minutes:
+        yield lambda: None
+        return
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()

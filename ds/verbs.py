@@ -30,7 +30,7 @@ from ds.philox import noise
 from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first, joined
 from ds.sample import Sampler, Student, Teacher, great_circle, seconds_per_call
-from ds.train import TrainConfig, Trainer
+from ds.train import Runtime, TrainConfig, Trainer
 
 Model = Annotated[Path, tyro.conf.Positional]
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
@@ -191,6 +191,7 @@ class Distill:
     held_out: int
     method: DenoisingStudent
     train: TrainConfig
+    runtime: Runtime = field(default_factory=Runtime)
     machine: Here = field(default_factory=Machine)
 
     @classmethod
@@ -202,6 +203,10 @@ class Distill:
         )  # fmt: skip
 
     def run(self) -> None:
+        with joined():
+            self._run()
+
+    def _run(self) -> None:
         teacher, store = load_teacher(self.teacher), PairStore(self.store)
         if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
             raise ValueError(
@@ -210,9 +215,11 @@ class Distill:
         trainer = Trainer(
             self.method, teacher.denoiser, Pairs(store, range(self.held_out, len(store))),
             Pairs(store, range(self.held_out)), _run_folder(self.out), self.train,
-            device=self.machine.use(), progress=_watched(),
+            device=self.machine.use(), runtime=self.runtime, progress=_watched(),
         )  # fmt: skip
         student = Student(trainer.fit(), self.method)
+        if not is_first():
+            return
         student.save_pretrained(
             self.out,
             teacher_sha256=store.manifest["teacher"]["sha256"],

@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +24,9 @@ from ds.files import Interrupted, locked
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
-from ds.train import TrainConfig, Trainer
+from ds.optim import average, power_decay
+from ds.train import MEASURED, Runtime, TrainConfig, Trainer
+from tests.test_loader import KINDS
 
 DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(100))
@@ -101,7 +106,7 @@ def stop_at(monkeypatch, step: int) -> None:
 
     @contextlib.contextmanager
     def signals():
-        yield lambda: next(asked) == step
+        yield lambda: int(next(asked) == step)
 
     monkeypatch.setattr("ds.train.deferred_signals", signals)
 
@@ -267,7 +272,158 @@ def test_bfloat16_trains(store, tmp_path):
     assert {w.dtype for w in state(run).values()} == {torch.float32}
 
 
+def test_float16_trains_and_scales_its_gradients(store, tmp_path):
+    run = trainer(store, tmp_path, replace(SHORT, precision="float16", lr=3e-3), init=unet())
+    run.fit()
+    losses = [line["held_out_loss"] for line in lines(tmp_path) if "held_out_loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert {w.dtype for w in state(run).values()} == {torch.float32}
+    assert run.scaler.get_scale() > 1
+
+
+def test_a_step_that_overflows_is_left_out(store, tmp_path):
+    """The scale starts at 65,536, which a loss a thousand times as large takes beyond float32."""
+
+    class Large(DenoisingStudent):
+        def loss(self, modules, batch, step):
+            return super().loss(modules, batch, step) * (1e38 if step == 2 else 1)
+
+    config = replace(SHORT, precision="float16", log_every=1000, check_every=1000)
+    run, seen = trainer(store, tmp_path, config, method=Large()), []
+    run.method = _after_every_step(run.method, lambda modules: seen.append(_flat(modules)))
+    run.fit()
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert [step for step, equal in enumerate(same, 1) if equal] == [2]
+    assert run.scaler.get_scale() == 32_768
+
+
+def _flat(modules: nn.ModuleDict) -> torch.Tensor:
+    return torch.stack([p.detach().clone() for p in modules["student"].parameters()])
+
+
+def _after_every_step(method: AbstractMethod, act):
+    """The method, which also acts on its modules after every step."""
+
+    class Acting:
+        def __getattr__(self, name):
+            return getattr(method, name)
+
+        def after_step(self, modules, step):
+            act(modules)
+
+    return Acting()
+
+
+def test_gradients_are_scaled_down_to_their_largest_norm(store, tmp_path):
+    for precision in ("float32", "float16"):
+        config = replace(SHORT, max_norm=1e-3, precision=precision)
+        run, norms = trainer(store, tmp_path / precision, config), []
+
+        def note(modules, norms=norms):
+            norms.append(torch.stack([p.grad for p in modules["student"].parameters()]).norm())
+
+        run.method = _after_every_step(run.method, note)
+        run.fit()
+        assert torch.stack(norms) == pytest.approx(torch.full((12,), 1e-3), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    # a first step of Adam is the sign of the gradient, to which the decay adds; or not
+    [("adam", 0.5 - 1e-2), ("adamw", 0.5 * (1 - 1e-2 * 0.3) - 1e-2)],
+)
+def test_weight_decay_is_that_of_the_optimiser(store, tmp_path, optimizer, expected):
+    class Flat(DenoisingStudent):
+        def loss(self, modules, batch, step):
+            return modules["student"].gain + 0 * modules["student"].shift
+
+    init = ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())
+    config = replace(SHORT, optimizer=optimizer, weight_decay=0.3, epochs=1 / 8)
+    run = trainer(store, tmp_path, config, init=init, method=Flat())
+    run.fit()
+    assert run.modules["student"].gain.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_apex_that_is_not_nvidias_is_named(store, tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="optimizer apex_adam: apex is another project of the sam"):
+        trainer(store, tmp_path / "run", replace(SHORT, optimizer="apex_adam"))
+
+
+def test_the_power_function_average_is_its_closed_form():
+    """Of weights that grow as t, the average with weights t**gamma is (gamma + 1) / (gamma + 2)."""
+    net, ema, gamma = Affine(), Affine(), 6.94
+    for step in range(2000):
+        net.gain.data.fill_(step + 1)
+        average(ema, net, power_decay(step, gamma))
+        assert step or ema.gain.item() == 1
+    assert ema.gain.item() / 2000 == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
+
+
+def test_the_trainer_takes_the_power_function_average(store, tmp_path):
+    run = trainer(store, tmp_path, replace(SHORT, ema_gamma=3.0, epochs=2 / 8))
+    gains = []
+    run.method = _after_every_step(run.method, lambda m: gains.append(m["student"].gain.item()))
+    run.fit()
+    assert run.ema.gain.item() == pytest.approx(gains[0] / 16 + gains[1] * 15 / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_parts_of_a_batch_add_up_to_it(store, tmp_path, count):
+    runs = [
+        trainer(store, tmp_path / str(n), replace(SHORT, max_norm=0.1), runtime=Runtime(**options))
+        for n, options in enumerate(({}, {"accumulate": count}))
+    ]
+    for run in runs:
+        run.fit()
+    for name, w in state(runs[0]).items():
+        assert torch.allclose(w, state(runs[1])[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_every_loader_trains_to_the_same_bits(store, tmp_path):
+    runs = [trainer(store, tmp_path / kind, runtime=Runtime(loader=kind)) for kind in KINDS]
+    for run in runs:
+        run.fit()
+        assert_same_bits(runs[0], run)
+
+
+def test_parts_of_a_batch_have_dropout_of_their_own(store, tmp_path):
+    run = trainer(store, tmp_path)
+    draws = []
+    for part in (0, 1, 0):
+        with run._seeded(part):
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_a_shuffle_within_windows_trains_on_it(store, tmp_path):
+    run = trainer(store, tmp_path, replace(SHORT, shuffle_window=64))
+    assert run.batches.window == 64
+
+
 # Resuming.
+
+
+def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
+    def compiled(folder: str) -> Trainer:
+        return trainer(store, tmp_path / folder, runtime=Runtime(compile="yes"))
+
+    whole = compiled("whole")
+    whole.fit()
+    assert whole.modules["student"]._compiled_call_impl is not None
+    plain = trainer(store, tmp_path / "plain")
+    plain.fit()
+    for name, w in state(whole).items():
+        assert torch.allclose(w, state(plain)[name], rtol=1e-4, atol=1e-5), name
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Interrupted):
+            compiled("cut").fit()
+    resumed = compiled("cut")
+    resumed.fit()
+    assert_same_bits(whole, resumed)
 
 
 @pytest.mark.parametrize("make", [affine, unet], ids=["affine", "unet with dropout"])
@@ -285,7 +441,7 @@ def test_a_run_interrupted_at_a_step_resumes_to_the_same_bits(
     resumed.fit()
     assert_same_bits(whole, resumed)
     timeless = [
-        [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(out)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(out)]
         for out in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert timeless[0] == timeless[1]
@@ -440,6 +596,30 @@ def test_a_checkpoint_of_something_else_is_named(store, tmp_path, change):
         trainer(store, tmp_path).fit()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("prefetch", -1), ("accumulate", 0), ("stall_minutes", math.nan)]
+)
+def test_a_runtime_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"runtime\.{name} must be at least"):
+        Runtime(**{name: value})
+
+
+def test_a_run_that_stalls_ends_and_shows_where(store, tmp_path):
+    """In a process of its own, which ends with 1, and with the stack on standard error."""
+    code = (
+        "import time\nfrom ds.train import _watchdog\n"
+        "def stuck():\n    time.sleep(60)\n"
+        "with _watchdog(0.3 / 60) as alive:\n    alive()\n    stuck()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in stuck" in done.stderr
+
+
+def test_a_run_that_goes_on_is_left_alone(store, tmp_path):
+    trainer(store, tmp_path, runtime=Runtime(stall_minutes=1)).fit()
+
+
 def test_a_method_for_pairs_refuses_images(store, tmp_path):
     images = Images(digits()[0])
     with pytest.raises(ValueError, match="DenoisingStudent needs pairs, the source has images"):
@@ -455,7 +635,8 @@ def test_a_method_for_images_refuses_pairs(store, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 0), ("epochs", 0), ("lr", -1e-3), ("log_every", 0), ("check_every", -1),
-     ("ema_decay", 1.0), ("lr", math.nan), ("warmup_steps", -1)],
+     ("ema_decay", 1.0), ("lr", math.nan), ("warmup_steps", -1),
+     ("max_norm", -1.0), ("weight_decay", math.inf), ("shuffle_window", -1), ("ema_gamma", -0.1)],
 )  # fmt: skip
 def test_a_configuration_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"train.{name} must"):

@@ -1,0 +1,158 @@
+"""Training shared by processes: the same run for any number of them, and `distill` under torchrun.
+
+The processes are started once; each job is a run of its own in a folder that names it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ds
+from ds import ranks
+from ds.__main__ import main
+from ds.files import Interrupted
+from ds.train import Runtime, Trainer
+from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, trainer, unet
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
+DISTILL = (
+    "distill", "digits", "--held-out", "32", "--train.epochs", "2", "--train.batch-size", "32",
+    "--train.log-every", "1",
+)  # fmt: skip
+JOBS = {
+    "whole": (QUIET, Runtime()),
+    "cut": (QUIET, Runtime()),
+    "clipped": (replace(QUIET, max_norm=0.05), Runtime(accumulate=2, loader="resident")),
+}
+
+
+def make(store: ds.PairStore, out: Path, name: str, runtime: Runtime | None = None) -> Trainer:
+    """The run of a job; a network without dropout, whose masks would depend on the processes."""
+    init, (config, own) = unet(), JOBS[name]
+    for module in init.net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return trainer(store, out, config, init=init, runtime=runtime or own)
+
+
+def work(home: Path) -> None:
+    """Do every job; while step 7 of the run to cut is taken, one process is told to stop."""
+    for name in JOBS:
+        run = make(ds.PairStore(home / "store"), home / name, name)
+        if name == "cut":
+            run.method = Telling(run)
+            with pytest.raises(Interrupted) as caught:
+                run.fit()
+            assert (caught.value.number, run.step) == (signal.SIGTERM, 7)
+        else:
+            run.fit()
+            weights = torch.cat([p.flatten() for p in run.modules.parameters()])
+            assert len(ranks.gather(weights[None]).unique(dim=0)) == 1
+
+
+class Telling:
+    """The method of a run, which sends the second process a signal at the seventh step."""
+
+    def __init__(self, run: Trainer):
+        self.run, self.method = run, run.method
+
+    def __getattr__(self, name: str):
+        return getattr(self.method, name)
+
+    def after_step(self, modules, step):
+        if step == 6 and not ranks.is_first():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """The folder where two processes have done every job."""
+    home = tmp_path_factory.mktemp("shared")
+    ds.generate_pairs(TEACHER, home / "store", 512 + HELD_OUT, batch_size=1024)
+    ds.Teacher(unet(), TEACHER.solver, (999, 500)).save_pretrained(home / "teacher")
+    ds.generate_pairs(ds.load_teacher(home / "teacher"), home / "pairs", 96)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [sys.executable, *launcher, "-m", "tests.test_train_ranks", str(home)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture(scope="module")
+def alone(home) -> dict[str, Path]:
+    """The folders where one process did the same without interruption."""
+    folders = {name: home / f"{name}-alone" for name in ("whole", "clipped")}
+    for name, out in folders.items():
+        make(ds.PairStore(home / "store"), out, name, Runtime()).fit()
+    return folders
+
+
+def curve(out: Path) -> list[float]:
+    return [v for m in lines(out) for k, v in m.items() if k in ("loss", "held_out_loss")]
+
+
+def weights(out: Path) -> torch.Tensor:
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 12
+    return torch.cat([w.flatten() for w in saved["modules"].values()])
+
+
+def moved(home: Path) -> torch.Tensor:
+    """How far the weights went, which a rounding is held against."""
+    start = torch.cat([w.flatten() for w in unet().net.state_dict().values()])
+    return (weights(home / "whole-alone") - start).abs().max()
+
+
+@pytest.mark.parametrize("name", ["whole", "clipped"])
+def test_two_processes_learn_what_one_does(home, alone, name):
+    """With accumulation against without, and with the gradient clipped."""
+    assert curve(home / name) == pytest.approx(curve(alone[name]), rel=1e-5)
+    assert [m["step"] for m in lines(home / name)] == [3, 4, 6, 8, 9, 12, 12]
+    away = (weights(home / name) - weights(alone[name])).abs().max()
+    assert away < 0.02 * moved(home)
+
+
+def test_clipping_changed_the_run(home, alone):
+    """Else the comparison above would say nothing of it."""
+    assert curve(home / "clipped") != pytest.approx(curve(home / "whole"), rel=1e-3)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(home, alone):
+    out = home / "cut"
+    assert lines(out)[-1]["step"] == 6
+    run = make(ds.PairStore(home / "store"), out, "cut", Runtime(loader="resident"))
+    run.fit()
+    assert curve(out) == pytest.approx(curve(alone["whole"]), rel=1e-5)
+    assert (weights(out) - weights(alone["whole"])).abs().max() < 0.02 * moved(home)
+
+
+def test_parts_that_cannot_be_equal_are_refused(home, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size \(32\) must be a multiple of 3: 1 processes"):
+        make(ds.PairStore(home / "store"), tmp_path, "whole", Runtime(accumulate=3))
+
+
+def test_gradients_in_bfloat16_are_refused_on_a_cpu(home, tmp_path):
+    with pytest.raises(ValueError, match="reduce bfloat16 is for GPUs, not for cpu"):
+        make(ds.PairStore(home / "store"), tmp_path, "whole", Runtime(reduce="bfloat16"))
+
+
+def test_the_verb_distill_runs_in_two_processes(home):
+    assert ds.load_student(home / "student").nfe == 1
+    assert [m["step"] for m in lines(home / "student-run")] == [1, 2, 3, 4, 4]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    home = Path(sys.argv[1])
+    folders = ("--teacher", home / "teacher", "--store", home / "pairs", "--out", home / "student")
+    with ranks.joined():
+        assert main([*map(str, (*DISTILL, *folders))]) == 0
+        work(home)
