@@ -96,6 +96,11 @@ class Runtime:
                 raise ValueError(
                     f"runtime.{name} must be at least {least}, not {getattr(self, name)}"
                 )
+        if self.compile == "cuda_graphs" and self.accumulate > 1:
+            raise ValueError(
+                f"runtime.accumulate must be 1 with compile cuda_graphs, not {self.accumulate}: a "
+                f"graph writes the gradients of every part to the same place"
+            )
 
 
 class Trainer:
@@ -105,7 +110,7 @@ class Trainer:
     checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. The
     processes of torchrun share every batch, and the first of them writes. Raises ValueError if the
     method needs another kind of source, if `out` holds another run, if norms are to be recomputed
-    that the student does not have, or if a batch cannot be cut into equal parts or `device` cannot
+    that the student does not have, if a batch cannot be cut into equal parts, or if `device` cannot
     do what `runtime` asks for.
     """
 
@@ -179,7 +184,7 @@ class Trainer:
         first = ranks.is_first()
         with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
             self._resume()
-            self.loss = _shared(_Loss(self.method, self.modules), self.runtime, self.device)
+            self.loss = _shared(_Loss(self.method, self.modules), self.runtime)
             self.records = first and Records(
                 self.out, self.step, self.run, wandb=self.runtime.wandb
             )
@@ -396,7 +401,7 @@ class _Loss(nn.Module):
         return self.method.loss(self.modules_, batch, step)
 
 
-def _shared(loss: _Loss, runtime: Runtime, device: torch.device) -> nn.Module:
+def _shared(loss: _Loss, runtime: Runtime) -> nn.Module:
     """Compile the networks of a loss, and let processes average its gradients."""
     if runtime.compile != "no":
         mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
@@ -404,11 +409,11 @@ def _shared(loss: _Loss, runtime: Runtime, device: torch.device) -> nn.Module:
             module.compile(fullgraph=True, dynamic=False, mode=mode)
     if ranks.world() == 1:
         return loss
-    ids = [device.index] if device.type == "cuda" else None
     shared = DistributedDataParallel(
-        loss, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False,
+        loss,
+        gradient_as_bucket_view=True,
         static_graph=runtime.accumulate == 1,  # whose first backward may not be apart
-    )  # fmt: skip
+    )
     if runtime.reduce == "bfloat16":
         shared.register_comm_hook(None, bf16_compress_hook)
     return shared

@@ -604,6 +604,11 @@ def test_a_runtime_out_of_range_is_refused_by_name(name, value):
         Runtime(**{name: value})
 
 
+def test_cuda_graphs_and_accumulation_are_refused_together():
+    with pytest.raises(ValueError, match=r"runtime\.accumulate must be 1 with compile cuda_graphs"):
+        Runtime(compile="cuda_graphs", accumulate=2)
+
+
 def test_a_run_that_stalls_ends_and_shows_where(store, tmp_path):
     """In a process of its own, which ends with 1, and with the stack on standard error."""
     code = (
