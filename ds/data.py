@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ds import ops
+from ds.checkpoint import fingerprint
+from ds.config import to_json
 from ds.pairs import PairStore
 from ds.philox import noise
+from ds.sample import Teacher
 
 Batch = dict[str, Tensor]
 CHUNKS = 16  # of consecutive rows, that make a window of the shuffle
@@ -82,6 +85,37 @@ class Pairs(AbstractSource):
 
     def fingerprint(self) -> str:
         return f"{self.store.sha256} {self.rows}"
+
+
+class Generated(AbstractSource):
+    """Pairs that a teacher makes when a step needs them: no store, and no pair comes twice.
+
+    Every step costs the teacher's network calls. `rows` are those of an epoch. The teacher's
+    network is on the device that trains.
+    """
+
+    feeds: ClassVar = "pairs"
+
+    def __init__(self, teacher: Teacher, rows: int, *, seed: int):
+        self.teacher, self.rows, self.seed = teacher, rows, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return torch.empty(len(rows), 0, dtype=torch.uint8)
+
+    def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
+        return torch.as_tensor(draws)
+
+    def prepare(self, images: Tensor, indices: Tensor) -> Batch:
+        z = noise(self.seed, indices, self.teacher.shape, device=indices.device)
+        return {"x0": self.teacher.sample(z), "noise": z}
+
+    def fingerprint(self) -> str:
+        t = self.teacher
+        made = f"{fingerprint(t.denoiser)} {to_json(t.solver)} {list(t.grid)}"
+        return f"{self.rows} pairs of {made}, seed {self.seed}"
 
 
 class Images(AbstractSource):

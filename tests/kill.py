@@ -25,7 +25,6 @@ from shlex import split
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("images_per_second", "loader_wait", "memory_gb")
 TEACH = split("--net.channels 8 --net.norm-groups 4 --train.epochs 1 --train.warmup-steps 5")
 PAIRS = split(
     "--pairs.count 1472 --pairs.held-out 64 --pairs.shard-size 64 --pairs.batch-size 64 "
@@ -65,6 +64,8 @@ def _timeless(file: Path) -> bytes:
         return repr(_plain(torch.load(file, weights_only=True))).encode()
     if file.suffix != ".jsonl":
         return file.read_bytes()
+    from ds.train import MEASURED
+
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return repr([{k: v for k, v in m.items() if k not in MEASURED} for m in lines]).encode()
 

@@ -5,7 +5,7 @@ import torch
 
 import ds
 from ds.analytic import Gaussian
-from ds.data import CHUNKS, AbstractSource, Batches, Images, Pairs, digits
+from ds.data import CHUNKS, AbstractSource, Batches, Generated, Images, Pairs, digits
 from ds.images import to_float
 
 ROWS, BATCH = 23, 5
@@ -127,6 +127,16 @@ def test_rows_a_store_lacks_are_refused(store, rows):
         Pairs(store, rows)
 
 
+def test_generated_pairs_are_the_teachers_for_the_noise_of_their_draws():
+    teacher = Gaussian(shape=(1, 2, 2)).teacher(ds.solvers.DDIM(), ds.grids.quadratic(5))
+    batches = Batches(Generated(teacher, ROWS, seed=9), BATCH, seed=0)
+    for step in (0, 7):
+        z = ds.noise(9, range(step * BATCH, (step + 1) * BATCH), (1, 2, 2))
+        assert torch.equal(batches.at(step)["noise"], z)
+        assert torch.equal(batches.at(step)["x0"], teacher.sample(z))
+        assert not batches.at(step)["x0"].requires_grad
+
+
 def test_an_image_gets_fresh_noise_at_every_draw():
     images, _ = digits()
     source = Images(images, seed=5)
@@ -142,7 +152,9 @@ def test_sources_that_differ_have_different_fingerprints(store):
     images, _ = digits()
     other = images.clone()
     other[0, 0, 0, 0] ^= 1
+    teachers = [Gaussian(shape=(1, 2, 2)).teacher(ds.solvers.DDIM(), (t,)) for t in (5, 6)]
     sources = [
+        *(Generated(teacher, 9, seed=seed) for teacher in teachers for seed in (0, 1)),
         Pairs(store), Pairs(store, range(5)), Pairs(store, range(1, 6)),
         Images(images), Images(images, seed=1), Images(images[1:]), Images(other),
     ]  # fmt: skip

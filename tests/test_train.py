@@ -19,7 +19,7 @@ from torch import nn
 import ds
 from ds.analytic import Gaussian
 from ds.config import to_json
-from ds.data import Images, Pairs, digits
+from ds.data import Generated, Images, Pairs, digits
 from ds.files import Interrupted, locked
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
@@ -380,6 +380,15 @@ def test_parts_of_a_batch_add_up_to_it(store, tmp_path, count):
         run.fit()
     for name, w in state(runs[0]).items():
         assert torch.allclose(w, state(runs[1])[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_pairs_of_the_step_train_as_those_of_a_store(tmp_path):
+    fresh = Generated(TEACHER, 256, seed=7)
+    run = Trainer(DenoisingStudent(), affine(), fresh, Generated(TEACHER, 64, seed=8), tmp_path,
+                  replace(SHORT, epochs=4))  # fmt: skip
+    run.fit()
+    losses = [line["held_out_loss"] for line in lines(tmp_path) if "held_out_loss" in line]
+    assert losses[-1] < 0.2 * losses[0]
 
 
 def test_every_loader_trains_to_the_same_bits(store, tmp_path):
