@@ -17,7 +17,7 @@ ROWS = [
     ["ops"],
     ["apex", "config", "files", "metrics", "philox", "ranks", "schedule"],
     ["grids", "images", "nets"],
-    ["denoiser"],
+    ["denoiser", "engine"],
     ["checkpoint", "solvers"],
     ["sample"],
     ["analytic", "export", "methods", "pairs"],

@@ -1,0 +1,300 @@
+"""The calls that a plan is made of: each knows its cost, and packs its weights to be run.
+
+A call holds the weights of the network as they are. `prepare` brings them into the form, the dtype
+and the place in which they are used, once, and returns the function to run. That function takes the
+row of the time table, whose columns some calls add as a bias, and the inputs, in channels_last.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds import ops
+from ds.nets.unet import Attention, GroupNorm, pixels
+
+Shape = tuple[int, int, int]  # of an image, [C, H, W]
+Run = Callable[..., Tensor | tuple[Tensor, ...]]
+Bias = Tensor | slice | None  # a layer's own, columns of the row, or none
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan runs: the device, the dtype, and how many images at a time."""
+
+    device: torch.device
+    dtype: torch.dtype
+    images: int
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """Bring a weight to the device and the dtype, a convolution's in channels_last."""
+        weight = weight.to(self.device, self.dtype)
+        return weight.contiguous(memory_format=_format(weight))
+
+    def bias(self, bias: Bias) -> Callable[[Tensor], Tensor | None]:
+        """Return what gives a convolution's bias for a row."""
+        if isinstance(bias, slice):
+            return lambda row: row[bias].to(self.dtype)
+        constant = None if bias is None else self.cast(bias)
+        return lambda _: constant
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+class Call(ABC):
+    """One entry of a plan."""
+
+    @abstractmethod
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        """Return the function run(row, *inputs), for inputs of these shapes."""
+
+    @abstractmethod
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        """Return the shapes of the outputs."""
+
+    def flops(self, *shapes: Shape) -> int:
+        """Return what an image costs, two for each multiplication."""
+        return 0
+
+    def weights(self) -> int:
+        """Return how many weights are read."""
+        return 0
+
+    @property
+    def kind(self) -> str:
+        """The name in a printed plan."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Call):
+    """A convolution; a second input, if there is one, is added to its result.
+
+    With stride 2 the image is padded on the right and below only.
+    """
+
+    weight: Tensor
+    bias: Bias
+    stride: int = 1
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        weight, bias = place.cast(self.weight), place.bias(self.bias)
+        halves = self.stride == 2
+        padding = [0 if halves else self.weight.shape[2] // 2] * 2
+        strides = [self.stride] * 2
+        if _has_onednn(place):
+            c, h, w = shapes[0]
+            size = [place.images, c, h + halves, w + halves]
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, strides, [1, 1], 1, size
+            )
+
+            def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
+                return torch.ops.mkldnn._convolution_pointwise(
+                    x, weight, bias, padding, strides, [1, 1], 1, "none", [], ""
+                )
+        else:
+
+            def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
+                return F.conv2d(x, weight, bias, strides, padding)
+
+        def run(row: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y = convolve(F.pad(x, (0, 1, 0, 1)) if halves else x, bias(row))
+            return y if residual is None else y.add_(residual)
+
+        return run
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        _, h, w = shapes[0]
+        return ((self.weight.shape[0], h // self.stride, w // self.stride),)
+
+    def flops(self, *shapes: Shape) -> int:
+        (_, h, w), *_ = self.shapes(*shapes)
+        return 2 * h * w * self.weight.numel()
+
+    def weights(self) -> int:
+        return self.weight.numel()
+
+    @property
+    def kind(self) -> str:
+        return f"conv {self.weight.shape[2]}x{self.weight.shape[3]}" + "/2" * (self.stride == 2)
+
+
+def _has_onednn(place: Place) -> bool:
+    """Say whether oneDNN computes convolutions here, with weights packed ahead."""
+    known = place.dtype == torch.float32 or (
+        place.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return place.device.type == "cpu" and torch.backends.mkldnn.is_available() and known
+
+
+@dataclass(frozen=True, eq=False)
+class Phases(Call):
+    """Nearest upsampling and a 3x3 convolution, as a 2x2 convolution for each of four phases.
+
+    Output pixel 2 i + a sees the input pixels i - 1 + a and i + a, each through the weights that
+    meet it; in both directions that makes 16 products of 36. The four run as one convolution.
+    """
+
+    weight: Tensor
+    bias: Bias
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        out = self.weight.shape[0]
+        run = Conv(self.phases(), None).prepare(place, *shapes)
+        bias = place.bias(self.bias)
+
+        def phases(row: Tensor, x: Tensor) -> Tensor:
+            _, _, h, w = x.shape
+            parts = run(row, x)  # [N, 4 out, h + 1, w + 1]
+            y = x.new_empty((len(x), 2 * h, 2 * w, out)).permute(0, 3, 1, 2)
+            for phase in range(4):
+                a, b = divmod(phase, 2)
+                part = parts[:, phase * out : (phase + 1) * out, a : a + h, b : b + w]
+                torch.add(part, bias(row)[:, None, None], out=y[:, :, a::2, b::2])
+            return y
+
+        return phases
+
+    def phases(self) -> Tensor:
+        """Return the weights of the phases (a, b), [4 out, in, 2, 2], float64."""
+        w = self.weight.double()
+        halves = [_merge_taps(w, a, dim=2) for a in (0, 1)]
+        return torch.cat([_merge_taps(half, b, dim=3) for half in halves for b in (0, 1)])
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        _, h, w = shapes[0]
+        return ((self.weight.shape[0], 2 * h, 2 * w),)
+
+    def flops(self, *shapes: Shape) -> int:
+        _, h, w = shapes[0]
+        return 2 * (h + 1) * (w + 1) * self.weights()
+
+    def weights(self) -> int:
+        return self.weight.numel() * 16 // 9
+
+    @property
+    def kind(self) -> str:
+        return "phases 2x2"
+
+
+def _merge_taps(w: Tensor, phase: int, dim: int) -> Tensor:
+    """Add the two of three taps that meet the same pixel before it was doubled."""
+    first, middle, last = w.unbind(dim)
+    taps = (first + middle, last) if phase else (first, middle + last)
+    return torch.stack(taps, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Call):
+    """GroupNorm, with SiLU or not; `shift` names columns of the row to be added first.
+
+    A second input is a skip connection to be concatenated, and the concatenation a second output.
+    """
+
+    layer: GroupNorm
+    shift: slice | None = None
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        layer, columns = self.layer, self.shift
+        wide = torch.promote_types(place.dtype, torch.float32)
+        weight, bias = (p.detach().to(place.device, wide) for p in (layer.weight, layer.bias))
+        settings = weight, bias, layer.groups, layer.eps
+
+        def run(row: Tensor, x: Tensor, skip: Tensor | None = None):
+            shift = {} if columns is None else {"shift": row[columns]}
+            if skip is None:
+                return layer.op(x, *settings, **shift)
+            return ops.merge_group_norm_silu(x, *settings, skip=skip, **shift)
+
+        return run
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        channels = sum(c for c, _, _ in shapes)
+        return ((channels, *shapes[0][1:]),) * len(shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(Call):
+    """Attention with one head and all that follows it; of q, k, v and the residual."""
+
+    layer: Attention  # whose projections made q, k and v
+    weight: Tensor | None
+    bias: Tensor
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        weight = None if self.weight is None else place.cast(self.weight.detach().flatten(1))
+        bias = place.cast(self.bias.detach())
+
+        def run(_: Tensor, *inputs: Tensor) -> Tensor:
+            *heads, residual = (pixels(each) for each in inputs)
+            y = ops.attention_residual(*(head[:, None] for head in heads), weight, bias, residual)
+            return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
+
+        return run
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return shapes[3:]
+
+    def flops(self, *shapes: Shape) -> int:
+        c, h, w = shapes[0]
+        return 4 * c * (h * w) ** 2 + 2 * h * w * self.weights()
+
+    def weights(self) -> int:
+        return 0 if self.weight is None else self.weight.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Call):
+    """Add columns of the row, one value a channel."""
+
+    columns: slice
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        bias = place.bias(self.columns)
+        return lambda row, x: x + bias(row)[:, None, None]
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return shapes
+
+
+class Add(Call):
+    """Add two tensors."""
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        return lambda _, x, y: x + y
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return shapes[:1]
+
+
+class Cat(Call):
+    """Concatenate the channels of two tensors."""
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        return lambda _, x, y: torch.cat([x, y], 1)
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return ((sum(c for c, _, _ in shapes), *shapes[0][1:]),)
+
+
+class Upsample(Call):
+    """Double every pixel in both directions."""
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        return lambda _, x: F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        c, h, w = shapes[0]
+        return ((c, 2 * h, 2 * w),)
+
+
+def values(shapes: tuple[Shape, ...]) -> int:
+    """Return how many numbers images of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)

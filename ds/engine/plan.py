@@ -1,0 +1,187 @@
+"""A plan: the forward pass of a U-Net for images of its size, as a flat list of calls."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds.engine.calls import (
+    Add,
+    Attend,
+    Call,
+    Cat,
+    Conv,
+    Norm,
+    Place,
+    Run,
+    Shape,
+    Shift,
+    Upsample,
+    values,
+)  # fmt: skip
+from ds.engine.rewrites import Rewrites, Step
+from ds.nets import UNet
+from ds.nets.unet import Attention, ResBlock, timestep_embedding
+
+INPUT = "x"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Steps from the value "x" to the last one, and the shape of an image of every value."""
+
+    steps: tuple[Step, ...]
+    shapes: dict[str, Shape]
+
+    @classmethod
+    def of(cls, net: UNet, rewrites: Rewrites) -> "Plan":
+        """Make the plan of a network. It holds the network's weights, not copies of them."""
+        steps = rewrites.apply(list(_walk(net)))
+        shapes = {INPUT: net.shape}
+        for call, inputs, outputs in steps:
+            found = call.shapes(*(shapes[name] for name in inputs))
+            shapes |= dict(zip(outputs, found, strict=True))
+        return cls(tuple(steps), shapes)
+
+    def prepare(self, place: Place) -> list[tuple[Run, Step, tuple[str, ...]]]:
+        """Pack the weights; return each function with its step and the values it reads last."""
+        alive, prepared = {self.steps[-1].outputs[0]}, []
+        for step in reversed(self.steps):
+            last = tuple({*step.inputs, *step.outputs} - alive)
+            alive |= {*step.inputs, *step.outputs}
+            run = step.call.prepare(place, *(self.shapes[name] for name in step.inputs))
+            prepared.append((run, step, last))
+        return prepared[::-1]
+
+    def flops(self, step: Step) -> int:
+        """Return the FLOPs of a step for an image."""
+        return step.call.flops(*(self.shapes[name] for name in step.inputs))
+
+    def bytes(self, step: Step, place: Place) -> int:
+        """Return the bytes a step must move for a batch, each once."""
+        images = values(tuple(self.shapes[name] for name in (*step.inputs, *step.outputs)))
+        return place.dtype.itemsize * (place.images * images + step.call.weights())
+
+    def peak(self) -> int:
+        """Return how many numbers of an image are alive at once, at most."""
+        alive, most = {INPUT}, 0
+        last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
+        for i, step in enumerate(self.steps):
+            alive |= {*step.outputs}
+            most = max(most, values(tuple(self.shapes[name] for name in alive)))
+            alive = {name for name in alive if last.get(name, i) > i}
+        return most
+
+    def text(self, place: Place, *, tflops: float, gbs: float) -> str:
+        """Lay the plan out for people; a step's floor is the larger of its two shortest times."""
+        head = f"{'call':14}{'makes':38}{'shape':>16}{'MB':>10}{'GFLOP':>10}{'floor, us':>11}"
+        lines, total = [head], [0.0] * 3
+        for step in self.steps:
+            size, work = self.bytes(step, place) / 1e6, place.images * self.flops(step) / 1e9
+            floor = 1e3 * max(work / tflops, size / gbs)
+            total = [a + b for a, b in zip(total, (size, work, floor), strict=True)]
+            name, shape = step.outputs[0], " x ".join(map(str, self.shapes[step.outputs[0]]))
+            lines.append(f"{step.call.kind:14}{name:38}{shape:>16}{_figures(size, work, floor)}")
+        lines.append(f"{f'{len(self.steps)} calls':68}{_figures(*total)}")
+        alive = place.images * place.dtype.itemsize * self.peak() / 1e6
+        lines.append(
+            f"{place.images} images, {str(place.dtype)[6:]}, {alive:.1f} MB alive at most; "
+            f"floors at {tflops:g} TFLOP/s and {gbs:g} GB/s"
+        )
+        return "\n".join(lines)
+
+
+def _figures(size: float, work: float, floor: float) -> str:
+    return f"{size:10.2f}{work:10.2f}{floor:11.1f}"
+
+
+def blocks(net: UNet) -> dict[str, ResBlock]:
+    """Return the residual blocks by name, in the order of their columns in a row."""
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
+
+
+@torch.no_grad()
+def time_rows(net: UNet, t: Tensor) -> Tensor:
+    """Return what depends on the times t [M] alone: the bias of each conv1 plus its time's part.
+
+    [M, channels of all blocks], in float64.
+    """
+    temb = timestep_embedding(t, net.config.channels).double()
+    for i, layer in enumerate(net.temb.dense):
+        temb = _linear(layer, temb if i == 0 else F.silu(temb))
+    temb = F.silu(temb)
+    parts = [b.conv1.bias.double() + _linear(b.temb_proj, temb) for b in blocks(net).values()]
+    return torch.cat(parts, 1)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.double(), layer.bias.double())
+
+
+class _Writer:
+    """Writes steps down; each makes a value that is named after its layer."""
+
+    def __init__(self, net: UNet):
+        self.steps: list[Step] = []
+        self.names = {layer: name for name, layer in net.named_modules()}
+        ends = torch.tensor([b.conv1.out_channels for b in blocks(net).values()]).cumsum(0).tolist()
+        spans = zip([0, *ends], ends, strict=False)
+        self.columns = dict(
+            zip(blocks(net).values(), (slice(*span) for span in spans), strict=True)
+        )
+
+    def call(self, name: str, call: Call, *inputs: str) -> str:
+        self.steps.append(Step(call, inputs, (name,)))
+        return name
+
+    def conv(self, layer: nn.Conv2d, x: str, *, bias: bool = True) -> str:
+        call = Conv(layer.weight.detach(), layer.bias.detach() if bias else None, layer.stride[0])
+        return self.call(self.names[layer], call, x)
+
+    def norm(self, layer: nn.Module, x: str) -> str:
+        return self.call(self.names[layer], Norm(layer), x)
+
+    def block(self, layer: ResBlock, x: str, skip: str | None = None) -> str:
+        name = self.names[layer]
+        if skip is not None:
+            x = self.call(f"{name}.cat", Cat(), x, skip)
+        h = self.conv(layer.conv1, self.norm(layer.norm1, x), bias=False)
+        h = self.call(f"{name}.shift", Shift(self.columns[layer]), h)
+        if isinstance(layer.nin_shortcut, nn.Conv2d):
+            x = self.conv(layer.nin_shortcut, x)
+        h = self.conv(layer.conv2, self.norm(layer.norm2, h))
+        return self.call(name, Add(), h, x)
+
+    def attend(self, layer: nn.Module, x: str) -> str:
+        if not isinstance(layer, Attention):
+            return x
+        h = self.norm(layer.norm, x)
+        heads = [self.conv(projection, h) for projection in (layer.q, layer.k, layer.v)]
+        call = Attend(layer, layer.proj_out.weight, layer.proj_out.bias)
+        return self.call(self.names[layer], call, *heads, x)
+
+
+def _walk(net: UNet) -> Iterator[Step]:
+    """Write down what the network's forward pass does, a step for each of its layers."""
+    write = _Writer(net)
+    h = write.conv(net.conv_in, INPUT)
+    skips = [h]
+    for i, level in enumerate(net.down):
+        for block, attn in zip(level.block, level.attn, strict=True):
+            h = write.attend(attn, write.block(block, h))
+            skips.append(h)
+        if i < len(net.down) - 1:
+            h = write.conv(level.downsample.conv, h)
+            skips.append(h)
+    h = write.attend(net.mid.attn_1, write.block(net.mid.block_1, h))
+    h = write.block(net.mid.block_2, h)
+    for i, level in reversed(list(enumerate(net.up))):
+        for block, attn in zip(level.block, level.attn, strict=True):
+            h = write.attend(attn, write.block(block, h, skips.pop()))
+        if i > 0:
+            h = write.call(write.names[level.upsample], Upsample(), h)
+            h = write.conv(level.upsample.conv, h)
+    write.conv(net.conv_out, write.norm(net.norm_out, h))
+    yield from write.steps

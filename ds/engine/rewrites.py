@@ -1,0 +1,125 @@
+"""What a plan does otherwise than the network: one small function each, from steps to steps.
+
+In exact arithmetic each leaves the result as it is, and any of them can be left out.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ds.engine.calls import Add, Attend, Call, Cat, Conv, Norm, Phases, Shift, Upsample
+from ds.nets.fold import FoldedAttention
+
+
+class Step(NamedTuple):
+    """A call with the names of the values it reads and of those it makes."""
+
+    call: Call
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Which rewrites to do. Of those that compete for a call, the first that is named takes it."""
+
+    time_table: bool = True  # the time's part of every block ahead, for all times of the plan
+    fold_attention: bool = True
+    shift_into_conv: bool = True  # ... which adds a bias as it goes, in the CPU's libraries
+    shift_into_norm: bool = True
+    merge_skips: bool = True
+    phase_upsample: bool = True
+    add_into_conv: bool = True
+
+    def apply(self, steps: list[Step]) -> list[Step]:
+        """Return the steps after the rewrites that are on."""
+        for rewrite in REWRITES:
+            if getattr(self, rewrite.__name__):
+                steps = rewrite(steps)
+        return steps
+
+
+def fold_attention(steps: list[Step]) -> list[Step]:
+    """Multiply two pairs of an attention layer's projections out; the keys are the pixels then."""
+    made = {output: step for step in steps for output in step.outputs}
+    replaced: dict[str, Step | None] = {}
+    for step in steps:
+        if isinstance(step.call, Attend):
+            q, k, v, residual = step.inputs
+            layer = FoldedAttention(step.call.layer)
+            (pixels,) = made[k].inputs
+            replaced[q] = Step(Conv(layer.q.weight.detach(), layer.q.bias), (pixels,), (q,))
+            replaced[k] = None
+            replaced[v] = Step(Conv(layer.v.weight.detach(), None), (pixels,), (v,))
+            call = replace(step.call, weight=None, bias=layer.bias)
+            replaced[step.outputs[0]] = Step(call, (q, pixels, v, residual), step.outputs)
+    rewritten = (replaced.get(step.outputs[0], step) for step in steps)
+    return [step for step in rewritten if step is not None]
+
+
+def shift_into_conv(steps: list[Step]) -> list[Step]:
+    """Let a convolution without a bias add the columns of the row that are added to its result."""
+    return _fuse(steps, Conv, Shift, lambda conv, shift: Step(
+        replace(conv.call, bias=shift.call.columns), conv.inputs, shift.outputs
+    ))  # fmt: skip
+
+
+def shift_into_norm(steps: list[Step]) -> list[Step]:
+    """Let a norm add the columns of the row before it normalizes."""
+    return _fuse(steps, Shift, Norm, lambda shift, norm: Step(
+        replace(norm.call, shift=shift.call.columns), shift.inputs, norm.outputs
+    ))  # fmt: skip
+
+
+def merge_skips(steps: list[Step]) -> list[Step]:
+    """Let a norm concatenate its input; the shortcut takes the concatenation from there."""
+    return _fuse(steps, Cat, Norm, lambda cat, norm: Step(
+        norm.call, cat.inputs, norm.outputs + cat.outputs
+    ), alone=False)  # fmt: skip
+
+
+def phase_upsample(steps: list[Step]) -> list[Step]:
+    """Convolve before doubling pixels, a 2x2 kernel for each phase of the doubled image."""
+    return _fuse(steps, Upsample, Conv, lambda up, conv: Step(
+        Phases(conv.call.weight, conv.call.bias), up.inputs, conv.outputs
+    ))  # fmt: skip
+
+
+def add_into_conv(steps: list[Step]) -> list[Step]:
+    """Let the last convolution of a residual branch add the other branch."""
+    return _fuse(steps, Conv, Add, lambda conv, add: Step(
+        conv.call, (*conv.inputs, *(set(add.inputs) - set(conv.outputs))), add.outputs
+    ))  # fmt: skip
+
+
+REWRITES = (
+    fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_conv,
+)  # fmt: skip
+
+
+def _fuse(
+    steps: list[Step],
+    first: type[Call],
+    second: type[Call],
+    fused: Callable[[Step, Step], Step],
+    *,
+    alone: bool = True,
+) -> list[Step]:
+    """Put one step in the place of each second one that reads what a first one makes.
+
+    `alone`: only where nothing else reads it. A second one is fused once.
+    """
+    readers = Counter(name for step in steps for name in step.inputs)
+    made = {step.outputs[0]: step for step in steps if isinstance(step.call, first)}
+    gone, result = set(), {}
+    for step in steps:
+        if not isinstance(step.call, second):
+            continue
+        for name in step.inputs:
+            if name in made and not (alone and readers[name] > 1):
+                gone.add(name)
+                result[step.outputs[0]] = fused(made[name], step)
+                break
+    kept = (step for step in steps if step.outputs[0] not in gone)
+    return [result.get(step.outputs[0], step) for step in kept]

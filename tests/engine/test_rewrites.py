@@ -1,0 +1,79 @@
+"""A plan against the network it was made of: each rewrite alone, and all of them."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from ds import presets
+from ds.engine import Engine, Rewrites
+from tests.nets.test_unet import TINY, build, inputs, relative_rms
+
+NAMES = [field.name for field in fields(Rewrites)]
+OFF = Rewrites(**dict.fromkeys(NAMES, False))
+ON = Rewrites()
+ARCHITECTURES = {
+    name: replace(preset().net, channels=8, norm_groups=4)
+    for name, preset in presets.PRESETS.items()
+    if name != "lsun_church"  # the network of lsun_bedroom
+} | {"conv_shortcut": replace(TINY, conv_shortcut=True)}
+
+
+def small(config):
+    """The architecture on the smallest image that has its levels and its attention."""
+    factor = max(1, min(config.attention_resolutions) // 4)
+    return replace(
+        config,
+        image_size=max(config.image_size // factor, 2 ** (len(config.channel_mult) - 1)),
+        attention_resolutions=tuple(size // factor for size in config.attention_resolutions),
+    )
+
+
+def at(t, x):
+    return torch.full((len(x),), t)
+
+
+def distance(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_a_rewrite_alone_is_exact(name):
+    net, (x, _) = build().double(), inputs()
+    rewrites = OFF if name is None else replace(OFF, **{name: True})
+    expected = net(x.double(), at(37, x))
+    found = Engine(net, [0, 37, 999], rewrites=rewrites)(x.double(), at(37, x))
+    assert found.dtype == torch.float64
+    assert distance(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "time_table"])
+def test_a_rewrite_changes_the_plan(name):
+    net = build()
+    plain, changed = (
+        Engine(net, [0], rewrites=r).plan for r in (OFF, replace(OFF, **{name: True}))
+    )
+    assert [step.inputs for step in plain.steps] != [step.inputs for step in changed.steps]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_all_but_one_are_exact(name):
+    net, (x, _) = build().double(), inputs()
+    engine = Engine(net, [5], rewrites=replace(ON, **{name: False}))
+    assert distance(engine(x.double(), at(5, x)), net(x.double(), at(5, x))) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_exact(name):
+    config = small(ARCHITECTURES[name])
+    net, (x, _) = build(config), inputs(2, config)
+    narrow = build(config).bfloat16()
+    exact = net.double()(x.double(), at(800, x))
+    assert distance(Engine(net, [800])(x.double(), at(800, x)), exact) < 1e-10
+    found = Engine(net, [800], dtype=torch.float32)(x, at(800, x))
+    assert relative_rms(found, exact) < 1e-5
+    found = Engine(net.float(), [800], dtype=torch.bfloat16)(x, at(800, x))
+    assert relative_rms(found, exact) <= 2 * relative_rms(narrow(x, at(800, x)), exact)
