@@ -184,6 +184,46 @@ class Phases(Call):
         return "phases 2x2"
 
 
+@dataclass(frozen=True, eq=False)
+class Winograd(Call):
+    """A 3x3 convolution in 36 products for 16 pixels, its pixels doubled first if `doubled`.
+
+    A second input, if there is one, is added to its result.
+    """
+
+    weight: Tensor
+    bias: Bias
+    doubled: bool = False
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        weight = ops.winograd_weight(self.weight).to(place.device, place.dtype)
+        bias = place.bias(self.bias)
+        return lambda row, x, residual=None: ops.winograd_conv(
+            x, weight, bias(row), residual, doubled=self.doubled
+        )
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        _, h, w = shapes[0]
+        return ((self.weight.shape[0], h << self.doubled, w << self.doubled),)
+
+    def flops(self, *shapes: Shape) -> int:
+        (shape,) = self.shapes(*shapes)
+        return 2 * tiles(shape) * self.weights()
+
+    def weights(self) -> int:
+        return 4 * self.weight.numel()
+
+    @property
+    def kind(self) -> str:
+        return "winograd" + " x2" * self.doubled
+
+
+def tiles(shape: Shape) -> int:
+    """Return how many tiles of 4 x 4 pixels cover an image."""
+    _, h, w = shape
+    return -(-h // 4) * -(-w // 4)
+
+
 def _merge_taps(w: Tensor, phase: int, dim: int) -> Tensor:
     """Add the two of three taps that meet the same pixel before it was doubled."""
     first, middle, last = w.unbind(dim)

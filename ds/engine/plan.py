@@ -19,6 +19,7 @@ from ds.engine.calls import (
     Shape,
     Shift,
     Upsample,
+    tiles,
     values,
 )  # fmt: skip
 from ds.engine.rewrites import Rewrites, Step
@@ -36,13 +37,17 @@ class Plan:
     shapes: dict[str, Shape]
 
     @classmethod
-    def of(cls, net: UNet, rewrites: Rewrites) -> "Plan":
-        """Make the plan of a network. It holds the network's weights, not copies of them."""
-        steps = rewrites.apply(list(_walk(net)))
-        shapes = {INPUT: net.shape}
+    def of(cls, net: UNet, place: Place, rewrites: Rewrites | None = None) -> "Plan":
+        """Make the plan of a network for a place, with the rewrites that are good there by default.
+
+        It holds the network's weights, not copies of them.
+        """
+        steps, shapes = list(_walk(net)), {INPUT: net.shape}
         for call, inputs, outputs in steps:
             found = call.shapes(*(shapes[name] for name in inputs))
             shapes |= dict(zip(outputs, found, strict=True))
+        rewrites = rewrites or Rewrites.good_for(place)
+        steps = rewrites.apply(steps, lambda name: place.images * tiles(shapes[name]))
         return cls(tuple(steps), shapes)
 
     def prepare(self, place: Place) -> list[tuple[Run, Step, tuple[str, ...]]]:

@@ -8,7 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ds.engine.calls import Add, Attend, Call, Cat, Conv, Norm, Phases, Shift, Upsample
+import torch
+
+from ds.engine.calls import (
+    Add,
+    Attend,
+    Call,
+    Cat,
+    Conv,
+    Norm,
+    Phases,
+    Place,
+    Shift,
+    Upsample,
+    Winograd,
+)
 from ds.nets.fold import FoldedAttention
 
 
@@ -31,13 +45,20 @@ class Rewrites:
     merge_skips: bool = True
     phase_upsample: bool = True
     add_into_conv: bool = True
+    winograd: bool = True  # where tiles and channels are enough, in float32 on a CPU
 
-    def apply(self, steps: list[Step]) -> list[Step]:
-        """Return the steps after the rewrites that are on."""
+    @classmethod
+    def good_for(cls, place: Place) -> "Rewrites":
+        """Return the rewrites that are worth it in a place."""
+        cpu = place.device.type == "cpu"
+        return cls(shift_into_conv=cpu, winograd=cpu and place.dtype == torch.float32)
+
+    def apply(self, steps: list[Step], tiles: Callable[[str], int]) -> list[Step]:
+        """Return the steps after the rewrites that are on; `tiles` are those of a value's batch."""
         for rewrite in REWRITES:
             if getattr(self, rewrite.__name__):
                 steps = rewrite(steps)
-        return steps
+        return winograd(steps, tiles) if self.winograd else steps
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
@@ -92,6 +113,32 @@ def add_into_conv(steps: list[Step]) -> list[Step]:
         conv.call, (*conv.inputs, *(set(add.inputs) - set(conv.outputs))), add.outputs
     ))  # fmt: skip
 
+
+def winograd(steps: list[Step], tiles: Callable[[str], int]) -> list[Step]:
+    """Let 3x3 convolutions multiply less, where they multiply enough to pay for it."""
+    return [
+        step._replace(call=_in_tiles(step.call))
+        if isinstance(step.call, Conv | Phases)
+        and _fits_tiles(step.call)
+        and tiles(step.outputs[0]) >= FEWEST_TILES
+        else step
+        for step in steps
+    ]
+
+
+def _fits_tiles(call: Conv | Phases) -> bool:
+    """Say whether the kernel takes a convolution."""
+    out, channels, height, _ = call.weight.shape
+    return height == 3 and getattr(call, "stride", 1) == 1 and not (out % 16 or channels % 16)
+
+
+def _in_tiles(call: Conv | Phases) -> Winograd:
+    return Winograd(call.weight, call.bias, doubled=isinstance(call, Phases))
+
+
+# With fewer the weights, four times as many, take longer to read than they save: 8 tiles of 256
+# channels took 2.1 ms instead of 1.7 on one core of an EPYC with AVX2, 32 tiles 3.5 instead of 6.7.
+FEWEST_TILES = 16
 
 REWRITES = (
     fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_conv,

@@ -37,9 +37,9 @@ class Engine(nn.Module):
         if not isinstance(net, UNet):
             raise ValueError(f"Engine: net must be a ds.nets.UNet, not {type(net).__name__}")
         weight = net.conv_in.weight
-        self.rewrites = rewrites or Rewrites()
         self.place = Place(weight.device, dtype or _dtype(weight), images)
-        self.plan = Plan.of(net, self.rewrites)
+        self.rewrites = rewrites or Rewrites.good_for(self.place)
+        self.plan = Plan.of(net, self.place, self.rewrites)
         self.shape = net.shape
         self._prepared = self.plan.prepare(self.place)
         self._wide = torch.promote_types(self.place.dtype, torch.float32)

@@ -9,6 +9,7 @@ from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
 from ds.ops.quantize import dequantize, quantize
 from ds.ops.solver_update import solver_update
+from ds.ops.winograd import winograd_conv, winograd_weight
 
 __all__ = [
     "Row",
@@ -26,4 +27,6 @@ __all__ = [
     "solver_update",
     "table",
     "use_backend",
+    "winograd_conv",
+    "winograd_weight",
 ]

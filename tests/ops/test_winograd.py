@@ -1,0 +1,132 @@
+"""winograd_conv against the convolution in float64, and its arguments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds import ops
+from ds.ops import _native
+
+
+def case(images, channels, out, h, w, dtype, doubled=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (images, channels, h, w), (out, channels, 3, 3), (out,)
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    weight = weight / (9 * channels) ** 0.5
+    residual = torch.randn(images, out, h << doubled, w << doubled, generator=generator).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last), weight, bias, residual
+
+
+def direct(x, weight, bias, residual, doubled=False):
+    if doubled:
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return F.conv2d(x, weight, bias, padding=1) + residual
+
+
+def error(found, exact):
+    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def wide(*tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+sizes = st.integers(1, 11)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 3), sizes, sizes, sizes, sizes, st.booleans())
+def test_the_reference_is_the_convolution(images, channels, out, h, w, doubled):
+    x, weight, bias, residual = case(images, channels, out, h, w, torch.float64, doubled)
+    found = ops.winograd_conv(x, ops.winograd_weight(weight), bias, residual, doubled=doubled)
+    exact = direct(x, weight, bias, residual, doubled)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 5), st.sampled_from([16, 48]), st.sampled_from([16, 32]), sizes, sizes,
+    st.booleans(), st.sampled_from([0, 1, 2]),
+)  # fmt: skip
+def test_the_kernel_is_as_exact_as_the_convolution(images, channels, out, h, w, doubled, simd):
+    x, weight, bias, residual = case(images, channels, out, h, w, torch.float32, doubled)
+    exact = direct(*wide(x, weight, bias, residual), doubled)
+    packed = ops.winograd_weight(weight).float()
+    lib = _native.library()
+    lib.ds_limit_simd(simd)
+    try:
+        with ops.use_backend("cpu"):
+            found = ops.winograd_conv(x, packed, bias, residual, doubled=doubled)
+            alone = ops.winograd_conv(x, packed, doubled=doubled)
+    finally:
+        lib.ds_limit_simd(2)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if images:
+        peer = error(direct(x, weight, bias, residual, doubled), exact)
+        # Each pixel is a sum of 36 products: with few channels that is what rounds.
+        assert error(found, exact) <= 2 * peer + 4 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(alone + bias[:, None, None] + residual, found, rtol=0, atol=1e-5)
+
+
+def test_many_channels_and_blocks_of_tiles_are_as_exact_as_the_convolution():
+    args = case(5, 256, 64, 32, 32, torch.float32)
+    exact = direct(*wide(*args))
+    x, weight, bias, residual = args
+    found = ops.winograd_conv(x, ops.winograd_weight(weight).float(), bias, residual)
+    assert error(found, exact) <= 2 * error(direct(*args), exact)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(value):
+    x, weight, bias, residual = case(1, 16, 16, 8, 8, torch.float32)
+    x[0, 3, 2, 2] = value
+    found = ops.winograd_conv(x, ops.winograd_weight(weight).float(), bias, residual)
+    assert not found[0, :, 1:4, 1:4].isfinite().any()
+    assert found[0, :, 5:, 5:].isfinite().all()
+
+
+def test_the_same_arguments_give_the_same_bits_in_any_memory_format():
+    x, weight, bias, residual = case(3, 16, 32, 8, 12, torch.float32)
+    packed = ops.winograd_weight(weight).float()
+    found = ops.winograd_conv(x, packed, bias, residual)
+    again = ops.winograd_conv(x.contiguous(), packed, bias, residual.contiguous())
+    assert torch.equal(found, again)
+
+
+def test_the_op_is_sound():
+    x, weight, bias, residual = case(2, 16, 16, 6, 5, torch.float32)
+    args = x, ops.winograd_weight(weight).float(), bias, residual, False
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ds.winograd_conv.default, args, test_utils=tests)
+
+
+@torch.no_grad()
+def test_it_compiles_as_one_graph():
+    x, weight, bias, residual = case(2, 16, 16, 8, 8, torch.float32)
+    packed = ops.winograd_weight(weight).float()
+    compiled = torch.compile(ops.winograd_conv, fullgraph=True, backend="aot_eager")
+    expected = ops.winograd_conv(x, packed, bias, residual)
+    assert torch.equal(compiled(x, packed, bias, residual), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 2, 4)}, r"x must be \[N, C, H, W\]"),
+        ({"weight": torch.zeros(36, 3, 4)}, r"weight \[36, C, O\], not of shapes .*\[36, 3, 4\]"),
+        ({"bias": torch.zeros(3)}, r"bias must be \[4\], not of shape \[3\]"),
+        ({"residual": torch.zeros(1, 4, 5, 4)}, r"residual must be \[1, 4, 4, 4\]"),
+        ({"bias": torch.zeros(4).half()}, "must have one floating dtype, not torch.float16, "),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(change, message):
+    args = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(36, 2, 4)} | change
+    with pytest.raises(ValueError, match=f"^winograd_conv: .*{message}"):
+        ops.winograd_conv(**args)
+
+
+def test_a_weight_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"must be \[O, C, 3, 3\], not of shape \[4, 2, 1, 1\]"):
+        ops.winograd_weight(torch.zeros(4, 2, 1, 1))
