@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 
-CASES = ("group_norm_silu", "loader", "network")
+CASES = ("group_norm_silu", "loader", "network", "teacher_loop")
 
 
 def main() -> int:

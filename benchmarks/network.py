@@ -16,19 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Case, Side
 from benchmarks.peers import diffusers_twin
 from ds import presets
+from ds.nets.unet import GroupNorm
 
 Call = Callable[[Tensor, Tensor], Tensor]
 
 
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     """Yield a case for each precision."""
-    torch.manual_seed(0)
-    net = presets.cifar10().net.build().to(device).eval()
-    for weight in net.parameters():  # no branch starts at zero, or half of the network is idle
-        nn.init.normal_(weight, std=0.02 if weight.dim() > 1 else 0.1)
-    for layer in net.modules():
-        if hasattr(layer, "groups"):
-            nn.init.ones_(layer.weight)
+    net = random_cifar10(device)
     images = 264 if device.type == "cuda" else 8
     x = torch.randn(images, *net.shape, device=device)
     t = torch.full((images,), 500, device=device)
@@ -47,6 +42,18 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
             flops=flops,
             missing=missing,
         )
+
+
+def random_cifar10(device: torch.device) -> nn.Module:
+    """Return the network with weights that leave no branch at zero, where half of it is idle."""
+    torch.manual_seed(0)
+    net = presets.cifar10().net.build().to(device).eval().requires_grad_(False)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.02 if weight.dim() > 1 else 0.1)
+    for layer in net.modules():
+        if isinstance(layer, GroupNorm):
+            nn.init.ones_(layer.weight)
+    return net
 
 
 def contenders(

@@ -42,7 +42,7 @@ from ds.files import (
 )
 from ds.images import to_float, to_uint8
 from ds.philox import noise
-from ds.sample import Sampler, Teacher, seconds_per_call
+from ds.sample import Sampler, Teacher, seconds_per_call, uses_engine
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -163,6 +163,7 @@ def _manifest(
             "schedule": to_json(teacher.denoiser.schedule),
             "prediction": teacher.denoiser.prediction,
         },
+        "engine": uses_engine(teacher.net),  # two ways to round, never in one store
         "solver": to_json(teacher.solver),
         "grid": list(teacher.grid),
         "noise": "philox4x32-10, Box-Muller",

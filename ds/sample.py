@@ -14,8 +14,10 @@ from tqdm import tqdm
 from ds import checkpoint
 from ds.config import to_json
 from ds.denoiser import Denoiser
+from ds.engine import Engine
 from ds.grids import Grid
 from ds.images import Rounding, to_uint8
+from ds.nets import UNet
 from ds.philox import noise
 from ds.schedule import DATA
 from ds.solvers import AbstractSolver
@@ -86,6 +88,11 @@ class Teacher:
         """Return the same teacher with a compiled network."""
         return replace(self, denoiser=replace(self.denoiser, net=torch.compile(self.net)))
 
+    def engine(self, images: int) -> "Teacher":
+        """Return the same teacher for inference, `images` at a time, with a ds.engine.Engine."""
+        net = Engine(self.net, self.grid, images=images, dtype=_dtype(self.net))
+        return replace(self, denoiser=replace(self.denoiser, net=net))
+
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
         return _card(
@@ -138,6 +145,10 @@ class Student:
         """Return the same student with a compiled network."""
         return replace(self, net=torch.compile(self.net))
 
+    def engine(self, images: int) -> "Student":
+        """Return the same student for inference, `images` at a time, with a ds.engine.Engine."""
+        return replace(self, net=Engine(self.net, images=images, dtype=_dtype(self.net)))
+
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
         return _card(
@@ -168,12 +179,30 @@ def _card(head: str, load: str, provenance: dict[str, Any]) -> str:
     )
 
 
+def uses_engine(net: nn.Module) -> bool:
+    """Say whether a Sampler runs a network through ds.engine unasked: U-Nets, in float32 on CPUs.
+
+    There the images are the same but for the rounding of float32.
+    """
+    if not isinstance(net, UNet):
+        return False
+    return _dtype(net) == torch.float32 and net.conv_in.weight.device.type == "cpu"
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters()), torch.float32)
+
+
 class Sampler:
     """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
 
-    `device` and `dtype` move the model's network, in place; `compile` compiles it. The noise of an
-    image depends on (seed, index) alone, so any split of the indices gives the same images, up to
-    the rounding of a convolution whose algorithm depends on the batch size.
+    `device` and `dtype` move the model's network, in place; `compile` compiles it. `engine` runs a
+    U-Net through ds.engine, with weights as they are now and packed for this batch size (1 for the
+    shortest wait for one image); by default where `uses_engine` says so. The noise of an image
+    depends on (seed, index) alone, so any split of the indices gives the same images, up to the
+    rounding of a convolution whose algorithm depends on the batch size.
+
+    Raises ValueError for a batch_size below 1, and for compile and engine at once.
     """
 
     def __init__(
@@ -184,11 +213,16 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        engine: bool | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
+        if compile and engine:
+            raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
         model.net.to(device=device, dtype=dtype)
         self.model = model.compile() if compile else model
+        if engine or (engine is None and not compile and uses_engine(model.net)):
+            self.model = model.engine(batch_size)
         self.batch_size = batch_size
         tensors = chain(model.net.parameters(), model.net.buffers())
         self.device = next((t.device for t in tensors), torch.device(device or "cpu"))

@@ -17,6 +17,7 @@ from ds import archives, checkpoint, doctor, export, pairs
 from ds.checkpoint import fingerprint
 from ds.config import from_json, to_json
 from ds.data import Images, Pairs, digits
+from ds.engine import Place, Plan
 from ds.evaluation import evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.frontier import frontier, plan_table
@@ -355,10 +356,32 @@ class Doctor:
     """Report what this machine has and which implementation of each operation runs here."""
 
     json: bool = False  # for machines
+    plan: str = ""  # a preset, whose network's plan is printed instead
+    images: int = 256  # of the plan
+    device: str = "cpu"  # of the plan; it need not be here
+    tflops: float = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
+    gbs: float = 3350.0
 
     def run(self) -> None:
+        if self.plan:
+            _say(self._plan())
+            return
         report = doctor.report()
         print(json.dumps(report, indent=2) if self.json else doctor.text(report))
+
+    def _plan(self) -> str:
+        if self.plan not in PRESETS:
+            raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
+        for option, value in (("images", self.images), ("tflops", self.tflops), ("gbs", self.gbs)):
+            if not value > 0:
+                raise ValueError(f"doctor: {option} must be above 0, not {value}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        place = Place(torch.device(self.device), dtype, self.images)
+        with torch.device("meta"):
+            net = PRESETS[self.plan]().net.build()
+        return Plan.of(net, place).text(place, tflops=self.tflops, gbs=self.gbs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,7 +190,7 @@ def commands(home: str = "x") -> dict[str, list[str]]:
 
 OPTIONS = {
     "demo": ["--out"],
-    "doctor": ["--json"],
+    "doctor": ["--json", "--plan"],
     "teach": ["--out", "--net.channels", "--train.batch-size", "--solve.steps", "--device"],
     "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
@@ -266,6 +266,16 @@ def test_doctor_prints_json_for_machines(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["version"] == ds.__version__
     assert {"op", "device", "backend", "status", "reason"} == report["ops"][0].keys()
+
+
+def test_doctor_prints_the_plan_of_a_network(capsys):
+    assert main(["doctor", "--plan", "cifar10", "--images", "2", "--device", "cuda"]) == 0
+    first, *rows, total, about = capsys.readouterr().out.splitlines()
+    assert first.split() == ["call", "makes", "shape", "MB", "GFLOP", "floor,", "us"]
+    assert total.split()[0] == str(len(rows))
+    assert any(row.startswith("phases 2x2    up.1.upsample.conv") for row in rows)
+    assert sum(float(row.split()[-2]) for row in rows) == pytest.approx(2 * 11.31, rel=1e-3)
+    assert about.startswith("2 images, bfloat16, ")
 
 
 @pytest.mark.parametrize("probe", ["torch", "gpu", "extension", "ops"])

@@ -138,6 +138,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
             },
             "prediction": "eps",
         },
+        "engine": False,
         "solver": {"type": "ds.solvers.ddim.DDIM"},
         "grid": list(ds.grids.quadratic(10)),
         "noise": "philox4x32-10, Box-Muller",

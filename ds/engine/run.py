@@ -12,22 +12,23 @@ from ds.nets import UNet
 
 
 class Engine(nn.Module):
-    """A U-Net for inference at given times: engine(x [N, C, H, W], t [N]) -> [N, C, H, W].
+    """A U-Net for inference: engine(x [N, C, H, W], t [N]) -> [N, C, H, W], with one time for all.
 
-    All images of a call have one time, which is among `times`. On a CPU another is an error; on a
-    GPU, which is not waited for, it makes the result NaN. The result has the dtype of x. The
-    weights are packed for calls of `images` images, and are the U-Net's at the moment when this is
-    made; it has no parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if
-    it is not given; a float64 network keeps float64.
+    What `times` need is computed ahead. On a CPU another time is computed when it first comes, and
+    different times in a call are a ValueError; a GPU is not waited for, and makes the result NaN
+    for both. The result has the dtype of x. The weights are packed for calls of `images` images;
+    those that need no packing are shared with the U-Net, which must not change any more. An engine
+    has no parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not
+    given; a float64 network keeps float64.
 
     Raises:
-        ValueError: there are no times, or the network is no U-Net of ds.nets.
+        ValueError: the network is no U-Net of ds.nets, or on a GPU and without times.
     """
 
     def __init__(
         self,
         net: UNet,
-        times: Iterable[int],
+        times: Iterable[int] = (),
         *,
         images: int = 256,
         dtype: torch.dtype | None = None,
@@ -42,16 +43,16 @@ class Engine(nn.Module):
         self.plan = Plan.of(net, self.place, self.rewrites)
         self.shape = net.shape
         self._prepared = self.plan.prepare(self.place)
-        self._wide = torch.promote_types(self.place.dtype, torch.float32)
-        self._times = torch.tensor(sorted(set(times)), device=weight.device)
-        if not len(self._times):
-            raise ValueError("Engine: times must hold one time or more")
+        self._times = torch.tensor(sorted(set(times)), dtype=torch.int64, device=weight.device)
+        if weight.is_cuda and not len(self._times):
+            raise ValueError("Engine: on a GPU it needs the times of its calls")
+        self._table = self._rows(net, self._times)
         self._source = [net]  # in a list, or its weights would be this module's
-        if self.rewrites.time_table:
-            self._table, self._source = time_rows(net, self._times).to(self._wide), []
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if not len(x):
+            return x.clone()
         row = self._row(t)
         values = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
         for run, step, last in self._prepared:
@@ -64,18 +65,25 @@ class Engine(nn.Module):
 
     def _row(self, t: Tensor) -> Tensor:
         """Return the row of the one time that t [N] holds."""
+        if not self.rewrites.time_table:
+            return self._rows(self._source[0], t[:1])[0]
         known = (self._times[:, None] == t).all(1)
         if t.device.type == "cpu" and not known.any():
-            raise ValueError(
-                f"Engine: t must hold one of the times of the plan ({len(self._times)} from "
-                f"{int(self._times[0])} to {int(self._times[-1])}) for all images, not "
-                f"{sorted(set(t.tolist()))[:3]}"
-            )
-        if self._source:
-            row = time_rows(self._source[0], t[:1])[0].to(self._wide)
-        else:
-            row = self._table.index_select(0, known.int().argmax().view(1))[0]
+            self._add(t)
+            return self._row(t)
+        row = self._table.index_select(0, known.int().argmax().view(1))[0]
         return row.where(known.any(), torch.nan)
+
+    def _add(self, t: Tensor) -> None:
+        """Add the one time that t [N] holds to the table."""
+        time = t.unique()
+        if len(time) != 1:
+            raise ValueError(f"Engine: all images of a call have one time, not {time.tolist()[:3]}")
+        self._table = torch.cat([self._table, self._rows(self._source[0], time)])
+        self._times = torch.cat([self._times, time])
+
+    def _rows(self, net: UNet, times: Tensor) -> Tensor:
+        return time_rows(net, times).to(torch.promote_types(self.place.dtype, torch.float32))
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

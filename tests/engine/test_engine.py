@@ -1,0 +1,132 @@
+"""The engine in the place of a U-Net: its times, and what draws with it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ds
+from ds import grids
+from ds.denoiser import Denoiser
+from ds.engine import Engine, Place, Plan, Rewrites
+from ds.methods import DenoisingStudent
+from ds.sample import uses_engine
+from ds.schedule import LinearBeta
+from ds.solvers import Heun
+from tests.nets.test_unet import TINY, build, inputs, relative_rms
+
+CPU = Place(torch.device("cpu"), torch.float32, 4)
+
+
+def teacher(net=None):
+    # 16 channels and more, or nothing is done in tiles
+    net = net or build(replace(TINY, channels=16, image_size=16, attention_resolutions=(8,)))
+    return ds.Teacher(Denoiser(net, LinearBeta()), Heun(), grids.quadratic(5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time", [0, 37, 999])
+def test_a_time_that_was_not_announced_is_added(time):
+    net, (x, _) = build(), inputs()
+    engine, t = Engine(net, [0]), torch.full((3,), time)
+    for _ in range(2):
+        assert relative_rms(engine(x, t), net(x, t)) < 1e-5
+
+
+def test_different_times_in_a_call_are_refused():
+    with pytest.raises(ValueError, match=r"^Engine: all images .* one time, not \[0, 37, 999\]"):
+        Engine(build(), [0, 37, 999])(*inputs())
+
+
+def test_another_network_is_refused():
+    with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet, not Linear"):
+        Engine(nn.Linear(1, 1))
+
+
+def test_an_engine_leaves_its_input_alone_and_repeats_itself():
+    net, (x, _) = build(), inputs()
+    engine, t, z = Engine(net, [5]), torch.full((3,), 5), x.clone()
+    assert torch.equal(engine(x, t), engine(x, t))
+    assert torch.equal(x, z)
+
+
+def test_no_images_give_no_images():
+    assert Engine(build())(torch.zeros(0, 2, 8, 8), torch.zeros(0)).shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_sampler_draws_a_teacher_s_images_with_the_engine(batch_size):
+    model, z = teacher(), ds.noise(3, range(7), (2, 16, 16))
+    sampler = ds.Sampler(model, batch_size=batch_size)
+    assert isinstance(sampler.model.net, Engine)
+    found = torch.cat(list(sampler.batches(3, range(7))))
+    exact = teacher(build(model.net.config).double()).sample(z.double())
+    peer = relative_rms(model.sample(z).double(), exact)
+    assert relative_rms(found, exact) <= 2 * peer + torch.finfo(torch.float32).eps
+
+
+def test_a_sampler_draws_a_student_s_images_with_the_engine():
+    model = ds.Student(build(), DenoisingStudent())
+    z = ds.noise(3, range(7), model.shape)
+    (found,) = ds.Sampler(model, engine=True).batches(3, range(7))
+    assert relative_rms(found, model.sample(z)) < 1e-5
+
+
+def test_the_engine_is_used_unasked_for_float32_only():
+    assert uses_engine(build())
+    assert not uses_engine(build().bfloat16())
+    assert not uses_engine(nn.Linear(1, 1))
+    net = teacher().net
+    assert ds.Sampler(teacher(net), engine=False).model.net is net
+
+
+def test_compile_and_engine_are_not_combined():
+    with pytest.raises(ValueError, match=r"^Sampler: compile and engine"):
+        ds.Sampler(teacher(), compile=True, engine=True)
+
+
+# --- the printed plan
+
+
+def test_a_plan_counts_the_flops_of_the_network():
+    net, (x, t) = build(), inputs(1)
+    off = Rewrites(*[False] * len(Rewrites.__dataclass_fields__))
+    plan = Plan.of(net, CPU, off)
+    # The counter does not know PyTorch's attention on CPUs.
+    with (
+        torch.no_grad(),
+        ds.ops.use_backend("reference"),
+        FlopCounterMode(display=False) as counter,
+    ):
+        net(x, t)
+    linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    time = sum(2 * m.weight.numel() for m in linear)
+    assert sum(map(plan.flops, plan.steps)) == counter.get_total_flops() - time
+
+
+def test_a_plan_s_floor_is_the_larger_of_its_two_times():
+    plan = Plan.of(build(), CPU)
+    step = plan.steps[0]
+    lines = plan.text(CPU, tflops=1e-6, gbs=1e6).splitlines()
+    assert len(lines) == len(plan.steps) + 3
+    assert float(lines[1].split()[-1]) == pytest.approx(4 * plan.flops(step), rel=1e-3)
+    size = plan.bytes(step, CPU)
+    assert size == 4 * (4 * (2 + 8) * 64 + math.prod(step.call.weight.shape))
+
+
+def test_a_plan_knows_how_much_is_alive_at_once():
+    """By running it: the values that the engine holds."""
+    net, (x, _) = build(), inputs(1)
+    engine = Engine(net, [0], dtype=torch.float64)
+    most = 0
+    held = {"x": x.numel()}
+    for _, step, last in engine._prepared:
+        held |= {name: math.prod(engine.plan.shapes[name]) for name in step.outputs}
+        most = max(most, sum(held.values()))
+        for name in last:
+            del held[name]
+    assert list(held) == [engine.plan.steps[-1].outputs[0]]
+    assert engine.plan.peak() == most
