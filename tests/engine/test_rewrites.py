@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+import ds
 from ds import presets
 from ds.engine import Engine, Place, Plan, Rewrites
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
@@ -76,3 +77,15 @@ def test_every_architecture_is_exact(name):
     assert relative_rms(found, exact) < 1e-5
     found = Engine(net.float(), [800], dtype=torch.bfloat16)(x, at(800, x))
     assert relative_rms(found, exact) <= 2 * relative_rms(narrow(x, at(800, x)), exact)
+
+
+@torch.no_grad()
+def test_the_whole_cifar10_network_is_exact():
+    net = presets.cifar10().net.build().eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p += 0.02 * torch.randn(p.shape, generator=generator)
+    x, t = ds.noise(0, range(2), net.shape), torch.full((2,), 500)
+    found = Engine(net, [500], images=2)(x, t)
+    exact = net.double()(x.double(), t)
+    assert relative_rms(found, exact) < 1e-5
