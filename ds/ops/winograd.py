@@ -67,7 +67,7 @@ def winograd_conv(
     if len(dtypes) > 1 or not x.is_floating_point():
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"winograd_conv: all must have one floating dtype, not {found}")
-    return torch.ops.ds.winograd_conv(x, weight, bias, residual, doubled)
+    return _op(x, weight, bias, residual, doubled)
 
 
 @functools.cache
