@@ -20,6 +20,7 @@ from ds.ops.group_norm_silu import backward, forward
 from tests.ops.test_group_norm_silu import (
     SOURCES,
     assert_as_exact,
+    cancelling,
     check_merging,
     combinations,
     inputs,
@@ -93,9 +94,10 @@ def check_backward(grad, x, weight, bias, groups, silu) -> None:
 
     actual = run_backward(grad, x, weight, bias, groups, silu)
     baseline, exact = gradients(x.dtype), gradients(torch.float64)
-    for a, b, e in zip(actual, baseline, exact, strict=True):
+    terms = cancelling("triton", x, weight, grad, groups).values()
+    for a, b, e, size in zip(actual, baseline, exact, terms, strict=True):
         assert a.shape == e.shape
-        assert_as_exact(a, b, e, factor=3)
+        assert_as_exact(a, b, e, factor=3, terms=size)
 
 
 def gradient_like(x: Tensor) -> Tensor:
