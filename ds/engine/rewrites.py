@@ -136,8 +136,8 @@ def _in_tiles(call: Conv | Phases) -> Winograd:
     return Winograd(call.weight, call.bias, doubled=isinstance(call, Phases))
 
 
-# With fewer the weights, four times as many, take longer to read than they save: 8 tiles of 256
-# channels took 2.1 ms instead of 1.7 on one core of an EPYC with AVX2, 32 tiles 3.5 instead of 6.7.
+# With fewer the weights, four times as many, take longer to read than they save: at 8 tiles of 256
+# channels it is about a tie on one core of an EPYC with AVX2. Where between it turns was not timed.
 FEWEST_TILES = 16
 
 REWRITES = (
