@@ -166,7 +166,7 @@ def digits() -> Preset:
         method=DenoisingStudent(loss_type="l1"),
         train=train,
         teach=replace(
-            train, epochs=79, warmup_steps=100, decay="none", ema_decay=0.998, check_every=1000
+            train, epochs=40, warmup_steps=100, decay="none", ema_decay=0.995, check_every=560
         ),
         machine=Machine(threads=1 if narrow else 0),
     )  # fmt: skip
