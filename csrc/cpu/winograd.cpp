@@ -1,9 +1,17 @@
-// The two ends of a 3x3 convolution by Winograd's F(4x4, 3x3): images to tiles, tiles to images.
+// A 3x3 convolution by Winograd's F(4x4, 3x3): images to tiles, 36 matrix products, tiles to images.
 //
-// Between them are 36 matrix products, which are left to the library that has them. Images are
-// [N, H, W, C]; what is multiplied is [36, tiles, C], with the tiles of an image in reading order.
-// The points are 0, +-a, +-b and infinity with a = 5/8 and b = 3/2 (ds/ops/winograd.py); all
-// constants below are exact in float32.
+// A task is a block of tiles, which goes through all three while it is in a cache. In between it is
+// [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order and a cache line
+// between the 36, or as powers of two apart they would all compete for the same few lines. The
+// points are 0, +-a, +-b and infinity with a = 5/8 and b = 3/2 (ds/ops/winograd.py); all constants
+// below are exact in float32.
+//
+// The products take the weight in panels [C, 16], of which kDepth rows fit the L1 cache, and hold
+// kRows<V> x 16 sums in registers. The order of a sum depends on C alone, so neither the block nor
+// the batch nor the number of threads moves a bit.
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
 
 namespace {
@@ -11,19 +19,38 @@ namespace {
 constexpr float kA = 0.625f, kB = 1.5f;
 constexpr float kA2 = kA * kA, kB2 = kB * kB;
 constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB;
-constexpr int64_t kSerialTiles = 4;  // with fewer, a second thread costs more than it brings
+constexpr int64_t kPoints = 36;
+constexpr int64_t kPanel = 16;   // output channels of a panel
+constexpr int64_t kDepth = 256;  // input channels of a product, whose sums another one goes on with
+constexpr int64_t kLine = 16;    // floats
+
+// Rows of a product: with a row of the panel and a factor they fill 16 registers, 32 of Floats16.
+template <class V>
+constexpr int64_t kRows = sizeof(V) == 64 ? 24 : sizeof(V) == 32 ? 6 : 2;
 
 struct Call {
-  const float* from;
-  const float* bias;      // [C] or null
-  const float* residual;  // as the image or null
-  float* to;
-  int64_t images, height, width, channels;  // of the image at the side of the tiles
-  bool doubled;                             // every pixel read twice in both directions
+  const float* x;
+  const float* weight;
+  const float* bias;      // or null
+  const float* residual;  // or null
+  float* y;
+  int64_t images, height, width, channels, out;  // height and width of y
+  int64_t block;                                 // tiles of a task
+  bool doubled;                                  // every pixel of x counts twice in both directions
 
   int64_t rows() const { return (height + 3) / 4; }
   int64_t columns() const { return (width + 3) / 4; }
   int64_t tiles() const { return images * rows() * columns(); }
+};
+
+// Where a tile begins.
+struct Tile {
+  int64_t image, top, left;
+
+  INLINE Tile(const Call& call, int64_t index)
+      : image(index / (call.rows() * call.columns())),
+        top(index / call.columns() % call.rows() * 4),
+        left(index % call.columns() * 4) {}
 };
 
 // One direction of B^T d: six pixels to six points.
@@ -51,73 +78,112 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
   out[3] = kA3 * difference_a + kB3 * difference_b + m[5 * step];
 }
 
-struct Input {
-  template <class V>
-  static INLINE void run(int64_t begin, int64_t end, void* context) {
-    const Call& call = *static_cast<const Call*>(context);
-    const int64_t channels = call.channels, plane = call.tiles() * channels;
-    const int64_t source_width = call.width >> call.doubled;
-    const int64_t source_size = (call.height >> call.doubled) * source_width * channels;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t image = tile / (call.rows() * call.columns());
-      const int64_t top = tile / call.columns() % call.rows() * 4 - 1;
-      const int64_t left = tile % call.columns() * 4 - 1;
-      const float* source = call.from + image * source_size;
-      for (int64_t c = 0; c < channels; c += kLanes<V>) {
-        V across[36];
-        for (int64_t i = 0; i < 6; ++i) {
-          const int64_t y = top + i;
-          V pixels[6];
-          for (int64_t j = 0; j < 6; ++j) {
-            const int64_t x = left + j;
-            const bool inside = y >= 0 && y < call.height && x >= 0 && x < call.width;
-            const int64_t pixel = (y >> call.doubled) * source_width + (x >> call.doubled);
-            pixels[j] = inside ? load<V>(source + pixel * channels + c) : splat<V>(0.0f);
-          }
-          to_points(pixels, 1, across + 6 * i);
-        }
-        for (int64_t j = 0; j < 6; ++j) {
-          V points[6];
-          to_points(across + j, 6, points);
-          for (int64_t i = 0; i < 6; ++i) {
-            store(points[i], call.to + (6 * i + j) * plane + tile * channels + c);
-          }
-        }
+// A tile of x, with the pixels around it, to its row of each point.
+template <class V>
+INLINE void transform_input(const Call& call, const Tile& tile, float* to, int64_t plane) {
+  const int64_t width = call.width >> call.doubled, height = call.height >> call.doubled;
+  const float* image = call.x + tile.image * height * width * call.channels;
+  for (int64_t c = 0; c < call.channels; c += kLanes<V>) {
+    V across[kPoints];
+    for (int64_t i = 0; i < 6; ++i) {
+      const int64_t y = tile.top - 1 + i;
+      V pixels[6];
+      for (int64_t j = 0; j < 6; ++j) {
+        const int64_t x = tile.left - 1 + j;
+        const bool inside = y >= 0 && y < call.height && x >= 0 && x < call.width;
+        const int64_t pixel = (y >> call.doubled) * width + (x >> call.doubled);
+        pixels[j] = inside ? load<V>(image + pixel * call.channels + c) : splat<V>(0.0f);
+      }
+      to_points(pixels, 1, across + 6 * i);
+    }
+    for (int64_t j = 0; j < 6; ++j) {
+      V points[6];
+      to_points(across + j, 6, points);
+      for (int64_t i = 0; i < 6; ++i) store(points[i], to + (6 * i + j) * plane + c);
+    }
+  }
+}
+
+// The row of each point to a tile of y.
+template <class V>
+INLINE void transform_output(const Call& call, const Tile& tile, const float* from, int64_t plane) {
+  for (int64_t c = 0; c < call.out; c += kLanes<V>) {
+    V down[24];  // [6, 4]
+    for (int64_t j = 0; j < 6; ++j) {
+      V points[6];
+      for (int64_t i = 0; i < 6; ++i) points[i] = load<V>(from + (6 * i + j) * plane + c);
+      to_pixels(points, 1, down + 4 * j);
+    }
+    const V bias = call.bias == nullptr ? splat<V>(0.0f) : load<V>(call.bias + c);
+    for (int64_t i = 0; i < 4 && tile.top + i < call.height; ++i) {
+      V pixels[4];
+      to_pixels(down + i, 4, pixels);
+      for (int64_t j = 0; j < 4 && tile.left + j < call.width; ++j) {
+        const int64_t row = tile.image * call.height + tile.top + i;
+        const int64_t at = (row * call.width + tile.left + j) * call.out + c;
+        V value = pixels[j] + bias;
+        if (call.residual != nullptr) value += load<V>(call.residual + at);
+        store(value, call.y + at);
       }
     }
   }
-};
+}
 
-struct Output {
+// kRows<V> rows of a product with `depth` rows of a panel, added to what is there if `more`.
+template <class V>
+INLINE void multiply(const float* rows, int64_t channels, const float* panel, int64_t depth,
+                     bool more, float* to, int64_t out) {
+  constexpr int64_t vectors = kPanel / kLanes<V>;
+  V sums[kRows<V>][vectors] = {};
+  if (more) {
+    for (int64_t r = 0; r < kRows<V>; ++r) {
+      for (int64_t v = 0; v < vectors; ++v) sums[r][v] = load<V>(to + r * out + v * kLanes<V>);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V weights[vectors];
+    for (int64_t v = 0; v < vectors; ++v) weights[v] = load<V>(panel + k * kPanel + v * kLanes<V>);
+    for (int64_t r = 0; r < kRows<V>; ++r) {
+      const float factor = rows[r * channels + k];
+      for (int64_t v = 0; v < vectors; ++v) sums[r][v] += factor * weights[v];
+    }
+  }
+  for (int64_t r = 0; r < kRows<V>; ++r) {
+    for (int64_t v = 0; v < vectors; ++v) store(sums[r][v], to + r * out + v * kLanes<V>);
+  }
+}
+
+struct Convolve {
   template <class V>
   static INLINE void run(int64_t begin, int64_t end, void* context) {
     const Call& call = *static_cast<const Call*>(context);
-    const int64_t channels = call.channels, plane = call.tiles() * channels;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t image = tile / (call.rows() * call.columns());
-      const int64_t top = tile / call.columns() % call.rows() * 4;
-      const int64_t left = tile % call.columns() * 4;
-      for (int64_t c = 0; c < channels; c += kLanes<V>) {
-        V down[24];  // [6, 4]
-        for (int64_t j = 0; j < 6; ++j) {
-          V points[6];
-          for (int64_t i = 0; i < 6; ++i) {
-            points[i] = load<V>(call.from + (6 * i + j) * plane + tile * channels + c);
-          }
-          to_pixels(points, 1, down + 4 * j);
-        }
-        const V bias = call.bias == nullptr ? splat<V>(0.0f) : load<V>(call.bias + c);
-        for (int64_t i = 0; i < 4 && top + i < call.height; ++i) {
-          V pixels[4];
-          to_pixels(down + i, 4, pixels);
-          for (int64_t j = 0; j < 4 && left + j < call.width; ++j) {
-            const int64_t row = image * call.height + top + i;
-            const int64_t at = (row * call.width + left + j) * channels + c;
-            V value = pixels[j] + bias;
-            if (call.residual != nullptr) value += load<V>(call.residual + at);
-            store(value, call.to + at);
+    const int64_t channels = call.channels, out = call.out;
+    const int64_t rows = (call.block + kRows<V> - 1) / kRows<V> * kRows<V>;
+    const int64_t from_plane = rows * channels + kLine, to_plane = rows * out + kLine;
+    // Kept, since new memory costs a page fault every 4 kB.
+    static thread_local std::vector<float> from, to;
+    from.resize(std::max<size_t>(from.size(), kPoints * from_plane));
+    to.resize(std::max<size_t>(to.size(), kPoints * to_plane));
+    for (int64_t first = begin * call.block; first < end * call.block; first += call.block) {
+      const int64_t count = std::min(call.block, call.tiles() - first);
+      for (int64_t t = 0; t < count; ++t) {
+        transform_input<V>(call, Tile(call, first + t), &from[t * channels], from_plane);
+      }
+      for (int64_t point = 0; point < kPoints; ++point) {
+        const float* a = &from[point * from_plane];
+        for (int64_t o = 0; o < out; o += kPanel) {
+          const float* panel = call.weight + (point * out + o) * channels;
+          for (int64_t c = 0; c < channels; c += kDepth) {
+            const int64_t depth = std::min(kDepth, channels - c);
+            for (int64_t t = 0; t < count; t += kRows<V>) {
+              multiply<V>(a + t * channels + c, channels, panel + c * kPanel, depth, c > 0,
+                          &to[point * to_plane + t * out + o], out);
+            }
           }
         }
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        transform_output<V>(call, Tile(call, first + t), &to[t * out], to_plane);
       }
     }
   }
@@ -125,20 +191,14 @@ struct Output {
 
 }  // namespace
 
-// x [images, height, width, channels], or of half the height and width if doubled, to
-// tiles [36, count, channels]. Channels are a multiple of 16. Returns 0, or the error code of the
-// thread pool.
-EXPORT int ds_winograd_input(const float* x, float* tiles, int64_t images, int64_t height,
-                             int64_t width, int64_t channels, bool doubled) {
-  Call call{x, nullptr, nullptr, tiles, images, height, width, channels, doubled};
-  return parallel_for(call.tiles(), kSerialTiles, choose<Input>(), &call);
-}
-
-// tiles [36, count, channels] to y [images, height, width, channels], plus bias [channels] and
-// residual, of the shape of y, each of which may be null.
-EXPORT int ds_winograd_output(const float* tiles, const float* bias, const float* residual,
-                              float* y, int64_t images, int64_t height, int64_t width,
-                              int64_t channels) {
-  Call call{tiles, bias, residual, y, images, height, width, channels, false};
-  return parallel_for(call.tiles(), kSerialTiles, choose<Output>(), &call);
+// x [images, height, width, channels], or of half the height and width if doubled, and weight [36,
+// out / 16, channels, 16] to y [images, height, width, out], plus bias [out] and residual, of the
+// shape of y, each of which may be null. Channels and out are multiples of 16; `block` tiles of 4 x
+// 4 pixels make a task. Returns 0, or the error code of the thread pool.
+EXPORT int ds_winograd_conv(const float* x, const float* weight, const float* bias,
+                            const float* residual, float* y, int64_t images, int64_t height,
+                            int64_t width, int64_t channels, int64_t out, int64_t block,
+                            bool doubled) {
+  Call call{x, weight, bias, residual, y, images, height, width, channels, out, block, doubled};
+  return parallel_for((call.tiles() + block - 1) / block, 1, choose<Convolve>(), &call);
 }

@@ -14,11 +14,15 @@ from ds.ops._op import Op, Unsupported
 # They and their products up to a^2 b^2 are exact in float32.
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 _TILE = 4  # pixels of a result, in both directions
-_BLOCK = 256  # tiles that go through the products together, to stay in a cache
+_PANEL = 16  # output channels that a product takes at a time
+_BLOCK = 48  # tiles that go through the products together, to stay in a cache
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """Transform the weight of a 3x3 convolution [O, C, 3, 3] for winograd_conv; float64 [36, C, O].
+    """Transform the weight of a 3x3 convolution [O, C, 3, 3] for winograd_conv, in float64.
+
+    The result is [36, O / P, C, P]: panels of P = 16 output channels, or one of all of them where
+    16 does not divide them.
 
     Raises:
         ValueError: the weight is not of that shape.
@@ -28,7 +32,9 @@ def winograd_weight(weight: Tensor) -> Tensor:
             f"winograd_weight: weight must be [O, C, 3, 3], not of shape {list(weight.shape)}"
         )
     g = _matrices()[1].to(weight.device)
-    return torch.einsum("ik,ockl,jl->ijco", g, weight.double(), g).flatten(0, 1).contiguous()
+    panel = _PANEL if len(weight) % _PANEL == 0 else max(len(weight), 1)
+    panels = weight.double().unflatten(0, (-1, panel))
+    return torch.einsum("ik,opckl,jl->ijocp", g, panels, g).flatten(0, 1).contiguous()
 
 
 def winograd_conv(
@@ -39,7 +45,7 @@ def winograd_conv(
     *,
     doubled: bool = False,
 ) -> Tensor:
-    """Convolve x [N, C, H, W] with a weight of winograd_weight, [36, C, O], padding by 1.
+    """Convolve x [N, C, H, W] with a weight of winograd_weight, padding by 1.
 
     bias [O] and residual [N, O, H, W] are added if given. If `doubled`, every pixel of x counts
     twice in both directions, and the result is [N, O, 2 H, 2 W]. All are of one dtype; the result
@@ -50,13 +56,13 @@ def winograd_conv(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    if x.dim() != 4 or weight.dim() != 3 or list(weight.shape[:2]) != [36, x.shape[1]]:
+    if x.dim() != 4 or weight.dim() != 4 or [*weight.shape[::2]] != [36, x.shape[1]]:
         raise ValueError(
-            f"winograd_conv: x must be [N, C, H, W] and weight [36, C, O], not of shapes "
+            f"winograd_conv: x must be [N, C, H, W] and weight [36, O / P, C, P], not of shapes "
             f"{list(x.shape)} and {list(weight.shape)}"
         )
     images, _, h, w = x.shape
-    out = weight.shape[2]
+    out = _channels(weight)
     image = [images, out, h << doubled, w << doubled]
     shapes = {"bias": (bias, [out]), "residual": (residual, image)}
     for name, (tensor, shape) in shapes.items():
@@ -68,6 +74,10 @@ def winograd_conv(
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"winograd_conv: all must have one floating dtype, not {found}")
     return _op(x, weight, bias, residual, doubled)
+
+
+def _channels(weight: Tensor) -> int:
+    return weight.shape[1] * weight.shape[3]
 
 
 @functools.cache
@@ -110,7 +120,8 @@ def reference(
     h, w = d.shape[2:]
     d = F.pad(d, (1, 1 + -w % _TILE, 1, 1 + -h % _TILE)).unfold(2, 6, _TILE).unfold(3, 6, _TILE)
     v = torch.einsum("ik,nchwkl,jl->ijnhwc", b, d, b)
-    m = torch.einsum("anhwc,aco->anhwo", v.flatten(0, 1), weight.to(wide)).unflatten(0, (6, 6))
+    m = torch.einsum("anhwc,aocp->anhwop", v.flatten(0, 1), weight.to(wide))
+    m = m.flatten(-2).unflatten(0, (6, 6))
     y = torch.einsum("pi,ijnhwo,qj->nohpwq", a, m, a).flatten(4, 5).flatten(2, 3)[:, :, :h, :w]
     if bias is not None:
         y = y + bias.to(wide)[:, None, None]
@@ -121,7 +132,7 @@ def reference(
 
 def fake(x, weight, bias, residual, doubled):
     images, _, h, w = x.shape
-    y = x.new_empty((images, h << doubled, w << doubled, weight.shape[2]))
+    y = x.new_empty((images, h << doubled, w << doubled, _channels(weight)))
     return y.permute(0, 3, 1, 2)
 
 
@@ -135,42 +146,31 @@ _op = Op(
 
 @_op.backend("cpu", "cpu")
 def _():
-    """The library's transforms, with PyTorch's matrix products between them."""
-    lib = _native.library()
+    kernel = _native.library().ds_winograd_conv
 
     def launch(x, weight, bias, residual, doubled):
-        channels, out = weight.shape[1:]
-        if x.dtype != torch.float32 or channels % 16 or out % 16:
+        channels, panel = weight.shape[2:]
+        if x.dtype != torch.float32 or channels % _PANEL or panel != _PANEL:
             raise Unsupported(
-                f"it takes float32 and multiples of 16 channels, not {x.dtype}, {channels}, {out}"
+                f"it takes float32 and multiples of {_PANEL} channels, not {x.dtype}, {channels}, "
+                f"{_channels(weight)}"
             )
-        x = x.contiguous(memory_format=torch.channels_last)
-        y = fake(x, weight, bias, residual, doubled)
+        x, y = (
+            x.contiguous(memory_format=torch.channels_last),
+            fake(x, weight, bias, residual, doubled),
+        )
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if bias is not None:
-            bias = bias.contiguous()
-        h, w = y.shape[2:]
-        tiles = -(-h // _TILE) * -(-w // _TILE)  # of an image
-        block = max(1, _BLOCK // max(tiles, 1))  # images
-        v, m = (x.new_empty(36 * min(block, len(x)) * tiles * c) for c in (channels, out))
-        for i in range(0, len(x), block):
-            part, result = x[i : i + block], y[i : i + block]
-            count = len(part)
-            error = lib.ds_winograd_input(
-                part.data_ptr(), v.data_ptr(), count, h, w, channels, doubled
-            )
-            _native.check("winograd_conv", error)
-            left, products = (
-                t[: 36 * count * tiles * c].view(36, -1, c) for t, c in ((v, channels), (m, out))
-            )
-            torch.bmm(left, weight, out=products)
-            error = lib.ds_winograd_output(
-                m.data_ptr(), None if bias is None else bias.data_ptr(),
-                None if residual is None else residual[i : i + block].data_ptr(),
-                result.data_ptr(), count, h, w, out,
-            )  # fmt: skip
-            _native.check("winograd_conv", error)
+        images, out, h, w = y.shape
+        tiles = images * -(-h // _TILE) * -(-w // _TILE)
+        error = kernel(
+            x.data_ptr(), weight.contiguous().data_ptr(),
+            None if bias is None else bias.contiguous().data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(), images, h, w, channels, out,
+            max(1, min(_BLOCK, -(-tiles // torch.get_num_threads()))), doubled,
+        )  # fmt: skip
+        _native.check("winograd_conv", error)
         return y
 
     return launch

@@ -71,7 +71,7 @@ def test_the_kernel_is_as_exact_as_the_convolution(images, channels, out, h, w, 
 
 
 def test_many_channels_and_blocks_of_tiles_are_as_exact_as_the_convolution():
-    args = case(5, 256, 64, 32, 32, torch.float32)
+    args = case(5, 272, 64, 32, 32, torch.float32)
     exact = direct(*wide(*args))
     x, weight, bias, residual = args
     found = ops.winograd_conv(x, ops.winograd_weight(weight).float(), bias, residual)
@@ -95,6 +95,15 @@ def test_the_same_arguments_give_the_same_bits_in_any_memory_format():
     assert torch.equal(found, again)
 
 
+def test_an_image_has_the_bits_that_it_would_have_alone():
+    x, weight, bias, residual = case(13, 272, 16, 9, 8, torch.float32)
+    packed = ops.winograd_weight(weight).float()
+    found = ops.winograd_conv(x, packed, bias, residual)
+    for i in (0, 7, 12):
+        alone = ops.winograd_conv(x[i : i + 1], packed, bias, residual[i : i + 1])
+        assert torch.equal(found[i], alone[0])
+
+
 def test_the_op_is_sound():
     x, weight, bias, residual = case(2, 16, 16, 6, 5, torch.float32)
     args = x, ops.winograd_weight(weight).float(), bias, residual, False
@@ -115,14 +124,17 @@ def test_it_compiles_as_one_graph():
     ("change", "message"),
     [
         ({"x": torch.zeros(1, 2, 4)}, r"x must be \[N, C, H, W\]"),
-        ({"weight": torch.zeros(36, 3, 4)}, r"weight \[36, C, O\], not of shapes .*\[36, 3, 4\]"),
+        (
+            {"weight": torch.zeros(36, 1, 3, 4)},
+            r"weight \[36, O / P, C, P\], not of .*\[36, 1, 3, 4\]",
+        ),
         ({"bias": torch.zeros(3)}, r"bias must be \[4\], not of shape \[3\]"),
         ({"residual": torch.zeros(1, 4, 5, 4)}, r"residual must be \[1, 4, 4, 4\]"),
         ({"bias": torch.zeros(4).half()}, "must have one floating dtype, not torch.float16, "),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(change, message):
-    args = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(36, 2, 4)} | change
+    args = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(36, 1, 2, 4)} | change
     with pytest.raises(ValueError, match=f"^winograd_conv: .*{message}"):
         ops.winograd_conv(**args)
 
