@@ -46,22 +46,29 @@ class Op:
         self._loaders: dict[tuple[str, str], Callable[[], Kernel]] = {}
         self._reference = reference
         self._chains: dict[tuple[str, str | None], list[tuple[str, Kernel]]] = {}
+        self._function: type[torch.autograd.Function] | None = None
         _library.define(schema)
         key = "CompositeExplicitAutograd" if fake else "CompositeImplicitAutograd"
         _library.impl(self.name, self._run, key)
         if fake:
             torch.library.register_fake(f"ds::{self.name}", fake, lib=_library)
         self._dispatched = getattr(torch.ops.ds, self.name)
+        arguments = self._dispatched.default._schema.arguments
+        self._defaults = [argument.default_value for argument in arguments]
         _ops.append(self)
 
     def __call__(self, *args):
-        """Call the op, past PyTorch's dispatcher where nothing but the result is wanted.
+        """Call the op, past PyTorch's dispatcher where nobody but autograd takes notice.
 
         The dispatcher takes longer than the launch (docs/notes/0003), and does nothing then.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched(args):
+        if torch.compiler.is_compiling() or _watched(args):
             return self._dispatched(*args)
-        return self._run(*args)
+        if not torch.is_grad_enabled():
+            return self._run(*args)
+        if self._function is None:
+            return self._dispatched(*args)
+        return self._function.apply(*args, *self._defaults[len(args) :])
 
     def backend(self, name: str, *devices: str) -> Callable[[Callable[[], Kernel]], None]:
         """Add a backend by its loader, which returns the kernel or raises ImportError."""
@@ -76,6 +83,14 @@ class Op:
         torch.library.register_autograd(
             f"ds::{self.name}", backward, setup_context=setup_context, lib=_library
         )
+
+        def forward(ctx, *args):
+            outputs = self._run(*args)
+            setup_context(ctx, args, outputs)
+            return outputs
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.name, (torch.autograd.Function,), methods)
 
     def backends(self) -> set[str]:
         """Return the names of the backends on any device."""

@@ -556,13 +556,20 @@ def _save(ctx, inputs, output):
     if ctx.keep:  # backward needs no part of it then, and of shift the dtype only
         x, residual, skip = merged, None, None
     ctx.save_for_backward(x, weight, bias, mean, rstd, shift, residual, skip)
+    ctx.set_materialize_grads(False)  # which would fill zeros for outputs that are not used
 
 
 @once_differentiable
 def _gradient(ctx, grad, _mean, _rstd, grad_merged):
     x, weight, bias, mean, rstd, *parts = ctx.saved_tensors
+    if grad is None:  # of y, which nobody used
+        if grad_merged is None or not ctx.keep:
+            return (None,) * len(ctx.needs_input_grad)
+        grad = torch.zeros_like(x)
+    if ctx.keep and grad_merged is None:
+        grad_merged = torch.zeros_like(x)
     parts.append(grad_merged if ctx.keep else None)
-    d_x, d_weight, d_bias, d_shift, d_skip = torch.ops.ds.group_norm_silu_backward(
+    d_x, d_weight, d_bias, d_shift, d_skip = backward(
         grad, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, ctx.split, *parts
     )
     gradients = zip((d_shift, d_x, d_skip), ctx.given, strict=True)

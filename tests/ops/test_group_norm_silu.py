@@ -747,3 +747,32 @@ def test_errors_name_the_part_that_does_not_fit(change, message):
     x, weight, bias = inputs((2, 8, 4, 4), torch.float32)
     with pytest.raises(ValueError, match=f"^merge_group_norm_silu: .*{message}"):
         ds.ops.merge_group_norm_silu(x, weight, bias, 2, **change)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_branch_alone_has_its_gradient(used):
+    generator = torch.Generator().manual_seed(0)
+    x, skip = (torch.randn(2, 4, 3, 3, generator=generator).requires_grad_() for _ in range(2))
+    weight, bias = torch.randn(2, 8, generator=generator)
+    outputs = ds.ops.merge_group_norm_silu(x, weight, bias, 4, skip=skip)
+    merged = torch.cat([x, skip], 1)
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(merged, 4, weight, bias, 1e-6))
+    grad = torch.randn(2, 8, 3, 3, generator=generator)
+    found = torch.autograd.grad(outputs[used], (x, skip), grad)
+    expected = torch.autograd.grad((exact, merged)[used], (x, skip), grad)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_are_the_same_bits_through_the_dispatcher():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 3, 3, generator=generator).requires_grad_()
+    weight, bias = torch.randn(2, 8, generator=generator).requires_grad_()
+    direct = ds.ops.group_norm_silu(x, weight, bias, 4)
+    dispatched = torch.ops.ds.group_norm_silu(x, weight, bias, 4, 1e-6, True)[0]
+    grad = torch.randn(2, 8, 3, 3, generator=generator)
+    for found, expected in zip(
+        torch.autograd.grad(direct, (x, weight, bias), grad),
+        torch.autograd.grad(dispatched, (x, weight, bias), grad),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
