@@ -153,7 +153,7 @@ def digits() -> Preset:
     """
     narrow = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     train = TrainConfig(
-        batch_size=64, epochs=5, lr=2e-3, warmup_steps=50, betas=(0.9, 0.999), decay="cosine",
+        batch_size=64, epochs=7, lr=3e-3, warmup_steps=50, betas=(0.9, 0.999), decay="cosine",
         ema_decay=0.98, precision="bfloat16" if narrow else "float32", check_every=250,
     )  # fmt: skip
     return Preset(
@@ -166,7 +166,8 @@ def digits() -> Preset:
         method=DenoisingStudent(loss_type="l1"),
         train=train,
         teach=replace(
-            train, epochs=40, warmup_steps=100, decay="none", ema_decay=0.995, check_every=560
+            train, epochs=40, lr=2e-3, warmup_steps=100, decay="none", ema_decay=0.995,
+            check_every=560,
         ),
         machine=Machine(threads=1 if narrow else 0),
     )  # fmt: skip
