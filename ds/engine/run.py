@@ -1,14 +1,19 @@
 """The network that runs a plan, in the place of the U-Net it was made of."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ds.engine.calls import Place
+from ds.engine.calls import Place, values
 from ds.engine.plan import INPUT, Plan, time_rows
 from ds.engine.rewrites import Rewrites
 from ds.nets import UNet
+
+# Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
+# what its last cache keeps until the next call of the plan reads it.
+CACHE = 16 * 2**20
 
 
 class Engine(nn.Module):
@@ -16,10 +21,11 @@ class Engine(nn.Module):
 
     What `times` need is computed ahead. On a CPU another time is computed when it first comes, and
     different times in a call are a ValueError; a GPU is not waited for, and makes the result NaN
-    for both. The result has the dtype of x. The weights are packed for calls of `images` images;
-    those that need no packing are shared with the U-Net, which must not change any more. An engine
-    has no parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not
-    given; a float64 network keeps float64.
+    for both. The result has the dtype of x. The weights are packed for calls of `images` images, on
+    a CPU of as many of them as fit its cache, and larger batches are taken in such parts. Those
+    that need no packing are shared with the U-Net, which must not change any more. An engine has no
+    parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not given;
+    a float64 network keeps float64.
 
     Raises:
         ValueError: the network is no U-Net of ds.nets, or on a GPU and without times.
@@ -41,6 +47,11 @@ class Engine(nn.Module):
         self.place = Place(weight.device, dtype or _dtype(weight), images)
         self.rewrites = rewrites or Rewrites.good_for(self.place)
         self.plan = Plan.of(net, self.place, self.rewrites)
+        if weight.device.type == "cpu":
+            largest = max(values((shape,)) for shape in self.plan.shapes.values())
+            fit = max(1, CACHE // (largest * self.place.dtype.itemsize))
+            self.place = replace(self.place, images=min(images, fit))
+            self.plan = Plan.of(net, self.place, self.rewrites)
         self.shape = net.shape
         self._prepared = self.plan.prepare(self.place)
         self._times = torch.tensor(sorted(set(times)), dtype=torch.int64, device=weight.device)
@@ -53,14 +64,19 @@ class Engine(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if not len(x):
             return x.clone()
-        row = self._row(t)
-        values = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
+        row, parts = self._row(t), (x,)
+        if x.device.type == "cpu":
+            parts = x.split(self.place.images)
+        return torch.cat([self._run(row, part) for part in parts])
+
+    def _run(self, row: Tensor, x: Tensor) -> Tensor:
+        made = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
         for run, step, last in self._prepared:
-            made = run(row, *(values[name] for name in step.inputs))
-            values |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True)
+            out = run(row, *(made[name] for name in step.inputs))
+            made |= zip(step.outputs, out if isinstance(out, tuple) else (out,), strict=True)
             for name in last:  # its memory goes to what comes next
-                del values[name]
-        (result,) = values.values()
+                del made[name]
+        (result,) = made.values()
         return result.to(x.dtype)
 
     def _row(self, t: Tensor) -> Tensor:

@@ -53,6 +53,17 @@ def test_an_engine_leaves_its_input_alone_and_repeats_itself():
     assert torch.equal(x, z)
 
 
+@torch.no_grad()
+def test_a_batch_that_no_cache_holds_is_taken_in_parts(monkeypatch):
+    net, (x, _) = build(), inputs()
+    monkeypatch.setattr("ds.engine.run.CACHE", 1)
+    engine = Engine(net, [5])
+    assert engine.place.images == 1
+    t = torch.full((3,), 5)
+    assert torch.equal(engine(x, t)[1:2], engine(x[1:2], t[:1]))
+    assert relative_rms(engine(x, t), net(x, t)) < 1e-5
+
+
 def test_no_images_give_no_images():
     assert Engine(build())(torch.zeros(0, 2, 8, 8), torch.zeros(0)).shape == (0, 2, 8, 8)
 
