@@ -21,7 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ValueError: the shapes or dtypes do not fit.
     """
     _check("attention", q, k, v)
-    return torch.ops.ds.attention(q, k, v)
+    return op(q, k, v)
 
 
 def attention_residual(
@@ -52,7 +52,7 @@ def attention_residual(
         raise ValueError(
             f"attention_residual: residual must be {q.dtype} as q, k and v, not {residual.dtype}"
         )
-    return torch.ops.ds.attention_residual(q, k, v, weight, bias, residual)
+    return residual_op(q, k, v, weight, bias, residual)
 
 
 def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -172,6 +172,6 @@ def _(q, k, v, weight, bias, residual):
 @residual_op.backend("sdpa", "cpu", "cuda")
 def _():
     def launch(q, k, v, weight, bias, residual):
-        return _with_residual(torch.ops.ds.attention(q, k, v), weight, bias, residual)
+        return _with_residual(op(q, k, v), weight, bias, residual)
 
     return launch

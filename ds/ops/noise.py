@@ -42,7 +42,7 @@ def noise(
         raise ValueError(f"noise: dtype must be floating point, not {dtype}")
     shape = tuple(shape)
     bits = signed("noise", "seed", seed)
-    z = torch.ops.ds.noise(indices, bits, math.prod(shape), dtype)
+    z = _op(indices, bits, math.prod(shape), dtype)
     return z.view(len(indices), *shape)
 
 
@@ -132,7 +132,7 @@ def _():
     kernels = triton_kernels("noise")
 
     def launch(indices, seed, size, dtype):
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype not in _native.TYPES:
             raise Unsupported(f"it makes float32, float16 or bfloat16, not {dtype}")
         with torch.cuda.device_of(indices):
             return kernels.noise(indices.contiguous(), seed, size, dtype)

@@ -33,7 +33,7 @@ def prepare_batch(
     if not dtype.is_floating_point:
         raise ValueError(f"prepare_batch: dtype must be floating point, not {dtype}")
     bits = signed("prepare_batch", "seed", seed)
-    return torch.ops.ds.prepare_batch(images, indices, bits, dtype)
+    return _op(images, indices, bits, dtype)
 
 
 def reference(
@@ -86,7 +86,7 @@ def _():
     kernels = triton_kernels("prepare_batch")
 
     def launch(images, indices, seed, dtype):
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype not in _native.TYPES:
             raise Unsupported(f"it makes float32, float16 or bfloat16, not {dtype}")
         x0, noise = fake(images, indices, seed, dtype)
         with torch.cuda.device_of(images):

@@ -32,7 +32,7 @@ def quantize(x: Tensor, rounding: Rounding = "round") -> Tensor:
             f"quantize: x must be floating point [N, C, ...], not {x.dtype} of shape "
             f"{list(x.shape)}"
         )
-    return torch.ops.ds.quantize(x, rounding == "floor")
+    return _op(x, rounding == "floor")
 
 
 def dequantize(images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def solver_update(
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("solver_update: it has no gradient; call it under torch.no_grad()")
-    torch.ops.ds.solver_update(x, list(terms), table, step, copy)
+    _op(x, list(terms), table, step, copy)
 
 
 def _row(table: Tensor, step: Tensor) -> Tensor:
