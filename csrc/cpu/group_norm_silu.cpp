@@ -49,12 +49,23 @@ INLINE void finish_group(const Call& call, int64_t image, int64_t group, int64_t
   }
 }
 
-template <bool kSilu, class V>
+template <bool kSilu, bool kIsSmall, class V>
 INLINE V activate(V h) {
-  return kSilu ? h / (exp(-h) + 1.0f) : h;
+  return kSilu ? h / (exp<kIsSmall>(-h) + 1.0f) : h;
 }
 
-template <class V, class T, bool kSilu>
+// Whether all of (x - pivot) * scale + shift are small: a column's x - pivot is at most the root of
+// the sum of their squares.
+INLINE bool is_small(const Columns& columns, int64_t width) {
+  bool small = true;
+  for (int64_t c = 0; c < width; ++c) {
+    const float most = std::sqrt(static_cast<float>(columns.sums.second[c]));
+    small &= std::fabs(columns.scale[c]) * most + std::fabs(columns.shift[c]) < kSmall;
+  }
+  return small;
+}
+
+template <class V, class T, bool kSilu, bool kIsSmall>
 INLINE void write_slice(const T* x, T* y, int64_t pixels, int64_t width, int64_t stride,
                         const Columns& columns) {
   for_strips<V, 1>(width, [&](auto, int64_t column, int64_t count) INLINE_LAMBDA {
@@ -65,7 +76,7 @@ INLINE void write_slice(const T* x, T* y, int64_t pixels, int64_t width, int64_t
       Pair<V> pair = load_pair<V>(x + p * stride + column, count);
       for (int64_t i = 0; i < 2; ++i) {
         const V h = (pair.values[i] - pivot.values[i]) * scale.values[i] + shift.values[i];
-        pair.values[i] = activate<kSilu>(h);
+        pair.values[i] = activate<kSilu, kIsSmall>(h);
       }
       prefetch_pair<V, kToWrite>(y + (p + kAhead) * stride + column);
       store_pair(pair, y + p * stride + column, count);
@@ -95,7 +106,11 @@ INLINE void run_slice(const Call& call, const Task& task, Columns& columns) {
     finish_group(call, task.image, task.first_group + g, first, pivot[first],
                  total(sum + first, per_group), total(squares + first, per_group), columns);
   }
-  write_slice<V, T, kSilu>(x, y, shape.pixels, task.width, shape.channels, columns);
+  if (is_small(columns, task.width)) {
+    write_slice<V, T, kSilu, true>(x, y, shape.pixels, task.width, shape.channels, columns);
+  } else {
+    write_slice<V, T, kSilu, false>(x, y, shape.pixels, task.width, shape.channels, columns);
+  }
 }
 
 template <class V, class T, bool kSilu>
@@ -113,7 +128,9 @@ INLINE void run_group(const Call& call, const Task& task, Columns& columns) {
     for (int64_t p = 0; p < pixels; p += kPair<V>) {
       const int64_t at = c * pixels + p, count = std::min(kPair<V>, pixels - p);
       Pair<V> pair = load_pair<V>(x + at, count);
-      for (V& values : pair.values) values = activate<kSilu>((values - pivot) * scale + shift);
+      for (V& values : pair.values) {
+        values = activate<kSilu, false>((values - pivot) * scale + shift);
+      }
       store_pair(pair, y + at, count);
     }
   }

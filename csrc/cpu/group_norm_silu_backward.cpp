@@ -93,15 +93,26 @@ INLINE void finish_group(const Call& call, const Task& task, int64_t g, Columns&
 }
 
 // grad * f'(h), with f' = s * (1 + h * (1 - s)) and s = sigmoid(h) for SiLU.
-template <bool kSilu, class V>
+template <bool kSilu, bool kIsSmall, class V>
 INLINE V chain(V grad, V h) {
   if (!kSilu) return grad;
-  const V s = 1.0f / (exp(-h) + 1.0f);
+  const V s = 1.0f / (exp<kIsSmall>(-h) + 1.0f);
   return grad * (s * (h * (1.0f - s) + 1.0f));
 }
 
+// Whether all h are small: a value is at most the root of their number from the mean, in standard
+// deviations.
+INLINE bool is_small(const Call& call, const Task& task) {
+  const float most = static_cast<float>(std::sqrt(1.0 / call.shape.share));
+  bool small = true;
+  for (int64_t c = task.first_channel; c < task.first_channel + task.width; ++c) {
+    small &= std::fabs(call.weight[c]) * most + std::fabs(call.bias[c]) < kSmall;
+  }
+  return small;
+}
+
 // Writes g and sums it by column, alone and times x - pivot. dx is not touched, but fetched.
-template <class V, class T, bool kSilu>
+template <class V, class T, bool kSilu, bool kIsSmall>
 INLINE void gather_slice(const T* grad, const T* x, T* dx, int64_t pixels, int64_t width,
                          int64_t stride, Columns& columns) {
   columns.sums.clear(width + kPair<V>);
@@ -121,7 +132,8 @@ INLINE void gather_slice(const T* grad, const T* x, T* dx, int64_t pixels, int64
         Pair<V> gs = load_pair<V>(grad + p * stride + column, count);
         for (int64_t i = 0; i < 2; ++i) {
           const V d = xs.values[i] - pivot.values[i];
-          gs.values[i] = chain<kSilu>(gs.values[i], d * scale.values[i] + shift.values[i]);
+          const V h = d * scale.values[i] + shift.values[i];
+          gs.values[i] = chain<kSilu, kIsSmall>(gs.values[i], h);
           sum.values[i] += gs.values[i];
           product.values[i] += gs.values[i] * d;
         }
@@ -175,7 +187,12 @@ INLINE void run_slice(const Call& call, const Task& task, Columns& columns) {
     const double* sums = &columns.sums.first[g * shape.per_group];
     set_group(call, task, g, far ? total(sums, shape.per_group) * shape.share : 0.0, columns);
   }
-  gather_slice<V, T, kSilu>(grad, x, dx, shape.pixels, task.width, shape.channels, columns);
+  const int64_t pixels = shape.pixels, width = task.width, stride = shape.channels;
+  if (is_small(call, task)) {
+    gather_slice<V, T, kSilu, true>(grad, x, dx, pixels, width, stride, columns);
+  } else {
+    gather_slice<V, T, kSilu, false>(grad, x, dx, pixels, width, stride, columns);
+  }
   for (int64_t g = 0; g < task.groups; ++g) finish_group(call, task, g, columns);
   write_slice<V, T>(x, dx, shape.pixels, task.width, shape.channels, columns);
 }
@@ -194,7 +211,7 @@ INLINE RunSums gather_run(const T* grad, const T* x, int64_t pixels, float pivot
       Pair<V> gs = load_pair<V>(grad + p, count);
       for (int64_t i = 0; i < 2; ++i) {
         const V d = xs.values[i] - pivot;
-        gs.values[i] = chain<kSilu>(gs.values[i], d * scale + shift);
+        gs.values[i] = chain<kSilu, false>(gs.values[i], d * scale + shift);
         sum.values[i] += gs.values[i];
         product.values[i] += gs.values[i] * d;
       }

@@ -207,11 +207,16 @@ INLINE void add_columns(Pair<V> pair, double* sums) {
 }
 
 // e**x to 2 ulp: 2**(n + f) for x = (n + f) ln(2) with |f| <= 1/2, and a polynomial for 2**f whose
-// relative error is 1e-7. Infinity from 88.4 on, at least e**-87, NaN for NaN.
-template <class V>
+// relative error is 1e-7. Infinity from 88.4 on, at least e**-87, NaN for NaN. What is known to be
+// small needs no limits, which take a quarter of the time of a SiLU.
+constexpr float kSmall = 86.0f;
+
+template <bool kIsSmall, class V>
 INLINE V exp(V x) {
-  x = x > splat<V>(89.0f) ? splat<V>(89.0f) : x;
-  x = x < splat<V>(-87.0f) ? splat<V>(-87.0f) : x;
+  if (!kIsSmall) {
+    x = x > splat<V>(89.0f) ? splat<V>(89.0f) : x;
+    x = x < splat<V>(-87.0f) ? splat<V>(-87.0f) : x;
+  }
   // 1.5 * 2**23: a sum with it has the nearest integer in its low mantissa bits.
   const float magic = 12582912.0f;
   const V shifted = x * 1.44269504088896341f + magic;

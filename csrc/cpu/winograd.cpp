@@ -1,4 +1,4 @@
-// A 3x3 convolution by Winograd's F(4x4, 3x3): images to tiles, 36 matrix products, tiles to images.
+// A 3x3 convolution by Winograd's F(4x4, 3x3): image to tiles, 36 matrix products, tiles to image.
 //
 // A task is a block of tiles, which goes through all three while it is in a cache. In between it is
 // [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order and a cache line

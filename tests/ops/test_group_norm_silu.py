@@ -19,6 +19,7 @@ CASES = [
     *[(backend, dtype) for backend in ("reference", "aten") for dtype in FLOATS],
     *[("cpu", dtype) for dtype in KERNEL_FLOATS],
 ]
+BACKENDS = ["reference", "aten", "cpu"]
 Sizes = dict[str, float]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -298,6 +299,18 @@ def test_silu_over_its_whole_range(backend):
     assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@layouts
+@pytest.mark.parametrize("scale", [10.0, 100.0, 3e4])
+def test_silu_of_what_leaves_the_range_of_the_exponential(backend, layout, scale):
+    """Some channels stay within it, others do not, and some only by their bias."""
+    x, weight, bias = inputs((2, 64, 5, 3), torch.float32, layout)
+    weight[::3] *= scale
+    bias[1::5] += 9 * scale
+    check_forward(backend, x, weight, bias, 8, True)
+    check_gradients(backend, x, weight, bias, 8, True)
+
+
 @cases
 @layouts
 def test_every_output_element_is_written(backend, dtype, layout, monkeypatch):
@@ -449,7 +462,6 @@ def test_errors_name_what_does_not_fit():
 
 SOURCES = ["shift", "residual", "skip"]
 COMBINATIONS = [c for n in (1, 2, 3) for c in itertools.combinations(SOURCES, n)]
-BACKENDS = ["reference", "aten", "cpu"]
 
 combinations = pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
