@@ -120,7 +120,7 @@ def test_gradients_are_as_exact_as_pytorchs(shape, groups, dtype, silu):
     check_backward(gradient_like(x), x, weight, bias, groups, silu)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     images=st.integers(1, 3),
     groups=st.integers(1, 12),
