@@ -67,7 +67,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     """Compute 1 / (1 + exp(-z)) in 5 instructions; exp and a division would take 10."""
     root = tl.rsqrt(1.0 + tl.exp2(z * -LOG2_E))
     return root * root
@@ -248,7 +248,7 @@ def _fwd_kernel(
     bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     y = centred * (weight * _per_channel(rstd, members))[None, :] + bias[None, :]
     if SILU:
-        y *= _sigmoid(y)
+        y *= sigmoid(y)
     tl.store(_at(y_ptr, pixel, channel, channels, BLOCK_P), y, mask=mask)
 
 
@@ -337,7 +337,7 @@ def _fwd_apply_kernel(
     ).to(tl.float32)  # fmt: skip
     y = (x - mean[None, :]) * (weight * rstd)[None, :] + bias[None, :]
     if SILU:
-        y *= _sigmoid(y)
+        y *= sigmoid(y)
     tl.store(_at(y_ptr, pixel, channel, channels, BLOCK_P), y, mask=mask)
 
 
@@ -452,24 +452,54 @@ def group_norm_silu(
         return y, mean, rstd, merged
 
     cut = _cut(pixels, channels, groups, FORWARD_TILES[0])
-    warps = _warps(FORWARD_TILES[0], FORWARD_THREAD)
-    grid, merge_grid = (images * cut.tiles * cut.slices,), (images * cut.merge_slices,)
     table = torch.empty((images, cut.tiles, 2, channels), dtype=torch.float32, device=x.device)
-    _fwd_sums_kernel[grid](
+    _fwd_sums_kernel[(images * cut.tiles * cut.slices,)](
         *sources, table, merged, pixels, *widths, cut.tiles, cut.slices,
-        **cut.blocks, num_warps=warps,
-    )  # fmt: skip
-    _fwd_merge_kernel[merge_grid](
-        table, mean, rstd, pixels, channels, groups, cut.tiles, cut.merge_slices, eps,
-        TILE_P=cut.blocks["BLOCK_P"], PER_GROUP=per_group, **cut.merge_blocks,
+        **cut.blocks, num_warps=_warps(FORWARD_TILES[0], FORWARD_THREAD),
     )  # fmt: skip
     if keep:
         sources, widths = (merged, None, None, None), (channels, channels, 0)
-    _fwd_apply_kernel[grid](
-        *sources, weight, bias, y, mean, rstd, pixels, *widths, groups, cut.tiles, cut.slices,
-        PER_GROUP=per_group, SILU=silu, **cut.blocks, num_warps=warps,
+    _finish(
+        sources, widths, weight, bias, groups, eps, silu, table, cut.blocks["BLOCK_P"],
+        y, mean, rstd,
     )  # fmt: skip
     return y, mean, rstd, merged
+
+
+def norm_from_sums(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    table: Tensor,
+    tile: int,
+) -> Tensor:
+    """Return y of x [N, pixels, C], the first of whose two passes whoever made x has done.
+
+    table is float32 [N, tiles, 2, C]: mean and centred squares of the channels of `tile` pixels.
+    """
+    mean = torch.empty((len(x), groups), dtype=torch.float32, device=x.device)
+    rstd, y, channels = torch.empty_like(mean), torch.empty_like(x), x.shape[2]
+    sources, widths = (x, None, None, None), (channels, channels, 0)
+    _finish(sources, widths, weight, bias, groups, eps, silu, table, tile, y, mean, rstd)
+    return y
+
+
+def _finish(sources, widths, weight, bias, groups, eps, silu, table, tile, y, mean, rstd) -> None:
+    """Launch the last two of the three kernels of two passes."""
+    images, pixels, channels = y.shape
+    cut, per_group = _cut(pixels, channels, groups, FORWARD_TILES[0]), channels // groups
+    _fwd_merge_kernel[(images * cut.merge_slices,)](
+        table, mean, rstd, pixels, channels, groups, table.shape[1], cut.merge_slices, eps,
+        TILE_P=tile, PER_GROUP=per_group, **cut.merge_blocks,
+    )  # fmt: skip
+    _fwd_apply_kernel[(images * cut.tiles * cut.slices,)](
+        *sources, weight, bias, y, mean, rstd, pixels, *widths, groups, cut.tiles, cut.slices,
+        PER_GROUP=per_group, SILU=silu, **cut.blocks,
+        num_warps=_warps(FORWARD_TILES[0], FORWARD_THREAD),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -478,7 +508,7 @@ def _centred_and_g(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
     centred = x - mean[None, :]
     if SILU:
         z = centred * (weight * rstd)[None, :] + bias[None, :]
-        s = _sigmoid(z)
+        s = sigmoid(z)
         grad *= s * (1.0 + z * (1.0 - s))
     return centred, grad
 

@@ -114,6 +114,17 @@ def _check(
         )
     shift = shift if shift is None else shift.expand(images, channels)
     channels += 0 if skip is None else skip.shape[1]
+    check_affine(name, channels, weight, bias, groups)
+    floats = {"x": x, "weight": weight, "bias": bias, "shift": shift}
+    dtypes = {label: tensor.dtype for label, tensor in floats.items() if tensor is not None}
+    if not all(dtype.is_floating_point for dtype in dtypes.values()):
+        found = ", ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
+        raise ValueError(f"{name}: all must be floating point, not {found}")
+    return shift
+
+
+def check_affine(name: str, channels: int, weight: Tensor, bias: Tensor, groups: int) -> None:
+    """Raise for parameters that do not fit the channels."""
     if groups < 1 or channels < 1 or channels % groups:
         raise ValueError(f"{name}: channels ({channels}) must be a multiple of groups ({groups})")
     for label, tensor in (("weight", weight), ("bias", bias)):
@@ -122,12 +133,6 @@ def _check(
                 f"{name}: {label} must be [{channels}], one value a channel, "
                 f"not of shape {list(tensor.shape)}"
             )
-    floats = {"x": x, "weight": weight, "bias": bias, "shift": shift}
-    dtypes = {label: tensor.dtype for label, tensor in floats.items() if tensor is not None}
-    if not all(dtype.is_floating_point for dtype in dtypes.values()):
-        found = ", ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
-        raise ValueError(f"{name}: all must be floating point, not {found}")
-    return shift
 
 
 def _dense(x: Tensor) -> Tensor:

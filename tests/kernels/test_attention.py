@@ -12,9 +12,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
-import triton.language as tl
-from triton.runtime import interpreter
-
 from ds import ops
 from ds.kernels import attention as kernels
 from ds.nets.unet import Attention
@@ -25,7 +22,10 @@ from tests.ops.test_attention import assert_as_exact, inputs, plain_residual, re
 from tests.ops.test_group_norm_silu import poisoned
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+    pytest.mark.usefixtures("products_of_bfloat16"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,20 +39,6 @@ SHAPES = [
 NAMES = ["q", "k", "v", "weight", "bias", "residual"]
 SMALL = [(2, 1, 20, 24, 24), (2, 2, 20, 24, 0)]
 small = pytest.mark.parametrize("shape", SMALL, ids=["projected", "heads"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def products_of_bfloat16():
-    """Make the interpreter widen factors of bfloat16, whose bits it would multiply as integers."""
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(self, a, b, *rest):
-        a, b = (self.create_fp_ext(x, tl.float32) for x in (a, b))
-        return create_dot(self, a, b, *rest)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
-        yield
 
 
 def values(shape, dtype, seed=0) -> list[Tensor | None]:

@@ -1,0 +1,253 @@
+"""The convolutions of a U-Net: with what is added to their result, and with the norm after that."""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.group_norm_silu import check_affine
+from ds.ops.group_norm_silu import reference as reference_of_norm
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """Pack a 3x3 weight for images whose every pixel is doubled: float64 [4 O, C, 2, 2].
+
+    Output pixel 2 i + a sees the pixels i - 1 + a and i + a of the image before it was doubled,
+    each through the sum of the taps that meet it. In both directions that makes 16 products of 36.
+    The phases (a, b) are one after the other.
+
+    Raises:
+        ValueError: the weight is not [O, C, 3, 3].
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"phase_weight: weight must be [O, C, 3, 3], not of shape {list(weight.shape)}"
+        )
+    w = weight.double()
+    halves = [_merge_taps(w, a, dim=2) for a in (0, 1)]
+    return torch.cat([_merge_taps(half, b, dim=3) for half in halves for b in (0, 1)])
+
+
+def _merge_taps(w: Tensor, phase: int, dim: int) -> Tensor:
+    first, middle, last = w.unbind(dim)
+    taps = (first + middle, last) if phase else (first, middle + last)
+    return torch.stack(taps, dim)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+) -> Tensor:
+    """Convolve x [N, C, H, W]; add a bias [O] or [N, O] and a residual of the result's shape.
+
+    The weight is [O, C, 1, 1], or [O, C, 3, 3] padding by 1, with stride 2 on the right and below
+    only (TensorFlow's SAME for even sizes); or [4 O, C, 2, 2] of phase_weight, for x with every
+    pixel doubled. The result is [N, O, H / stride, W / stride], rounded down, or [N, O, 2 H, 2 W],
+    in channels_last memory, which for weight and x saves a copy. x, weight and residual have one
+    dtype, the bias any; sums are float32 (float64 for a float64 x). There is no gradient.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    _check("conv", x, weight, bias, residual, stride)
+    return _op(x, weight, bias, residual, stride)
+
+
+def conv_group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    groups: int,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    silu: bool = True,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the group_norm_silu of conv's result, and that result if it is to be kept, or None.
+
+    `silu` leaves the SiLU away if it is False. Arguments are those of conv and of group_norm_silu.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
+    """
+    name = "conv_group_norm_silu"
+    shape = _check(name, x, weight, bias, residual, stride, norm_weight, norm_bias)
+    check_affine(name, shape[1], norm_weight, norm_bias, groups)
+    normed, y = _norm_op(
+        x, weight, bias, residual, stride, norm_weight, norm_bias, groups, eps, silu, keep
+    )
+    return normed, y if keep else None
+
+
+def _check(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    *norm: Tensor,
+) -> list[int]:
+    """Raise for what does not fit; return the shape of the result."""
+    kernels = (1, 1), (2, 2), (3, 3)
+    if weight.dim() != 4 or tuple(weight.shape[2:]) not in kernels:
+        raise ValueError(
+            f"{name}: weight must be [O, C, 1, 1], [O, C, 3, 3] or [4 O, C, 2, 2], not of shape "
+            f"{list(weight.shape)}"
+        )
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: x must be [N, C, H, W] with the weight's {weight.shape[1]} channels, not of "
+            f"shape {list(x.shape)}"
+        )
+    if stride not in (1, 2) or (stride == 2 and weight.shape[2] != 3):
+        raise ValueError(
+            f"{name}: stride must be 1, or 2 for a 3x3 weight, not {stride} for "
+            f"{weight.shape[2]}x{weight.shape[3]}"
+        )
+    if weight.shape[2] == 2 and len(weight) % 4:
+        raise ValueError(f"{name}: rows of a 2x2 weight must be 4 O, not {len(weight)}")
+    if min(x.shape[1:]) < 1 or min(x.shape[2:]) < stride or not len(weight):
+        raise ValueError(
+            f"{name}: x must have channels and at least {stride} x {stride} pixels, and weight "
+            f"rows, not shapes {list(x.shape)} and {list(weight.shape)}"
+        )
+    shape = _shape(x, weight, stride)
+    if bias is not None and list(bias.shape) not in (shape[1:2], shape[:2]):
+        raise ValueError(
+            f"{name}: bias must be {shape[1:2]} or {shape[:2]}, not of shape {list(bias.shape)}"
+        )
+    if residual is not None and list(residual.shape) != shape:
+        raise ValueError(f"{name}: residual must be {shape}, not of shape {list(residual.shape)}")
+    dtypes = {t.dtype for t in (x, weight, residual) if t is not None}
+    if len(dtypes) > 1 or not x.is_floating_point():
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"{name}: x, weight and residual must have one floating dtype, not {found}"
+        )
+    for parameter in (bias, *norm):
+        if parameter is not None and not parameter.is_floating_point():
+            raise ValueError(f"{name}: parameters must be floating point, not {parameter.dtype}")
+    return shape
+
+
+def _shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
+    images, _, height, width = x.shape
+    if weight.shape[2] == 2:
+        return [images, len(weight) // 4, 2 * height, 2 * width]
+    return [images, len(weight), height // stride, width // stride]
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int
+) -> Tensor:
+    """Compute in float32, or in float64 for float64 inputs."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = _convolve(x.to(wide), weight.to(wide), stride)
+    if bias is not None:
+        y = y + bias.to(wide)[..., None, None]
+    if residual is not None:
+        y = y + residual.to(wide)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    if stride == 2:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, stride=2)
+    y = F.conv2d(x, weight, padding=weight.shape[2] // 2)
+    if weight.shape[2] != 2:
+        return y
+    h, w = x.shape[2:]
+    phases = y.unflatten(1, (2, 2, -1)).permute(1, 2, 0, 3, 4, 5)
+    rows = [
+        torch.stack([phases[a, b, :, :, a : a + h, b : b + w] for b in (0, 1)], -1).flatten(-2)
+        for a in (0, 1)
+    ]
+    return torch.stack(rows, -2).flatten(-3, -2)
+
+
+def fake(x, weight, bias, residual, stride):
+    images, out, height, width = _shape(x, weight, stride)
+    return x.new_empty((images, height, width, out)).permute(0, 3, 1, 2)
+
+
+_op = Op(
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride) -> Tensor",
+    reference,
+    fake,
+)
+
+
+@_op.backend("triton", "cuda")
+def _():
+    kernels = triton_kernels("conv")
+
+    def launch(x, weight, bias, residual, stride):
+        arguments = _arguments(kernels, x, weight, bias, residual, stride)
+        with torch.cuda.device_of(x):
+            return kernels.conv(*arguments).permute(0, 3, 1, 2)
+
+    return launch
+
+
+def _arguments(
+    kernels: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+) -> tuple[Tensor | int | None, ...]:
+    """Return images and weight as contiguous [N, H, W, C], without a copy of channels_last ones."""
+    if reason := kernels.refusal(x, weight):
+        raise Unsupported(reason)
+    x, weight, residual = (
+        None if t is None else t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, residual)
+    )
+    return x, weight, bias, residual, stride
+
+
+def reference_norm(
+    x, weight, bias, residual, stride, norm_weight, norm_bias, groups, eps, silu, keep
+) -> tuple[Tensor, Tensor]:
+    """Return normed, and y or, where it is not to be kept, an empty tensor."""
+    y = reference(x, weight, bias, residual, stride)
+    normed, *_ = reference_of_norm(y, norm_weight, norm_bias, groups, eps, silu)
+    return normed, y if keep else x.new_empty(0)
+
+
+def fake_norm(x, weight, bias, residual, stride, norm_weight, norm_bias, groups, eps, silu, keep):
+    y = fake(x, weight, bias, residual, stride)
+    return torch.empty_like(y), y if keep else x.new_empty(0)
+
+
+_norm_op = Op(
+    "conv_group_norm_silu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride,"
+    " Tensor norm_weight, Tensor norm_bias, int groups, float eps, bool silu, bool keep)"
+    " -> (Tensor, Tensor)",
+    reference_norm,
+    fake_norm,
+)
+
+
+@_norm_op.backend("triton", "cuda")
+def _():
+    kernels = triton_kernels("conv")
+
+    def launch(x, weight, bias, residual, stride, *norm):
+        arguments = _arguments(kernels, x, weight, bias, residual, stride)
+        with torch.cuda.device_of(x):
+            normed, y = kernels.conv_group_norm_silu(*arguments, *norm)
+        return normed.permute(0, 3, 1, 2), x.new_empty(0) if y is None else y.permute(0, 3, 1, 2)
+
+    return launch

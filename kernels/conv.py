@@ -1,0 +1,301 @@
+"""Convolutions of a U-Net with what follows them, on x [N, H, W, C]: channels_last memory.
+
+    y[n, i, j, o] = sum over p, q, c of weight[o, p, q, c] x[n, s i + p - d, s j + q - d, c]
+                    + bias[o] or bias[n, o] + residual[n, i, j, o]
+    normed = f((y - mean) / sqrt(var + eps) * norm_weight + norm_bias)    as in group_norm_silu
+
+x is 0 outside of the image. The weight says which convolution it is:
+
+    1x1    s = 1, d = 0
+    3x3    s = 1, d = 1; or s = 2, d = 0, which pads on the right and below only
+    2x2    a 3x3 convolution of x with every pixel doubled. Phase (a, b) of the result, its pixels
+           (2 i + a, 2 j + b), is a 2x2 convolution of x; d = 1 - a in height and 1 - b in width
+
+It is a product of matrices, M = pixels of all images, N = output channels and K = taps * C, of
+which the left one is never made (Chetlur et al. 2014, arXiv:1410.0759, section 3). A program takes
+BLOCK_M pixels and BLOCK_N channels; for each step of K it gathers the BLOCK_K channels that its
+pixels see through one tap. Taps turn fastest: they read almost the same lines.
+
+Where the norm is made:
+
+    in the tile      of images up to 256 pixels, where a tile holds whole images and groups
+    from its sums    of larger ones whose pixels are a multiple of BLOCK_M: a tile leaves mean and
+                     centred squares of its channels, which is the first of the norm's two passes
+    apart            elsewhere, by the caller
+
+Traffic, in elements of the type of y for each element of y: 1 written, 1 for a residual, and x once
+from memory, then out of the L2 cache for each further block of channels, as the weight is for each
+block of pixels. The norm adds 1 in the tile, and writing y saves 1 where it is not kept; from the
+sums it adds 2, and 8 bytes for BLOCK_M of them; apart it adds 2 in one pass, 3 in two.
+
+What limits it are the tensor cores, at 256 FLOPs a byte and more for 3x3 convolutions of 128
+channels and more, where an H200 has about 180 to offer; 1x1 convolutions are limited by memory. Two
+programs of the plain convolution fit a multiprocessor of sm_90, so that one stores while the other
+multiplies; of one with a norm only one does. GPU figures: not measured yet.
+
+Contract: tensors are contiguous, on one device and of one type, float32, float16 or bfloat16; bias
+and the norm's parameters may have any floating type. Sums and statistics are float32; products of
+float32 take three of TF32, about 22 bits. Statistics are those of y as rounded, and the variance is
+a sum of squares about the mean. No atomics, and every sum in an order that the shape of an image
+decides: equal arguments give equal bits, and an image those that it would have alone. NaN and
+infinity reach the sums that they are terms of, and their group in a norm.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from ds.kernels.group_norm_silu import group_norm_silu, norm_from_sums, sigmoid
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TILE_PIXELS = 256  # of the largest images whose norm is made in the tile
+REST = 1024  # the pixels that a tile may see behind the image that it starts in, at most
+
+
+@triton.jit
+def _pixels(images, pixels, image_rows, tile, BLOCK_M: tl.constexpr):
+    """Return the first image of a tile and, of its rows, image after that, pixel, and if it is one.
+
+    An image takes `image_rows` rows, of which the first are its pixels.
+    """
+    first_row = tile.to(tl.int64) * BLOCK_M
+    first_image = first_row // image_rows
+    row = (first_row - first_image * image_rows).to(tl.int32) + tl.arange(0, BLOCK_M)
+    image, pixel = row // image_rows, row % image_rows
+    return first_image, image, pixel, (pixel < pixels) & (first_image + image < images)
+
+
+@triton.jit
+def _products(
+    x_ptr, weight_ptr, image, i, j, valid, o, height, width, channels, out,
+    KERNEL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return [BLOCK_M, BLOCK_N]: what pixels see from (i, j) on, times rows o of the weight."""
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    origin = ((image * height + i) * width + j) * channels
+    weight_row = o * (TAPS * channels)
+    k = tl.arange(0, BLOCK_K)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(0, TAPS * tl.cdiv(channels, BLOCK_K)):
+        tap = step % TAPS
+        p, q = tap // KERNEL, tap % KERNEL
+        c = step // TAPS * BLOCK_K + k
+        seen = valid & (i + p >= 0) & (i + p < height) & (j + q >= 0) & (j + q < width)
+        offset = origin + (p * width + q) * channels
+        inside = (c < channels)[None, :]
+        x = tl.load(x_ptr + (offset[:, None] + c[None, :]), mask=seen[:, None] & inside, other=0.0)
+        offset = weight_row + tap * channels
+        w = tl.load(
+            weight_ptr + (offset[:, None] + c[None, :]), mask=(o < out)[:, None] & inside, other=0.0
+        )
+        sums = tl.dot(x, w.T, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _normalized(
+    y, pixels, eps, PER_GROUP: tl.constexpr, IMAGE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return (y - mean) / sqrt(var + eps) for a tile that holds whole images and groups."""
+    IMAGES: tl.constexpr = BLOCK_M // IMAGE_ROWS
+    GROUPS: tl.constexpr = BLOCK_N // PER_GROUP
+    y = tl.reshape(y, [IMAGES, IMAGE_ROWS, GROUPS, PER_GROUP])
+    rows = (tl.arange(0, IMAGE_ROWS) < pixels)[None, :, None, None]
+    count = pixels * 1.0 * PER_GROUP
+    mean = tl.sum(tl.sum(tl.where(rows, y, 0.0), 1), 2) / count
+    centred = tl.where(rows, y - mean[:, None, :, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(tl.sum(centred * centred, 1), 2) / count + eps)
+    return tl.reshape(centred * rstd[:, None, :, None], [BLOCK_M, BLOCK_N])
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "rows", "columns"])
+def _conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, table_ptr,
+    norm_weight_ptr, norm_bias_ptr, normed_ptr,
+    images, height, width, rows, columns, channels, out, eps,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    PER_GROUP: tl.constexpr, SILU: tl.constexpr, IMAGE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M of rows x columns pixels, for each of which a phase has one, of BLOCK_N channels."""
+    PHASES: tl.constexpr = 4 if KERNEL == 2 else 1
+    BEFORE: tl.constexpr = 0 if (KERNEL == 1 or STRIDE == 2) else 1
+    slices = tl.cdiv(out, BLOCK_N)
+    phase = tl.program_id(0) // slices % PHASES
+    a, b = phase // 2, phase % 2
+    tile = tl.program_id(0) // (slices * PHASES)
+    o = tl.program_id(0) % slices * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    pixels = rows * columns
+    image_rows = pixels
+    if IMAGE_ROWS is not None:
+        image_rows = IMAGE_ROWS
+    first_image, image, pixel, valid = _pixels(images, pixels, image_rows, tile, BLOCK_M)
+    i, j = pixel // columns, pixel % columns
+    y = _products(
+        x_ptr + first_image * height * width * channels,
+        weight_ptr + phase.to(tl.int64) * out * (KERNEL * KERNEL * channels),
+        image, i * STRIDE + (a - BEFORE), j * STRIDE + (b - BEFORE), valid, o,
+        height, width, channels, out, KERNEL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    inside = o < out
+    mask = valid[:, None] & inside[None, :]
+    if bias_ptr is not None:
+        if BIAS_ROWS:
+            bias_ptr += first_image * out + (image[:, None] * out + o[None, :])
+            y += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
+        else:
+            y += tl.load(bias_ptr + o, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if PHASES == 4:
+        pixel = (2 * i + a) * (2 * columns) + (2 * j + b)
+    at = (image * (pixels * PHASES) + pixel)[:, None] * out + o[None, :]
+    first = first_image * (pixels * PHASES) * out
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
+    rounded = y.to(x_ptr.dtype.element_ty)
+    if y_ptr is not None:
+        tl.store(y_ptr + first + at, rounded, mask=mask)
+    y = rounded.to(tl.float32)
+    if table_ptr is not None:
+        mean = tl.sum(y, 0) / BLOCK_M
+        centred = y - mean[None, :]
+        table_ptr += tile.to(tl.int64) * 2 * out + o
+        tl.store(table_ptr, mean, mask=inside)
+        tl.store(table_ptr + out, tl.sum(centred * centred, 0), mask=inside)
+    if normed_ptr is not None:
+        y = _normalized(y, pixels, eps, PER_GROUP, IMAGE_ROWS, BLOCK_M, BLOCK_N)
+        weight = tl.load(norm_weight_ptr + o, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias_ptr + o, mask=inside, other=0.0).to(tl.float32)
+        y = y * weight[None, :] + bias[None, :]
+        if SILU:
+            y *= sigmoid(y)
+        tl.store(normed_ptr + first + at, y, mask=mask)
+
+
+class _Tile(NamedTuple):
+    """What a program takes, and what it is run with."""
+
+    pixels: int
+    channels: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _tile(dtype: torch.dtype, channels: int, out: int, image_rows: int = 0) -> _Tile:
+    """Return the tile for a convolution, or for one whose images take so many rows of a tile."""
+    if dtype == torch.float32:
+        m, n, k, warps, stages = 64, 64, 32, 4, 2
+    else:
+        m, n, k, warps, stages = 128, 128, 64, 8, 3
+    if image_rows > m:
+        n, m, warps = max(n * m // image_rows, 16), image_rows, max(warps, 8)
+    n, k = (min(size, max(triton.next_power_of_2(c), 16)) for size, c in ((n, out), (k, channels)))
+    return _Tile(m, n, k, warps, stages)
+
+
+def refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Return why the kernels do not take x [N, C, H, W] and its weight, or None where they do."""
+    _, channels, height, width = x.shape
+    if x.dtype not in DTYPES:
+        return f"it takes float32, float16 or bfloat16, not {x.dtype}"
+    reach = max(weight.numel(), (height * width + REST) * max(channels, len(weight)))
+    if reach > 2**31 - 1:
+        return f"its offsets have 32 bits within an image and the weight, too few for {reach}"
+    return None
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int
+) -> Tensor:
+    """Return y [N, height, width, out] for arguments that `refusal` has nothing against.
+
+    x is [N, H, W, C], weight [out, k, k, C], or [4 out, 2, 2, C] with the weights of phase (a, b)
+    from row (2 a + b) out on; bias [out] or [N, out], residual as y.
+    """
+    y = _empty(x, weight, stride)
+    _launch(x, weight, bias, residual, stride, _tile(x.dtype, x.shape[3], y.shape[3]), y)
+    return y
+
+
+def conv_group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return normed, and y of conv, or None if it is not to be kept."""
+    y = _empty(x, weight, stride)
+    images, height, width, out = y.shape
+    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+    pixels, per_group = height * width, out // groups
+    phases = weight.shape[1] == 2
+    rows = triton.next_power_of_2(pixels)
+    tile = _tile(x.dtype, x.shape[3], out, rows)
+    whole = per_group <= tile.channels and triton.next_power_of_2(per_group) == per_group
+    if pixels <= TILE_PIXELS and whole and not phases:
+        normed, kept = torch.empty_like(y), y if keep else None
+        _launch(
+            x, weight, bias, residual, stride, tile, kept, norm=(norm_weight, norm_bias, normed),
+            eps=eps, PER_GROUP=per_group, SILU=silu, IMAGE_ROWS=rows,
+        )  # fmt: skip
+        return normed, kept
+    tile = _tile(x.dtype, x.shape[3], out)
+    norm = norm_weight, norm_bias, groups, eps, silu
+    if pixels % tile.pixels or phases:
+        y = conv(x, weight, bias, residual, stride)
+        normed, *_ = group_norm_silu(y.flatten(1, 2), *norm)
+    else:
+        sums = images, pixels // tile.pixels, 2, out
+        table = torch.empty(sums, dtype=torch.float32, device=x.device)
+        _launch(x, weight, bias, residual, stride, tile, y, table)
+        normed = norm_from_sums(y.flatten(1, 2), *norm, table, tile.pixels)
+    return normed.view(y.shape), y if keep else None
+
+
+def _empty(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    images, height, width, _ = x.shape
+    if weight.shape[1] == 2:
+        return x.new_empty((images, 2 * height, 2 * width, len(weight) // 4))
+    return x.new_empty((images, height // stride, width // stride, len(weight)))
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    tile: _Tile,
+    y: Tensor | None,
+    table: Tensor | None = None,
+    norm: tuple[Tensor | None, ...] = (None, None, None),
+    eps: float = 0.0,
+    **constants: int | bool | None,
+) -> None:
+    images, height, width, channels = x.shape
+    kernel = weight.shape[1]
+    phases = 4 if kernel == 2 else 1
+    rows, columns, out = height // stride, width // stride, len(weight) // phases
+    constants = {"PER_GROUP": None, "SILU": None, "IMAGE_ROWS": None} | constants
+    tiles = triton.cdiv(images * (constants["IMAGE_ROWS"] or rows * columns), tile.pixels)
+    _conv_kernel[(tiles * phases * triton.cdiv(out, tile.channels),)](
+        x, weight, bias if bias is None else bias.contiguous(), residual, y, table, *norm,
+        images, height, width, rows, columns, channels, out, eps,
+        KERNEL=kernel, STRIDE=stride, BIAS_ROWS=bias is not None and bias.dim() == 2,
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",  # "tf32" where none is
+        BLOCK_M=tile.pixels, BLOCK_N=tile.channels, BLOCK_K=tile.depth, **constants,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
