@@ -28,10 +28,12 @@ from memory, then out of the L2 cache for each further block of channels, as the
 block of pixels. The norm adds 1 in the tile, and writing y saves 1 where it is not kept; from the
 sums it adds 2, and 8 bytes for BLOCK_M of them; apart it adds 2 in one pass, 3 in two.
 
-What limits it are the tensor cores, at 256 FLOPs a byte and more for 3x3 convolutions of 128
-channels and more, where an H200 has about 180 to offer; 1x1 convolutions are limited by memory. Two
-programs of the plain convolution fit a multiprocessor of sm_90, so that one stores while the other
-multiplies; of one with a norm only one does. GPU figures: not measured yet.
+What limits it: 3x3 convolutions of 128 channels and more have 256 FLOPs and more for a byte of
+memory, where an H200 has about 180 to offer; but a step of a program of 128 x 128 has 64 for a byte
+of the L2 cache, which would have to deliver 12 TB/s to keep the tensor cores busy. Two programs of
+the plain convolution, or of one with sums, fit a multiprocessor of sm_90, so that one stores while
+the other multiplies; with a norm in the tile one does. 1x1 convolutions are limited by memory. GPU
+figures: not measured yet.
 
 Contract: tensors are contiguous, on one device and of one type, float32, float16 or bfloat16; bias
 and the norm's parameters may have any floating type. Sums and statistics are float32; products of
@@ -69,16 +71,15 @@ def _pixels(images, pixels, image_rows, tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _products(
-    x_ptr, weight_ptr, image, i, j, valid, o, height, width, channels, out,
+    sums, x_ptr, weight_ptr, image, i, j, valid, o, height, width, channels, out,
     KERNEL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return [BLOCK_M, BLOCK_N]: what pixels see from (i, j) on, times rows o of the weight."""
+    """Add what pixels see from (i, j) on, times rows o of the weight, to [BLOCK_M, BLOCK_N]."""
     TAPS: tl.constexpr = KERNEL * KERNEL
     origin = ((image * height + i) * width + j) * channels
     weight_row = o * (TAPS * channels)
     k = tl.arange(0, BLOCK_K)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(0, TAPS * tl.cdiv(channels, BLOCK_K)):
         tap = step % TAPS
         p, q = tap // KERNEL, tap % KERNEL
@@ -93,6 +94,19 @@ def _products(
         )
         sums = tl.dot(x, w.T, sums, input_precision=PRECISION)
     return sums
+
+
+@triton.jit
+def _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS: tl.constexpr):
+    """Add the bias, if there is one, with rows of images or without."""
+    if bias_ptr is not None:
+        if BIAS_ROWS:
+            bias_ptr += first_image * out + (image[:, None] * out + o[None, :])
+            mask = valid[:, None] & (o < out)[None, :]
+            y += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
+        else:
+            y += tl.load(bias_ptr + o, mask=o < out, other=0.0).to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit
@@ -136,21 +150,23 @@ def _conv_kernel(
         image_rows = IMAGE_ROWS
     first_image, image, pixel, valid = _pixels(images, pixels, image_rows, tile, BLOCK_M)
     i, j = pixel // columns, pixel % columns
+    # Rounded to half precision, y does not show that its sums started from the bias, and less waits
+    # in registers for them to end. In float32 a large bias would cost digits.
+    WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if not WIDE:
+        y = _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS)
     y = _products(
-        x_ptr + first_image * height * width * channels,
+        y, x_ptr + first_image * height * width * channels,
         weight_ptr + phase.to(tl.int64) * out * (KERNEL * KERNEL * channels),
         image, i * STRIDE + (a - BEFORE), j * STRIDE + (b - BEFORE), valid, o,
         height, width, channels, out, KERNEL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
+    if WIDE:
+        y = _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS)
     inside = o < out
     mask = valid[:, None] & inside[None, :]
-    if bias_ptr is not None:
-        if BIAS_ROWS:
-            bias_ptr += first_image * out + (image[:, None] * out + o[None, :])
-            y += tl.load(bias_ptr, mask=mask, other=0.0).to(tl.float32)
-        else:
-            y += tl.load(bias_ptr + o, mask=inside, other=0.0).to(tl.float32)[None, :]
     if PHASES == 4:
         pixel = (2 * i + a) * (2 * columns) + (2 * j + b)
     at = (image * (pixels * PHASES) + pixel)[:, None] * out + o[None, :]

@@ -35,11 +35,19 @@ class Place:
         weight = weight.to(self.device, self.dtype)
         return weight.contiguous(memory_format=_format(weight))
 
-    def bias(self, bias: Bias) -> Callable[[Tensor], Tensor | None]:
-        """Return what gives a convolution's bias for a row."""
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of statistics and of the time table: float32, or float64 for float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def bias(
+        self, bias: Bias, dtype: torch.dtype | None = None
+    ) -> Callable[[Tensor], Tensor | None]:
+        """Return what gives a convolution's bias for a row, in the place's dtype or another."""
+        dtype = dtype or self.dtype
         if isinstance(bias, slice):
-            return lambda row: row[bias].to(self.dtype)
-        constant = None if bias is None else self.cast(bias)
+            return lambda row: row[bias].to(dtype)
+        constant = None if bias is None else bias.to(self.device, dtype)
         return lambda _: constant
 
 
@@ -138,8 +146,7 @@ def _has_onednn(place: Place) -> bool:
 class Phases(Call):
     """Nearest upsampling and a 3x3 convolution, as a 2x2 convolution for each of four phases.
 
-    Output pixel 2 i + a sees the input pixels i - 1 + a and i + a, each through the weights that
-    meet it; in both directions that makes 16 products of 36. The four run as one convolution.
+    The four run as one convolution to four times the channels, of pixels on the edge also.
     """
 
     weight: Tensor
@@ -147,7 +154,7 @@ class Phases(Call):
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         out = self.weight.shape[0]
-        run = Conv(self.phases(), None).prepare(place, *shapes)
+        run = Conv(ops.phase_weight(self.weight), None).prepare(place, *shapes)
         bias = place.bias(self.bias)
 
         def phases(row: Tensor, x: Tensor) -> Tensor:
@@ -161,12 +168,6 @@ class Phases(Call):
             return y
 
         return phases
-
-    def phases(self) -> Tensor:
-        """Return the weights of the phases (a, b), [4 out, in, 2, 2], float64."""
-        w = self.weight.double()
-        halves = [_merge_taps(w, a, dim=2) for a in (0, 1)]
-        return torch.cat([_merge_taps(half, b, dim=3) for half in halves for b in (0, 1)])
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         _, h, w = shapes[0]
@@ -224,13 +225,6 @@ def tiles(shape: Shape) -> int:
     return -(-h // 4) * -(-w // 4)
 
 
-def _merge_taps(w: Tensor, phase: int, dim: int) -> Tensor:
-    """Add the two of three taps that meet the same pixel before it was doubled."""
-    first, middle, last = w.unbind(dim)
-    taps = (first + middle, last) if phase else (first, middle + last)
-    return torch.stack(taps, dim)
-
-
 @dataclass(frozen=True, eq=False)
 class Norm(Call):
     """GroupNorm, with SiLU or not; `shift` names columns of the row to be added first.
@@ -243,9 +237,7 @@ class Norm(Call):
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         layer, columns = self.layer, self.shift
-        wide = torch.promote_types(place.dtype, torch.float32)
-        weight, bias = (p.detach().to(place.device, wide) for p in (layer.weight, layer.bias))
-        settings = weight, bias, layer.groups, layer.eps
+        settings = self.settings(place)
 
         def run(row: Tensor, x: Tensor, skip: Tensor | None = None):
             shift = {} if columns is None else {"shift": row[columns]}
@@ -255,9 +247,65 @@ class Norm(Call):
 
         return run
 
+    def settings(self, place: Place) -> tuple[Tensor, Tensor, int, float]:
+        """Return what the op takes beside its images."""
+        layer = self.layer
+        weight, bias = (p.detach().to(place.device, place.wide) for p in (layer.weight, layer.bias))
+        return weight, bias, layer.groups, layer.eps
+
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         channels = sum(c for c, _, _ in shapes)
         return ((channels, *shapes[0][1:]),) * len(shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitGemm(Call):
+    """A convolution by our own kernel, ds.ops.conv; or with the norm that follows.
+
+    A second input, if there is one, is added to its result. That is a second output after the
+    normalized one if it is to be kept.
+    """
+
+    conv: Conv | Phases
+    norm: Norm | None = None
+    keep: bool = False
+
+    def prepare(self, place: Place, *shapes: Shape) -> Run:
+        doubled, stride = isinstance(self.conv, Phases), getattr(self.conv, "stride", 1)
+        weight = self.conv.weight
+        weight = place.cast(ops.phase_weight(weight) if doubled else weight)
+        if self.norm is None:
+            bias = place.bias(self.conv.bias, place.wide)
+            return lambda row, x, residual=None: ops.conv(
+                x, weight, bias(row), residual, stride=stride
+            )
+        bias = place.bias(
+            self.conv.bias if self.norm.shift is None else self.norm.shift, place.wide
+        )
+        settings, silu = self.norm.settings(place), self.norm.layer.op is ops.group_norm_silu
+
+        def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
+            normed, y = ops.conv_group_norm_silu(
+                x, weight, *settings, bias=bias(row), residual=residual,
+                stride=stride, silu=silu, keep=self.keep,
+            )  # fmt: skip
+            return (normed, y) if self.keep else normed
+
+        return run
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return self.conv.shapes(*shapes) * (1 + self.keep)
+
+    def flops(self, *shapes: Shape) -> int:
+        _, h, w = (shapes if isinstance(self.conv, Phases) else self.conv.shapes(*shapes))[0]
+        return 2 * h * w * self.weights()
+
+    def weights(self) -> int:
+        return self.conv.weights()
+
+    @property
+    def kind(self) -> str:
+        return f"gemm {self.conv.kind.split()[1]}" + "+gn" * (self.norm is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,8 @@ from ds.engine.calls import (
     Shape,
     Shift,
     Upsample,
-    tiles,
     values,
-)  # fmt: skip
+)
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
 from ds.nets.unet import Attention, ResBlock, timestep_embedding
@@ -47,8 +46,7 @@ class Plan:
             found = call.shapes(*(shapes[name] for name in inputs))
             shapes |= dict(zip(outputs, found, strict=True))
         rewrites = rewrites or Rewrites.good_for(place)
-        steps = rewrites.apply(steps, lambda name: place.images * tiles(shapes[name]))
-        return cls(tuple(steps), shapes)
+        return cls(tuple(rewrites.apply(steps, place, shapes)), shapes)
 
     def prepare(self, place: Place) -> list[tuple[Run, Step, tuple[str, ...]]]:
         """Pack the weights; return each function with its step and the values it reads last."""

@@ -16,12 +16,15 @@ from ds.engine.calls import (
     Call,
     Cat,
     Conv,
+    ImplicitGemm,
     Norm,
     Phases,
     Place,
+    Shape,
     Shift,
     Upsample,
     Winograd,
+    tiles,
 )
 from ds.nets.fold import FoldedAttention
 
@@ -46,19 +49,29 @@ class Rewrites:
     phase_upsample: bool = True
     add_into_conv: bool = True
     winograd: bool = True  # where tiles and channels are enough, in float32 on a CPU
+    norm_into_conv: bool | None = True  # by our own kernel; None: where FASTER has the convolution
+    implicit_gemm: bool | None = True  # as the last
 
     @classmethod
     def good_for(cls, place: Place) -> "Rewrites":
         """Return the rewrites that are worth it in a place."""
         cpu = place.device.type == "cpu"
-        return cls(shift_into_conv=cpu, winograd=cpu and place.dtype == torch.float32)
+        own = False if cpu else None
+        return cls(
+            shift_into_conv=cpu, winograd=cpu and place.dtype == torch.float32,
+            norm_into_conv=own, implicit_gemm=own,
+        )  # fmt: skip
 
-    def apply(self, steps: list[Step], tiles: Callable[[str], int]) -> list[Step]:
-        """Return the steps after the rewrites that are on; `tiles` are those of a value's batch."""
+    def apply(self, steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[Step]:
+        """Return the steps after the rewrites that are on; `shapes` are those of the values."""
         for rewrite in REWRITES:
             if getattr(self, rewrite.__name__):
                 steps = rewrite(steps)
-        return winograd(steps, tiles) if self.winograd else steps
+        if self.winograd:
+            steps = winograd(steps, lambda name: place.images * tiles(shapes[name]))
+        for rewrite in (norm_into_conv, implicit_gemm):
+            steps = rewrite(steps, _choice(getattr(self, rewrite.__name__), place, shapes))
+        return steps
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
@@ -136,6 +149,50 @@ def _in_tiles(call: Conv | Phases) -> Winograd:
     return Winograd(call.weight, call.bias, doubled=isinstance(call, Phases))
 
 
+def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
+    """Let a convolution normalize its result, which it keeps if it is read elsewhere, too."""
+    readers = Counter(name for step in steps for name in step.inputs)
+
+    def fused(conv: Step, norm: Step) -> Step | None:
+        kept = conv.outputs if readers[conv.outputs[0]] > 1 else ()
+        shifted = norm.call.shift is not None and (kept or conv.call.bias is not None)
+        call = ImplicitGemm(conv.call, norm.call, bool(kept))
+        step = Step(call, conv.inputs, norm.outputs + kept)
+        return step if len(norm.inputs) == 1 and not shifted and chosen(step) else None
+
+    return _fuse(steps, Conv, Norm, fused, alone=False)
+
+
+def implicit_gemm(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
+    """Compute convolutions by our own kernel."""
+    own = (
+        step._replace(call=ImplicitGemm(step.call))
+        if isinstance(step.call, Conv | Phases)
+        else step
+        for step in steps
+    )
+    return [new if chosen(new) else step for step, new in zip(steps, own, strict=True)]
+
+
+# The convolutions for which our kernel was measured to be faster than cuDNN, for each GPU by the
+# name PyTorch gives it, in the form of `choice_name`. None yet: not measured.
+FASTER: dict[str, frozenset[str]] = {}
+
+
+def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str:
+    """Name a convolution in FASTER, as "gemm 3x3+gn 128x32x32 to 128x32x32 bfloat16"."""
+    images = ("x".join(map(str, shapes[names[0]])) for names in step[1:])
+    return f"{step.call.kind} {' to '.join(images)} {str(dtype)[6:]}"
+
+
+def _choice(wanted: bool | None, place: Place, shapes: dict[str, Shape]) -> Callable[[Step], bool]:
+    """Return what says whether our kernel is to compute a step: as wanted, or else as measured."""
+    if wanted is not None:
+        return lambda _: wanted
+    faster = FASTER.get(torch.cuda.get_device_name(place.device), frozenset())
+    return lambda step: choice_name(step, place.dtype, shapes) in faster
+
+
 # With fewer the weights, four times as many, take longer to read than they save: at 8 tiles of 256
 # channels it is about a tie on one core of an EPYC with AVX2. Where between it turns was not timed.
 FEWEST_TILES = 16
@@ -149,13 +206,14 @@ def _fuse(
     steps: list[Step],
     first: type[Call],
     second: type[Call],
-    fused: Callable[[Step, Step], Step],
+    fused: Callable[[Step, Step], Step | None],
     *,
     alone: bool = True,
 ) -> list[Step]:
     """Put one step in the place of each second one that reads what a first one makes.
 
-    `alone`: only where nothing else reads it. A second one is fused once.
+    `alone`: only where nothing else reads it. Each is fused once at most, and not where `fused`
+    says None.
     """
     readers = Counter(name for step in steps for name in step.inputs)
     made = {step.outputs[0]: step for step in steps if isinstance(step.call, first)}
@@ -164,9 +222,11 @@ def _fuse(
         if not isinstance(step.call, second):
             continue
         for name in step.inputs:
-            if name in made and not (alone and readers[name] > 1):
+            if name not in made or name in gone or (alone and readers[name] > 1):
+                continue
+            if (joined := fused(made[name], step)) is not None:
                 gone.add(name)
-                result[step.outputs[0]] = fused(made[name], step)
+                result[step.outputs[0]] = joined
                 break
     kept = (step for step in steps if step.outputs[0] not in gone)
     return [result.get(step.outputs[0], step) for step in kept]

@@ -99,7 +99,7 @@ class Engine(nn.Module):
         self._times = torch.cat([self._times, time])
 
     def _rows(self, net: UNet, times: Tensor) -> Tensor:
-        return time_rows(net, times).to(torch.promote_types(self.place.dtype, torch.float32))
+        return time_rows(net, times).to(self.place.wide)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

@@ -7,12 +7,14 @@ import torch
 
 import ds
 from ds import presets
-from ds.engine import Engine, Place, Plan, Rewrites
+from ds.engine import Engine, Place, Plan, Rewrites, rewrites
+from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, Phases, Winograd
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
 NAMES = [field.name for field in fields(Rewrites)]
 OFF = Rewrites(**dict.fromkeys(NAMES, False))
 ON = Rewrites()  # all of them
+OWN = replace(ON, winograd=False)  # all convolutions by our own kernel
 ARCHITECTURES = {
     name: replace(preset().net, channels=8, norm_groups=4)
     for name, preset in presets.PRESETS.items()
@@ -42,9 +44,9 @@ def distance(found, expected):
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_a_rewrite_alone_is_exact(name):
     net, (x, _) = build().double(), inputs()
-    rewrites = OFF if name is None else replace(OFF, **{name: True})
+    alone = OFF if name is None else replace(OFF, **{name: True})
     expected = net(x.double(), at(37, x))
-    found = Engine(net, [0, 37, 999], rewrites=rewrites)(x.double(), at(37, x))
+    found = Engine(net, [0, 37, 999], rewrites=alone)(x.double(), at(37, x))
     assert found.dtype == torch.float64
     assert distance(found, expected) < 1e-10
 
@@ -52,7 +54,7 @@ def test_a_rewrite_alone_is_exact(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "time_table"])
 def test_a_rewrite_changes_the_plan(name):
     net, place = build(), Place(torch.device("cpu"), torch.float64, 16)
-    plans = (Plan.of(net, place, rewrites) for rewrites in (OFF, replace(OFF, **{name: True})))
+    plans = (Plan.of(net, place, chosen) for chosen in (OFF, replace(OFF, **{name: True})))
     plain, changed = ([(step.call.kind, step.inputs) for step in plan.steps] for plan in plans)
     assert plain != changed
 
@@ -72,7 +74,9 @@ def test_every_architecture_is_exact(name):
     net, (x, _) = build(config), inputs(2, config)
     narrow = build(config).bfloat16()
     exact = net.double()(x.double(), at(800, x))
-    assert distance(Engine(net, [800])(x.double(), at(800, x)), exact) < 1e-10
+    for chosen in (None, OWN):
+        engine = Engine(net, [800], rewrites=chosen)
+        assert distance(engine(x.double(), at(800, x)), exact) < 1e-10
     found = Engine(net, [800], dtype=torch.float32)(x, at(800, x))
     assert relative_rms(found, exact) < 1e-5
     found = Engine(net.float(), [800], dtype=torch.bfloat16)(x, at(800, x))
@@ -89,3 +93,36 @@ def test_the_whole_cifar10_network_is_exact():
     found = Engine(net, [500], images=2)(x, t)
     exact = net.double()(x.double(), t)
     assert relative_rms(found, exact) < 1e-5
+
+
+def test_our_own_kernel_takes_what_it_was_measured_to_be_faster_at(monkeypatch):
+    """And nothing else; a norm goes into a convolution only where that was measured."""
+    place = Place(torch.device("cuda"), torch.bfloat16, 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
+
+    def own(*names):
+        monkeypatch.setitem(rewrites.FASTER, "some GPU", frozenset(names))
+        plan = Plan.of(build(), place)
+        return {
+            rewrites.choice_name(step, place.dtype, plan.shapes)
+            for step in plan.steps
+            if isinstance(step.call, ImplicitGemm)
+        }
+
+    first = "gemm 3x3+gn 2x8x8 to 8x8x8 bfloat16"
+    down = "gemm 3x3/2 8x8x8 to 8x4x4 bfloat16"
+    assert own() == set()
+    assert own(first) == {first}
+    assert own(down, "gemm 3x3 2x8x8 to 8x8x8 float16") == {down}
+
+
+def test_every_convolution_can_be_forced_to_our_own_kernel():
+    """And with it the norms of their results, but those that concatenate."""
+    steps = Plan.of(build(), Place(torch.device("cpu"), torch.float32, 4), OWN).steps
+    made = {output: step.call for step in steps for output in step.outputs}
+    assert not any(isinstance(step.call, Conv | Phases | Winograd) for step in steps)
+    for step in steps:
+        if isinstance(step.call, Norm):
+            assert len(step.inputs) == 2 or isinstance(made[step.inputs[0]], Attend)
+    kept = {step.call.keep for step in steps if getattr(step.call, "norm", None)}
+    assert kept == {True, False}
