@@ -19,9 +19,9 @@ pixels see through one tap. Taps turn fastest: they read almost the same lines.
 Where the norm is made:
 
     in the tile      of images up to 256 pixels, where a tile holds whole images and groups
-    from its sums    of larger ones whose pixels are a multiple of BLOCK_M: a tile leaves mean and
-                     centred squares of its channels, which is the first of the norm's two passes
-    apart            elsewhere, by the caller
+    from its sums    of images of more than 1024 pixels, which are a multiple of BLOCK_M: a tile
+                     leaves mean and centred squares of its channels, the first of two passes
+    apart            elsewhere, by the norm's own kernels: between the two they take one pass
 
 Traffic, in elements of the type of y for each element of y: 1 written, 1 for a residual, and x once
 from memory, then out of the L2 cache for each further block of channels, as the weight is for each
@@ -48,7 +48,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ds.kernels.group_norm_silu import group_norm_silu, norm_from_sums, sigmoid
+from ds.kernels.group_norm_silu import (
+    ONE_PASS_PIXELS,
+    group_norm_silu,
+    norm_from_sums,
+    sigmoid,
+)
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -234,7 +239,7 @@ def conv(
     x is [N, H, W, C], weight [out, k, k, C], or [4 out, 2, 2, C] with the weights of phase (a, b)
     from row (2 a + b) out on; bias [out] or [N, out], residual as y.
     """
-    y = _empty(x, weight, stride)
+    y = x.new_empty(_shape(x, weight, stride))
     _launch(x, weight, bias, residual, stride, _tile(x.dtype, x.shape[3], y.shape[3]), y)
     return y
 
@@ -253,39 +258,37 @@ def conv_group_norm_silu(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return normed, and y of conv, or None if it is not to be kept."""
-    y = _empty(x, weight, stride)
-    images, height, width, out = y.shape
+    images, height, width, out = shape = _shape(x, weight, stride)
     norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    pixels, per_group = height * width, out // groups
-    phases = weight.shape[1] == 2
+    pixels, per_group, phases = height * width, out // groups, weight.shape[1] == 2
     rows = triton.next_power_of_2(pixels)
     tile = _tile(x.dtype, x.shape[3], out, rows)
     whole = per_group <= tile.channels and triton.next_power_of_2(per_group) == per_group
     if pixels <= TILE_PIXELS and whole and not phases:
-        normed, kept = torch.empty_like(y), y if keep else None
+        normed, y = x.new_empty(shape), x.new_empty(shape) if keep else None
         _launch(
-            x, weight, bias, residual, stride, tile, kept, norm=(norm_weight, norm_bias, normed),
+            x, weight, bias, residual, stride, tile, y, norm=(norm_weight, norm_bias, normed),
             eps=eps, PER_GROUP=per_group, SILU=silu, IMAGE_ROWS=rows,
         )  # fmt: skip
-        return normed, kept
+        return normed, y
     tile = _tile(x.dtype, x.shape[3], out)
     norm = norm_weight, norm_bias, groups, eps, silu
-    if pixels % tile.pixels or phases:
+    if pixels <= ONE_PASS_PIXELS or pixels % tile.pixels or phases:
         y = conv(x, weight, bias, residual, stride)
         normed, *_ = group_norm_silu(y.flatten(1, 2), *norm)
     else:
-        sums = images, pixels // tile.pixels, 2, out
-        table = torch.empty(sums, dtype=torch.float32, device=x.device)
+        y = x.new_empty(shape)
+        table = y.new_empty((images, pixels // tile.pixels, 2, out), dtype=torch.float32)
         _launch(x, weight, bias, residual, stride, tile, y, table)
         normed = norm_from_sums(y.flatten(1, 2), *norm, table, tile.pixels)
-    return normed.view(y.shape), y if keep else None
+    return normed.view(shape), y if keep else None
 
 
-def _empty(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
     images, height, width, _ = x.shape
     if weight.shape[1] == 2:
-        return x.new_empty((images, 2 * height, 2 * width, len(weight) // 4))
-    return x.new_empty((images, height // stride, width // stride, len(weight)))
+        return images, 2 * height, 2 * width, len(weight) // 4
+    return images, height // stride, width // stride, len(weight)
 
 
 def _launch(

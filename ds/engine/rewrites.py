@@ -49,8 +49,8 @@ class Rewrites:
     phase_upsample: bool = True
     add_into_conv: bool = True
     winograd: bool = True  # where tiles and channels are enough, in float32 on a CPU
-    norm_into_conv: bool | None = True  # by our own kernel; None: where FASTER has the convolution
-    implicit_gemm: bool | None = True  # as the last
+    norm_into_conv: bool | None = True  # by our own kernel; None: where FASTER says so
+    implicit_gemm: bool | None = True  # likewise, convolutions without a norm
 
     @classmethod
     def good_for(cls, place: Place) -> "Rewrites":
@@ -189,7 +189,9 @@ def _choice(wanted: bool | None, place: Place, shapes: dict[str, Shape]) -> Call
     """Return what says whether our kernel is to compute a step: as wanted, or else as measured."""
     if wanted is not None:
         return lambda _: wanted
-    faster = FASTER.get(torch.cuda.get_device_name(place.device), frozenset())
+    here = place.device.type == "cuda" and torch.cuda.is_available()  # a plan can be made anywhere
+    gpu = torch.cuda.get_device_name(place.device) if here else ""
+    faster = FASTER.get(gpu, frozenset())
     return lambda step: choice_name(step, place.dtype, shapes) in faster
 
 

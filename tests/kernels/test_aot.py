@@ -30,6 +30,8 @@ WIDE = {
     "solver_update_kernel": (3, 3),
 }
 
+ATTENTION = "heads_kernel", "projected_kernel"
+
 ARGUMENTS = {
     name.strip("_"): set(kernel.arg_names)
     for name, kernel in vars(kernels).items()
@@ -46,7 +48,7 @@ def committed() -> dict:
 def fresh() -> dict:
     """Compile a few of the kernels again, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--every", "31"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--every", "37"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -79,13 +81,34 @@ def test_the_code_is_what_is_asked_of_it(committed):
 
 def test_attention_multiplies_on_tensor_cores(committed):
     """Hopper's instructions for 64 rows and more, where an image has as many queries."""
-    rows = [row for row in committed["kernels"] if "mma" in row]
+    rows = [row for row in committed["kernels"] if row["kernel"] in ATTENTION]
     assert {row["shapes"][0][0] for row in rows} == {16, 64, 256}
     for row in rows:
         wide = row["arch"] == "sm_90" and row["constants"]["BLOCK_M"] >= 64
         assert set(row["mma"]) == {"HGMMA" if wide else "HMMA"}, row
         assert row["loads"]["128"] > 0, row
         assert row["stores"].keys() == {"128"}, row
+
+
+def test_convolutions_gather_wide_and_multiply_on_tensor_cores(committed):
+    """A row is for many convolutions, of which none or all have narrow images or results."""
+    rows = [row for row in committed["kernels"] if row["kernel"] == "conv_kernel"]
+    kinds = {"1x1", "2x2", "3x3", "3x3+gn", "3x3/2", "3x3/2+gn"}
+    assert {shape[0] for row in rows for shape in row["shapes"]} == kinds
+    for row in rows:
+        constants, (_, channels, out, *_) = row["constants"], row["shapes"][0]
+        assert set(row["mma"]) == {"HGMMA" if row["arch"] == "sm_90" else "HMMA"}, row
+        if channels < 128 or out < 128:  # the first and the last of a network
+            continue
+        m, n, k = (constants[f"BLOCK_{which}"] for which in "MNK")
+        vectors = 8 * row["warps"] * 32  # of as many elements, one a thread
+        assert row["copies"].keys() == {"128"}, row
+        assert row["copies"]["128"] >= (m + n) * k // vectors, row
+        results = {"y_ptr", "normed_ptr"} - constants.keys()
+        assert row["stores"]["128"] >= len(results) * m * n // vectors, row
+        if row["arch"] == "sm_90" and "normed_ptr" in constants:  # two fit a multiprocessor
+            assert row["registers"] * row["warps"] * 32 <= 65536 // 2, row
+            assert row["shared"] + 1024 <= 228 * 1024 // 2, row
 
 
 def check(row: dict) -> None:

@@ -61,7 +61,7 @@ def norm_of(out, groups, dtype) -> tuple:
     return weight, bias, groups, 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 3), sizes, sizes, st.integers(2, 9), st.integers(2, 9),
     st.sampled_from(list(GEOMETRIES)), st.sampled_from(["none", "one", "each"]), st.booleans(),
