@@ -2,16 +2,17 @@
 
     python benchmarks/aot.py > benchmarks/results/aot.json
 
-The kernels are those that the launchers would launch for each GroupNorm and each attention of the
-paper's networks, in bfloat16, for attention with heads of 64 channels, and for the noise, batches,
-solver steps and levels of the images: networks and launchers run on meta tensors, and the launches
-are noted, not done.
+The kernels are those that the launchers would launch for each GroupNorm, each attention and each
+convolution of the paper's networks, in bfloat16, for attention with heads of 64 channels, and for
+the noise, batches, solver steps and levels of the images: networks and launchers run on meta
+tensors, and the launches are noted, not done.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import math
 import re
@@ -33,8 +34,11 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import ops, presets
+from ds.engine import Place, Plan, Rewrites
+from ds.engine.calls import ImplicitGemm
 from ds.kernels import (
     attention,
+    conv,
     group_norm_silu,
     noise,
     prepare_batch,
@@ -188,6 +192,65 @@ def attention_launches() -> Iterator[Launch]:
         yield from (((pixels, heads, width, channels), *launch) for launch in noted)
 
 
+class Conv(NamedTuple):
+    """A convolution as the engine's plan has it, and the norm that it makes; groups 0 are none."""
+
+    kind: str
+    channels: int
+    out: int
+    height: int  # of what it reads
+    bias: bool
+    residual: bool
+    groups: int
+    silu: bool
+    keep: bool
+
+
+def convs() -> list[Conv]:
+    """Return the distinct convolutions of the paper's networks, with and without norms."""
+    place, found = Place(torch.device("meta"), torch.bfloat16, BATCH), set()
+    for preset in NETWORKS:
+        with torch.device("meta"):
+            net = preset().net.build()
+        for norms in (False, True):
+            own = Rewrites(shift_into_conv=False, winograd=False, norm_into_conv=norms)
+            plan = Plan.of(net, place, own)
+            for call, inputs, outputs in plan.steps:
+                if not isinstance(call, ImplicitGemm):
+                    continue
+                (channels, height, _), (out, *_) = (plan.shapes[n[0]] for n in (inputs, outputs))
+                layer = call.norm and call.norm.layer
+                given = call.conv.bias is not None or bool(call.norm and call.norm.shift)
+                groups, silu = (
+                    (layer.groups, layer.op is ops.group_norm_silu) if layer else (0, False)
+                )
+                parts = given, len(inputs) > 1, groups, silu, call.keep
+                found.add(Conv(call.kind.split()[1], channels, out, height, *parts))
+    return sorted(found)
+
+
+def conv_launches() -> Iterator[Launch]:
+    """Yield each kernel of the networks' convolutions."""
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    for case in convs():
+        kernel, stride = int(case.kind[0]), 2 if "/2" in case.kind else 1
+        x = empty(BATCH, case.height, case.height, case.channels)
+        weight = empty(case.out * (4 if kernel == 2 else 1), kernel, kernel, case.channels)
+        height = case.height * 2 if kernel == 2 else case.height // stride
+        wide = torch.empty(case.out, device="meta")
+        bias = wide if case.bias else None
+        residual = empty(BATCH, height, height, case.out) if case.residual else None
+        arguments = x, weight, bias, residual, stride
+        with noting() as noted:
+            if case.groups:
+                conv.conv_group_norm_silu(
+                    *arguments, wide, wide, case.groups, 1e-6, case.silu, case.keep
+                )
+            else:
+                conv.conv(*arguments)
+        yield from ((case, *launch) for launch in noted)
+
+
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     """Specialize a kernel as its launch would: on None, the number 1, and multiples of 16."""
     signature, constants, attributes = {}, {}, {}
@@ -212,7 +275,8 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
 def configurations() -> list[dict]:
     """Return the distinct things to compile: source, options, architecture, and who needs it."""
     found = {}
-    for shape, kernel, arguments in (*norm_launches(), *image_launches(), *attention_launches()):
+    launches = norm_launches(), image_launches(), attention_launches(), conv_launches()
+    for shape, kernel, arguments in itertools.chain(*launches):
         src = source(kernel, arguments)
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         key = kernel.__name__, *map(str, (src.signature, src.constants, src.attrs, options))
@@ -225,7 +289,7 @@ def configurations() -> list[dict]:
 
 
 def description(configuration: dict) -> dict:
-    """Name a configuration; a shape is the fields of a Norm, of an image, or of an attention."""
+    """Name a configuration; a shape is the fields of a Norm or Conv, an image, or an attention."""
     src = configuration["source"]
     names = [parameter.name for parameter in src.fn.params]
     return {
@@ -241,7 +305,8 @@ def figures(configuration: dict) -> dict:
     """Compile, and read the figures off the machine code.
 
     Loads and stores count instructions by width in bits; stack is bytes a thread, shared bytes. Of
-    kernels with matrix products, mma counts the instructions of tensor cores.
+    kernels with matrix products, mma counts the instructions of tensor cores, and copies those from
+    global to shared memory.
     """
     compiled = triton.compile(
         configuration["source"],
@@ -263,7 +328,7 @@ def figures(configuration: dict) -> dict:
         "loads": widths(instructions, "LDG"),
         "stores": widths(instructions, "STG"),
         "instructions": sum(name != "NOP" for name in instructions),
-    } | ({"mma": dict(products)} if products else {})
+    } | ({"copies": widths(instructions, "LDGSTS"), "mma": dict(products)} if products else {})
 
 
 def disassemble(tool: str, *arguments: str) -> str:
