@@ -82,7 +82,7 @@ class MakePairs:
 
     Interrupt it when you like, and run it again to go on. Several processes may share one store,
     and come and go. With a larger --pairs.count a store grows. `dstudent pairs info STORE` says
-    what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes tar archives.
+    what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes archives.
     """
 
     teacher: Path
@@ -167,7 +167,7 @@ class PairsVerify:
 
 @dataclass(frozen=True, kw_only=True)
 class PairsExport:
-    """Write a store, noise and all, as tar archives for WebDataset's or FastGen's loader."""
+    """Write a store, noise and all, as archives for the loaders of other codes."""
 
     store: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
