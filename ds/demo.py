@@ -54,10 +54,12 @@ def _tasks(preset: presets.Preset, places: dict[str, Path]) -> list[tuple[str, A
     teacher, store, student = places.values()
     return [
         ("teach", replace(verbs.Teach.of("digits", preset), out=teacher)),
-        ("pairs", replace(verbs.MakePairs.of("digits", preset), teacher=teacher, out=store)),
+        ("pairs", replace(verbs.MakePairs.of("digits", preset), teacher=teacher, out=str(store))),
         (
             "distill",
-            replace(verbs.Distill.of("digits", preset), teacher=teacher, store=store, out=student),
+            replace(
+                verbs.Distill.of("digits", preset), teacher=teacher, store=str(store), out=student
+            ),
         ),
     ]
 

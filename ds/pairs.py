@@ -1,23 +1,22 @@
 """Pairs (noise, teacher's image): made once, kept in shards, read by index.
 
-A store is a directory. manifest.json says what made it, images-00000.npy and its followers hold the
-images of consecutive indices. Noise is not kept: that of pair i is ds.noise(seed, [i], shape), so
-a shard is a function of the manifest and its number, whoever writes it and in whatever order.
+A store is a directory, or a folder in a bucket (ds.places). manifest.json says what made it,
+images-00000.npy and its followers hold the images of consecutive indices. Noise is not kept: that
+of pair i is ds.noise(seed, [i], shape), so a shard is a function of the manifest and its number,
+whoever writes it and in whatever order.
 
-    write     lock images-00003.npy.tmp, compute, flush, hash, rename to images-00003.npy
+    write     claim images-00003.npy, compute, hash, write the whole file
     resume    write the shards that are missing
     finish    move the hash of every shard into the manifest; without them a store is not read
     grow      raise the count: the shards there are stay, even a last one that is not full
 """
 
-import fcntl
+import hashlib
+import io
 import logging
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,18 +29,10 @@ from tqdm import tqdm
 import ds
 from ds.checkpoint import describe, fingerprint
 from ds.config import difference, to_json
-from ds.files import (
-    Interrupted,
-    deferred_signals,
-    locked,
-    read_json,
-    replacing,
-    sha256,
-    sync,
-    write_json,
-)
+from ds.files import Interrupted, deferred_signals
 from ds.images import to_float, to_uint8
 from ds.philox import noise
+from ds.places import AbstractPlace, Put, claim_of, place
 from ds.sample import Sampler, Teacher, seconds_per_call, uses_engine
 
 FORMAT = "denoising-student/pairs/1"
@@ -66,11 +57,12 @@ def generate_pairs(
 ) -> "PairStore":
     """Run the teacher on the noise of the indices 0 .. count - 1 and keep its images in `out`.
 
-    Call it again after an interruption, or from several processes at once, which may come and go:
-    finished shards stay and nobody writes the same one. With a larger count a store grows; until
-    it is finished again it is not read. Images are uint8 by rounding; "floor" truncates as in 2021,
-    "float16" and "float32" keep the teacher's numbers, unclipped, for points and latents. The
-    device is that of the teacher's network.
+    `out` is a directory or an fsspec URL such as s3://bucket/folder. Call it again after an
+    interruption, or from several processes at once, which may come and go: finished shards stay and
+    nobody writes the same one. With a larger count a store grows; until it is finished again it is
+    not read. Images are uint8 by rounding; "floor" truncates as in 2021, "float16" and "float32"
+    keep the teacher's numbers, unclipped, for points and latents. The device is that of the
+    teacher's network.
 
     Raises ValueError for bad arguments or a directory that holds another store, RuntimeError if
     the disk is too small or the teacher returns numbers that are not finite, and Interrupted after
@@ -89,7 +81,7 @@ def generate_pairs(
             f"generate_pairs: {quantizer!r} stores images [C, H, W]; samples of the shape "
             f"{list(teacher.shape)} need quantizer='float32'"
         )
-    plan = _Plan.open(Path(out), _manifest(teacher, count, seed, shard_size, quantizer))
+    plan = _Plan.open(place(out), _manifest(teacher, count, seed, shard_size, quantizer))
     if missing := plan.missing():
         sampler = Sampler(teacher, batch_size=batch_size)
         total = sum(len(plan.indices(i)) for i in missing)
@@ -109,9 +101,9 @@ def _write_missing(plan: "_Plan", sampler: Sampler, bar: tqdm, stop: Callable[[]
     while missing := plan.missing():
         wrote = False
         for shard in missing:
-            with plan.claim(shard) as file:
-                if file is not None:
-                    plan.write(shard, file, _make(plan, sampler, shard, bar, stop))
+            with plan.place.claim(plan.name(shard)) as put:
+                if put is not None:
+                    plan.write(shard, put, _make(plan, sampler, shard, bar, stop))
                     wrote = True
         if not wrote:
             _stop_if(stop, plan)
@@ -146,7 +138,7 @@ def _stop_if(stop: Callable[[], bool], plan: "_Plan") -> None:
     if stop():
         done = plan.shards - len(plan.missing())
         raise Interrupted(
-            f"{plan.path}: interrupted, {done} of {plan.shards} shards are safe; run the same "
+            f"{plan.place}: interrupted, {done} of {plan.shards} shards are safe; run the same "
             f"command again to go on"
         )
 
@@ -177,10 +169,10 @@ def _manifest(
 
 
 def _check_disk(plan: "_Plan", pairs: int) -> None:
-    needed, free = pairs * plan.bytes_per_pair, shutil.disk_usage(plan.path).free
+    needed, free = pairs * plan.bytes_per_pair, plan.place.free()
     if needed > free:
         raise RuntimeError(
-            f"{plan.path}: {pairs:,} pairs need {_size(needed)}, the disk has {_size(free)} free; "
+            f"{plan.place}: {pairs:,} pairs need {_size(needed)}, the disk has {_size(free)} free; "
             f"make room or ask for fewer"
         )
 
@@ -193,7 +185,7 @@ def _estimate(plan: "_Plan", sampler: Sampler, pairs: int) -> str:
     seconds = seconds_per_call(teacher.denoiser, z, teacher.grid[0]) * teacher.nfe
     seconds *= pairs / len(indices)
     return (
-        f"{plan.path}: {pairs:,} pairs to make, {_size(pairs * plan.bytes_per_pair)}, "
+        f"{plan.place}: {pairs:,} pairs to make, {_size(pairs * plan.bytes_per_pair)}, "
         f"{teacher.nfe} network calls each, about {_duration(seconds)}"
     )
 
@@ -213,26 +205,30 @@ def _duration(seconds: float) -> str:
 
 
 class PairStore:
-    """A finished store of pairs, read by index.
+    """A finished store of pairs, in a directory or at a URL, read by index.
 
-    Raises ValueError for a directory that is no store, is not finished, or lacks a shard. The
-    shards are mapped into memory, not read; `verify` reads them all.
+    Raises ValueError for a place that has no store, or one that is not finished or lacks a shard.
+    The shards are mapped into memory, not read; `verify` reads them all. Those of a bucket are
+    copied to this machine first; see ds.places.Bucket.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
-        plan = _Plan(self.path, self.manifest)
+        where = place(path)
+        self.path = where.path
+        self.manifest = _read_manifest(where)
+        plan = self._plan = _Plan(where, self.manifest)
         if missing := plan.missing():
             raise ValueError(
                 f"{self.path}: {len(missing)} of {plan.shards} shards are missing; run the same "
                 f"`dstudent pairs` again to write them"
             )
-        if None in self.manifest.get("sha256", [None]):
+        if not plan.finished:
             raise ValueError(f"{self.path}: not finished; run the same `dstudent pairs` again")
         self.shape = tuple(self.manifest["shape"])
         self.seed = self.manifest["seed"]
-        self._shards = [_map(plan.file(i), len(plan.indices(i))) for i in range(plan.shards)]
+        names = map(plan.name, range(plan.shards))
+        files = where.local(dict(zip(names, self.manifest["sha256"], strict=True)))
+        self._shards = [_map(file, len(plan.indices(i))) for i, file in enumerate(files)]
         self._starts = np.array(plan.starts[:-1])
 
     def __len__(self) -> int:
@@ -264,7 +260,7 @@ class PairStore:
     @property
     def sha256(self) -> str:
         """The hash of the manifest, which holds those of the teacher and of every shard."""
-        return sha256(self.path / MANIFEST)
+        return self._plan.place.sha256(MANIFEST)
 
     def verify(self, teacher: Teacher | None = None, recompute: int = 4) -> None:
         """Hash every shard; with the teacher, also recompute a few pairs spread over the store.
@@ -272,11 +268,11 @@ class PairStore:
         A recomputed image may differ by one grey level where batching rounds differently. Raises
         ValueError naming the first shard or pair that is wrong.
         """
-        plan = _Plan(self.path, self.manifest)
         for i, expected in enumerate(self.manifest["sha256"]):
-            if sha256(plan.file(i)) != expected:
+            name = self._plan.name(i)
+            if self._plan.place.sha256(name) != expected:
                 raise ValueError(
-                    f"{plan.file(i)}: wrong checksum; delete this file and run the same "
+                    f"{self.path}/{name}: wrong checksum; delete this file and run the same "
                     f"`dstudent pairs` to write it again"
                 )
         if teacher is None:
@@ -299,14 +295,15 @@ class PairStore:
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """Say what is in the directory of a store, finished or not.
+    """Say what is in a store, finished or not.
 
-    Raises ValueError for a directory that is no store.
+    Raises ValueError for a place that has no store.
     """
-    path = Path(path)
-    manifest = _read_manifest(path)
-    plan = _Plan(path, manifest)
-    missing, grid = len(plan.missing()), manifest["grid"]
+    where = place(path)
+    manifest = _read_manifest(where)
+    plan = _Plan(where, manifest)
+    missing, grid, names = len(plan.missing()), manifest["grid"], where.names()
+    shards = [plan.name(i) for i in range(plan.shards)]
     return {
         "pairs": plan.count,
         "grown_from": manifest["grown_from"],
@@ -317,21 +314,22 @@ def info(path: str | Path) -> dict[str, Any]:
         "solver": manifest["solver"],
         "grid": f"{len(grid)} times from {grid[0]} to {grid[-1]}",
         "shards": f"{plan.shards - missing} of {plan.shards}",
-        "being_written": len(list(path.glob("images-*.npy.tmp"))),
-        "bytes": sum(f.stat().st_size for f in path.glob("images-*.npy")),
-        "finished": not missing and None not in manifest.get("sha256", [None]),
+        "being_written": len(names & {*map(claim_of, shards)}),
+        "bytes": sum(where.size(name) for name in names & {*shards}),
+        "finished": not missing and plan.finished,
     }
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(where: AbstractPlace) -> dict[str, Any]:
     """Read the manifest of a store, checked for what is needed of it."""
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path}: not a pair store, it has no {MANIFEST}")
-    manifest = read_json(path / MANIFEST)
+    try:
+        manifest = where.read_json(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{where}: not a pair store, it has no {MANIFEST}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path / MANIFEST}: not the manifest of a pair store")
+        raise ValueError(f"{where}/{MANIFEST}: not the manifest of a pair store")
     if lost := _NEEDED - {*manifest}:
-        raise ValueError(f"{path / MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
+        raise ValueError(f"{where}/{MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
     return manifest
 
 
@@ -346,19 +344,11 @@ def _map(path: Path, rows: int) -> np.ndarray:
     return array
 
 
-def _is_at(file: Any, path: Path) -> bool:
-    """Say whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 class _Plan:
     """The files a store consists of, from its manifest, and how one shard comes to be."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path
+    def __init__(self, place: AbstractPlace, manifest: dict[str, Any]):
+        self.place = place
         self.manifest = manifest
         counts = (*manifest["grown_from"], manifest["count"])
         parts = (range(a, b, manifest["shard_size"]) for a, b in pairwise((0, *counts)))
@@ -367,20 +357,21 @@ class _Plan:
         self.shards = len(self.starts) - 1
 
     @classmethod
-    def open(cls, path: Path, manifest: dict[str, Any]) -> "_Plan":
-        """Create the directory and its manifest, or take those there are, if they are of this plan.
+    def open(cls, place: AbstractPlace, manifest: dict[str, Any]) -> "_Plan":
+        """Write the manifest, or take the one that is there, if it is of this plan.
 
         A manifest that differs in a smaller count only is brought to the new one.
         """
-        path.mkdir(parents=True, exist_ok=True)
-        with locked(path, wait=True):
-            if not (path / MANIFEST).exists():
-                if any(path.glob("images-*")):
-                    raise ValueError(f"{path}: has shards but no {MANIFEST}; use another name")
-                write_json(path / MANIFEST, manifest)
-            there = read_json(path / MANIFEST)
+        place.prepare()
+        with place.locked():
+            names = place.names()
+            if MANIFEST not in names:
+                if any(name.startswith("images-") for name in names):
+                    raise ValueError(f"{place}: has shards but no {MANIFEST}; use another name")
+                place.write_json(MANIFEST, manifest, once=True)
+            there = place.read_json(MANIFEST)
             if not isinstance(there, dict):
-                raise ValueError(f"{path / MANIFEST}: not the manifest of a pair store")
+                raise ValueError(f"{place}/{MANIFEST}: not the manifest of a pair store")
             grown_from, old = there.get("grown_from", []), there.get("count")
             grows = isinstance(old, int) and old < manifest["count"]
             if grows:
@@ -390,71 +381,66 @@ class _Plan:
             known = {name: there.get(name) for name in wanted if name != "version"}
             if found := difference(known, {name: wanted[name] for name in known}):
                 raise ValueError(
-                    f"{path}: holds a store made otherwise ({found}); use another name"
+                    f"{place}: holds a store made otherwise ({found}); use another name"
                 )
             if grows:
-                write_json(path / MANIFEST, there)
-        return cls(path, wanted)
+                place.write_json(MANIFEST, there)
+        return cls(place, wanted)
 
     @property
     def bytes_per_pair(self) -> int:
         itemsize = {"float16": 2, "float32": 4}.get(self.manifest["quantizer"], 1)
         return math.prod(self.manifest["shape"]) * itemsize
 
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest has the hash of every shard."""
+        hashes = self.manifest.get("sha256", [])
+        return len(hashes) == self.shards and None not in hashes
+
     def indices(self, shard: int) -> range:
         return range(self.starts[shard], self.starts[shard + 1])
 
-    def file(self, shard: int) -> Path:
-        return self.path / f"images-{shard:05d}.npy"
+    def name(self, shard: int) -> str:
+        return f"images-{shard:05d}.npy"
 
     def missing(self) -> list[int]:
-        return [i for i in range(self.shards) if not self.file(i).exists()]
+        names = self.place.names()
+        return [i for i in range(self.shards) if self.name(i) not in names]
 
-    @contextmanager
-    def claim(self, shard: int) -> Iterator[Any]:
-        """Yield the shard's temporary file, locked, or None if it is written or being written.
-
-        The lock goes with the process, so a claim cannot outlive whoever made it. A file that was
-        renamed or dropped by another between being opened and being locked here is left alone.
-        """
-        temporary = self.file(shard).with_suffix(".npy.tmp")
-        with open(temporary, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            if not _is_at(file, temporary):
-                yield None
-                return
-            try:
-                yield None if self.file(shard).exists() else file
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def write(self, shard: int, file: Any, images: np.ndarray) -> None:
-        file.truncate(0)
+    def write(self, shard: int, put: Put, images: np.ndarray) -> None:
+        file = io.BytesIO()
         np.lib.format.write_array(file, images, version=(1, 0), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-        digest = sha256(Path(file.name))
-        with replacing(self._digest(shard)) as temporary:
-            temporary.write_text(digest)
-        os.rename(file.name, self.file(shard))
-        sync(self.path)
+        content = file.getvalue()
+        self.place.write(self._digest(shard), hashlib.sha256(content).hexdigest().encode())
+        if not put(content):  # another was first, on a machine that may round otherwise
+            self.place.write(self._digest(shard), self.place.sha256(self.name(shard)).encode())
 
     def finish(self) -> None:
-        """Move the hashes of the shards into the manifest, which makes the store readable."""
-        with locked(self.path, wait=True):
-            manifest = read_json(self.path / MANIFEST)
+        """Move the hashes of the shards into the manifest, which makes the store readable.
+
+        Two that do this at once, which no lock may prevent, write the same: hashes are read before
+        the manifest that they may have gone to, and removed after it is written.
+        """
+        with self.place.locked():
+            names = self.place.names()
+            new = {i: f for i in range(self.shards) if (f := self._digest(i)) in names}
+            found = {i: digest for i, f in new.items() if (digest := self._read(f))}
+            manifest = self.place.read_json(MANIFEST)
             hashes = manifest.get("sha256", [])
             hashes += [None] * (self.shards - len(hashes))
-            new = {i: f.read_text() for i in range(self.shards) if (f := self._digest(i)).exists()}
-            if new:
-                hashes = [new.get(i, old) for i, old in enumerate(hashes)]
-                write_json(self.path / MANIFEST, {**manifest, "sha256": hashes})
-            for i in new:
-                self._digest(i).unlink()
+            if found:
+                hashes = [found.get(i, old) for i, old in enumerate(hashes)]
+                self.place.write_json(MANIFEST, {**manifest, "sha256": hashes})
+            claims = names & {claim_of(self.name(i)) for i in range(self.shards)}
+            for name in (*new.values(), *claims):  # claims of the dead
+                self.place.remove(name)
 
-    def _digest(self, shard: int) -> Path:
-        return self.file(shard).with_suffix(".sha256")
+    def _read(self, name: str) -> str | None:
+        try:
+            return self.place.read(name).decode()
+        except FileNotFoundError:
+            return None
+
+    def _digest(self, shard: int) -> str:
+        return self.name(shard).removesuffix(".npy") + ".sha256"

@@ -34,6 +34,7 @@ from ds.sample import Sampler, Student, Teacher, great_circle, seconds_per_call
 from ds.train import Runtime, TrainConfig, Trainer
 
 Model = Annotated[Path, tyro.conf.Positional]
+Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
 
 
@@ -86,7 +87,7 @@ class MakePairs:
     """
 
     teacher: Path
-    out: Path
+    out: str  # a directory, or a URL such as s3://bucket/folder
     pairs: PairsConfig
     solve: SolveConfig
     plan: bool = False  # make no pairs; measure how many network calls they need
@@ -97,7 +98,7 @@ class MakePairs:
     def of(cls, name: str, p: Preset) -> "MakePairs":
         home = _home(name)
         return cls(
-            teacher=home / "teacher", out=home / "pairs", pairs=p.pairs, solve=p.solve,
+            teacher=home / "teacher", out=str(home / "pairs"), pairs=p.pairs, solve=p.solve,
             machine=p.machine,
         )  # fmt: skip
 
@@ -138,7 +139,7 @@ class MakePairs:
 class PairsInfo:
     """Say what a store holds and how much of it is written."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Store
 
     def run(self) -> None:
         print(json.dumps(pairs.info(self.store), indent=2))
@@ -148,7 +149,7 @@ class PairsInfo:
 class PairsVerify:
     """Hash every shard of a store; with its teacher, also make some of the pairs again."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Store
     teacher: Path | None = None
     recompute: int = 4  # pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
@@ -169,7 +170,7 @@ class PairsVerify:
 class PairsExport:
     """Write a store, noise and all, as archives for the loaders of other codes."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Store
     out: Annotated[Path, tyro.conf.Positional]
     to: archives.Form = "webdataset"
     per_archive: int = 4096
@@ -187,7 +188,7 @@ class Distill:
     """Train a student that makes in one network call what the teacher makes in many."""
 
     teacher: Path
-    store: Path
+    store: str  # a directory, or a URL such as s3://bucket/folder
     out: Path
     held_out: int
     method: DenoisingStudent
@@ -199,7 +200,7 @@ class Distill:
     def of(cls, name: str, p: Preset) -> "Distill":
         home = _home(name)
         return cls(
-            teacher=home / "teacher", store=home / "pairs", out=home / "student",
+            teacher=home / "teacher", store=str(home / "pairs"), out=home / "student",
             held_out=p.pairs.held_out, method=p.method, train=p.train, machine=p.machine,
         )  # fmt: skip
 
@@ -315,7 +316,7 @@ class Evaluate:
     reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
     extractor: Literal["digits", "pixels", "inception"] = "digits"
     inception_weights: Path | None = None
-    store: Path | None = None  # pairs whose first `held_out` the model is held against
+    store: str | None = None  # pairs whose first `held_out` the model is held against
     held_out: int = 1024
     count: int = 4096  # images to draw
     seed: int = 1

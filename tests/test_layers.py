@@ -16,7 +16,7 @@ ROWS = [
     ["kernels"],
     ["ops"],
     ["apex", "config", "files", "metrics", "philox", "ranks", "schedule"],
-    ["grids", "images", "nets"],
+    ["grids", "images", "nets", "places"],
     ["denoiser", "engine"],
     ["checkpoint", "solvers"],
     ["sample"],

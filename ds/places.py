@@ -1,0 +1,313 @@
+"""Where a store's files are: a directory, or a bucket that an fsspec URL names (s3://, gs://).
+
+Both hold whole files under names. They differ in how writers keep out of each other's way:
+
+    directory    a file gets its name by a rename; a claim is a lock, which goes with its process
+    bucket       an object is put whole; a claim is an object that is renewed while its process
+                 lives, and that others take over when it is not
+
+A bucket has no locks, so there a claim saves work and nothing hangs on it: whoever puts a file
+first has written it (a put with If-None-Match: *), and later ones leave it as it is.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ds.files import locked, replacing, sha256, sync
+
+RENEW = 30.0  # seconds between two renewals of a claim in a bucket
+STALE = 300.0  # seconds without one, after which others take it over
+Put = Callable[[bytes], bool]  # says whether this content is what is there now
+
+
+def place(where: str | Path) -> "AbstractPlace":
+    """Return the place of a path or a URL.
+
+    Raises ValueError for a URL whose protocol is unknown, or needs a package that is missing.
+    """
+    return Bucket(str(where)) if "://" in str(where) else Directory(Path(where))
+
+
+class AbstractPlace(ABC):
+    """Files under plain names, each of them whole or absent."""
+
+    path: Path | str
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make it ready to be written to."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Return the names of all files, none where nothing was written yet."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return the content of a file; FileNotFoundError if it is absent."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
+        """Write a file in the place of an older one, or once: only where there is none.
+
+        Says whether it was written. In a directory, writers of a name hold the place's lock.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+
+    @abstractmethod
+    def sha256(self, name: str) -> str:
+        """Hash a file as it is kept, in hexadecimal."""
+
+    @abstractmethod
+    def local(self, hashes: dict[str, str]) -> list[Path]:
+        """Return where on this machine the named files are, which have these hashes."""
+
+    @abstractmethod
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the place alone, as far as it can be held."""
+
+    @abstractmethod
+    def claim(self, name: str) -> AbstractContextManager[Put | None]:
+        """Yield what writes a file, or None if it is there or another process is at work on it."""
+
+    @abstractmethod
+    def free(self) -> float:
+        """Return the bytes that can still be written."""
+
+    def read_json(self, name: str) -> Any:
+        """Read JSON; ValueError names the file if it is not JSON."""
+        try:
+            return json.loads(self.read(name).decode())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self}/{name}: not valid JSON ({error})") from None
+
+    def write_json(self, name: str, data: Any, *, once: bool = False) -> None:
+        """Write JSON as `write` writes bytes."""
+        self.write(name, (json.dumps(data, indent=2) + "\n").encode(), once=once)
+
+
+def claim_of(name: str) -> str:
+    """Return the name of a file's claim."""
+    return f"{name}.tmp"
+
+
+class Directory(AbstractPlace):
+    """A directory of a file system with locks: a local disk, or NFS from version 4."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def prepare(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> set[str]:
+        return {*os.listdir(self.path)} if self.path.is_dir() else set()
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
+        if once and (self.path / name).exists():
+            return False
+        with replacing(self.path / name) as temporary:
+            temporary.write_bytes(content)
+        return True
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def sha256(self, name: str) -> str:
+        return sha256(self.path / name)
+
+    def local(self, hashes: dict[str, str]) -> list[Path]:
+        return [self.path / name for name in hashes]
+
+    def locked(self) -> AbstractContextManager[None]:
+        return locked(self.path, wait=True)
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[Put | None]:
+        """Yield what writes a file, or None if it is there or another process is at work on it.
+
+        The claim is a lock on the temporary file. A temporary file that was renamed or dropped by
+        another process between being opened and being locked here is left alone.
+        """
+        target, temporary = self.path / name, self.path / claim_of(name)
+        with open(temporary, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            if not _is_at(file, temporary):
+                yield None
+                return
+
+            def put(content: bytes) -> bool:
+                file.truncate(0)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.rename(temporary, target)
+                sync(self.path)
+                return True
+
+            try:
+                yield None if target.exists() else put
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def free(self) -> float:
+        return shutil.disk_usage(self.path).free
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    """Say whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class Bucket(AbstractPlace):
+    """A folder in object storage. What is read of it is kept on this machine, under its hash.
+
+    That is in $DS_CACHE, by default ~/.cache/denoising-student. Credentials and endpoints are those
+    of the fsspec package, and so of the provider's own configuration files and variables.
+    """
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.path = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
+        except ImportError as error:
+            raise ValueError(
+                f"{url}: {error}; pip install 'denoising-student[remote]' brings s3fs"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{url}: {error}") from None
+
+    def _do(self, call: str, name: str, *args: Any, **options: Any) -> Any:
+        """Call the file system; what is no OSError of it, as missing credentials, becomes one."""
+        try:
+            return getattr(self._fs, call)(f"{self._root}/{name}".rstrip("/"), *args, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self}: {error}") from None
+
+    def prepare(self) -> None:
+        """Do nothing: a folder is there when something is in it."""
+
+    def names(self) -> set[str]:
+        try:
+            found = self._do("ls", "", detail=False, refresh=True)
+        except FileNotFoundError:
+            return set()
+        return {path.rsplit("/", 1)[-1] for path in found}
+
+    def size(self, name: str) -> int:
+        return self._do("size", name)
+
+    def read(self, name: str) -> bytes:
+        return self._do("cat_file", name)
+
+    def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
+        try:
+            self._do("pipe_file", name, content, mode="create" if once else "overwrite")
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._do("rm_file", name)
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._do("open", name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def local(self, hashes: dict[str, str]) -> list[Path]:
+        default = Path.home() / ".cache" / "denoising-student"
+        cache = Path(os.environ.get("DS_CACHE", default))
+        cache.mkdir(parents=True, exist_ok=True)
+        kept = {name: cache / f"{digest}.npy" for name, digest in hashes.items()}
+        with locked(cache, wait=True):
+            for name, path in kept.items():
+                if not path.exists():
+                    self._fetch(name, hashes[name], path)
+        return [*kept.values()]
+
+    def _fetch(self, name: str, digest: str, path: Path) -> None:
+        with replacing(path) as temporary:
+            self._do("get_file", name, str(temporary))
+            if sha256(temporary) != digest:
+                raise ValueError(
+                    f"{self}/{name}: wrong checksum; delete it and run the same `dstudent pairs` "
+                    f"to write it again"
+                )
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold nothing: what is done under a lock must be harmless to do twice."""
+        return nullcontext()
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[Put | None]:
+        claim, over = claim_of(name), threading.Event()
+        if not self._claimed(claim):
+            yield None
+            return
+        renewing = threading.Thread(target=self._renew, args=(claim, over), daemon=True)
+        renewing.start()
+        try:
+            there = self._do("exists", name)
+            yield None if there else lambda content: self.write(name, content, once=True)
+        finally:
+            over.set()
+            renewing.join()
+            self.remove(claim)
+
+    def _claimed(self, claim: str) -> bool:
+        """Put a claim if there is none, or none that is renewed; say whether it is ours now."""
+        if self.write(claim, b"", once=True):
+            return True
+        try:
+            age = datetime.now(timezone.utc) - self._do("modified", claim)
+        except FileNotFoundError:  # given up meanwhile; the next look is soon
+            return False
+        return age.total_seconds() > STALE and self.write(claim, b"")
+
+    def _renew(self, claim: str, over: threading.Event) -> None:
+        while not over.wait(RENEW):
+            with suppress(OSError):  # there is time for another try
+                self.write(claim, b"")
+
+    def free(self) -> float:
+        return float("inf")

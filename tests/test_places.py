@@ -1,0 +1,190 @@
+"""Stores in buckets: the same bytes as in a directory, without locks and renames.
+
+The buckets are fsspec's in memory and, where moto and s3fs are installed, S3 as moto's server
+speaks it on this machine:
+
+    pip install s3fs 'moto[server]' && python -m pytest tests/test_places.py
+"""
+
+import itertools
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import pytest
+import torch
+
+import ds
+from ds import pairs, places
+from tests.test_pairs import GAUSSIAN, all_images, contents, make
+
+NUMBERS = itertools.count()
+SHARD = "images-00001.npy"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 server with a bucket, and the variables by which clients find it."""
+    server = pytest.importorskip("moto.server", reason="needs s3fs and moto[server]")
+    pytest.importorskip("s3fs", reason="needs s3fs and moto[server]")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "any")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    running.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request, tmp_path, monkeypatch) -> str:
+    """A folder that nothing is in yet."""
+    monkeypatch.setenv("DS_CACHE", str(tmp_path / "cache"))
+    root = "memory://bucket" if request.param == "memory" else request.getfixturevalue("s3")
+    return f"{root}/{next(NUMBERS)}"
+
+
+def objects(url: str) -> dict[str, bytes]:
+    bucket = places.place(url)
+    return {name: bucket.read(name) for name in bucket.names()}
+
+
+def test_a_bucket_holds_what_a_directory_would(url, tmp_path):
+    store, local = make(url), make(tmp_path / "s")
+    assert objects(url) == contents(tmp_path / "s")
+    assert store.path == url and store.sha256 == local.sha256
+    assert torch.equal(all_images(store), all_images(local))
+    store.verify(GAUSSIAN)
+    assert pairs.info(url) == pairs.info(tmp_path / "s")
+
+
+def test_a_store_in_a_bucket_is_resumed_and_grows(url, tmp_path):
+    make(url)
+    bucket, before = places.place(url), objects(url)
+    kept = bucket._do("modified", "images-00000.npy")
+    bucket.remove(SHARD)
+    with pytest.raises(ValueError, match=f"{url}: 1 of 3 shards are missing"):
+        ds.PairStore(url)
+    make(url)
+    assert objects(url) == before
+    make(url, count=60)
+    make(tmp_path / "s")
+    make(tmp_path / "s", count=60)
+    assert objects(url) == contents(tmp_path / "s")
+    assert bucket._do("modified", "images-00000.npy") == kept
+    with pytest.raises(ValueError, match=f"{url}: holds a store made otherwise"):
+        make(url, seed=4)
+
+
+def test_writers_of_one_bucket_make_what_one_makes_and_no_shard_twice(url, tmp_path, monkeypatch):
+    made, real = [], pairs._make
+
+    def counted(plan, sampler, shard, *rest):
+        made.append(shard)
+        return real(plan, sampler, shard, *rest)
+
+    monkeypatch.setattr(pairs, "_make", counted)
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(make, url, count=160) for _ in range(4)]:
+            future.result()
+    assert sorted(made) == [*range(10)]
+    make(tmp_path / "s", count=160)
+    assert objects(url) == contents(tmp_path / "s")
+
+
+def test_a_claim_is_left_to_its_process_while_it_is_renewed(url, monkeypatch):
+    stale = 1.5 if url.startswith("s3") else 0.2  # S3 tells whole seconds
+    monkeypatch.setattr(places, "RENEW", 0.05)
+    monkeypatch.setattr(places, "STALE", stale)
+    bucket = places.place(url)
+    with bucket.claim(SHARD) as mine:
+        time.sleep(2 * stale)
+        with bucket.claim(SHARD) as theirs:
+            assert mine is not None and theirs is None
+        assert mine(b"content")
+    with bucket.claim(SHARD) as late:
+        assert late is None
+    assert objects(url) == {SHARD: b"content"}
+
+
+def test_what_the_dead_have_claimed_is_taken_over_and_cleared_away(url, tmp_path, monkeypatch):
+    make(url)
+    bucket = places.place(url)
+    bucket.remove(SHARD)
+    bucket.write(places.claim_of(SHARD), b"")
+    bucket.write(places.claim_of("images-00000.npy"), b"")  # it died after it had written
+    monkeypatch.setattr(places, "STALE", -1)
+    make(url)
+    make(tmp_path / "s")
+    assert objects(url) == contents(tmp_path / "s")
+
+
+def test_of_two_that_make_a_shard_the_first_has_written_it(url, monkeypatch):
+    """As when a process sleeps, is taken for dead, and wakes up; the machines round otherwise."""
+    real = pairs._make
+
+    def overtaken(plan, sampler, shard, *rest):
+        images = real(plan, sampler, shard, *rest)
+        if shard == 1:
+            monkeypatch.setattr(pairs, "_make", real)
+            plan.place.remove(places.claim_of(SHARD))
+            with plan.place.claim(SHARD) as put:
+                plan.write(1, put, images ^ 1)
+        return images
+
+    monkeypatch.setattr(pairs, "_make", overtaken)
+    store = make(url)
+    store.verify()
+    expected = pairs.to_uint8(GAUSSIAN.sample(store.noise(range(16, 32))))
+    assert torch.equal(store.images(range(16, 32)), expected ^ 1)
+
+
+def test_what_was_read_before_is_not_fetched_again(url, monkeypatch):
+    make(url)
+    monkeypatch.setattr(places.Bucket, "_fetch", None)
+    assert len(ds.PairStore(url)) == 40
+
+
+def test_a_changed_object_is_named(url, tmp_path, monkeypatch):
+    store, bucket = make(url), places.place(url)
+    content = bytearray(bucket.read(SHARD))
+    content[-1] ^= 1
+    bucket.write(SHARD, bytes(content))
+    with pytest.raises(ValueError, match=f"{url}/{SHARD}: wrong checksum"):
+        store.verify()
+    monkeypatch.setenv("DS_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=f"{url}/{SHARD}: wrong checksum"):
+        ds.PairStore(url)
+
+
+def test_an_empty_folder_is_no_store(url):
+    with pytest.raises(ValueError, match=f"{url}: not a pair store"):
+        ds.PairStore(url)
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("no credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", fail)
+    with pytest.raises(OSError, match="memory://bucket/x: no credentials"):
+        ds.PairStore("memory://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://b/x", r"s3://b/x: Install s3fs .*; pip install 'denoising-student\[remote\]'"),
+        ("nowhere://b/x", "nowhere://b/x: Protocol not known: nowhere"),
+    ],
+)
+def test_a_missing_package_is_one_line(url, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(ValueError, match=said):
+        places.place(url)
