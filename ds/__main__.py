@@ -13,7 +13,7 @@ Turn a slow diffusion model into a one-step generator.
   dstudent teach PRESET             train a teacher on real images (digits only)
   dstudent pairs PRESET             run the teacher on noise and keep (noise, image) pairs
   dstudent pairs info|verify|export look at a store of pairs, check it, write it as archives
-  dstudent distill PRESET           train a one-step student on the pairs
+  dstudent distill PRESET           train a one-step student, after making the pairs it lacks
   dstudent sample MODEL             draw images from a teacher or a student
   dstudent evaluate MODEL           compare its images with real ones
   dstudent convert MODEL OUT        write it in another format

@@ -8,18 +8,18 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds import ops
+from ds import ops, ranks
 from ds.checkpoint import fingerprint
 from ds.config import to_json
-from ds.pairs import PairStore
+from ds.pairs import PairStore, quantize
 from ds.philox import noise
-from ds.sample import Teacher
+from ds.sample import Sampler, Teacher
 
 Batch = dict[str, Tensor]
 CHUNKS = 16  # of consecutive rows, that make a window of the shuffle
@@ -78,26 +78,42 @@ class Pairs(AbstractSource):
         return torch.as_tensor(rows) * self.rows.step + self.rows.start
 
     def prepare(self, images: Tensor, indices: Tensor) -> Batch:
-        if images.dtype == torch.uint8:
-            return _prepared(images, indices, self.store.seed)
-        z = noise(self.store.seed, indices, self.store.shape, device=images.device)
-        return {"x0": images.movedim(-1, 1).float(), "noise": z}
+        return _prepared(images, indices, self.store.seed)
 
     def fingerprint(self) -> str:
         return f"{self.store.sha256} {self.rows}"
 
 
 class Generated(AbstractSource):
-    """Pairs that a teacher makes when a step needs them: no store, and no pair comes twice.
+    """Pairs that a teacher makes while a student learns from them, without a store.
 
-    Every step costs the teacher's network calls. `rows` are those of an epoch. The teacher's
-    network is on the device that trains.
+    The teacher makes a pool of `rows` pairs, which serves for `reuse` epochs and gives way to the
+    next. Pool p are the pairs from first + p * rows on of the store that this teacher would make
+    with this seed and batch_size: which pairs a step sees is a function of the step, and a run that
+    is resumed makes the pool of its step again. The processes of torchrun share the making. `rows`
+    is a multiple of the run's batch size, so that all of them change pools at the same step. The
+    teacher's network is on the device that trains; `options` are those of its ds.Sampler.
+
+    Raises ValueError for sizes below 1.
     """
 
     feeds: ClassVar = "pairs"
 
-    def __init__(self, teacher: Teacher, rows: int, *, seed: int):
-        self.teacher, self.rows, self.seed = teacher, rows, seed
+    def __init__(
+        self, teacher: Teacher, rows: int, *, seed: int, first: int = 0, reuse: int = 1,
+        batch_size: int = 256, **options: Any,
+    ):  # fmt: skip
+        for name, value in (("rows", rows), ("reuse", reuse), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"Generated: {name} must be at least 1, not {value}")
+        self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
+        self._sampler = Sampler(teacher, batch_size=batch_size, **options)
+        self._quantizer = "round" if len(teacher.shape) == 3 else "float32"
+        self._pool, self._number = torch.empty(0), -1
+        self._about = (
+            f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
+            f"{batch_size} at a time, {options}"
+        )
 
     def __len__(self) -> int:
         return self.rows
@@ -106,16 +122,31 @@ class Generated(AbstractSource):
         return torch.empty(len(rows), 0, dtype=torch.uint8)
 
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
-        return torch.as_tensor(draws)
+        pools = torch.as_tensor(draws) // (self.rows * self.reuse)
+        return self.first + pools * self.rows + torch.as_tensor(rows)
 
     def prepare(self, images: Tensor, indices: Tensor) -> Batch:
-        z = noise(self.seed, indices, self.teacher.shape, device=indices.device)
-        return {"x0": self.teacher.sample(z), "noise": z}
+        number = (int(indices[0]) - self.first) // self.rows  # waits for a GPU, once a step
+        if number != self._number:
+            self._pool, self._number = self._make(number).to(indices.device), number
+        here = indices - self.first - number * self.rows
+        return _prepared(self._pool[here], indices, self.seed)
+
+    def _make(self, number: int) -> Tensor:
+        """Make a pool, this process its share of the batches, and return all of it on the CPU."""
+        size, start = self._sampler.batch_size, self.first + number * self.rows
+        share = ranks.share(-(-self.rows // size))
+        mine = range(start, start + self.rows)[share.start * size : share.stop * size]
+        made = [quantize(x, self._quantizer) for x in self._sampler.batches(self.seed, mine)]
+        c, *rest = self._sampler.model.shape
+        empty = np.empty((0, *rest, c), np.uint8 if self._quantizer == "round" else np.float32)
+        return ranks.gather(torch.from_numpy(np.concatenate([empty, *made])))
 
     def fingerprint(self) -> str:
-        t = self.teacher
-        made = f"{fingerprint(t.denoiser)} {to_json(t.solver)} {list(t.grid)}"
-        return f"{self.rows} pairs of {made}, seed {self.seed}"
+        return (
+            f"{self.rows} pairs from {self.first} of {self._about}, seed {self.seed}, "
+            f"each for {self.reuse} epochs"
+        )
 
 
 class Images(AbstractSource):
@@ -145,8 +176,13 @@ class Images(AbstractSource):
 
 
 def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
-    x0, noise = ops.prepare_batch(images, indices, seed)
-    return {"x0": x0, "noise": noise}
+    """Make floats, channels first, of what is kept, and the noise of its indices beside it."""
+    if images.dtype == torch.uint8:
+        x0, z = ops.prepare_batch(images, indices, seed)
+    else:
+        x0 = images.movedim(-1, 1).float()
+        z = noise(seed, indices, x0.shape[1:], device=x0.device)
+    return {"x0": x0, "noise": z}
 
 
 class Batches:

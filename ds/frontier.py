@@ -11,7 +11,7 @@ from ds import grids
 from ds.denoiser import Denoiser
 from ds.grids import Grid
 from ds.presets import SolveConfig
-from ds.sample import integrate
+from ds.sample import Precision, Sampler, Teacher, device_of, integrate
 from ds.schedule import AbstractSchedule
 from ds.solvers import AbstractSolver, DPMSolverPP
 
@@ -148,4 +148,30 @@ def _answer(found: Frontier) -> str:
         f"{row.nfe} calls of {s.solver} on {s.grid} end as close to the ODE as {asked}: "
         f"--solve.solver {s.solver} --solve.grid {s.grid} --solve.steps {s.steps} "
         f"--solve.top {s.top}"
+    )
+
+
+def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
+    """Return how far a few endpoints move, root mean square, when products are less precise.
+
+    Against the same teacher in float32, for the precisions that its device has.
+    """
+    cuda = device_of(teacher.net).type == "cuda"
+
+    def endpoints(precision: Precision) -> Tensor:
+        sampler = Sampler(teacher, batch_size=count, precision=precision)
+        return torch.cat([*sampler.batches(seed, range(count))])
+
+    exact = endpoints("float32")
+    lower: tuple[Precision, ...] = ("tf32", "bfloat16") if cuda else ("bfloat16",)
+    return {precision: _rms(endpoints(precision), exact) for precision in lower}
+
+
+def fidelity_table(moved: dict[Precision, float], found: Frontier) -> str:
+    """Lay out what precisions cost beside what the solver that is asked for itself misses."""
+    figures = ", ".join(f"{name} {error:.2g}" for name, error in moved.items())
+    return (
+        f"distance to the same endpoints in float32: {figures}; "
+        f"{found.asked.nfe} calls of {found.asked.solve.solver} miss the ODE by "
+        f"{found.asked.error:.2g}"
     )

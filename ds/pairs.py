@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,13 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds
+from ds import budget
 from ds.checkpoint import describe, fingerprint
 from ds.config import difference, to_json
 from ds.files import Interrupted, deferred_signals
 from ds.images import to_float, to_uint8
 from ds.philox import noise
 from ds.places import AbstractPlace, Put, claim_of, place
-from ds.sample import Sampler, Teacher, seconds_per_call, uses_engine
+from ds.sample import Precision, Sampler, Teacher, check_precision, device_of, uses_engine
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -53,6 +55,9 @@ def generate_pairs(
     batch_size: int = 256,
     shard_size: int = 16384,
     quantizer: Quantizer = "round",
+    precision: Precision = "float32",
+    engine: bool | None = None,
+    price: float = 0.0,
     progress: bool = False,
 ) -> "PairStore":
     """Run the teacher on the noise of the indices 0 .. count - 1 and keep its images in `out`.
@@ -62,12 +67,35 @@ def generate_pairs(
     nobody writes the same one. With a larger count a store grows; until it is finished again it is
     not read. Images are uint8 by rounding; "floor" truncates as in 2021, "float16" and "float32"
     keep the teacher's numbers, unclipped, for points and latents. The device is that of the
-    teacher's network.
+    teacher's network; `precision` and `engine` are those of ds.Sampler. With a `price`, dollars an
+    hour, the estimate and the progress say what it costs.
 
     Raises ValueError for bad arguments or a directory that holds another store, RuntimeError if
     the disk is too small or the teacher returns numbers that are not finite, and Interrupted after
     SIGINT or SIGTERM, when all finished shards are safe.
     """
+    _check(count, batch_size, shard_size, quantizer, teacher.shape)
+    path = _path(teacher, precision, engine)
+    manifest = _manifest(teacher, count, seed, shard_size, quantizer) | path
+    plan = _Plan.open(place(out), manifest)
+    if missing := plan.missing():
+        total = sum(len(plan.indices(i)) for i in missing)
+        _check_disk(plan, total)
+        sampler = Sampler(teacher, batch_size=batch_size, precision=precision, engine=engine)
+        log.info(f"{plan.place}: {estimate(sampler, total, quantizer, price)[0]}")
+        with (
+            deferred_signals() as stop,
+            tqdm(unit=" pairs", disable=not progress, smoothing=0.05) as bar,
+        ):
+            shown = _Shown(bar, sampler.device, price)
+            _write_missing(plan, sampler, shown, stop)
+    plan.finish()
+    return PairStore(out)
+
+
+def _check(
+    count: int, batch_size: int, shard_size: int, quantizer: str, shape: tuple[int, ...]
+) -> None:
     for name, value in (("count", count), ("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"generate_pairs: {name} must be at least 1, not {value}")
@@ -76,34 +104,92 @@ def generate_pairs(
             f"generate_pairs: quantizer must be one of {', '.join(get_args(Quantizer))}, "
             f"not {quantizer!r}"
         )
-    if quantizer in ("round", "floor") and len(teacher.shape) != 3:
+    if quantizer in ("round", "floor") and len(shape) != 3:
         raise ValueError(
             f"generate_pairs: {quantizer!r} stores images [C, H, W]; samples of the shape "
-            f"{list(teacher.shape)} need quantizer='float32'"
+            f"{list(shape)} need quantizer='float32'"
         )
-    plan = _Plan.open(place(out), _manifest(teacher, count, seed, shard_size, quantizer))
-    if missing := plan.missing():
-        sampler = Sampler(teacher, batch_size=batch_size)
-        total = sum(len(plan.indices(i)) for i in missing)
-        _check_disk(plan, total)
-        log.info(_estimate(plan, sampler, total))
-        with (
-            deferred_signals() as stop,
-            tqdm(total=total, unit=" pairs", disable=not progress, smoothing=0.05) as bar,
-        ):
-            _write_missing(plan, sampler, bar, stop)
-    plan.finish()
-    return PairStore(out)
 
 
-def _write_missing(plan: "_Plan", sampler: Sampler, bar: tqdm, stop: Callable[[], bool]) -> None:
+def _path(teacher: Teacher, precision: Precision, engine: bool | None) -> dict[str, Any]:
+    """Say in which way numbers are rounded, of which a store has one."""
+    device = device_of(teacher.net)
+    check_precision(precision, device)
+    engine = uses_engine(teacher.net) if engine is None else engine
+    return {"engine": engine, "precision": precision, "device": device.type}
+
+
+def estimate(
+    sampler: Sampler, pairs: int, quantizer: Quantizer, price: float = 0.0
+) -> tuple[str, float]:
+    """Say what so many pairs will cost, from a few network calls; return that and the seconds."""
+    bytes_per_pair = _bytes(sampler.model.shape, quantizer)
+    seconds = sampler.seconds_each() * pairs
+    return (
+        f"{pairs:,} pairs to make, {budget.size(pairs * bytes_per_pair)}, {sampler.model.nfe} "
+        f"network calls each, about {budget.cost(seconds, price)}"
+    ), seconds
+
+
+def _bytes(shape: Sequence[int], quantizer: Quantizer) -> int:
+    return math.prod(shape) * {"float16": 2, "float32": 4}.get(quantizer, 1)
+
+
+def is_finished(path: str | Path) -> bool:
+    """Say whether there is a store that can be read."""
+    where = place(path)
+    if MANIFEST not in where.names():
+        return False
+    plan = _Plan(where, _read_manifest(where))
+    return plan.finished and not plan.missing()
+
+
+def to_make(path: str | Path, count: int) -> int:
+    """Say how many of so many pairs a store, or a place without one, does not have yet."""
+    where = place(path)
+    if MANIFEST not in where.names():
+        return count
+    plan = _Plan(where, _read_manifest(where))
+    return max(0, count - plan.count) + sum(len(plan.indices(i)) for i in plan.missing())
+
+
+class _Shown:
+    """A progress bar that also says what the GPU does and what it has cost so far."""
+
+    def __init__(self, bar: tqdm, device: torch.device, price: float):
+        self.bar, self.device, self.price = bar, device, price
+        self.begin = time.monotonic()
+
+    def left(self, pairs: int) -> None:
+        """Note how much is left, which other processes may have made less."""
+        self.bar.total = self.bar.n + pairs
+        self.bar.refresh()
+
+    def update(self, pairs: int) -> None:
+        if not self.bar.disable:
+            self.bar.set_postfix(self.facts(), refresh=False)
+        self.bar.update(pairs)
+
+    def facts(self) -> dict[str, str]:
+        facts = {}
+        if self.device.type == "cuda" and find_spec("pynvml"):
+            facts["gpu"] = f"{torch.cuda.utilization(self.device)}%"
+        if self.price:
+            facts["cost"] = f"${(time.monotonic() - self.begin) / 3600 * self.price:.2f}"
+        return facts
+
+
+def _write_missing(
+    plan: "_Plan", sampler: Sampler, shown: _Shown, stop: Callable[[], bool]
+) -> None:
     """Write shards until none is missing, leaving those that another process has claimed to it."""
     while missing := plan.missing():
+        shown.left(sum(len(plan.indices(i)) for i in missing))
         wrote = False
         for shard in missing:
             with plan.place.claim(plan.name(shard)) as put:
                 if put is not None:
-                    plan.write(shard, put, _make(plan, sampler, shard, bar, stop))
+                    plan.write(shard, put, _make(plan, sampler, shard, shown, stop))
                     wrote = True
         if not wrote:
             _stop_if(stop, plan)
@@ -111,19 +197,22 @@ def _write_missing(plan: "_Plan", sampler: Sampler, bar: tqdm, stop: Callable[[]
 
 
 def _make(
-    plan: "_Plan", sampler: Sampler, shard: int, bar: tqdm, stop: Callable[[], bool]
+    plan: "_Plan", sampler: Sampler, shard: int, shown: _Shown, stop: Callable[[], bool]
 ) -> np.ndarray:
     """Compute one shard; the partial result of an interrupted one is dropped."""
     parts = []
     for x in sampler.batches(plan.manifest["seed"], plan.indices(shard)):
         _stop_if(stop, plan)
-        parts.append(_quantize(x, plan.manifest["quantizer"]))
-        bar.update(len(x))
+        parts.append(quantize(x, plan.manifest["quantizer"]))
+        shown.update(len(x))
     return np.concatenate(parts)
 
 
-def _quantize(x: Tensor, quantizer: Quantizer) -> np.ndarray:
-    """Bring samples [N, *shape] into the stored form: channels last, on the CPU."""
+def quantize(x: Tensor, quantizer: Quantizer) -> np.ndarray:
+    """Bring samples [N, *shape] into the stored form: channels last, on the CPU.
+
+    Raises RuntimeError for numbers that are not finite.
+    """
     if not x.isfinite().all():
         raise RuntimeError(
             "generate_pairs: the teacher returned numbers that are not finite; check its weights "
@@ -155,7 +244,6 @@ def _manifest(
             "schedule": to_json(teacher.denoiser.schedule),
             "prediction": teacher.denoiser.prediction,
         },
-        "engine": uses_engine(teacher.net),  # two ways to round, never in one store
         "solver": to_json(teacher.solver),
         "grid": list(teacher.grid),
         "noise": "philox4x32-10, Box-Muller",
@@ -172,36 +260,9 @@ def _check_disk(plan: "_Plan", pairs: int) -> None:
     needed, free = pairs * plan.bytes_per_pair, plan.place.free()
     if needed > free:
         raise RuntimeError(
-            f"{plan.place}: {pairs:,} pairs need {_size(needed)}, the disk has {_size(free)} free; "
-            f"make room or ask for fewer"
+            f"{plan.place}: {pairs:,} pairs need {budget.size(needed)}, the disk has "
+            f"{budget.size(free)} free; make room or ask for fewer"
         )
-
-
-def _estimate(plan: "_Plan", sampler: Sampler, pairs: int) -> str:
-    """Say what the work will cost, from one network call that is timed after a first one."""
-    teacher = sampler.model
-    indices = plan.indices(0)[: sampler.batch_size]
-    z = noise(0, indices, teacher.shape, device=sampler.device)
-    seconds = seconds_per_call(teacher.denoiser, z, teacher.grid[0]) * teacher.nfe
-    seconds *= pairs / len(indices)
-    return (
-        f"{plan.place}: {pairs:,} pairs to make, {_size(pairs * plan.bytes_per_pair)}, "
-        f"{teacher.nfe} network calls each, about {_duration(seconds)}"
-    )
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class PairStore:
@@ -281,8 +342,10 @@ class PairStore:
             raise ValueError(f"{self.path}: made by another teacher than the one given")
         last = len(self) - 1
         picks = sorted({i * last // max(recompute - 1, 1) for i in range(recompute)})
-        (x,) = Sampler(teacher, batch_size=len(picks)).batches(self.seed, picks)
-        again = torch.from_numpy(_quantize(x, self.manifest["quantizer"])).float()
+        precision, engine = self.manifest.get("precision", "float32"), self.manifest.get("engine")
+        sampler = Sampler(teacher, batch_size=len(picks), precision=precision, engine=engine)
+        (x,) = sampler.batches(self.seed, picks)
+        again = torch.from_numpy(quantize(x, self.manifest["quantizer"])).float()
         stored = self.images(picks)
         allowed = 1.0 if stored.dtype == torch.uint8 else 1e-3
         errors = (again - stored.float()).flatten(1).abs().amax(1)
@@ -389,8 +452,7 @@ class _Plan:
 
     @property
     def bytes_per_pair(self) -> int:
-        itemsize = {"float16": 2, "float32": 4}.get(self.manifest["quantizer"], 1)
-        return math.prod(self.manifest["shape"]) * itemsize
+        return _bytes(self.manifest["shape"], self.manifest["quantizer"])
 
     @property
     def finished(self) -> bool:

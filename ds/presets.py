@@ -6,14 +6,16 @@ The paper's numbers are those of its 2021 code, `get_settings` and `create_datas
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from ds import grids
 from ds.methods import Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.pairs import Quantizer
+from ds.sample import Precision
 from ds.schedule import AbstractSchedule
 from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
 from ds.train import TrainConfig
@@ -78,14 +80,16 @@ SOLVERS: dict[str, AbstractSolver] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """How many pairs to train on, how many more to hold out, and in what form to keep them."""
+    """How many pairs to train on, how many more to hold out, how to make and to keep them."""
 
     count: int = 1_024_000
-    held_out: int = 51_200
+    held_out: Annotated[int, tyro.conf.arg(aliases=["--held-out"])] = 51_200
     seed: int = 0
     batch_size: int = 512
     shard_size: int = 16_384
     quantizer: Quantizer = "round"
+    precision: Annotated[Precision, tyro.conf.arg(aliases=["--precision"])] = "float32"
+    engine: bool | None = None  # run the teacher through ds.engine; None: in float32 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,31 @@
 """Draw samples: a teacher's loop, a student's single call, and batches of either."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ds import checkpoint
+from ds.budget import seconds_each
 from ds.config import to_json
 from ds.denoiser import Denoiser
-from ds.engine import Engine
+from ds.engine import DDIMLoop, Engine
 from ds.grids import Grid
 from ds.images import Rounding, to_uint8
 from ds.nets import UNet
 from ds.philox import noise
 from ds.schedule import DATA
-from ds.solvers import AbstractSolver
+from ds.solvers import DDIM, AbstractSolver
+
+Precision = Literal["float32", "tf32", "bfloat16"]  # of a network's products; states are float32
 
 
 def integrate(
@@ -34,15 +39,6 @@ def integrate(
     for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
         x, state = solver.step(denoiser, x, t, s, state)
     return x
-
-
-@torch.no_grad()
-def seconds_per_call(denoiser: Denoiser, x: Tensor, t: int) -> float:
-    """Time a network call on x [N, *shape] at time t, after a first one that warms up."""
-    for _ in range(2):
-        start = time.perf_counter()
-        denoiser(x, t).x0.sum().item()  # waits for the device
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +80,23 @@ class Teacher:
         """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped."""
         return integrate(self.denoiser, self.solver, self.grid, noise, progress=progress)
 
+    @torch.no_grad()
+    def call(self, noise: Tensor) -> Tensor:
+        """Make the first of the network calls, which shows what one costs."""
+        return self.denoiser(noise, self.grid[0]).x0
+
+    def using(self, net: nn.Module) -> "Teacher":
+        """Return the same teacher with another network for its own."""
+        return replace(self, denoiser=replace(self.denoiser, net=net))
+
     def compile(self) -> "Teacher":
         """Return the same teacher with a compiled network."""
-        return replace(self, denoiser=replace(self.denoiser, net=torch.compile(self.net)))
+        return self.using(torch.compile(self.net))
 
-    def engine(self, images: int) -> "Teacher":
+    def engine(self, images: int, **options: Any) -> "Teacher":
         """Return the same teacher for inference, `images` at a time, with a ds.engine.Engine."""
-        net = Engine(self.net, self.grid, images=images, dtype=_dtype(self.net))
-        return replace(self, denoiser=replace(self.denoiser, net=net))
+        options = {"dtype": _dtype(self.net), **options}
+        return self.using(Engine(self.net, self.grid, images=images, **options))
 
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
@@ -141,13 +146,22 @@ class Student:
         """Turn noise [N, *shape] into data of the same shape, about [-1, 1], not clipped."""
         return self.method.sample(self.net, noise)
 
+    def call(self, noise: Tensor) -> Tensor:
+        """Make the one network call."""
+        return self.sample(noise)
+
+    def using(self, net: nn.Module) -> "Student":
+        """Return the same student with another network for its own."""
+        return replace(self, net=net)
+
     def compile(self) -> "Student":
         """Return the same student with a compiled network."""
-        return replace(self, net=torch.compile(self.net))
+        return self.using(torch.compile(self.net))
 
-    def engine(self, images: int) -> "Student":
+    def engine(self, images: int, **options: Any) -> "Student":
         """Return the same student for inference, `images` at a time, with a ds.engine.Engine."""
-        return replace(self, net=Engine(self.net, images=images, dtype=_dtype(self.net)))
+        options = {"dtype": _dtype(self.net), **options}
+        return self.using(Engine(self.net, images=images, **options))
 
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
@@ -193,16 +207,32 @@ def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters()), torch.float32)
 
 
+def uses_loop(model: Teacher | Student, device: torch.device) -> bool:
+    """Say whether a Sampler with an engine replays a captured step: for DDIM, on CUDA."""
+    return device.type == "cuda" and isinstance(model, Teacher) and isinstance(model.solver, DDIM)
+
+
 class Sampler:
     """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
 
-    `device` and `dtype` move the model's network, in place; `compile` compiles it. `engine` runs a
-    U-Net through ds.engine, with weights as they are now and packed for this batch size (1 for the
-    shortest wait for one image); by default where `uses_engine` says so. The noise of an image
-    depends on (seed, index) alone, so any split of the indices gives the same images, up to the
-    rounding of a convolution whose algorithm depends on the batch size.
+    `device` and `dtype` move the model's network, in place. `precision` is that of its products:
+    "float32" as the weights are, "tf32" on CUDA, "bfloat16" in a copy of the network. Then
 
-    Raises ValueError for a batch_size below 1, and for compile and engine at once.
+        compile    compiles the network
+        engine     runs a U-Net through ds.engine, with weights as they are now and packed for this
+                   batch size; by default where `uses_engine` says so
+        loop       with an engine, replays one step for all steps of DDIM, on CUDA a captured graph;
+                   by default where `uses_loop` says so
+        latency    takes one image at a time: on a CPU by the fastest of the network itself and two
+                   engines, tried here, on CUDA by the loop
+
+    The noise of an image depends on (seed, index) alone, so any split of the indices gives the same
+    images, up to the rounding of a convolution whose algorithm depends on the batch size.
+    `cold_start` has the seconds it took to plan (pack weights), compile and capture. What to expect
+    of each is in docs/performance.md, as far as it was measured.
+
+    Raises ValueError for a batch_size below 1, for compile and engine at once, for tf32 without
+    CUDA, and for a loop without an engine or DDIM.
     """
 
     def __init__(
@@ -212,20 +242,55 @@ class Sampler:
         batch_size: int = 256,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        precision: Precision = "float32",
         compile: bool = False,
         engine: bool | None = None,
+        loop: bool | None = None,
+        latency: bool = False,
     ):
         if batch_size < 1:
             raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
-        if compile and engine:
+        if compile and (engine or latency):
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
         model.net.to(device=device, dtype=dtype)
-        self.model = model.compile() if compile else model
-        if engine or (engine is None and not compile and uses_engine(model.net)):
-            self.model = model.engine(batch_size)
-        self.batch_size = batch_size
-        tensors = chain(model.net.parameters(), model.net.buffers())
-        self.device = next((t.device for t in tensors), torch.device(device or "cpu"))
+        self.device = device_of(model.net, device or "cpu")
+        check_precision(precision, self.device)
+        self.batch_size, self.precision = 1 if latency else batch_size, precision
+        self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
+        if engine is None:
+            gpu_loop = latency and isinstance(model.net, UNet) and uses_loop(model, self.device)
+            engine = not compile and (uses_engine(model.net) or gpu_loop)
+        with self._timed("plan"):
+            self.model = self._prepared(model, engine, latency)
+        if compile:
+            with self._timed("compile"):
+                self.model = self.model.compile()
+                self.model.call(torch.zeros(self.batch_size, *model.shape, device=self.device))
+        self._loop = None
+        loop = engine and uses_loop(model, self.device) if loop is None else loop
+        if loop:
+            with self._timed("capture"):
+                self._loop = _loop(self.model)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        with _tf32(self.precision == "tf32"):
+            yield
+        self.cold_start[part] = time.perf_counter() - begin
+
+    def _prepared(self, model: Teacher | Student, engine: bool, latency: bool) -> Teacher | Student:
+        """Return the model with the network that will run."""
+        low = self.precision == "bfloat16"
+        if not engine:
+            return model.using(copy.deepcopy(model.net).bfloat16()) if low else model
+        dtype = torch.bfloat16 if low else _dtype(model.net)
+        packed = model.engine(self.batch_size, dtype=dtype)
+        if not latency or self.device.type == "cuda":
+            return packed
+        direct = replace(packed.net.rewrites, winograd=False)
+        ways = [packed, model.engine(1, dtype=dtype, rewrites=direct), *([] if low else [model])]
+        return min(ways, key=_latency)
 
     def __call__(
         self, seed: int = 0, indices: Sequence[int] = range(64), *, rounding: Rounding = "round"
@@ -239,7 +304,7 @@ class Sampler:
     def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
         """Return the images of given noise [N, *shape], as a call does."""
         parts = (part.to(self.device) for part in z.split(self.batch_size))
-        return self._images(map(self.model.sample, parts), rounding)
+        return self._images(map(self._sampled, parts), rounding)
 
     def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
         if len(self.model.shape) != 3:
@@ -255,7 +320,71 @@ class Sampler:
         """Yield the samples of `indices` in order, floats [N, *shape] on the model's device."""
         for start in range(0, len(indices), self.batch_size):
             part = indices[start : start + self.batch_size]
-            yield self.model.sample(noise(seed, part, self.model.shape, device=self.device))
+            yield self._sampled(noise(seed, part, self.model.shape, device=self.device))
+
+    def seconds_each(self) -> float:
+        """Measure how long an image takes, by a few network calls."""
+        z = noise(0, range(self.batch_size), self.model.shape, device=self.device)
+
+        def work(n: int) -> None:
+            with _tf32(self.precision == "tf32"):
+                self.model.call(z[:n]).sum().item()  # waits for the device
+
+        return seconds_each(work, self.batch_size) * self.model.nfe
+
+    def _sampled(self, z: Tensor) -> Tensor:
+        with _tf32(self.precision == "tf32"):
+            if self._loop is None:
+                return self.model.sample(z)
+            return torch.cat([self._looped(part) for part in z.split(self._loop.images)])
+
+    def _looped(self, z: Tensor) -> Tensor:
+        rest = z.new_zeros(self._loop.images - len(z), *z.shape[1:])
+        return self._loop(torch.cat([z, rest]))[: len(z)].clone()
+
+
+def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
+    """Return where a network is; one without tensors may be anywhere."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.device for t in tensors), torch.device(otherwise))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError for a precision that there is not, or not on this device."""
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise ValueError(f"precision must be one of {known}, not {precision!r}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision tf32 is for CUDA GPUs, not for {device.type}")
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in products and convolutions, which PyTorch keeps for the process."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = allowed
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.allow_tf32 = was
+
+
+def _latency(model: Teacher | Student) -> float:
+    """Return how long a network call for one image takes."""
+    z = torch.zeros(1, *model.shape)
+    return seconds_each(lambda _: model.call(z), 1)
+
+
+def _loop(model: Teacher | Student) -> DDIMLoop:
+    if not (isinstance(model, Teacher) and isinstance(model.solver, DDIM)):
+        raise ValueError("Sampler: loop is for teachers that are integrated by DDIM")
+    if not isinstance(model.net, Engine):
+        raise ValueError("Sampler: loop needs an engine, and so a U-Net")
+    denoiser = model.denoiser
+    return DDIMLoop(denoiser.net, denoiser.schedule, model.grid, denoiser.prediction)
 
 
 def great_circle(z: Tensor, between: int) -> Tensor:

@@ -13,14 +13,14 @@ import torch
 import tyro
 
 import ds
-from ds import archives, checkpoint, doctor, export, pairs
+from ds import archives, budget, checkpoint, doctor, export, pairs, ranks
 from ds.checkpoint import fingerprint
 from ds.config import from_json, to_json
-from ds.data import Images, Pairs, digits
+from ds.data import AbstractSource, Generated, Images, Pairs, digits
 from ds.engine import Place, Plan
 from ds.evaluation import evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
-from ds.frontier import frontier, plan_table
+from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.images import check_name, save
 from ds.load import load, load_teacher
 from ds.methods import Denoising, DenoisingStudent
@@ -30,12 +30,14 @@ from ds.pairs import PairStore, generate_pairs
 from ds.philox import noise
 from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first, joined
-from ds.sample import Sampler, Student, Teacher, great_circle, seconds_per_call
+from ds.sample import Precision, Sampler, Student, Teacher, great_circle
 from ds.train import Runtime, TrainConfig, Trainer
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
+Price = Annotated[float, tyro.conf.arg(help="dollars an hour of all that runs; 0: not known")]
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
+log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class MakePairs:
     solve: SolveConfig
     plan: bool = False  # make no pairs; measure how many network calls they need
     plan_noises: int = 16  # to measure it on
+    price: Price = 0.0
     machine: Here = field(default_factory=Machine)
 
     @classmethod
@@ -103,36 +106,53 @@ class MakePairs:
         )  # fmt: skip
 
     def run(self) -> None:
-        device = self.machine.use()
-        teacher = load_teacher(self.teacher, device=device)
-        solver, grid = self.solve.build(teacher.denoiser.schedule)
-        teacher = replace(teacher, solver=solver, grid=grid)
-        p = self.pairs
-        for option, value in (("count", p.count), ("held_out", p.held_out)):
-            if value < 1:
-                raise ValueError(f"pairs.{option} must be at least 1, not {value}")
         if self.plan:
-            self._plan(teacher, device)
-            return
-        store = generate_pairs(
-            teacher, self.out, p.count + p.held_out, seed=p.seed, batch_size=p.batch_size,
-            shard_size=p.shard_size, quantizer=p.quantizer, progress=_watched(),
-        )  # fmt: skip
-        _say(f"pairs: {self.out}, {len(store):,} of them")
+            self._plan()
+        else:
+            self.make(self.pairs.count + self.pairs.held_out)
 
-    def _plan(self, teacher: Teacher, device: torch.device) -> None:
-        p, denoiser = self.pairs, teacher.denoiser
-        for option, value in (
-            ("plan-noises", self.plan_noises),
-            ("pairs.batch-size", p.batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"pairs: {option} must be at least 1, not {value}")
-        z = noise(p.seed, range(max(self.plan_noises, p.batch_size)), teacher.shape, device=device)
-        found = frontier(denoiser, z[: self.plan_noises], self.solve, progress=_watched())
-        batch = z[: p.batch_size]
-        seconds = seconds_per_call(denoiser, batch, teacher.grid[0]) / len(batch)
+    def make(self, count: int) -> None:
+        """Make the first so many of the pairs."""
+        p = self.pairs
+        store = generate_pairs(
+            self.solver(), self.out, count, seed=p.seed, batch_size=p.batch_size,
+            shard_size=p.shard_size, quantizer=p.quantizer, precision=p.precision,
+            engine=p.engine, price=self.price, progress=_watched(),
+        )  # fmt: skip
+        if is_first():
+            _say(f"pairs: {self.out}, {len(store):,} of them")
+
+    def solver(self) -> Teacher:
+        """Return the teacher with the solver that is asked for, on the device."""
+        _at_least(0, price=self.price)
+        p = self.pairs
+        _at_least(1, **{"pairs.count": p.count, "pairs.held_out": p.held_out})
+        teacher = load_teacher(self.teacher, device=self.machine.use())
+        solver, grid = self.solve.build(teacher.denoiser.schedule)
+        return replace(teacher, solver=solver, grid=grid)
+
+    def budget(self) -> str:
+        """Say what the pairs that are missing will cost."""
+        count = self.pairs.count + self.pairs.held_out
+        return f"pairs: {self.estimate(pairs.to_make(self.out, count))[0]}"
+
+    def estimate(self, count: int) -> tuple[str, float]:
+        """Say what so many pairs will cost, and how many seconds they take."""
+        p = self.pairs
+        sampler = Sampler(
+            self.solver(), batch_size=p.batch_size, precision=p.precision, engine=p.engine
+        )
+        return pairs.estimate(sampler, count, p.quantizer, self.price)
+
+    def _plan(self) -> None:
+        p, teacher = self.pairs, self.solver()
+        _at_least(1, **{"plan-noises": self.plan_noises, "pairs.batch-size": p.batch_size})
+        options = {"batch_size": p.batch_size, "precision": p.precision, "engine": p.engine}
+        seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
+        z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
+        found = frontier(teacher.denoiser, z, self.solve, progress=_watched())
         _say(plan_table(found, seconds, p.count + p.held_out))
+        _say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +205,23 @@ class PairsExport:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """Train a student that makes in one network call what the teacher makes in many."""
+    """Train a student that makes in one network call what the teacher makes in many.
+
+    This is the whole recipe: where the store is not finished, its pairs are made first, as
+    `dstudent pairs` makes them. What all of it takes is said before it starts.
+    """
 
     teacher: Path
     store: str  # a directory, or a URL such as s3://bucket/folder
     out: Path
-    held_out: int
+    pairs: PairsConfig
+    solve: SolveConfig
     method: DenoisingStudent
     train: TrainConfig
+    online: bool = False  # keep the held-out pairs only; make the others while training
+    reuse: int = 4  # epochs that an online pair serves
+    pool: int = 64  # batches of online pairs that are made, and kept, at a time
+    price: Price = 0.0
     runtime: Runtime = field(default_factory=Runtime)
     machine: Here = field(default_factory=Machine)
 
@@ -201,7 +230,7 @@ class Distill:
         home = _home(name)
         return cls(
             teacher=home / "teacher", store=str(home / "pairs"), out=home / "student",
-            held_out=p.pairs.held_out, method=p.method, train=p.train, machine=p.machine,
+            pairs=p.pairs, solve=p.solve, method=p.method, train=p.train, machine=p.machine,
         )  # fmt: skip
 
     def run(self) -> None:
@@ -209,15 +238,23 @@ class Distill:
             self._run()
 
     def _run(self) -> None:
-        teacher, store = load_teacher(self.teacher), PairStore(self.store)
+        _at_least(0, price=self.price)
+        _at_least(1, held_out=self.pairs.held_out, reuse=self.reuse, pool=self.pool)
+        teacher = load_teacher(self.teacher)
+        if is_first():
+            log.info(self.budget())
+        if not pairs.is_finished(self.store):
+            self._maker().make(self._kept())
+        store = PairStore(self.store)
         if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
+        source, train = self._source(store)
         trainer = Trainer(
-            self.method, teacher.denoiser, Pairs(store, range(self.held_out, len(store))),
-            Pairs(store, range(self.held_out)), _run_folder(self.out), self.train,
-            device=self.machine.use(), runtime=self.runtime, progress=_watched(),
+            self.method, teacher.denoiser, source, Pairs(store, range(self.pairs.held_out)),
+            _run_folder(self.out), train, device=self.machine.use(), runtime=self.runtime,
+            progress=_watched(),
         )  # fmt: skip
         student = Student(trainer.fit(), self.method)
         if not is_first():
@@ -226,7 +263,7 @@ class Distill:
             self.out,
             teacher_sha256=store.manifest["teacher"]["sha256"],
             pairs_sha256=store.sha256,
-            pairs=len(store) - self.held_out,
+            pairs=self._pairs_seen(store, trainer.steps),
             teacher_nfe=from_json(store.manifest["solver"]).nfe(store.manifest["grid"]),
             steps=trainer.steps,
             held_out_loss=trainer.best_loss,
@@ -234,6 +271,76 @@ class Distill:
             commit=doctor.commit(),
         )
         _say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
+
+    def _maker(self) -> MakePairs:
+        return MakePairs(
+            teacher=self.teacher, out=self.store, pairs=self.pairs, solve=self.solve,
+            price=self.price, machine=self.machine,
+        )  # fmt: skip
+
+    def _kept(self) -> int:
+        """Return how many pairs the store must have."""
+        return self.pairs.held_out + (0 if self.online else self.pairs.count)
+
+    def _source(self, store: PairStore) -> tuple[AbstractSource, TrainConfig]:
+        """Return what to train on and for how long: for as many steps either way."""
+        p, t = self.pairs, self.train
+        if not self.online:
+            return Pairs(store, range(p.held_out, len(store))), t
+        solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
+        rows = self.pool * t.batch_size
+        source = Generated(
+            replace(self._maker().solver(), solver=solver, grid=grid), rows, seed=store.seed,
+            first=p.held_out, reuse=self.reuse, batch_size=p.batch_size, precision=p.precision,
+            engine=p.engine,
+        )  # fmt: skip
+        return source, replace(t, epochs=t.epochs * (p.count // t.batch_size) / self.pool)
+
+    def _pairs_seen(self, store: PairStore, steps: int) -> int:
+        if not self.online:
+            return len(store) - self.pairs.held_out
+        return -(-steps // (self.pool * self.reuse)) * self.pool * self.train.batch_size
+
+    def budget(self) -> str:
+        """Say what the run will cost, from short measurements on this device."""
+        t, p = self.train, self.pairs
+        finished = pairs.is_finished(self.store)
+        stored = finished and not self.online
+        count = pairs.info(self.store)["pairs"] - p.held_out if stored else p.count
+        steps = max(1, round(t.epochs * (count // t.batch_size)))
+        kept = 0 if finished else pairs.to_make(self.store, self._kept())
+        passing = -(-steps // self.reuse) * t.batch_size if self.online else 0
+        lines, making = [], 0.0
+        if kept + passing:
+            line, making = self._maker().estimate(kept + passing)
+            lines.append(f"pairs: {line}" + (f"; {kept:,} are kept" if self.online else ""))
+        teacher = load_teacher(self.teacher, device=self.machine.use())
+        learning = steps * t.batch_size * _training_seconds_each(teacher, self.method, t)
+        lines.append(f"train: {steps:,} steps of {t.batch_size}, about {budget.duration(learning)}")
+        total = (making + learning) / ranks.world()
+        saved = 5 * sum(w.nbytes for w in teacher.net.parameters())
+        return "\n".join([
+            *lines,
+            f"disk:  {budget.size(saved)} for the checkpoint, beside the pairs",
+            f"total: about {budget.cost(total, self.price)}, on {ranks.world()} of this device",
+        ])  # fmt: skip
+
+
+def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: TrainConfig) -> float:
+    """Measure how long training takes for an image: forward and backward, without the optimiser."""
+    device = next(teacher.net.parameters()).device
+    modules = method.init(teacher.denoiser)
+    most = max(1, train.batch_size // ranks.world())
+    z = noise(0, range(most), teacher.shape, device=device)
+    low = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(train.precision)
+
+    def work(n: int) -> None:
+        with torch.autocast(device.type, low, enabled=low is not None):
+            loss = method.loss(modules, {"x0": z[:n], "noise": z[:n]}, 0)
+        loss.backward()
+        loss.item()  # waits for the device
+
+    return budget.seconds_each(work, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +358,7 @@ class Sample:
     between: int = 0  # images on the way from each index to the next, along a great circle
     scale: int = 0  # pixels of a picture for each of the image; 0 makes small images larger
     batch_size: int = 256
+    precision: Precision = "float32"
     machine: Here = field(default_factory=Machine)
 
     def run(self) -> None:
@@ -261,7 +369,7 @@ class Sample:
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         check_name(self.out)
         model = load(self.model, device=self.machine.use())
-        sampler = Sampler(model, batch_size=self.batch_size)
+        sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
         if self.between:
             z = noise(self.seed, indices, model.shape)
             images, columns = sampler.draw(great_circle(z, self.between)), self.between + 1
@@ -424,6 +532,8 @@ def run(verb: str, args: list[str]) -> None:
         task = _parse(PLAIN[verb], args, f"dstudent {verb}")
     if dry:
         print(json.dumps(to_json(task), indent=2))
+        if isinstance(task, MakePairs | Distill) and task.teacher.exists():
+            log.info(task.budget())
     else:
         task.run()
 
@@ -452,6 +562,12 @@ def _parse(task: Any, args: list[str], prog: str, **default: Any) -> Any:
     rules = (i for i, line in enumerate(boxed) if line.startswith(("─", "For full helptext")))
     reason = " ".join(boxed[: next(rules, None)]) or said.getvalue()
     raise ValueError(f"{reason} (see `{prog} --help`)")
+
+
+def _at_least(least: float, **values: float) -> None:
+    for option, value in values.items():
+        if not least <= value < float("inf"):
+            raise ValueError(f"{option} must be at least {least}, not {value}")
 
 
 def _home(name: str) -> Path:

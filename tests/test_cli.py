@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,10 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
     options = ("--plan", "--plan-noises", "2", "--solve.steps", "20", "--solve.top", "60")
     assert main(pairs_of(*options)) == 0
     said = capsys.readouterr().out
-    assert "18 calls of ddim" in said.splitlines()[-1]
+    *_, answer, precision = said.splitlines()
+    assert "18 calls of ddim" in answer
+    figure = re.search(r"in float32: bfloat16 (\S+); 18 calls of ddim miss the ODE by", precision)
+    assert float(figure[1]) > 0
     assert {line.split()[1] for line in said.splitlines() if line[:5].strip().isdecimal()} == {
         "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc"
     }  # fmt: skip
@@ -192,7 +196,7 @@ OPTIONS = {
     "demo": ["--out"],
     "doctor": ["--json", "--plan"],
     "teach": ["--out", "--net.channels", "--train.batch-size", "--solve.steps", "--device"],
-    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan"],
+    "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan", "--precision"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
     "convert": ["--to", "--image-size"],
@@ -475,13 +479,73 @@ def test_a_store_is_written_as_archives(home, capsys):
     assert "holds archives of something else (form: webdataset, not fastgen)" in line
 
 
-def test_a_store_that_is_not_there_is_refused(home, capsys):
-    assert "nowhere: not a pair store" in refused(capsys, *distill_of("--store", "nowhere"))
+def recipe_of(*more: str) -> list[str]:
+    return distill_of(*PAIRS, *more)
 
 
-def test_a_store_that_is_not_finished_is_refused(home, capsys):
+def test_a_store_that_is_not_there_is_made_and_the_student_is_the_same(home, capsys, caplog):
+    assert main([*recipe_of("--store", "made", "--price", "3600")]) == 0
+    assert "pairs: made, 160 of them" in capsys.readouterr().out
+    assert ds.PairStore("made").sha256 == ds.PairStore("pairs").sha256
+    expected = Path("student/model.safetensors").read_bytes()
+    assert Path("new/model.safetensors").read_bytes() == expected
+    lines = caplog.messages[0].splitlines()
+    for line, said in zip(
+        lines,
+        (
+            r"pairs: 160 pairs to make, 10\.2 kB, 5 network calls each, about \d+ s, \$",
+            r"train: 6 steps of 64, about \d+ s",
+            r"disk:  \d+ kB for the checkpoint",
+            r"total: about \d+ s, \$\d+\.\d\d, on 1 of this device",
+        ),
+        strict=True,
+    ):
+        assert re.match(said, line), line
+
+
+def test_a_store_that_is_not_finished_is_finished_first(home):
+    before = {k: v for k, v in tree(home).items() if k.startswith("pairs/")}
     Path("pairs/images-00003.npy").unlink()
-    assert "1 of 4 shards are missing" in refused(capsys, *distill_of())
+    assert main(recipe_of()) == 0
+    assert {k: v for k, v in tree(home).items() if k.startswith("pairs/")} == before
+
+
+def test_a_store_that_is_not_finished_is_not_finished_otherwise(home, capsys):
+    Path("pairs/images-00003.npy").unlink()
+    assert "holds a store made otherwise (grid: [" in refused(capsys, *distill_of())
+
+
+def test_a_dry_run_says_what_it_will_cost(home, caplog):
+    before = tree(home)
+    assert main([*recipe_of("--store", "made", "--dry-run")]) == 0
+    assert "160 pairs to make" in caplog.text and "train: 6 steps" in caplog.text
+    caplog.clear()
+    assert main([*pairs_of("--dry-run", "--price", "1")]) == 0
+    assert "160 pairs to make" in caplog.text and "$0.00" in caplog.text
+    assert tree(home) == before
+
+
+def test_pairs_are_made_while_training_and_not_kept(home, caplog, monkeypatch):
+    online = recipe_of("--store", "few", "--online", "--pool", "1", "--reuse", "2")
+    assert main([*online]) == 0
+    assert len(ds.PairStore("few")) == 32
+    assert caplog.messages[0].startswith("pairs: 224 pairs to make, ")
+    assert "; 32 are kept\n" in caplog.messages[0]
+    about = json.loads(Path("new/config.json").read_text())["provenance"]
+    assert (about["pairs"], about["steps"]) == (192, 6)
+    advance = Trainer._advance
+
+    def stop_at_four(self):
+        if self.step == 3 and not Path("stopped").exists():
+            Path("stopped").touch()
+            raise RuntimeError("stopped")
+        advance(self)
+
+    monkeypatch.setattr(Trainer, "_advance", stop_at_four)
+    assert main([*online, "--out", "again"]) == 2
+    assert main([*online, "--out", "again"]) == 0  # from step 2, in the middle of no pool's life
+    again = Path("again/model.safetensors").read_bytes()
+    assert again == Path("new/model.safetensors").read_bytes()
 
 
 def test_a_store_made_otherwise_is_refused(home, capsys):
@@ -509,6 +573,10 @@ def test_a_store_made_otherwise_is_refused(home, capsys):
         (["evaluate", "teacher", "--extractor", "inception"], "--inception-weights"),
         (["evaluate", "teacher", "--store", "pairs", "--held-out", "999"], "160 pairs"),
         (["doctor", "--loud"], "--loud"),
+        (pairs_of("--precision", "fp8"), "fp8"),
+        (pairs_of("--precision", "tf32"), "precision tf32 is for CUDA GPUs, not for cpu"),
+        (distill_of("--price", "-1"), "price must be at least 0, not -1"),
+        (distill_of("--online", "--reuse", "0"), "reuse must be at least 1, not 0"),
     ],
     ids=lambda v: " ".join(v[:2] + v[-2:]) if isinstance(v, list) else "",
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import ds
-from ds.analytic import Gaussian
+from ds import data
+from ds.analytic import Gaussian, GaussianMixture
 from ds.data import CHUNKS, AbstractSource, Batches, Generated, Images, Pairs, digits
 from ds.images import to_float
 
@@ -127,14 +128,53 @@ def test_rows_a_store_lacks_are_refused(store, rows):
         Pairs(store, rows)
 
 
-def test_generated_pairs_are_the_teachers_for_the_noise_of_their_draws():
+def generated(rows=3 * BATCH, **options) -> Generated:
     teacher = Gaussian(shape=(1, 2, 2)).teacher(ds.solvers.DDIM(), ds.grids.quadratic(5))
-    batches = Batches(Generated(teacher, ROWS, seed=9), BATCH, seed=0)
-    for step in (0, 7):
-        z = ds.noise(9, range(step * BATCH, (step + 1) * BATCH), (1, 2, 2))
-        assert torch.equal(batches.at(step)["noise"], z)
-        assert torch.equal(batches.at(step)["x0"], teacher.sample(z))
-        assert not batches.at(step)["x0"].requires_grad
+    return Generated(teacher, rows, **{"seed": 9, "batch_size": 4, **options})
+
+
+def test_generated_pairs_are_those_of_the_teachers_store(tmp_path):
+    source = generated(first=2, reuse=2)
+    store = ds.generate_pairs(source._sampler.model, tmp_path / "s", 2 + 3 * len(source), seed=9)
+    batches = Batches(source, BATCH, seed=0)
+    for step in (0, 7, 17, 1):  # of pools 0, 1, 2 and 0 again
+        _, indices = batches.read(step)
+        found, expected = batches.at(step), Pairs(store).prepare(store.images(indices), indices)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_generated_pair_serves_so_many_epochs_and_no_more(reuse):
+    batches = Batches(generated(reuse=reuse), BATCH, seed=0)
+    steps = 2 * reuse * batches.per_epoch
+    seen = torch.cat([batches.read(step)[1] for step in range(steps)])
+    assert torch.equal(seen.bincount(), torch.full((2 * len(batches.source),), reuse))
+
+
+def test_generated_points_are_the_teachers():
+    teacher = GaussianMixture().teacher(ds.solvers.DDIM(), ds.grids.quadratic(5))
+    batch = Generated(teacher, 6, seed=9).batch([5, 1], [0, 1])
+    z = ds.noise(9, [5, 1], (2,))
+    assert torch.equal(batch["noise"], z)
+    torch.testing.assert_close(batch["x0"], teacher.sample(z))
+
+
+def test_processes_share_the_making_of_a_pool(monkeypatch):
+    whole = generated()._make(1)
+    parts = []
+    monkeypatch.setattr(data.ranks, "world", lambda: 3)
+    monkeypatch.setattr(data.ranks, "gather", lambda rows: parts.append(rows) or rows)
+    for number in range(3):
+        monkeypatch.setattr(data.ranks, "number", lambda number=number: number)
+        generated()._make(1)
+    assert [len(part) for part in parts] == [4, 4, 7]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("name", ["rows", "reuse", "batch_size"])
+def test_generated_pairs_in_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        generated(**{name: 0})
 
 
 def test_an_image_gets_fresh_noise_at_every_draw():
@@ -155,6 +195,7 @@ def test_sources_that_differ_have_different_fingerprints(store):
     teachers = [Gaussian(shape=(1, 2, 2)).teacher(ds.solvers.DDIM(), (t,)) for t in (5, 6)]
     sources = [
         *(Generated(teacher, 9, seed=seed) for teacher in teachers for seed in (0, 1)),
+        *(Generated(teachers[0], 9, seed=0, **{name: 3}) for name in ("first", "reuse")),
         Pairs(store), Pairs(store, range(5)), Pairs(store, range(1, 6)),
         Images(images), Images(images, seed=1), Images(images[1:]), Images(other),
     ]  # fmt: skip

@@ -15,7 +15,7 @@ ROOT = Path(ds.__file__).parent
 ROWS = [
     ["kernels"],
     ["ops"],
-    ["apex", "config", "files", "metrics", "philox", "ranks", "schedule"],
+    ["apex", "budget", "config", "files", "metrics", "philox", "ranks", "schedule"],
     ["grids", "images", "nets", "places"],
     ["denoiser", "engine"],
     ["checkpoint", "solvers"],

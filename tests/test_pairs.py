@@ -139,6 +139,8 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
             "prediction": "eps",
         },
         "engine": False,
+        "precision": "float32",
+        "device": "cpu",
         "solver": {"type": "ds.solvers.ddim.DDIM"},
         "grid": list(ds.grids.quadratic(10)),
         "noise": "philox4x32-10, Box-Muller",
@@ -320,6 +322,12 @@ def test_verify_refuses_a_teacher_with_other_weights(tmp_path):
         store.verify(other)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_verify_computes_as_the_store_was_computed(tmp_path, unet, precision):
+    store = make(tmp_path / "s", unet, precision=precision)
+    store.verify(unet, recompute=COUNT)
+
+
 def test_verify_finds_images_of_another_teacher_under_right_hashes(tmp_path):
     """Hashes say that a file did not change; only a new computation says that it was right."""
     store = make(tmp_path / "s")
@@ -379,6 +387,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
         ({"count": 39}, r"count: 40, not 39"),
         ({"shard_size": 8}, r"shard_size: 16, not 8"),
         ({"quantizer": "floor"}, r"quantizer: round, not floor"),
+        ({"precision": "bfloat16"}, r"precision: float32, not bfloat16"),
         ({"teacher": replace(GAUSSIAN, grid=ds.grids.quadratic(9))}, r"grid: \[800, "),
         (
             {"teacher": Gaussian(shape=(2, 4, 4)).teacher(GAUSSIAN.solver, GAUSSIAN.grid)},
@@ -412,6 +421,12 @@ def test_a_size_below_one_is_refused_before_anything_is_written(tmp_path, name, 
     assert not (tmp_path / "s").exists()
 
 
+def test_tf32_is_refused_on_a_cpu_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="precision tf32 is for CUDA GPUs, not for cpu"):
+        make(tmp_path / "s", precision="tf32")
+    assert not (tmp_path / "s").exists()
+
+
 def test_points_are_not_stored_as_images(tmp_path):
     teacher = GaussianMixture().teacher(ds.solvers.DDIM(), ds.grids.quadratic(10))
     with pytest.raises(ValueError, match="need quantizer='float32'"):
@@ -420,7 +435,7 @@ def test_points_are_not_stored_as_images(tmp_path):
 
 def test_a_disk_too_small_is_noticed_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=COUNT * 32 - 1))
-    monkeypatch.setattr("ds.pairs._estimate", None)  # the first work there is
+    monkeypatch.setattr("ds.pairs.estimate", None)  # the first work there is
     with pytest.raises(RuntimeError, match=r"40 pairs need 1\.28 kB, the disk has 1\.28 kB free"):
         make(tmp_path / "s")
     monkeypatch.undo()
@@ -438,6 +453,28 @@ def test_the_size_and_the_time_are_estimated_before_work(tmp_path, caplog):
     with caplog.at_level("INFO", "ds"):
         make(tmp_path / "s")
     assert "40 pairs to make, 1.28 kB, 10 network calls each, about " in caplog.text
+
+
+def test_progress_counts_what_is_left_and_says_what_it_costs(tmp_path, monkeypatch):
+    made = []
+
+    class Bar(pairs.tqdm):
+        def set_postfix(self, facts, refresh):
+            made.append((self.n, self.total, facts["cost"]))
+
+    monkeypatch.setattr(pairs, "tqdm", Bar)
+    make(tmp_path / "s", progress=True, price=1e9)
+    assert [row[:2] for row in made] == [(0, 40), (16, 40), (32, 40)]
+    assert all(cost.startswith("$") and float(cost[1:]) > 0 for *_, cost in made)
+
+
+def test_progress_shows_how_busy_a_gpu_is_where_that_can_be_asked(monkeypatch):
+    shown = pairs._Shown(pairs.tqdm(disable=True), torch.device("cuda"), 0.0)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    monkeypatch.setattr(pairs, "find_spec", lambda name: None)
+    assert shown.facts() == {}
+    monkeypatch.setattr(pairs, "find_spec", lambda name: name)
+    assert shown.facts() == {"gpu": "97%"}
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):

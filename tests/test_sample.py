@@ -1,6 +1,8 @@
 """Sampler and the ways its images are written."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from PIL import Image
 
 import ds
 from ds import analytic, grids
+from ds.checkpoint import fingerprint
 from ds.images import save, tile
-from ds.sample import great_circle
+from ds.sample import great_circle, uses_loop
 from ds.solvers import DDIM
+from tests.nets.test_unet import build, relative_rms
 
 FIELD = analytic.GaussianField(size=4)
 TEACHER = FIELD.teacher(DDIM(), grids.quadratic(5))
@@ -43,8 +47,92 @@ def test_points_are_no_images():
 
 def test_a_compiled_teacher_draws_the_same_images():
     expected = ds.Sampler(TEACHER)(indices=range(4))
-    made = ds.Sampler(TEACHER, compile=True)(indices=range(4))
+    sampler = ds.Sampler(TEACHER, compile=True, batch_size=4)
+    assert sampler.cold_start["compile"] > sampler.cold_start["capture"] == 0
+    made = sampler(indices=range(4))
     assert (made.int() - expected.int()).abs().max() <= 1  # a pixel may round the other way
+
+
+# A U-Net, and the ways to run it.
+
+
+@pytest.fixture
+def unet() -> ds.Teacher:
+    return ds.Teacher(ds.Denoiser(build(), ds.schedule.LinearBeta()), DDIM(), grids.quadratic(5))
+
+
+def drawn(model, **options) -> torch.Tensor:
+    sampler = ds.Sampler(model, **{"batch_size": 4, **options})
+    return torch.cat([*sampler.batches(7, range(6))])
+
+
+def test_the_loop_draws_what_the_solver_does(unet):
+    """The last batch is not full; on CUDA the same step is captured."""
+    expected, made = drawn(unet, engine=True), drawn(unet, engine=True, loop=True)
+    assert relative_rms(made, expected) < 1e-6
+    assert torch.equal(made, drawn(unet, engine=True, loop=True))
+
+
+def test_a_loop_is_the_default_for_ddim_on_cuda_alone(unet):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert uses_loop(unet, cuda) and not uses_loop(unet, cpu)
+    assert not uses_loop(replace(unet, solver=ds.solvers.Heun()), cuda)
+
+
+@pytest.mark.parametrize("change", [{"solver": ds.solvers.Heun()}, {}], ids=["heun", "no engine"])
+def test_a_loop_that_cannot_be_is_refused(unet, change):
+    with pytest.raises(ValueError, match=r"loop (is for teachers|needs an engine)"):
+        ds.Sampler(replace(unet, **change), engine=bool(change), loop=True)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_bfloat16_runs_in_a_copy_and_is_near(unet, engine):
+    before = fingerprint(unet.denoiser)
+    expected, made = drawn(unet), drawn(unet, engine=engine, precision="bfloat16")
+    assert made.dtype == torch.float32
+    assert 1e-4 < relative_rms(made, expected) < 5e-2
+    assert fingerprint(unet.denoiser) == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, monkeypatch):
+    seen = []
+
+    def look(z):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return z
+
+    monkeypatch.setattr("ds.sample.check_precision", lambda *_: None)  # as on CUDA
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    model = SimpleNamespace(net=TEACHER.net, shape=TEACHER.shape, sample=look)
+    ds.Sampler(model, precision=precision)(indices=[0])
+    assert seen == [(precision == "tf32",) * 2]
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "tf32"])
+def test_a_precision_that_is_not_there_is_refused(precision):
+    with pytest.raises(ValueError, match="precision"):
+        ds.Sampler(TEACHER, precision=precision)
+
+
+def test_for_latency_the_quickest_of_the_ways_is_taken(unet, monkeypatch):
+    ways = []
+
+    def timed(work, most):
+        ways.append(work)
+        return 1.0 if len(ways) == 2 else 2.0
+
+    monkeypatch.setattr("ds.sample.seconds_each", timed)
+    sampler = ds.Sampler(unet, latency=True)
+    assert sampler.batch_size == 1 and len(ways) == 3
+    assert not sampler.model.net.rewrites.winograd
+    assert relative_rms(next(sampler.batches(7, [0])), drawn(unet)[:1]) < 1e-5
+
+
+def test_a_cold_start_says_what_took_how_long(unet):
+    cold = ds.Sampler(unet, engine=True, loop=True).cold_start
+    assert cold["plan"] > 0 and cold["capture"] > 0 and cold["compile"] == 0
 
 
 @pytest.mark.parametrize("between", [0, 1, 9])

@@ -27,6 +27,9 @@ DISTILL = (
     "distill", "digits", "--held-out", "32", "--train.epochs", "2", "--train.batch-size", "32",
     "--train.log-every", "1",
 )  # fmt: skip
+ONLINE = (
+    "--online", "--pool", "2", "--reuse", "2", "--pairs.count", "64", "--pairs.batch-size", "32",
+)  # fmt: skip
 JOBS = {
     "whole": (QUIET, Runtime()),
     "cut": (QUIET, Runtime()),
@@ -149,10 +152,17 @@ def test_the_verb_distill_runs_in_two_processes(home):
     assert [m["step"] for m in lines(home / "student-run")] == [1, 2, 3, 4, 4]
 
 
+def test_pairs_that_two_processes_make_while_training_are_those_of_the_store(home):
+    """Two batches of them, one made by each, for as long as the store is trained on."""
+    made, stored = (ds.load_student(home / name).net.state_dict() for name in ("online", "student"))
+    assert all(torch.equal(w, stored[name]) for name, w in made.items())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     home = Path(sys.argv[1])
     folders = ("--teacher", home / "teacher", "--store", home / "pairs", "--out", home / "student")
     with ranks.joined():
         assert main([*map(str, (*DISTILL, *folders))]) == 0
+        assert main([*map(str, (*DISTILL, *folders, *ONLINE, "--out", home / "online"))]) == 0
         work(home)

@@ -18,9 +18,9 @@ from ds.schedule import DATA, AbstractSchedule
 class DDIMLoop:
     """A DDIM teacher's sampling of batches of one size: loop(z [N, *shape]) -> [N, *shape].
 
-    The state is float32 (float64 for a float64 engine), the network sees a copy in its own dtype,
-    written by the update itself. Coefficients are made in float64. The result is the loop's own
-    buffer, which the next call overwrites.
+    `images` is that size, the engine's own. The state is float32 (float64 for a float64 engine),
+    the network sees a copy in its own dtype, written by the update itself. Coefficients are made in
+    float64. The result is the loop's own buffer, which the next call overwrites.
 
     Song et al. 2020, arXiv:2010.02502, Eq. 12 with sigma_t = 0, which is linear in x and the output
     of the network.
@@ -30,7 +30,8 @@ class DDIMLoop:
         self, engine: Engine, schedule: AbstractSchedule, grid: Grid, prediction: str = "eps"
     ):
         place = engine.place
-        shape = (place.images, *engine.shape)
+        self.images = place.images
+        shape = (self.images, *engine.shape)
         wide = torch.promote_types(place.dtype, torch.float32)
         rows = [_coefficients(schedule, prediction, t, s) for t, s in pairwise((*grid, DATA))]
         self._engine, self._steps = engine, len(grid)
