@@ -193,7 +193,7 @@ def _write_missing(
                     wrote = True
         if not wrote:
             _stop_if(stop, plan)
-            time.sleep(0.1)
+            time.sleep(plan.place.pause)
 
 
 def _make(

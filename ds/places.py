@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ds.files import locked, replacing, sha256, sync
 
@@ -42,6 +42,7 @@ class AbstractPlace(ABC):
     """Files under plain names, each of them whole or absent."""
 
     path: Path | str
+    pause: ClassVar[float]  # seconds between two looks for what others write
 
     def __str__(self) -> str:
         return str(self.path)
@@ -112,6 +113,8 @@ def claim_of(name: str) -> str:
 
 class Directory(AbstractPlace):
     """A directory of a file system with locks: a local disk, or NFS from version 4."""
+
+    pause: ClassVar = 0.1
 
     def __init__(self, path: Path):
         self.path = path
@@ -197,6 +200,8 @@ class Bucket(AbstractPlace):
     That is in $DS_CACHE, by default ~/.cache/denoising-student. Credentials and endpoints are those
     of the fsspec package, and so of the provider's own configuration files and variables.
     """
+
+    pause: ClassVar = 5.0
 
     def __init__(self, url: str):
         import fsspec

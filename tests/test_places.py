@@ -45,6 +45,7 @@ def s3():
 def url(request, tmp_path, monkeypatch) -> str:
     """A folder that nothing is in yet."""
     monkeypatch.setenv("DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(places.Bucket, "pause", 0.05)
     root = "memory://bucket" if request.param == "memory" else request.getfixturevalue("s3")
     return f"{root}/{next(NUMBERS)}"
 
