@@ -1,7 +1,5 @@
 """Compare this checkout with another commit: the same cases in both, in turns.
 
-    python -m benchmarks.against REV group_norm_silu --quick
-
 The other commit is checked out and built in a worktree of its own. Printed is, for each case, how
 many times as long ours took there as here.
 """
@@ -10,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -18,24 +17,15 @@ from benchmarks.harness import ROOT, git
 TURNS = 3
 
 
-def rows(checkout: Path, arguments: list[str]) -> dict[str, float]:
-    """Run cases in a checkout; return the microseconds of ours by case."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "benchmarks", "--json", file.name, *arguments]
-        subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(file.name).read_text())
-    return {row["case"]: list(row["us"].values())[-1]["median"] for row in found}
-
-
-def main(revision: str, *arguments: str) -> None:
-    """Print the table."""
+def compare(revision: str, arguments: Sequence[str]) -> None:
+    """Print the table; the arguments are those of `python -m benchmarks`."""
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "other"
         git("worktree", "add", "--detach", str(other), revision)
         try:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             subprocess.run(build, cwd=other, check=True)
-            turns = [(rows(other, [*arguments]), rows(ROOT, [*arguments])) for _ in range(TURNS)]
+            turns = [(_rows(other, arguments), _rows(ROOT, arguments)) for _ in range(TURNS)]
         finally:
             git("worktree", "remove", "--force", str(other))
     for case in turns[0][1]:
@@ -44,5 +34,10 @@ def main(revision: str, *arguments: str) -> None:
             print(f"{case:58} {median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _rows(checkout: Path, arguments: Sequence[str]) -> dict[str, float]:
+    """Run cases in a checkout; return the microseconds of ours by case."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-m", "benchmarks", "--json", file.name, *arguments]
+        subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(Path(file.name).read_text())
+    return {row["case"]: list(row["us"].values())[-1]["median"] for row in found}

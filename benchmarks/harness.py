@@ -49,9 +49,10 @@ class Case:
     """A piece of work, the sides that do it, the first of them the baseline, and the exact answer.
 
     `bytes` are those that must move, each once, and `flops` those of the work as it is stated,
-    whatever a side saves; 0 where such a figure says nothing. `missing` names peers that cannot run
-    here, with the reason. A side may be off by `factor` times what the baseline is off by, and by
-    two roundings.
+    whatever a side saves, in `dtype`; 0 where such a figure says nothing. `images` are those that a
+    run makes or learns from. `missing` names peers that cannot run here, with the reason. A side
+    may be off by `factor` times what the baseline is off by, and by two roundings. `wall`: it also
+    waits, for a disk or another process. Sides may add to `phases` the seconds of their parts.
     """
 
     name: str
@@ -59,25 +60,37 @@ class Case:
     exact: Callable[[], Any]
     bytes: int = 0
     flops: int = 0
+    dtype: torch.dtype = torch.float32
+    images: int = 0
     factor: float = 3.0
     missing: Mapping[str, str] = field(default_factory=dict)
+    wall: bool = False
+    phases: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: rounds of turns, and seconds that a turn takes at least."""
+    """How long to measure: rounds of turns, and seconds that a side's turn takes at least.
+
+    Rounds that would take longer than `most` seconds in all are fewer, but two.
+    """
 
     rounds: int = 15
     seconds: float = 0.01
+    most: float = 15.0
 
 
-QUICK = Pace(rounds=5, seconds=0.004)
+QUICK = Pace(rounds=7, seconds=0.004, most=3.0)
 
 
-def gate(case: Case) -> None:
-    """Raise Wrong if a side's result is further from the exact answer than the case allows."""
+def gate(case: Case) -> dict[str, float]:
+    """Return the root mean square error of each side's first tensor, as a share of the values.
+
+    Raises Wrong if a side's result is further from the exact answer than the case allows.
+    """
     exact = _tensors(case.exact())
     allowed: list[float] = []
+    found = {}
     for name, side in case.sides.items():
         got = _tensors(side.run(side.prepare()))
         if len(got) != len(exact):
@@ -90,6 +103,8 @@ def gate(case: Case) -> None:
                 raise Wrong(
                     f"{case.name}: {name} is off by {error:.2g}, {allowed[i]:.2g} is allowed"
                 )
+        found[name] = _rms(got[0], exact[0])
+    return found
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -104,18 +119,25 @@ def _distance(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact.double()).abs().max() / scale).item()
 
 
+def _rms(actual: Tensor, exact: Tensor) -> float:
+    scale = exact.double().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((actual.double() - exact.double()).square().mean() / scale).sqrt().item()
+
+
 def _rounding(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
 
 
 def measure(case: Case, device: torch.device, pace: Pace) -> dict[str, dict[str, float]]:
-    """Return median, p20 and p80 of the microseconds of a run, by side."""
-    seconds = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    runs, times = {}, {name: [] for name in case.sides}
+    """Return median, p20 and p80 of the microseconds of a run, by side; all have run once."""
+    seconds = _wall_seconds if case.wall else _seconds(device)
+    runs, times, turn = {}, {}, 0.0
     for name, side in case.sides.items():
-        seconds(side, 2)
-        runs[name] = 1 + min(40, int(pace.seconds / seconds(side, 2)))
-    for _ in range(pace.rounds):
+        first = seconds(side, 1)
+        runs[name] = 1 + min(40, int(pace.seconds / first))
+        times[name] = [1e6 * first] if runs[name] == 1 else []
+        turn += runs[name] * first
+    for _ in range(max(2, min(pace.rounds, int(pace.most / turn)))):
         for name, side in case.sides.items():
             times[name].append(1e6 * seconds(side, runs[name]))
     return {name: summary(taken) for name, taken in times.items()}
@@ -123,18 +145,34 @@ def measure(case: Case, device: torch.device, pace: Pace) -> dict[str, dict[str,
 
 def summary(times: list[float]) -> dict[str, float]:
     """Return the median and the 20th and 80th percentile."""
-    fifths = statistics.quantiles(times, n=5)
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[-1]}
 
 
-def _cpu_seconds(side: Side, runs: int) -> float:
-    """Time runs of a side. One thread's time is the process's, which waiting does not touch."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def _seconds(device: torch.device) -> Callable[[Side, int], float]:
+    """Return what times runs: one CPU thread by the process's time, untouched by waiting."""
+    if device.type == "cuda":
+        return _cuda_seconds
+    return _cpu_seconds if torch.get_num_threads() == 1 else _wall_seconds
+
+
+def _cpu_seconds(side: Side, runs: int, clock: Callable[[], float] = time.process_time) -> float:
     states = [side.prepare() for _ in range(runs)]
     start = clock()
     while states:
         side.run(states.pop())
     return (clock() - start) / runs
+
+
+def _wall_seconds(side: Side, runs: int) -> float:
+    return _cpu_seconds(side, runs, settled)
+
+
+def settled() -> float:
+    """Return the time at which the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _cuda_seconds(side: Side, runs: int) -> float:
@@ -168,8 +206,10 @@ def calibrate(device: torch.device) -> dict[str, float]:
 
 
 def _fastest(run: Callable[[], Any], device: torch.device) -> float:
-    seconds = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    return min(seconds(Side(lambda _: run()), 2) for _ in range(8))
+    seconds, taken = _seconds(device), []
+    while len(taken) < 2 or (len(taken) < 8 and sum(taken) < 1):
+        taken.append(seconds(Side(lambda _: run()), 1))
+    return min(taken)
 
 
 def run(cases: Iterable[Case], device: torch.device, pace: Pace) -> Iterator[dict[str, Any]]:
@@ -177,18 +217,31 @@ def run(cases: Iterable[Case], device: torch.device, pace: Pace) -> Iterator[dic
     gc.disable()
     try:
         for case in cases:
-            gate(case)
+            errors = gate(case)
             times = measure(case, device, pace)
             yield {
                 "case": case.name,
                 "us": times,
+                "error": errors,
                 "bytes": case.bytes,
                 "flops": case.flops,
+                "dtype": str(case.dtype)[6:],
+                "images": case.images,
                 "missing": dict(case.missing),
+                "phases": {
+                    side: {phase: statistics.median(taken) for phase, taken in parts.items()}
+                    for side, parts in case.phases.items()
+                },
             }
             gc.collect()
     finally:
         gc.enable()
+
+
+def floor(row: dict[str, Any], calibration: dict[str, float]) -> float:
+    """Return the microseconds that a row's bytes or FLOPs take at the machine's rates, or 0."""
+    rate = calibration.get(f"matmul_tflops_{row['dtype']}", calibration["matmul_tflops_float32"])
+    return max(row["bytes"] / 1e3 / calibration["copy_gbs"], row["flops"] / 1e6 / rate)
 
 
 def line(row: dict[str, Any], calibration: dict[str, float]) -> str:
@@ -199,13 +252,13 @@ def line(row: dict[str, Any], calibration: dict[str, float]) -> str:
         text += f"  {name} {t['median']:.0f} ({t['p20']:.0f} to {t['p80']:.0f})"
         if name != last:
             text += f" {t['median'] / ours['median']:.2f}x"
-    if row["bytes"]:
-        rate = row["bytes"] / 1e3 / ours["median"]
-        text += f"  {rate:.0f} GB/s, {rate / calibration['copy_gbs']:.0%} of a copy"
-    if row["flops"]:
-        text += f"  {row['flops'] / 1e6 / ours['median']:.3g} TFLOP/s"
+    if least := floor(row, calibration):
+        text += f"  floor {least:.0f}, {least / ours['median']:.0%} of its rate attained"
+    for side, parts in row["phases"].items():
+        split = ", ".join(f"{phase} {seconds:.3g} s" for phase, seconds in parts.items())
+        text += f"\n    {side}: {split}"
     for name, reason in row["missing"].items():
-        text += f"  {name} missing: {reason}"
+        text += f"\n    {name} missing: {reason}"
     return text
 
 

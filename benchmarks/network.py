@@ -6,7 +6,8 @@ weights. FLOPs: two for each multiplication of convolutions, linear layers and a
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +15,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Case, Side
-from benchmarks.peers import diffusers_twin
+from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
 from ds import presets
+from ds.nets import UNet, UNetConfig
 from ds.nets.unet import GroupNorm
-
-Call = Callable[[Tensor, Tensor], Tensor]
 
 
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     """Yield a case for each precision."""
-    net = random_cifar10(device)
+    net = random_cifar10(device, quick=quick)
     images = 264 if device.type == "cuda" else 8
     x = torch.randn(images, *net.shape, device=device)
     t = torch.full((images,), 500, device=device)
@@ -34,20 +34,33 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.bfloat16 and quick:
             return
-        sides, missing = contenders(net, dtype, device)
+        sides, missing = contenders(net, dtype, device, quick=quick)
         yield Case(
-            f"forward {str(dtype)[6:]} {list(x.shape)}",
+            f"forward {str(dtype)[6:]} {about(net, images)}",
             {name: Side(functools.partial(_call, f, x, t)) for name, f in sides.items()},
             lambda: exact,
             flops=flops,
+            dtype=dtype,
+            images=images,
             missing=missing,
         )
 
 
-def random_cifar10(device: torch.device) -> nn.Module:
-    """Return the network with weights that leave no branch at zero, where half of it is idle."""
+def random_cifar10(device: torch.device, *, quick: bool) -> UNet:
+    """Return the network with random weights; for a tour one of a quarter of its channels."""
+    config = presets.cifar10().net
+    return random_net(replace(config, channels=32) if quick else config, device)
+
+
+def about(net: UNet, images: int) -> str:
+    """Say how large the work is, for the name of a case."""
+    return f"{[images, *net.shape]}, {net.config.channels} channels"
+
+
+def random_net(config: UNetConfig, device: torch.device) -> UNet:
+    """Return a network with weights that leave no branch at zero, where half of it is idle."""
     torch.manual_seed(0)
-    net = presets.cifar10().net.build().to(device).eval().requires_grad_(False)
+    net = config.build().to(device).eval().requires_grad_(False)
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.02 if weight.dim() > 1 else 0.1)
     for layer in net.modules():
@@ -57,7 +70,7 @@ def random_cifar10(device: torch.device) -> nn.Module:
 
 
 def contenders(
-    net: nn.Module, dtype: torch.dtype, device: torch.device
+    net: nn.Module, dtype: torch.dtype, device: torch.device, *, quick: bool
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Return what to compare, ours last, and what is missing; each of x and t, float32."""
     sides, missing = {}, {}
@@ -66,10 +79,13 @@ def contenders(
         sides["diffusers"] = peer
         last = diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last)
         sides["diffusers, channels_last"] = _cast(last, dtype)
-        sides["diffusers, compiled"] = _compiled(_cast(last, dtype), device)
+        if quick:
+            missing |= SLOW
+        else:
+            sides["diffusers, compiled"] = compiled(_cast(last, dtype), device)
     except ImportError as error:
         missing["diffusers"] = str(error)
-    ours = presets.cifar10().net.build().to(device)
+    ours = net.config.build().to(device)
     ours.load_state_dict(net.state_dict())
     sides["ours"] = ours.to(dtype).eval()
     return sides, missing
@@ -80,13 +96,6 @@ def _cast(net: Call, dtype: torch.dtype) -> Call:
         return net(x.to(dtype, memory_format=torch.channels_last), t).float()
 
     return call
-
-
-def _compiled(call: Call, device: torch.device) -> Call:
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        return torch.compile(call, mode="max-autotune", dynamic=False)
-    return torch.compile(call, dynamic=False, options={"freezing": True})
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""Fidelity against speed: solvers, numbers of network calls, and precision, on one teacher.
+
+The teacher learns the scanned digits for a few epochs first. The exact answer is the end of its ODE
+by a third-order solver on a grid of 400; a row's `error` is the root mean square distance to that,
+as a share of the images' own. Nothing is refused here for its error.
+"""
+
+import functools
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Side
+from ds import grids, presets
+from ds.data import Images, digits
+from ds.denoiser import Denoiser
+from ds.engine import Engine
+from ds.frontier import candidates
+from ds.grids import Grid
+from ds.methods import Denoising
+from ds.philox import noise
+from ds.sample import integrate
+from ds.solvers import AbstractSolver, DPMSolverPP
+from ds.train import Trainer
+
+TOP, IMAGES = 800, 16
+
+
+def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+    """Yield a case for each solver and number of calls, on quadratic grids."""
+    teacher = taught(1 if quick else 8, device)
+    z = noise(0, range(IMAGES), teacher.shape, device=device)
+    fine = grids.quadratic(100 if quick else 400, top=TOP)
+    truth = _run(teacher, DPMSolverPP(order=3), fine, z, None)
+    solves = [s for s in candidates(teacher.schedule, TOP) if s.grid == "quadratic"]
+    chosen = [s for s in solves if s.solver != "dpmpp_3m" and s.steps in (4, 8, 12, 24)]
+    for solve in chosen[::3] if quick else chosen:
+        solver, grid = solve.build(teacher.schedule)
+        denoisers = {
+            "network": teacher,
+            "engine, bfloat16": _engine(teacher, grid, torch.bfloat16),
+            "engine": _engine(teacher, grid, torch.float32),
+        }
+        yield Case(
+            f"{solve.solver} {solver.nfe(grid)} calls, digits {list(z.shape)}",
+            {
+                name: Side(functools.partial(_run, denoiser, solver, grid, z))
+                for name, denoiser in denoisers.items()
+            },
+            lambda: truth,
+            images=IMAGES,
+            factor=math.inf,
+        )
+
+
+def taught(epochs: int, device: torch.device) -> Denoiser:
+    """Return a denoiser of digits after a few epochs."""
+    preset = presets.digits()
+    config = replace(
+        preset.teach, epochs=epochs, warmup_steps=20, check_every=10**6, precision="float32"
+    )
+    method, (images, _) = Denoising(), digits()
+    torch.manual_seed(0)
+    logging.getLogger("ds").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            method, method.denoiser(preset.net.build()), Images(images), Images(images[:64]),
+            folder, config, device=device,
+        )  # fmt: skip
+        return method.denoiser(trainer.fit().requires_grad_(False))
+
+
+def _engine(teacher: Denoiser, grid: Grid, dtype: torch.dtype) -> Denoiser:
+    # Heun's times are those of its grid.
+    return replace(teacher, net=Engine(teacher.net, grid, images=IMAGES, dtype=dtype))
+
+
+@torch.no_grad()
+def _run(denoiser: Denoiser, solver: AbstractSolver, grid: Grid, z: Tensor, _: Any) -> Tensor:
+    return integrate(denoiser, solver, grid, z)

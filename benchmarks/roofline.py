@@ -1,0 +1,95 @@
+"""Every layer of the engine's plan beside its floor: bytes as a copy moves them, FLOPs as a product.
+
+The CIFAR-10 network with random weights; layers of one kind and one size are timed once. "plain"
+does the same by PyTorch's functions, a 3x3 convolution directly. Small layers lie in the caches of
+a CPU and can be faster than the floor, which is that of memory.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Case, Side
+from benchmarks.network import random_cifar10
+from ds import ops
+from ds.engine import Place, Plan
+from ds.engine.calls import Call, Conv, Run, Shape, Winograd
+from ds.engine.plan import time_rows
+from ds.engine.rewrites import Step
+from ds.nets import UNet
+
+
+def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+    """Yield a case for each kind and size of layer."""
+    net = random_cifar10(device, quick=quick)
+    cuda = device.type == "cuda"
+    place = Place(device, torch.bfloat16 if cuda else torch.float32, 256 if cuda else 8)
+    plan = Plan.of(net, place)
+    counts = Counter(_name(plan, step) for step in plan.steps)
+    steps = {_name(plan, step): step for step in plan.steps}
+    for name, step in list(steps.items())[:: 4 if quick else 1]:
+        yield _case(net, plan, place, step, f"{name}, {counts[name]} of {len(plan.steps)}")
+
+
+def _name(plan: Plan, step: Step) -> str:
+    sizes = [" + ".join(_size(plan.shapes[v]) for v in values) for values in step[1:]]
+    return f"{step.call.kind} {sizes[0]} -> {sizes[1]}"
+
+
+def _size(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _case(net: UNet, plan: Plan, place: Place, step: Step, name: str) -> Case:
+    shapes = [plan.shapes[value] for value in step.inputs]
+    row = time_rows(net, torch.tensor([500], device=place.device))[0]
+    inputs = [
+        torch.randn(place.images, *shape, device=place.device)
+        .to(place.dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for shape in shapes
+    ]
+    given = row.to(torch.promote_types(place.dtype, torch.float32)), *inputs
+    wide = row, *(x.double() for x in inputs)
+    exact = _plain(step.call, Place(place.device, torch.float64, place.images), shapes)
+    return Case(
+        name,
+        {
+            "plain": Side(functools.partial(_run, _plain(step.call, place, shapes), given)),
+            "engine": Side(functools.partial(_run, step.call.prepare(place, *shapes), given)),
+        },
+        lambda: _run(exact, wide, None),
+        bytes=plan.bytes(step, place),
+        flops=place.images * plan.flops(step),
+        dtype=place.dtype,
+        images=place.images,
+        factor=6.0,  # three for a step, and Winograd's transforms twice what a direct sum is off
+    )
+
+
+def _plain(call: Call, place: Place, shapes: list[Shape]) -> Run:
+    """Return the function of a call without a kernel of ours."""
+    if isinstance(call, Winograd):
+        c, h, w = shapes[0]
+        scale = 1 + call.doubled
+        convolve = Conv(call.weight, call.bias).prepare(place, (c, scale * h, scale * w))
+        return lambda row, x, *rest: convolve(
+            row, F.interpolate(x, scale_factor=2.0) if call.doubled else x, *rest
+        )
+    run = call.prepare(place, *shapes)
+
+    def plain(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with ops.use_backend("reference"):
+            return run(*given)
+
+    return plain
+
+
+@torch.no_grad()
+def _run(run: Run, given: tuple[Tensor, ...], _: Any) -> Tensor | tuple[Tensor, ...]:
+    return run(*given)

@@ -1,0 +1,96 @@
+"""A training step of the student: loss, backward, Adam, average; our network and plain modules.
+
+The peer is the same U-Net in PyTorch's own modules, diffusers' UNet2DModel in channels_last, with
+the loss, the optimiser (fused Adam) and the average of our trainer. Float32; on GPUs the networks
+run in bfloat16 under autocast. What is compared first: the loss and a gradient of the first step.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Side
+from benchmarks.network import about, random_net
+from benchmarks.peers import diffusers_twin
+from ds import optim, presets
+from ds.methods import DenoisingStudent
+from ds.nets import UNet
+
+METHOD = DenoisingStudent()
+FASTGEN = "not installed; its KD step (github.com/NVlabs/FastGen) is on no package index"
+SLOW = "compiling it takes minutes on a CPU"
+
+
+def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+    """Yield a case for the digits and for CIFAR-10."""
+    cuda = device.type == "cuda"
+    for name, images in (("digits", 64), ("cifar10", 256 if cuda else 4)):
+        net = random_net(presets.PRESETS[name]().net, device)
+        z, x0 = (torch.randn(images, *net.shape, device=device) for _ in range(2))
+        compiles = cuda or (name == "digits" and not quick)
+        modules, missing = contenders(net, compiles=compiles)
+        yield Case(
+            f"training step, {name} {about(net, images)}",
+            {name: Side(functools.partial(_step, m, z, x0)) for name, m in modules.items()},
+            functools.partial(_exact, net, z, x0),
+            images=images,
+            missing=missing,
+        )
+        if quick:
+            return
+
+
+class _Training:
+    """A network with its optimiser and its average."""
+
+    def __init__(self, net: nn.Module, first: nn.Parameter, *, compiles: bool = False):
+        self.net = net.train().requires_grad_(True)
+        self.first = first  # the weight whose gradient is compared
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = optim.build(
+            "adam", self.net.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0
+        )
+        self.call = torch.compile(self.net, dynamic=False) if compiles else self.net
+
+
+def contenders(net: UNet, *, compiles: bool) -> tuple[dict[str, _Training], dict[str, str]]:
+    """Return what to compare, ours last, and what is missing."""
+    sides, missing = {}, {"FastGen": FASTGEN}
+    torch._dynamo.reset()
+    kinds = (False, True) if compiles else (False,)
+    if not compiles:
+        missing |= {"modules, compiled": SLOW, "ours, compiled": SLOW}
+    device = net.conv_in.weight.device
+    for compiled in kinds:
+        try:
+            twin = diffusers_twin(net).to(device, memory_format=torch.channels_last)
+        except ImportError as error:
+            missing["modules"] = str(error)
+            break
+        first = twin.net.conv_in.weight
+        sides["modules" + ", compiled" * compiled] = _Training(twin, first, compiles=compiled)
+    for compiled in kinds[::-1]:
+        ours = copy.deepcopy(net)
+        first = ours.conv_in.weight
+        sides["ours" + ", compiled" * compiled] = _Training(ours, first, compiles=compiled)
+    return sides, missing
+
+
+def _step(training: _Training, z: Tensor, x0: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    training.optimizer.zero_grad()
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        loss = METHOD.loss({"student": training.call}, {"noise": z, "x0": x0}, 0)
+    loss.backward()
+    training.optimizer.step()
+    optim.average(training.average, training.net, 0.995)
+    return loss.detach(), training.first.grad
+
+
+def _exact(net: UNet, z: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    wide = copy.deepcopy(net).double().requires_grad_(True)
+    loss = METHOD.loss({"student": wide}, {"noise": z.double(), "x0": x0.double()}, 0)
+    return loss.detach(), torch.autograd.grad(loss, wide.conv_in.weight)[0]
