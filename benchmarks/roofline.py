@@ -1,4 +1,4 @@
-"""Every layer of the engine's plan beside its floor: bytes as a copy moves them, FLOPs as a product.
+"""Every layer of the engine's plan beside its floor: bytes as in a copy, FLOPs as in a product.
 
 The CIFAR-10 network with random weights; layers of one kind and one size are timed once. "plain"
 does the same by PyTorch's functions, a 3x3 convolution directly. Small layers lie in the caches of

@@ -1,57 +1,186 @@
-"""Write the tables of docs/performance.md from the JSON of results/, between their markers.
+"""Write the tables of README.md and docs/performance.md from the JSON of results/.
 
     python -m benchmarks.tables
 
-A table stands between <!-- table: MACHINE/CASE --> and <!-- end -->. A test fails when a table is
-not what its JSON says.
+What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
+of the case of that name, "peers" (the README's), "projection", or "plots". A test fails when a page
+is not what the JSON says.
 """
 
 import json
 import re
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT
+import torch
 
-PAGE = ROOT / "docs" / "performance.md"
+from benchmarks.harness import RESULTS, ROOT, floor
+from ds import presets
+from ds.engine import Place, Plan
+
+PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Of the README: the case, the part of a row's name, what it is called, and the peers worth naming.
+PEERS = (
+    ("teacher_loop", "DDIM", "teacher, a network call"),
+    ("student", "student", "student, one call"),
+    ("pairs", "pairs", "pairs, end to end"),
+    ("train_step", "cifar10", "training step, CIFAR-10"),
+    ("train_step", "digits", "training step, digits"),
+    ("cold_start", "cold", "start to first image"),
+)
+DATASETS = ("cifar10", "celeba", "lsun_bedroom", "lsun_church")
+
+Saved = dict[str, Any]
 
 
 def filled(page: str) -> str:
     """Return a page with every table made anew."""
-    return MARKED.sub(lambda m: m[1] + table(m[2]) + m[3], page)
+    return MARKED.sub(lambda m: m[1] + _made(m[2]) + m[3], page)
 
 
-def table(name: str) -> str:
-    """Return the table of results/<name>.json: a row a case, a column a side, and what was used."""
-    saved = json.loads((RESULTS / f"{name}.json").read_text())
+def _made(name: str) -> str:
+    special = {"peers": peers, "projection": projection, "plots": plots}
+    if name in special:
+        return special[name]()
+    tables = [table(saved) for saved in found(name)]
+    return "\n".join(tables) or f"Not measured yet: `python -m benchmarks {name}`.\n"
+
+
+def found(case: str) -> list[Saved]:
+    """Return what is saved of a case, a machine after the other."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{case}.json"))]
+
+
+def table(saved: Saved) -> str:
+    """Return a table: a row a case, a column a side, and what was used."""
+    calibration, rows = saved["calibration"], saved["cases"]
+    names = list(dict.fromkeys(side for row in rows for side in row["us"]))
+    columns = [*names, *[f"{other} / {names[-1]}" for other in names[:-1]]]
+    floors = any(floor(row, calibration) for row in rows)
+    columns += ["floor", "attained"] if floors else []
+    lines = [_about(saved), "", *_head("us", columns)]
+    for row in rows:
+        times = {name: row["us"][name]["median"] for name in row["us"]}
+        ours = times[names[-1]]
+        cells = [f"{times[name]:,.0f}" if name in times else "" for name in names]
+        cells += [f"{times[name] / ours:.2f}" if name in times else "" for name in names[:-1]]
+        if floors:
+            least = floor(row, calibration)
+            cells += [f"{least:,.0f}", f"{least / ours:.0%}"] if least else ["", ""]
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    missing = {name: why for row in rows for name, why in row["missing"].items()}
+    lines += ["", *(f"Missing in some rows: {n} ({why})." for n, why in missing.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(first: str, columns: list[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(columns)} |", "| --- " + "| ---: " * len(columns) + "|"]
+
+
+def _about(saved: Saved) -> str:
     e, calibration = saved["environment"], saved["calibration"]
-    names = list(dict.fromkeys(side for row in saved["cases"] for side in row["us"]))
-    others = names[:-1]
-    head = ["us", *names, *[f"{other} / ours" for other in others], "of a copy"]
-    lines = [
-        f"{e['device']}, {e['cores']} cores, {e['threads']} thread"
-        f"{'s' * (e['threads'] > 1)}, torch {e['torch']}, {e['timing']}, {e['date']}, "
-        f"commit {e['commit'][:10]}. Medians; in the same run a copy took "
-        f"{calibration['copy_gbs']:.1f} GB/s and a float32 matrix product "
-        f"{calibration['matmul_tflops_float32'] * 1e3:.0f} GFLOP/s.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "| --- " + "| ---: " * (len(head) - 1) + "|",
-        *(_line(row, names, calibration) for row in saved["cases"]),
+    products = ", ".join(
+        f"{rate * 1e3:,.0f} in {name.rpartition('_')[2]}"
+        for name, rate in calibration.items()
+        if "matmul" in name
+    )
+    return (
+        f"{e['device']}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+        f"torch {e['torch']}, {e['timing']}, {e['date']}, commit {e['commit'][:10]}. Medians. In "
+        f"the same run a copy made {calibration['copy_gbs']:.1f} GB/s and matrix products, in "
+        f"GFLOP/s, {products}."
+    )
+
+
+def peers() -> str:
+    """Return the README's table: how many times as long the fastest and the usual peer take."""
+    lines = []
+    for case, part, label in PEERS:
+        for saved in found(case):
+            for row in saved["cases"]:
+                if part in row["case"]:
+                    lines.append(_peers_row(label, row, saved["environment"]))
+    if not lines:
+        return "Not measured yet: `make bench`.\n"
+    head = ["images", "ours, ms", "usual peer", "times as long", "best peer", "times as long", "on"]
+    return "\n".join([*_head("", head), *lines]) + "\n"
+
+
+def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> str:
+    times = {name: t["median"] for name, t in row["us"].items()}
+    ours = times.pop("engine", None) or times.pop("ours")
+    times = {name: t for name, t in times.items() if name not in ("net", "ours, compiled")}
+    if not times:
+        return f"| {label} | {row['images']} | {ours / 1e3:,.1f} | none here | | | | |"
+    usual, best = next(iter(times)), min(times, key=times.get)
+    cells = [row["images"], f"{ours / 1e3:,.1f}"]
+    cells += [usual, f"{times[usual] / ours:.2f}", best, f"{times[best] / ours:.2f}"]
+    return f"| {label} | {' | '.join(map(str, cells))} | {environment['device']} |"
+
+
+def projection() -> str:
+    """Return the hours that the paper's runs would take, from the rates of teacher and training.
+
+    Those of CIFAR-10 are measured; the others are scaled by the FLOPs of a call.
+    """
+    loops, steps = found("teacher_loop"), found("train_step")
+    lines = []
+    for loop, step in zip(loops, steps, strict=False):
+        cuda = "cuda" in loop["environment"]["timing"].lower()
+        call = _per_image(loop, "DDIM") / 2  # of two steps
+        train = _per_image(step, "cifar10")
+        if not (call and train):
+            continue
+        base = _flops("cifar10")
+        for name in DATASETS if cuda else DATASETS[:1]:
+            p, scale = presets.PRESETS[name](), _flops(name) / base
+            solver, grid = p.solve.build(p.denoising.schedule)
+            calls = solver.nfe(grid)
+            pairs = (p.pairs.count + p.pairs.held_out) * calls * call * scale / 3.6e9
+            fit = p.pairs.count * p.train.epochs * train * scale / 3.6e9
+            device = loop["environment"]["device"]
+            for count in (1, 8) if cuda else (1,):
+                where = f"{count} x {device}" if cuda else f"one thread of {device}"
+                cells = f"{calls} | {pairs / count:,.0f} | {fit / count:,.0f}"
+                lines.append(f"| {name} | {where} | {cells} | {(pairs + fit) / count:,.0f} |")
+    gpu = any("Not" not in line and " x " in line for line in lines)
+    note = "" if gpu else "On GPUs: not measured yet, `make gpu-bench`.\n"
+    if not lines:
+        return note
+    head = ["on", "calls a pair", "hours of pairs", "hours of training", "both"]
+    return "\n".join([*_head("dataset", head), *lines]) + f"\n\n{note}"
+
+
+def _per_image(saved: Saved, part: str) -> float:
+    """Return the microseconds of ours for an image, the least of a case's rows."""
+    rows = [
+        row for row in saved["cases"] if part in row["case"] and "32 channels" not in row["case"]
     ]
-    return "\n".join(lines) + "\n"
+    return min((_ours(row) / row["images"] for row in rows), default=0.0)
 
 
-def _line(row: dict[str, Any], names: list[str], calibration: dict[str, float]) -> str:
-    times = {name: row["us"][name]["median"] for name in row["us"]}
-    ours = times[names[-1]]
-    cells = [row["case"]]
-    cells += [f"{times[name]:,.0f}" if name in times else "" for name in names]
-    cells += [f"{times[name] / ours:.2f}" if name in times else "" for name in names[:-1]]
-    share = row["bytes"] / 1e3 / ours / calibration["copy_gbs"]
-    cells.append(f"{share:.0%}" if row["bytes"] else "")
-    return "| " + " | ".join(cells) + " |"
+def _ours(row: dict[str, Any]) -> float:
+    return list(row["us"].values())[-1]["median"]
+
+
+def _flops(name: str) -> int:
+    """Return the FLOPs of a preset's network for an image, as the plan counts them."""
+    with torch.device("meta"):
+        net = presets.PRESETS[name]().net.build()
+    plan = Plan.of(net, Place(torch.device("meta"), torch.float32, 1))
+    return sum(plan.flops(step) for step in plan.steps)
+
+
+def plots() -> str:
+    """Return the plots that there are, with what they show."""
+    from benchmarks.plots import CAPTIONS
+
+    there = [name for name in CAPTIONS if (PLOTS / f"{name}.png").exists()]
+    lines = [f"![{CAPTIONS[name]}](plots/{name}.png)\n\n{CAPTIONS[name]}\n" for name in there]
+    return "\n".join(lines) or "No plots yet: `python -m benchmarks.plots`.\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

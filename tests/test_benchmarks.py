@@ -1,11 +1,13 @@
 """The harness times nothing that is wrong, and saves nothing that no commit names."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import group_norm_silu, harness, tables
+from benchmarks import group_norm_silu, harness, ops, roofline, tables, where
 from benchmarks.harness import Case, Side
 
 CPU = torch.device("cpu")
@@ -77,21 +79,68 @@ def test_what_is_saved_names_machine_versions_and_commit(monkeypatch, tmp_path):
     assert saved["environment"]["commit"] == harness.git("rev-parse", "HEAD")
 
 
-def test_the_tables_of_the_documents_are_those_of_the_results():
-    page = tables.PAGE.read_text()
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_the_tables_of_the_documents_are_those_of_the_results(path):
+    page = path.read_text()
+    assert "<!-- table: " in page
     assert tables.filled(page) == page, "run: python -m benchmarks.tables"
 
 
-def test_a_table_has_a_row_for_each_case(monkeypatch, tmp_path):
+def test_a_table_has_a_row_for_each_case_and_its_floor(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "dirty", lambda: False)
     row = first([case(eager=torch.square, ours=lambda x: x * x)])
     row["us"]["eager"]["median"], row["us"]["ours"]["median"] = 9.0, 4.5
-    rates = {"copy_gbs": 1.0, "matmul_tflops_float32": 0.1}
+    rates = {"copy_gbs": 0.512, "matmul_tflops_float32": 0.1}
     harness.save("square", "here", [row], rates, CPU)
-    page = "a\n<!-- table: here/square -->\nold\n<!-- end -->\nb\n"
+    page = "a\n<!-- table: square -->\nold\n<!-- end -->\nb\n"
     filled = tables.filled(page)
-    assert "| square | 9 | 4 | 2.00 | 11% |" in filled
+    assert "| square | 9 | 4 | 2.00 | 1 | 22% |" in filled
     assert "old" not in filled
     assert tables.filled(filled) == filled
+
+
+def test_a_floor_is_the_longer_of_moving_and_multiplying():
+    rates = {"copy_gbs": 10.0, "matmul_tflops_float32": 0.1, "matmul_tflops_bfloat16": 0.2}
+    row = {"bytes": 10_000, "flops": 400_000, "dtype": "float32"}
+    assert harness.floor(row, rates) == 4.0
+    assert harness.floor(row | {"dtype": "bfloat16"}, rates) == 2.0
+    assert harness.floor(row | {"flops": 0}, rates) == 1.0
+
+
+def test_the_phases_and_the_error_of_a_side_are_in_its_row():
+    phases = {"ours": {"load": [3.0, 1.0, 2.0]}}
+    row = first([replace(case(eager=torch.square), phases=phases)])
+    assert row["phases"] == {"ours": {"load": 2.0}}
+    assert 0 < row["error"]["eager"] < 1e-6
+
+
+@pytest.mark.parametrize("make", [ops.attention, ops.noise, ops.prepare_batch, ops.quantize])
+def test_a_broken_op_is_refused(make, monkeypatch):
+    """Whatever the op returns, a hundredth more of it, or two levels more of an image."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    name = {"attention": "attention_residual"}.get(make.__name__, make.__name__)
+    real = getattr(ops.ops, name)
+
+    def broken(*args):
+        made = real(*args)
+        parts = made if isinstance(made, tuple) else (made,)
+        return [x // 2 if x.dtype == torch.uint8 else 1.01 * x for x in parts]
+
+    monkeypatch.setattr(ops.ops, name, broken)
+    with pytest.raises(harness.Wrong, match="is off by"):
+        first([make(8, CPU)])
+
+
+def test_layers_of_the_plan_are_right_and_have_a_floor():
+    rows = harness.run(roofline.cases(CPU, quick=True), CPU, harness.Pace(rounds=1, seconds=0))
+    for row in itertools.islice(rows, 4):
+        assert row["bytes"] > 0
+        assert row["error"]["engine"] < 1e-5
+
+
+def test_kinds_of_layers():
+    names = ("aten::mkldnn_convolution", "winograd x2", "aten::native_group_norm", "attend", "add")
+    kinds = ["convolution", "convolution", "norm and SiLU", "attention and linear", "other"]
+    assert [where.kind(name) for name in names] == kinds

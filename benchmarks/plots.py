@@ -1,0 +1,210 @@
+"""Draw docs/plots/*.png from the JSON of results/ alone; a plot without its JSON is left out.
+
+    python -m benchmarks.plots [MACHINE]
+
+MACHINE is a folder of results/; by default the one with the most cases.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.harness import RESULTS
+from benchmarks.tables import PLOTS
+
+# Okabe & Ito's colours, which differ for every kind of eye.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RED, BLACK, GREY = "#56B4E9", "#D55E00", "#222222", "#8A8A8A"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+STYLE = {
+    "font.size": 10.5, "axes.titlesize": 12, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlepad": 12, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": GREY,
+    "xtick.color": BLACK, "ytick.color": BLACK, "legend.frameon": False,
+    "figure.constrained_layout.use": True, "savefig.dpi": 130,
+}  # fmt: skip
+CAPTIONS = {
+    "roofline": "Layers of the CIFAR-10 network in the engine, under what a copy and a matrix "
+    "product reach on the same machine. A point on the roof leaves nothing to gain.",
+    "where": "Where the time of one call of the network goes, diffusers beside the engine.",
+    "throughput": "Images a second of a one-step student against the batch size.",
+    "frontier": "Distance to the ODE's endpoint against the time of an image: solvers, numbers of "
+    "network calls, precision. Below and to the left is better.",
+    "training": "Time of an image in a training step.",
+    "chain": "The whole chain by phase.",
+}
+
+Saved = dict[str, Any]
+
+
+def main(*machine: str) -> None:
+    """Draw what there is JSON for."""
+    folders = [RESULTS / machine[0]] if machine else [p for p in RESULTS.glob("*") if p.is_dir()]
+    if not folders:
+        sys.exit(f"{RESULTS} has no results: run python -m benchmarks")
+    folder = max(folders, key=lambda p: len(list(p.glob("*.json"))))
+    PLOTS.mkdir(exist_ok=True)
+    for case, (name, draw) in DRAWN.items():
+        for path in sorted(folder.glob(f"{case}.json"))[:1]:
+            with plt.rc_context(STYLE):
+                _draw(json.loads(path.read_text()), draw, PLOTS / f"{name}.png")
+
+
+def _draw(saved: Saved, draw: Callable[[Axes, Saved], float], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.4, 4.4))
+    draw(axes, saved)
+    e = saved["environment"]
+    threads = "" if "cuda" in e["timing"].lower() else f", {e['threads']} thread"
+    figure.supxlabel(
+        f"{e['device']}{threads}, torch {e['torch']}, {e['date']}", x=0.99, ha="right",
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def roofline(axes: Axes, saved: Saved) -> None:
+    """FLOP/s against FLOPs a byte, a point a layer."""
+    calibration, rows = saved["calibration"], saved["cases"]
+    copy = calibration["copy_gbs"]
+    peak = 1e3 * calibration[f"matmul_tflops_{rows[0]['dtype']}"]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["flops"]:
+            kind = row["case"].rpartition(",")[0].split(" ")
+            name = " ".join(kind[:2]) if kind[0] in ("conv", "phases") else kind[0]
+            us = row["us"]["engine"]["median"]
+            point = row["flops"] / row["bytes"], row["flops"] / 1e3 / us
+            points.setdefault(name, []).append(point)
+    spans = [x for found in points.values() for x, _ in found]
+    low, high = min(*spans, peak / copy) / 2, max(*spans, peak / copy) * 2
+    axes.plot([low, peak / copy, high], [low * copy, peak, peak], color=BLACK, linewidth=1.8)
+    for (name, found), color, marker in zip(points.items(), COLORS * 2, MARKERS * 2, strict=False):
+        axes.scatter(*zip(*found, strict=True), s=44, color=color, marker=marker, label=name,
+                     edgecolor="white", linewidth=0.7, zorder=3)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(low, high), title="Layers under the roof",
+             xlabel="FLOPs a byte", ylabel="GFLOP/s")  # fmt: skip
+    axes.annotate(f"matrix product, {peak:,.0f} GFLOP/s", (high, peak), (-4, 5), ha="right",
+                  textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.annotate(f"copy, {copy:.0f} GB/s", (low, low * copy), (10, 4), ha="left",
+                  textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.legend(loc="lower right")
+
+
+def stacked(axes: Axes, saved: Saved, title: str, unit: float, label: str) -> None:
+    """One bar a side, its phases side by side."""
+    row = saved["cases"][0]
+    sides = list(row["phases"])[::-1]
+    phases = list(dict.fromkeys(p for side in sides[::-1] for p in row["phases"][side]))
+    totals = {side: sum(row["phases"][side].values()) for side in sides}
+    order = sorted(phases, key=lambda p: -row["phases"][sides[-1]].get(p, 0))
+    order = phases if label == "seconds" else order
+    left = dict.fromkeys(sides, 0.0)
+    for phase, color in zip(order, COLORS, strict=False):
+        widths = [unit * row["phases"][side].get(phase, 0.0) for side in sides]
+        axes.barh(sides, widths, left=[left[s] for s in sides], color=color, label=phase,
+                  height=0.55, edgecolor="white", linewidth=1.2)  # fmt: skip
+        for side, width in zip(sides, widths, strict=True):
+            left[side] += width
+    for side in sides:
+        axes.annotate(f"{unit * totals[side]:,.3g}", (left[side], side), (5, 0), va="center",
+                      textcoords="offset points", fontweight="bold")  # fmt: skip
+    axes.set(title=title, xlabel=label, xlim=(0, 1.12 * max(left.values())))
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1.4)
+
+
+def where(axes: Axes, saved: Saved) -> None:
+    """Seconds of a call by kind of layer."""
+    title = "Where a call's time goes: " + saved["cases"][0]["case"].removeprefix("where, ")
+    stacked(axes, saved, title, 1e3, "milliseconds")
+
+
+def chain(axes: Axes, saved: Saved) -> None:
+    """Seconds of the chain by phase."""
+    stacked(axes, saved, saved["cases"][0]["case"], 1.0, "seconds")
+
+
+def throughput(axes: Axes, saved: Saved) -> None:
+    """Images a second of every side."""
+    rows = sorted(saved["cases"], key=lambda row: row["images"])
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    for name, color, marker in zip(names[::-1], COLORS, MARKERS, strict=False):
+        found = [
+            (row["images"], 1e6 * row["images"] / row["us"][name]["median"])
+            for row in rows
+            if name in row["us"]
+        ]
+        axes.plot(*zip(*found, strict=True), color=color, marker=marker, label=name, markersize=7,
+                  linewidth=2.4 if name == names[-1] else 1.5)  # fmt: skip
+    counts = [row["images"] for row in rows]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(c) for c in counts])
+    axes.minorticks_off()
+    axes.set(title="A one-step student", xlabel="images at a time", ylabel="images a second")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+    axes.legend(loc="upper left", ncols=2)
+
+
+def frontier(axes: Axes, saved: Saved) -> None:
+    """Error against time, a line a solver, hollow in bfloat16."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in saved["cases"]:
+        lines.setdefault(row["case"].split()[0], []).append(row)
+    for (solver, rows), color, marker in zip(lines.items(), COLORS, MARKERS, strict=False):
+        for side, face in (("engine", color), ("engine, bfloat16", "white")):
+            found = sorted(
+                (row["us"][side]["median"] / row["images"] / 1e3, row["error"][side])
+                for row in rows
+            )
+            axes.plot(*zip(*found, strict=True), color=color, marker=marker, markersize=7,
+                      markerfacecolor=face, linestyle="-" if side == "engine" else ":",
+                      label=solver if side == "engine" else None)  # fmt: skip
+    axes.plot([], [], color=GREY, marker="o", markerfacecolor="white", linestyle=":",
+              label="the same in bfloat16")  # fmt: skip
+    axes.set(xscale="log", yscale="log", title="Fidelity against speed, digits",
+             xlabel="milliseconds an image", ylabel="distance to the ODE's end")  # fmt: skip
+    axes.legend()
+
+
+def training(axes: Axes, saved: Saved) -> None:
+    """Milliseconds of an image in a training step, by network and side."""
+    labels, widths, colors = [], [], []
+    for row in saved["cases"]:
+        network = row["case"].split()[2]
+        for name, taken in row["us"].items():
+            labels.append(f"{network}: {name}")
+            widths.append(taken["median"] / row["images"] / 1e3)
+            colors.append(BLUE if name.startswith("ours") else ORANGE)
+    labels, widths, colors = labels[::-1], widths[::-1], colors[::-1]
+    axes.barh(labels, widths, color=colors, height=0.6)
+    for label, width in zip(labels, widths, strict=True):
+        axes.annotate(f"{width:,.3g}", (width, label), (5, 0), va="center",
+                      textcoords="offset points", fontweight="bold")  # fmt: skip
+    axes.set(title="A training step", xlabel="milliseconds an image")
+    axes.set_xscale("log")
+    axes.set_xlim(min(widths) / 2, 2 * max(widths))
+    axes.grid(axis="y", visible=False)
+
+
+DRAWN: dict[str, tuple[str, Callable[[Axes, Saved], None]]] = {
+    "roofline": ("roofline", roofline),
+    "where": ("where", where),
+    "student": ("throughput", throughput),
+    "frontier": ("frontier", frontier),
+    "train_step": ("training", training),
+    "chain_*": ("chain", chain),
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
