@@ -72,12 +72,12 @@ class Case:
 class Pace:
     """How long to measure: rounds of turns, and seconds that a side's turn takes at least.
 
-    Rounds that would take longer than `most` seconds in all are fewer, but two.
+    Rounds that would take longer than `most` seconds in all are fewer, but one after the first.
     """
 
     rounds: int = 15
     seconds: float = 0.01
-    most: float = 15.0
+    most: float = 10.0
 
 
 QUICK = Pace(rounds=7, seconds=0.004, most=3.0)
@@ -137,7 +137,7 @@ def measure(case: Case, device: torch.device, pace: Pace) -> dict[str, dict[str,
         runs[name] = 1 + min(40, int(pace.seconds / first))
         times[name] = [1e6 * first] if runs[name] == 1 else []
         turn += runs[name] * first
-    for _ in range(max(2, min(pace.rounds, int(pace.most / turn)))):
+    for _ in range(max(1, min(pace.rounds, int(pace.most / turn)))):
         for name, side in case.sides.items():
             times[name].append(1e6 * seconds(side, runs[name]))
     return {name: summary(taken) for name, taken in times.items()}

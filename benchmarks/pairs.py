@@ -32,7 +32,7 @@ GRID = (150, 100, 50, 0)
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     """Yield the case."""
     batch = 256 if device.type == "cuda" else 4
-    count = batch if quick else 4 * batch
+    count = 4 * batch
     net = random_cifar10(device, quick=quick)
     teacher = Teacher(Denoiser(net, LinearBeta()), DDIM(), GRID)
     sides, missing = {}, {}

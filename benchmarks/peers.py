@@ -15,8 +15,8 @@ from ds.schedule import LinearBeta
 GroupNormSilu = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[Tensor, Tensor], Tensor]
 Loop = Callable[[Tensor], Tensor]
-# Compiling a network takes minutes of a CPU; a tour goes without.
-SLOW = {"diffusers, compiled": "left out of --quick, compiling takes longer than 20 s"}
+# A tour goes without, and so do some cases of a CPU.
+SLOW = {"diffusers, compiled": "left out, compiling takes longer than 20 s"}
 
 
 def apex(channels: int, groups: int, eps: float, dtype: torch.dtype) -> GroupNormSilu:

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.harness import RESULTS
 from benchmarks.tables import PLOTS
@@ -40,7 +41,7 @@ CAPTIONS = {
     "throughput": "Images a second of a one-step student against the batch size.",
     "frontier": "Distance to the ODE's endpoint against the time of an image: solvers, numbers of "
     "network calls, precision. Below and to the left is better.",
-    "training": "Time of an image in a training step.",
+    "training": "A training step of the student: our network, and the same in plain modules.",
     "chain": "The whole chain by phase.",
 }
 
@@ -87,16 +88,18 @@ def roofline(axes: Axes, saved: Saved) -> None:
             point = row["flops"] / row["bytes"], row["flops"] / 1e3 / us
             points.setdefault(name, []).append(point)
     spans = [x for found in points.values() for x, _ in found]
-    low, high = min(*spans, peak / copy) / 2, max(*spans, peak / copy) * 2
+    low, high = min(*spans, peak / copy) / 3, max(*spans, peak / copy) * 2
     axes.plot([low, peak / copy, high], [low * copy, peak, peak], color=BLACK, linewidth=1.8)
     for (name, found), color, marker in zip(points.items(), COLORS * 2, MARKERS * 2, strict=False):
         axes.scatter(*zip(*found, strict=True), s=44, color=color, marker=marker, label=name,
                      edgecolor="white", linewidth=0.7, zorder=3)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), title="Layers under the roof",
              xlabel="FLOPs a byte", ylabel="GFLOP/s")  # fmt: skip
+    axes.set_ylim(top=2 * peak)
+    _plain_ticks(axes, "x", "y")
     axes.annotate(f"matrix product, {peak:,.0f} GFLOP/s", (high, peak), (-4, 5), ha="right",
                   textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.annotate(f"copy, {copy:.0f} GB/s", (low, low * copy), (10, 4), ha="left",
+    axes.annotate(f"copy, {copy:,.0f} GB/s", (low, low * copy), (12, 2), ha="left",
                   textcoords="offset points", fontsize=9)  # fmt: skip
     axes.legend(loc="lower right")
 
@@ -122,6 +125,15 @@ def stacked(axes: Axes, saved: Saved, title: str, unit: float, label: str) -> No
     axes.set(title=title, xlabel=label, xlim=(0, 1.12 * max(left.values())))
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1.4)
+
+
+def _plain_ticks(axes: Axes, *which: str) -> None:
+    """Label logarithmic axes with numbers, 1, 2 and 5 of each power of ten."""
+    for name in which:
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_locator(NullLocator())
 
 
 def where(axes: Axes, saved: Saved) -> None:
@@ -172,28 +184,28 @@ def frontier(axes: Axes, saved: Saved) -> None:
                       label=solver if side == "engine" else None)  # fmt: skip
     axes.plot([], [], color=GREY, marker="o", markerfacecolor="white", linestyle=":",
               label="the same in bfloat16")  # fmt: skip
-    axes.set(xscale="log", yscale="log", title="Fidelity against speed, digits",
+    axes.set(xscale="log", yscale="log", title="Fidelity against speed, scanned digits",
              xlabel="milliseconds an image", ylabel="distance to the ODE's end")  # fmt: skip
+    _plain_ticks(axes, "x")
     axes.legend()
 
 
 def training(axes: Axes, saved: Saved) -> None:
-    """Milliseconds of an image in a training step, by network and side."""
-    labels, widths, colors = [], [], []
-    for row in saved["cases"]:
-        network = row["case"].split()[2]
-        for name, taken in row["us"].items():
-            labels.append(f"{network}: {name}")
-            widths.append(taken["median"] / row["images"] / 1e3)
-            colors.append(BLUE if name.startswith("ours") else ORANGE)
-    labels, widths, colors = labels[::-1], widths[::-1], colors[::-1]
+    """A training step of each network and side, as a share of the first side's."""
+    labels, widths, colors, notes = [], [], [], []
+    for row in saved["cases"][::-1]:
+        network = {"cifar10": "CIFAR-10"}.get(name := row["case"].split()[2], name)
+        baseline = next(iter(row["us"].values()))["median"]
+        for side, taken in reversed(row["us"].items()):
+            labels.append(f"{network}, {side}")
+            widths.append(taken["median"] / baseline)
+            colors.append(BLUE if side.startswith("ours") else ORANGE)
+            notes.append(f"{taken['median'] / row['images'] / 1e3:,.3g} ms an image")
     axes.barh(labels, widths, color=colors, height=0.6)
-    for label, width in zip(labels, widths, strict=True):
-        axes.annotate(f"{width:,.3g}", (width, label), (5, 0), va="center",
-                      textcoords="offset points", fontweight="bold")  # fmt: skip
-    axes.set(title="A training step", xlabel="milliseconds an image")
-    axes.set_xscale("log")
-    axes.set_xlim(min(widths) / 2, 2 * max(widths))
+    for label, width, note in zip(labels, widths, notes, strict=True):
+        axes.annotate(note, (width, label), (5, 0), va="center", textcoords="offset points")
+    axes.set(title="A training step", xlabel="time, relative to the same network in plain modules",
+             xlim=(0, 1.35 * max(widths)))  # fmt: skip
     axes.grid(axis="y", visible=False)
 
 

@@ -22,7 +22,7 @@ PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Of the README: the case, the part of a row's name, what it is called, and the peers worth naming.
 PEERS = (
-    ("teacher_loop", "DDIM", "teacher, a network call"),
+    ("teacher_loop", "DDIM", "teacher, two network calls"),
     ("student", "student", "student, one call"),
     ("pairs", "pairs", "pairs, end to end"),
     ("train_step", "cifar10", "training step, CIFAR-10"),

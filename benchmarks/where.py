@@ -6,6 +6,7 @@ GPU each waits for the one before.
 """
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.peers import Call, diffusers_twin
 from ds.engine import Engine
 from ds.engine.calls import Run
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's, which tells when it starts
 Seconds = dict[str, float]
 KINDS = {
     "convolution": ("conv", "winograd", "phases"),
