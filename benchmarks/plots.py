@@ -34,17 +34,6 @@ STYLE = {
     "xtick.color": BLACK, "ytick.color": BLACK, "legend.frameon": False,
     "figure.constrained_layout.use": True, "savefig.dpi": 130,
 }  # fmt: skip
-CAPTIONS = {
-    "roofline": "Layers of the CIFAR-10 network in the engine, under what a copy and a matrix "
-    "product reach on the same machine. A point on the roof leaves nothing to gain.",
-    "where": "Where the time of one call of the network goes, diffusers beside the engine.",
-    "throughput": "Images a second of a one-step student against the batch size.",
-    "frontier": "Distance to the ODE's endpoint against the time of an image: solvers, numbers of "
-    "network calls, precision. Below and to the left is better.",
-    "training": "A training step of the student: our network, and the same in plain modules.",
-    "chain": "The whole chain by phase.",
-}
-
 Saved = dict[str, Any]
 
 

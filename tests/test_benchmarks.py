@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import group_norm_silu, harness, ops, roofline, tables, where
+from benchmarks import group_norm_silu, harness, ops, plots, roofline, tables, where
 from benchmarks.harness import Case, Side
 
 CPU = torch.device("cpu")
@@ -144,3 +144,23 @@ def test_kinds_of_layers():
     names = ("aten::mkldnn_convolution", "winograd x2", "aten::native_group_norm", "attend", "add")
     kinds = ["convolution", "convolution", "norm and SiLU", "attention and linear", "other"]
     assert [where.kind(name) for name in names] == kinds
+
+
+def test_plots_come_from_json_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "PLOTS", tmp_path / "plots")
+    us = {"peer": {"median": 9.0}, "engine": {"median": 4.0}, "engine, bfloat16": {"median": 5.0}}
+    row = {
+        "case": "conv 3x3 8x4x4 -> 8x4x4, 1 of 1", "us": us, "error": dict.fromkeys(us, 0.1),
+        "bytes": 64, "flops": 640, "dtype": "float32", "images": 2,
+        "phases": {"peer": {"a": 1.0, "b": 2.0}, "engine": {"a": 1.0}},
+    }  # fmt: skip
+    environment = {"device": "d", "timing": "", "threads": 1, "torch": "t", "date": "today"}
+    rates = {"copy_gbs": 10.0, "matmul_tflops_float32": 0.1}
+    saved = {"environment": environment, "calibration": rates, "cases": [row]}
+    (tmp_path / "here").mkdir()
+    for case in plots.DRAWN:
+        (tmp_path / "here" / f"{case.replace('*', 'digits')}.json").write_text(json.dumps(saved))
+    plots.main()
+    drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert drawn == {*tables.CAPTIONS}
