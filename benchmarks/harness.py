@@ -80,7 +80,7 @@ class Pace:
     most: float = 10.0
 
 
-QUICK = Pace(rounds=7, seconds=0.004, most=3.0)
+QUICK = Pace(rounds=21, seconds=0.01, most=2.0)
 
 
 def gate(case: Case) -> dict[str, float]:
