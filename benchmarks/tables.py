@@ -55,7 +55,8 @@ def _made(name: str) -> str:
     if name in special:
         return special[name]()
     tables = [table(saved) for saved in found(name)]
-    return "\n".join(tables) or f"Not measured yet: `python -m benchmarks {name}`.\n"
+    command = {"chain_digits": "chain --preset digits"}.get(name, name)
+    return "\n".join(tables) or f"Not measured yet: `python -m benchmarks {command}`.\n"
 
 
 def found(case: str) -> list[Saved]:
@@ -155,7 +156,7 @@ def projection() -> str:
                 where = f"{count} x {device}" if cuda else f"one thread of {device}"
                 cells = f"{calls} | {pairs / count:,.0f} | {fit / count:,.0f}"
                 lines.append(f"| {name} | {where} | {cells} | {(pairs + fit) / count:,.0f} |")
-    gpu = any("Not" not in line and " x " in line for line in lines)
+    gpu = any("| 8 x " in line for line in lines)
     note = "" if gpu else "On GPUs: not measured yet, `make gpu-bench`.\n"
     if not lines:
         return note
