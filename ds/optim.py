@@ -1,43 +1,95 @@
 """What moves the weights: Adam in its variants, and the average that follows."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ds import apex
+from ds import apex, ops
 
 Kind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
 
 
+class Adam(torch.optim.Optimizer):
+    """Adam or AdamW that clips the gradient and moves the average of the weights in the same pass.
+
+    A step is one call of ds.ops.adam_step. `averages` belong to the first of `params`, which are
+    one group, and move by 1 - group["ema_decay"] towards them. A weight that has no gradient is
+    stepped with zeros.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], averages: Sequence[Tensor] = (), *, lr: float,
+        betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0,
+        decoupled: bool = False, max_norm: float = math.inf,
+    ):  # fmt: skip
+        self.averages, self.decoupled, self.max_norm = list(averages), decoupled, max_norm
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options | {"ema_decay": 0.0})
+        (group,) = self.param_groups
+        group["step"] = torch.zeros((), device=group["params"][0].device)
+        for param in group["params"]:
+            self.state[param] = {name: torch.zeros_like(param) for name in ("mean", "square")}
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Step once; return the norm of the gradient, of no dimensions, before it was clipped."""
+        (group,) = self.param_groups
+        params = group["params"]
+        return ops.adam_step(
+            params,
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in params],
+            *([self.state[p][name] for p in params] for name in ("mean", "square")),
+            step=group["step"],
+            lr=group["step"].new_full((), group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=self.decoupled,
+            averages=self.averages,
+            ema_decay=group["ema_decay"],
+            max_norm=self.max_norm,
+        )
+
+
 def build(
-    kind: Kind, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float],
-    eps: float, weight_decay: float,
+    kind: Kind, params: Iterable[nn.Parameter], averages: Sequence[Tensor], *, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """Return Adam or AdamW, PyTorch's or NVIDIA apex's.
+    """Return Adam or AdamW, ours or NVIDIA apex's; a step clips, and moves the averages as well.
 
     Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Raises
     ValueError where an apex optimiser is asked for and apex is missing or not NVIDIA's.
     """
+    params = list(params)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not kind.startswith("apex"):
-        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
-        return cls(parameters, fused=True, **options)
+        return Adam(params, averages, decoupled=kind == "adamw", max_norm=max_norm, **options)
     if not (status := apex.status()).startswith("NVIDIA's"):
         raise ValueError(f"optimizer {kind}: apex is {status}; train.optimizer adam needs none")
     from apex.optimizers import FusedAdam
 
-    return FusedAdam(parameters, adam_w_mode=kind == "apex_adamw", **options)
+    optimizer = FusedAdam(params, adam_w_mode=kind == "apex_adamw", **options)
+
+    def clip(*_) -> None:
+        nn.utils.clip_grad_norm_(params, max_norm)
+
+    def follow(*_) -> None:
+        average(averages, params, optimizer.param_groups[0]["ema_decay"])
+
+    if max_norm < math.inf:
+        optimizer.register_step_pre_hook(clip)
+    optimizer.register_step_post_hook(follow)
+    return optimizer
 
 
 @torch.no_grad()
-def average(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """Move the average by 1 - decay towards the network; its buffers are those of the network."""
-    weights = [p.float() for p in net.parameters()]
-    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-    for mean, buffer in zip(ema.buffers(), net.buffers(), strict=True):
-        mean.copy_(buffer)
+def average(averages: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
+    """Move averages by 1 - decay towards the first of params."""
+    wide = [p.to(mean.dtype) for p, mean in zip(params, averages, strict=False)]
+    torch._foreach_lerp_(averages, wide, 1 - decay)
 
 
 def power_decay(step: int, gamma: float) -> float:

@@ -165,14 +165,20 @@ class Trainer:
         self.best = copy.deepcopy(self.ema)
         self.best_loss = float("inf")
         self.step = 0
-        self.learning = [p for p in self.modules.parameters() if p.requires_grad]
-        self.optimizer = optim.build(
-            config.optimizer, self.learning, lr=config.lr, betas=config.betas, eps=config.eps,
-            weight_decay=config.weight_decay,
-        )  # fmt: skip
+        self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
         self.waited = 0.0  # seconds for the loader since then
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        c, student = self.config, self.modules["student"]
+        both = zip(student.parameters(), self.ema.parameters(), strict=True)
+        averaged = {p: mean for p, mean in both if p.requires_grad}
+        others = [p for p in self.modules.parameters() if p.requires_grad and p not in averaged]
+        return optim.build(
+            c.optimizer, [*averaged, *others], [*averaged.values()], lr=c.lr, betas=c.betas,
+            eps=c.eps, weight_decay=c.weight_decay, max_norm=c.max_norm or math.inf,
+        )  # fmt: skip
 
     def fit(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one; return the best average.
@@ -221,20 +227,18 @@ class Trainer:
                     )
 
     def _advance(self) -> None:
-        """Take one optimiser step and move the average."""
-        c = self.config
+        """Take one optimiser step, which moves the average as well."""
+        c, student = self.config, self.modules["student"]
+        decay = optim.power_decay(self.step, c.ema_gamma) if c.ema_gamma else c.ema_decay
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
+            group["lr"], group["ema_decay"] = self._lr(), decay
         self.optimizer.zero_grad()
         self._backward()
-        if c.max_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.learning, c.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        for mean, buffer in zip(self.ema.buffers(), student.buffers(), strict=True):
+            mean.copy_(buffer)
         self.method.after_step(self.modules, self.step)
-        decay = optim.power_decay(self.step, c.ema_gamma) if c.ema_gamma else c.ema_decay
-        optim.average(self.ema, self.modules["student"], decay)
         self.step += 1
 
     def _backward(self) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -314,17 +315,61 @@ def _after_every_step(method: AbstractMethod, act):
     return Acting()
 
 
-def test_gradients_are_scaled_down_to_their_largest_norm(store, tmp_path):
-    for precision in ("float32", "float16"):
-        config = replace(SHORT, max_norm=1e-3, precision=precision)
-        run, norms = trainer(store, tmp_path / precision, config), []
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "apex_adamw"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_is_clipping_then_torch_optim_then_the_average(
+    store, tmp_path, monkeypatch, optimizer, precision
+):
+    """Also with gradients that were scaled; with a stand-in for apex, which needs a GPU."""
 
-        def note(modules, norms=norms):
-            norms.append(torch.stack([p.grad for p in modules["student"].parameters()]).norm())
+    def stand_in(params, adam_w_mode, **options):
+        assert adam_w_mode
+        return torch.optim.AdamW(params, **options)
 
-        run.method = _after_every_step(run.method, note)
-        run.fit()
-        assert torch.stack(norms) == pytest.approx(torch.full((12,), 1e-3), rel=1e-3)
+    monkeypatch.setattr("ds.apex.status", lambda: "NVIDIA's, a stand-in")
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=stand_in))
+    c = replace(
+        SHORT, max_norm=1e-2, weight_decay=0.1, precision=precision, optimizer=optimizer,
+        decay="cosine", ema_gamma=2.0,
+    )  # fmt: skip
+    run = trainer(store, tmp_path / "run", c, init=unet())
+    theirs = copy.deepcopy(run.modules["student"])
+    ema = copy.deepcopy(theirs)
+    cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+    expected = cls(theirs.parameters(), betas=c.betas, weight_decay=c.weight_decay)
+    norms = []
+
+    def follow(modules):
+        for p, other in zip(modules["student"].parameters(), theirs.parameters(), strict=True):
+            other.grad = p.grad.clone()
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), c.max_norm))
+        expected.param_groups[0]["lr"] = run._lr()
+        expected.step()
+        weights = [p.detach() for p in theirs.parameters()]
+        average(list(ema.parameters()), weights, power_decay(run.step, c.ema_gamma))
+
+    run.method = _after_every_step(run.method, follow)
+    run.fit()
+    assert len(norms) == 12
+    for a, b in ((run.modules["student"], theirs), (run.ema, ema)):
+        for p, other in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_without_a_gradient_is_stepped_with_zeros(store, tmp_path):
+    """As the decay of AdamW asks for, and without an error."""
+
+    class Half(DenoisingStudent):
+        def loss(self, modules, batch, step):
+            return modules["student"].gain
+
+    init = ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())
+    init.net.shift.data.fill_(0.5)
+    config = replace(SHORT, optimizer="adamw", weight_decay=0.3, epochs=1 / 8)
+    run = trainer(store, tmp_path, config, init=init, method=Half())
+    run.fit()
+    assert run.modules["student"].shift.item() == pytest.approx(0.5 * (1 - 1e-2 * 0.3))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +402,7 @@ def test_the_power_function_average_is_its_closed_form():
     net, ema, gamma = Affine(), Affine(), 6.94
     for step in range(2000):
         net.gain.data.fill_(step + 1)
-        average(ema, net, power_decay(step, gamma))
+        average([ema.gain.data], [net.gain.data], power_decay(step, gamma))
         assert step or ema.gain.item() == 1
     assert ema.gain.item() / 2000 == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
 

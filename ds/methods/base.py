@@ -34,4 +34,7 @@ class AbstractMethod(ABC):
         """Turn noise [N, *shape] into samples with nfe calls of the trained network."""
 
     def after_step(self, modules: nn.ModuleDict, step: int) -> None:  # noqa: B027
-        """Do what follows an optimiser step, such as moving a target network; here nothing."""
+        """Do what follows an optimiser step, such as moving a target network; here nothing.
+
+        The student is left as it is: the step has moved its average already.
+        """

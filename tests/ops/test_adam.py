@@ -7,6 +7,8 @@ import torch
 
 import ds.ops
 from ds.ops import adam
+from ds.ops._op import Unsupported
+from tests.cuda import test_adam as kernels
 
 SHAPES = [(3, 5), (16, 3, 3, 3), (), (7,)]
 
@@ -88,6 +90,8 @@ def test_errors_name_what_does_not_fit():
 
     with pytest.raises(ValueError, match="adam_step: 2 grads for 1 params"):
         step(grads=(4, 4))
+    with pytest.raises(ValueError, match="adam_step: 2 averages for 1 params"):
+        step(averages=[torch.zeros(4), torch.zeros(4)])
     with pytest.raises(ValueError, match=r"grads\[1\] must be \[5\] on cpu, .* not \[4\] on cpu"):
         step(params=(4, 5), grads=(4, 4))
     with pytest.raises(ValueError, match=r"averages\[0\] must be \[4\] on cpu, .* on meta"):
@@ -115,3 +119,51 @@ def test_the_reference_serves_float64():
     torch.testing.assert_close(
         lists[0][0], torch.full((3,), expected, dtype=torch.float64), rtol=1e-7, atol=0
     )
+
+
+# The backend for CPUs, held to what the CUDA kernels are held to.
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return adam._op._load("cpu", "fused")
+
+
+@kernels.every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_fused_step_is_as_exact_as_pytorchs(fused, changed, dtype):
+    grad_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+    kernels.check(fused, kernels.state(kernels.SHAPES, "cpu", dtype, grad_dtype), "cpu", **changed)
+
+
+def test_the_fused_step_leaves_gradients_alone_and_takes_any_layout(fused):
+    lists = kernels.state([(8, 4, 3, 3)], "cpu")
+    kernels.check(fused, lists, "cpu")
+    lists["grads"] = [lists["grads"][0].contiguous(memory_format=torch.channels_last)]
+    before = lists["grads"][0].clone()
+    kernels.check(fused, lists, "cpu", max_norm=1.0)
+    kernels.advance(fused, lists, "cpu", max_norm=1.0)
+    assert torch.equal(lists["grads"][0], before)
+    lists["exp_avgs"] = [lists["exp_avgs"][0].contiguous(memory_format=torch.channels_last)]
+    with pytest.raises(Unsupported, match="strides of params"):
+        kernels.advance(fused, lists, "cpu")
+    with pytest.raises(Unsupported, match="in the dtype of their params"):
+        kernels.advance(fused, lists | {"exp_avgs": [lists["params"][0].double()]}, "cpu")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_gradients_spread_through_the_fused_step(fused, bad):
+    kernels.test_bad_gradients_spread_as_in_pytorch(fused, "cpu", bad, 2.0)
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_averages_and_copies_may_be_those_of_the_first_params(backend):
+    lists = kernels.state([(5,), (6,), (7,)], "cpu")
+    full, fewer = kernels.clone(lists), kernels.clone(lists)
+    fewer |= {"averages": fewer["averages"][:2], "copies": fewer["copies"][:1]}
+    kernel = adam._op._load("cpu", backend)
+    for some in (full, fewer):
+        kernels.advance(kernel, some, "cpu", max_norm=2.0)
+    for name in kernels.LISTS:
+        for a, b in zip(fewer[name], full[name], strict=False):
+            assert torch.equal(a, b), name
