@@ -167,7 +167,8 @@ class UNet(nn.Module):
             if i > 0:
                 h = level.upsample(h)
 
-        return self.conv_out(self.norm_out(h)).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # what is returned is not rounded
+            return self.conv_out(self.norm_out(h.to(dtype))).to(x.dtype)
 
 
 def recompute_norms(net: nn.Module) -> None:

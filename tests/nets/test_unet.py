@@ -1,5 +1,6 @@
 """The U-Net against the 2021 implementation, the published checkpoints' names, and its parts."""
 
+import copy
 import math
 import re
 from collections import Counter
@@ -288,6 +289,22 @@ def test_it_compiles_as_one_graph():
     net, (x, t) = build(), inputs()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_end_of_the_network_is_not_rounded_under_autocast():
+    """Against float64 from the last block on, and beside that end as autocast would have it."""
+    net, (x, t), seen = build(), inputs(), []
+    hook = net.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = net(x, t)
+        hook.remove()
+        theirs = net.conv_out(net.norm_out(seen[0].bfloat16()))
+    assert torch.equal(seen[0], seen[0].bfloat16().float()), "the blocks before it are in bfloat16"
+    wide = copy.deepcopy(net).double()
+    exact = wide.conv_out(wide.norm_out(seen[0].double()))
+    print(relative_rms(ours, exact), relative_rms(theirs, exact))
+    assert relative_rms(ours, exact) < 1e-6 < 1e-3 < relative_rms(theirs, exact)
 
 
 def test_it_trains_as_one_graph_under_autocast():
