@@ -182,7 +182,7 @@ def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
     else:
         x0 = images.movedim(-1, 1).float()
         z = noise(seed, indices, x0.shape[1:], device=x0.device)
-    return {"x0": x0, "noise": z}
+    return {"x0": x0, "noise": z, "index": indices}
 
 
 class Batches:

@@ -1,10 +1,11 @@
-"""Standard normal noise that depends on (seed, index) alone, for indices of any kind.
+"""Random numbers that depend on (seed, index) alone, for indices of any kind.
 
 Sample n of a call is a pure function of (seed, indices[n]) and the shape of one sample. It does
 not depend on the batch it is drawn in, on the order, the process or the device, so a store of
 pairs needs to keep no noise. The generator, Philox, is specified in ds/ops/noise.py.
 """
 
+import math
 import operator
 from collections.abc import Iterable
 
@@ -33,3 +34,13 @@ def noise(
         bits = [signed("noise", "index", operator.index(i)) for i in indices]
         indices = torch.tensor(bits, dtype=torch.int64)
     return ops.noise(operator.index(seed), indices.to(device), shape, dtype)
+
+
+def uniform(seed: int, indices: Tensor) -> Tensor:
+    """Draw numbers uniform in [0, 1), float64 [N]; number n depends on (seed, indices[n]) only.
+
+    They are those of `noise` under the normal distribution function, with the same seed. indices
+    are int64 [N]. Raises ValueError for a seed out of range.
+    """
+    z = noise(seed, indices, (), device=indices.device)
+    return 0.5 * torch.erfc(z.double() / math.sqrt(2))  # of float32 normals, so it is never 1

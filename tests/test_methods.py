@@ -121,6 +121,16 @@ def test_the_loss_is_a_function_of_weights_batch_and_step(method):
 
 
 @every_method
+@torch.no_grad()
+def test_a_batch_has_the_loss_of_its_parts(method):
+    """So that a run does not depend on accumulation, nor on the number of processes."""
+    modules = method.init(teacher()).eval()
+    whole = method.loss(modules, batch(0, 16), 3)
+    parts = [method.loss(modules, batch(first, 4), 3) for first in range(0, 16, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-6, atol=0)
+
+
+@every_method
 def test_the_loss_leaves_the_global_random_state_alone(method):
     modules = method.init(teacher()).eval()
     torch.manual_seed(5)
@@ -250,6 +260,22 @@ def test_denoising_is_zero_for_the_network_that_knows_the_answer(prediction):
             return method.denoiser(self).target(pairs["x0"], pairs["noise"], t)
 
     assert method.loss({"student": Oracle()}, pairs, 0).item() == 0
+
+
+def test_denoising_draws_every_time_equally_often():
+    """10,000 draws in ten bins of 100 times: chi-squared with 9 degrees of freedom."""
+
+    class Noting(nn.Module):
+        def forward(self, x, t):
+            self.t = t
+            return x
+
+    net, index = Noting(), torch.arange(10_000)
+    zeros = torch.zeros(len(index), 1, 1, 1)
+    Denoising().loss({"student": net}, {"x0": zeros, "noise": zeros, "index": index}, 0)
+    counts = torch.bincount(net.t // 100, minlength=10).double()
+    assert len(counts) == 10 and net.t.min() == 0 and net.t.max() == 999
+    assert (counts - 1000).square().sum() / 1000 < 27.9  # exceeded once in a thousand
 
 
 @torch.no_grad()

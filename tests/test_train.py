@@ -75,6 +75,15 @@ def unet() -> ds.Denoiser:
     return ds.Denoiser(net, ds.schedule.LinearBeta())
 
 
+def steady() -> ds.Denoiser:
+    """The same without dropout, whose masks depend on how a batch is cut into parts."""
+    init = unet()
+    for module in init.net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return init
+
+
 def trainer(store, out, config=SHORT, *, init=None, method=None, rows=256, **options) -> Trainer:
     """A run of 12 steps of 8 a epoch, unless the configuration says otherwise."""
     source, held_out = Pairs(store, range(HELD_OUT, HELD_OUT + rows)), Pairs(store, range(64))

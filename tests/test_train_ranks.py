@@ -16,9 +16,11 @@ import torch
 import ds
 from ds import ranks
 from ds.__main__ import main
+from ds.data import Images, digits
 from ds.files import Interrupted
+from ds.methods import Denoising
 from ds.train import Runtime, Trainer
-from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, trainer, unet
+from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -33,17 +35,18 @@ ONLINE = (
 JOBS = {
     "whole": (QUIET, Runtime()),
     "cut": (QUIET, Runtime()),
+    "images": (QUIET, Runtime(accumulate=2)),
     "clipped": (replace(QUIET, max_norm=0.05), Runtime(accumulate=2, loader="resident")),
 }
 
 
 def make(store: ds.PairStore, out: Path, name: str, runtime: Runtime | None = None) -> Trainer:
-    """The run of a job; a network without dropout, whose masks would depend on the processes."""
-    init, (config, own) = unet(), JOBS[name]
-    for module in init.net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return trainer(store, out, config, init=init, runtime=runtime or own)
+    """The run of a job; "images" is one whose times are random."""
+    config, own = JOBS[name]
+    if name != "images":
+        return trainer(store, out, config, init=steady(), runtime=runtime or own)
+    images = Images(digits()[0][:256])
+    return Trainer(Denoising(), steady(), images, images, out, config, runtime=runtime or own)
 
 
 def work(home: Path) -> None:
@@ -92,7 +95,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(home) -> dict[str, Path]:
     """The folders where one process did the same without interruption."""
-    folders = {name: home / f"{name}-alone" for name in ("whole", "clipped")}
+    folders = {name: home / f"{name}-alone" for name in ("whole", "clipped", "images")}
     for name, out in folders.items():
         make(ds.PairStore(home / "store"), out, name, Runtime()).fit()
     return folders
@@ -114,9 +117,9 @@ def moved(home: Path) -> torch.Tensor:
     return (weights(home / "whole-alone") - start).abs().max()
 
 
-@pytest.mark.parametrize("name", ["whole", "clipped"])
+@pytest.mark.parametrize("name", ["whole", "clipped", "images"])
 def test_two_processes_learn_what_one_does(home, alone, name):
-    """With accumulation against without, and with the gradient clipped."""
+    """With accumulation against without, with the gradient clipped, and with random times."""
     assert curve(home / name) == pytest.approx(curve(alone[name]), rel=1e-5)
     assert [m["step"] for m in lines(home / name)] == [3, 4, 6, 8, 9, 12, 12]
     away = (weights(home / name) - weights(alone[name])).abs().max()

@@ -13,7 +13,7 @@ class AbstractMethod(ABC):
 
     `feeds` says what a batch holds. Both kinds have "x0" and "noise", float32 [N, *shape]: with
     "pairs" x0 is what the teacher made of that noise, with "images" x0 is data and the noise is
-    fresh.
+    fresh. "index", int64 [N], is that of the noise: of a pair, or of a draw that no step repeats.
     """
 
     feeds: ClassVar[Literal["pairs", "images"]]
@@ -27,7 +27,11 @@ class AbstractMethod(ABC):
 
     @abstractmethod
     def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
-        """Return the loss of a batch, a scalar. Randomness is a function of `step`."""
+        """Return the loss of a batch, a scalar, the mean over its rows.
+
+        What is random about a row is a function of `step` and its "index": then a batch has the
+        loss of its parts together, however many processes share it.
+        """
 
     @abstractmethod
     def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor:
