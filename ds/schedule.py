@@ -78,8 +78,13 @@ class LinearBeta(AbstractSchedule):
         return torch.cumprod(1 - betas, dim=0)  # Eq. 4
 
 
-@cache
+@torch.compiler.assume_constant_result  # else a compiled loss would make it again at every step
 def _table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
+    return _made_table(schedule, device)
+
+
+@cache
+def _made_table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
     data = torch.ones(1, dtype=torch.float64)  # the row of DATA, before those of 0 and onwards
     return torch.cat([data, schedule.alphas_bar()]).to(device)
 

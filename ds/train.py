@@ -4,6 +4,7 @@ import copy
 import faulthandler
 import logging
 import math
+import os
 import pickle
 import resource
 import sys
@@ -86,6 +87,7 @@ class Runtime:
     prefetch: int = 2  # steps read ahead
     accumulate: int = 1  # parts of a step's batch, one after the other, for want of memory
     compile: Literal["no", "yes", "cuda_graphs"] = "no"
+    compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
     stall_minutes: float = 0.0  # without a step, after which the process ends; 0 waits for ever
     wandb: str = ""  # a project of Weights & Biases
@@ -406,11 +408,12 @@ class _Loss(nn.Module):
 
 
 def _shared(loss: _Loss, runtime: Runtime) -> nn.Module:
-    """Compile the networks of a loss, and let processes average its gradients."""
+    """Compile a loss with its networks as one graph, and let processes average its gradients."""
     if runtime.compile != "no":
+        if runtime.compile_cache:  # which the compiler looks up in the environment alone
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(runtime.compile_cache).resolve())
         mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
-        for module in loss.modules_.values():
-            module.compile(fullgraph=True, dynamic=False, mode=mode)
+        loss.compile(fullgraph=True, mode=mode)
     if ranks.world() == 1:
         return loss
     shared = DistributedDataParallel(

@@ -1,6 +1,7 @@
 """Kill `dstudent pairs` and `dstudent distill` at random moments; nothing may be lost or differ.
 
     python tests/kill.py --kills 20
+    python tests/kill.py --kills 20 --compiled
     python tests/kill.py --kills 20 --workers 8
 
 Each command is run once without interruption. Then it is run again elsewhere, killed with SIGKILL
@@ -172,7 +173,7 @@ def kill_workers(workers: int, kills: int, seed: int = 0) -> bool:
     return equal
 
 
-def kill(kills: int, seed: int = 0) -> bool:
+def kill(kills: int, seed: int = 0, *, compiled: bool = False) -> bool:
     """Attack both commands; say whether nothing was lost."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +187,8 @@ def kill(kills: int, seed: int = 0) -> bool:
         )  # fmt: skip
         store = home / "pairs-whole" / "pairs"
         there = ["--teacher", teacher, "--store", store]
+        if compiled:
+            there += ["--runtime.compile", "yes", "--runtime.compile-cache", home / "compiled"]
         equal &= attack(
             "distill",
             lambda out: ["distill", "digits", *there, "--out", out / "student", *DISTILL],
@@ -199,9 +202,10 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20, help="of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--workers", type=int, help="share one store among so many processes")
+    parser.add_argument("--compiled", action="store_true", help="let distill compile its loss")
     options = parser.parse_args()
     if options.workers:
         equal = kill_workers(options.workers, options.kills, options.seed)
     else:
-        equal = kill(options.kills, options.seed)
+        equal = kill(options.kills, options.seed, compiled=options.compiled)
     sys.exit(0 if equal else 1)

@@ -10,13 +10,14 @@ import pkgutil
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import ds
 from ds.config import from_json, to_json
 from ds.data import Images, digits
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
-from ds.train import TrainConfig, Trainer
+from ds.train import TrainConfig, Trainer, _Loss
 
 SHAPE = (1, 8, 8)
 NET = UNetConfig(
@@ -138,6 +139,19 @@ def test_the_loss_leaves_the_global_random_state_alone(method):
     torch.manual_seed(5)
     method.loss(modules, batch(), 0)
     assert torch.equal(torch.rand(3), expected)
+
+
+@every_method
+def test_the_loss_is_one_graph_for_all_steps(method):
+    """Network, target, randomness and all, under autocast and in training."""
+    modules = method.init(teacher()).train()
+    graphs = CompileCounter()
+    loss = torch.compile(_Loss(method, modules), fullgraph=True, backend=graphs)
+    with torch.autocast("cpu", torch.bfloat16):
+        for step in range(3):
+            expected = method.loss(modules, batch(step), step)
+            assert torch.equal(loss(batch(step), step), expected)
+    assert graphs.frame_count == 1
 
 
 @every_method

@@ -470,12 +470,16 @@ def test_a_shuffle_within_windows_trains_on_it(store, tmp_path):
 
 
 def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # to be as it was afterwards
+    options = Runtime(compile="yes", compile_cache=str(tmp_path / "cache"))
+
     def compiled(folder: str) -> Trainer:
-        return trainer(store, tmp_path / folder, runtime=Runtime(compile="yes"))
+        return trainer(store, tmp_path / folder, runtime=options)
 
     whole = compiled("whole")
     whole.fit()
-    assert whole.modules["student"]._compiled_call_impl is not None
+    assert whole.loss._compiled_call_impl is not None
+    assert list((tmp_path / "cache" / "fxgraph").rglob("*")), "the cache is where it was asked for"
     plain = trainer(store, tmp_path / "plain")
     plain.fit()
     for name, w in state(whole).items():

@@ -30,7 +30,8 @@ class AbstractMethod(ABC):
         """Return the loss of a batch, a scalar, the mean over its rows.
 
         What is random about a row is a function of `step` and its "index": then a batch has the
-        loss of its parts together, however many processes share it.
+        loss of its parts together, however many processes share it. With runtime.compile this
+        becomes one graph, which holds nothing but what torch.compile sees through.
         """
 
     @abstractmethod
