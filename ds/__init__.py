@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_student": "ds.load",
     "load_teacher": "ds.load",
     "noise": "ds.philox",
+    "post_hoc_ema": "ds.posthoc",
     "push_to_hub": "ds.hub",
 }
 _MODULES = (

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ds import loader as loaders
-from ds import optim, ranks
+from ds import optim, posthoc, ranks
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import difference, to_json
 from ds.data import AbstractSource, Batch, Batches
@@ -61,6 +61,7 @@ class TrainConfig:
     max_norm: float = 0.0  # that gradients are scaled down to; 0 leaves them as they are
     ema_decay: float = 0.995
     ema_gamma: float = 0.0  # above 0: average over a share of the run instead, by a power function
+    snapshot_every: int = 0  # steps; above 0: keep what ds.post_hoc_ema makes other averages of
     shuffle_window: int = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     recompute_norms: bool = False  # in backward: less memory, the same bits
@@ -72,7 +73,8 @@ class TrainConfig:
         for name in ("batch_size", "epochs", "lr", "log_every", "check_every"):
             if not 0 < getattr(self, name) < math.inf:  # which refuses NaN as well
                 raise ValueError(f"train.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_norm", "ema_gamma", "shuffle_window"):
+        for name in ("warmup_steps", "weight_decay", "max_norm", "ema_gamma", "snapshot_every",
+                     "shuffle_window"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -165,6 +167,8 @@ class Trainer:
             recompute_norms(self.modules["student"])
         self.ema = copy.deepcopy(self.modules["student"]).float().requires_grad_(False).eval()
         self.best = copy.deepcopy(self.ema)
+        lengths = posthoc.LENGTHS if config.snapshot_every else ()
+        self.tracked = nn.ModuleList(copy.deepcopy(self.ema) for _ in lengths)
         self.best_loss = float("inf")
         self.step = 0
         self.optimizer = self._optimizer()
@@ -217,6 +221,8 @@ class Trainer:
                 if self.step % c.log_every == 0 or last:
                     self._log(bar, self.step - mark, time.perf_counter() - since)
                     since, mark = time.perf_counter(), self.step
+                if c.snapshot_every and (self.step % c.snapshot_every == 0 or last):
+                    self._snapshot()
                 if self.step % c.check_every == 0 or last:
                     self._check()
                     since, mark = time.perf_counter(), self.step
@@ -238,8 +244,12 @@ class Trainer:
         self._backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for mean, buffer in zip(self.ema.buffers(), student.buffers(), strict=True):
-            mean.copy_(buffer)
+        for net, length in zip(self.tracked, posthoc.LENGTHS, strict=False):
+            slow = optim.power_decay(self.step, posthoc.gamma_of(length))
+            optim.average(list(net.parameters()), list(student.parameters()), slow)
+        for net in (self.ema, *self.tracked):
+            for mean, buffer in zip(net.buffers(), student.buffers(), strict=True):
+                mean.copy_(buffer)
         self.method.after_step(self.modules, self.step)
         self.step += 1
 
@@ -321,6 +331,10 @@ class Trainer:
             self._draw()
         self._save()
 
+    def _snapshot(self) -> None:
+        if ranks.is_first():
+            posthoc.write_snapshot(self.out, self.step, self.tracked)
+
     @torch.no_grad()
     def _draw(self) -> None:
         """Write a grid of samples of the average, always from the same noise."""
@@ -349,6 +363,7 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "ema": self.ema.state_dict(),
+                    "tracked": self.tracked.state_dict(),
                     "best": self.best.state_dict(),
                     "best_loss": self.best_loss,
                     "running": self.running,
@@ -368,6 +383,7 @@ class Trainer:
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.scaler.load_state_dict(saved["scaler"])
                 self.ema.load_state_dict(saved["ema"])
+                self.tracked.load_state_dict(saved["tracked"])
                 self.best.load_state_dict(saved["best"])
                 self.running.copy_(saved["running"])
             except _DAMAGE as error:

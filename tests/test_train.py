@@ -708,7 +708,8 @@ def test_a_method_for_images_refuses_pairs(store, tmp_path):
     ("name", "value"),
     [("batch_size", 0), ("epochs", 0), ("lr", -1e-3), ("log_every", 0), ("check_every", -1),
      ("ema_decay", 1.0), ("lr", math.nan), ("warmup_steps", -1),
-     ("max_norm", -1.0), ("weight_decay", math.inf), ("shuffle_window", -1), ("ema_gamma", -0.1)],
+     ("max_norm", -1.0), ("weight_decay", math.inf), ("shuffle_window", -1), ("ema_gamma", -0.1),
+     ("snapshot_every", -1)],
 )  # fmt: skip
 def test_a_configuration_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"train.{name} must"):
