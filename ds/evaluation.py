@@ -103,13 +103,17 @@ def evaluate(
     return result
 
 
+def figures(result: dict[str, Any]) -> dict[str, float]:
+    """Return what an evaluation says about the model, not about the machine or the protocol."""
+    return {k: v for k, v in result.items() if k not in ("protocol", SECONDS)}
+
+
 def record(path: str | Path, model: Teacher | Student, result: dict[str, Any]) -> None:
     """Put the figures of an evaluation into a model directory: metrics.json and its card."""
     about = result["protocol"]
-    # How long it took says more about the machine than about the model.
-    figures = {k: f"{v:.4g}" for k, v in result.items() if k not in ("protocol", SECONDS)}
-    figures["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
-    noted = replace(model, provenance=model.provenance | figures)
+    known = {k: f"{v:.4g}" for k, v in figures(result).items()}
+    known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
+    noted = replace(model, provenance=model.provenance | known)
     checkpoint.annotate(path, noted.provenance, noted.card(Path(path).name))
     write_json(Path(path) / "metrics.json", result)
 

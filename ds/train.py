@@ -33,10 +33,12 @@ from ds.methods import AbstractMethod
 from ds.nets import recompute_norms
 from ds.philox import noise
 from ds.records import Records
+from ds.speed import flops_per_row, matmul_tflops
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
-MEASURED = ("images_per_second", "loader_wait", "memory_gb")  # of a note, unlike in every run
+# What of a note is another in every run.
+MEASURED = ("images_per_second", "tflops", "peak_share", "loader_wait", "memory_gb")
 # What torch.load and load_state_dict raise for a file that is not a whole checkpoint of this run.
 _DAMAGE = (
     RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError,
@@ -81,6 +83,9 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
 
 
+_LEAST = {"prefetch": 0, "accumulate": 1, "evaluate_every": 0, "stall_minutes": 0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How it is run, which moves results by rounding at most: a run may go on with another one."""
@@ -91,11 +96,12 @@ class Runtime:
     compile: Literal["no", "yes", "cuda_graphs"] = "no"
     compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
+    evaluate_every: int = 0  # steps, after which the average's images are compared with real ones
     stall_minutes: float = 0.0  # without a step, after which the process ends; 0 waits for ever
     wandb: str = ""  # a project of Weights & Biases
 
     def __post_init__(self):
-        for name, least in (("prefetch", 0), ("accumulate", 1), ("stall_minutes", 0)):
+        for name, least in _LEAST.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"runtime.{name} must be at least {least}, not {getattr(self, name)}"
@@ -112,7 +118,8 @@ class Trainer:
 
     `out` receives run.json (what is run), metrics.jsonl (a line per log and per check),
     checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. The
-    processes of torchrun share every batch, and the first of them writes. Raises ValueError if the
+    processes of torchrun share every batch, and the first of them writes. `evaluate` makes figures
+    of a network, every runtime.evaluate_every steps, in all processes. Raises ValueError if the
     method needs another kind of source, if `out` holds another run, if norms are to be recomputed
     that the student does not have, if a batch cannot be cut into equal parts, or if `device` cannot
     do what `runtime` asks for.
@@ -129,6 +136,7 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         runtime: Runtime | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         progress: bool = False,
     ):
         if source.feeds != method.feeds:
@@ -141,6 +149,9 @@ class Trainer:
         self.progress = progress and ranks.is_first()
         if self.runtime.reduce == "bfloat16" and self.device.type != "cuda":
             raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {self.device.type}")
+        if self.runtime.evaluate_every and evaluate is None:
+            raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")
+        self.evaluate = evaluate
         if config.batch_size % (parts := ranks.world() * self.runtime.accumulate):
             raise ValueError(
                 f"train.batch_size ({config.batch_size}) must be a multiple of {parts}: "
@@ -174,7 +185,6 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
-        self.waited = 0.0  # seconds for the loader since then
 
     def _optimizer(self) -> torch.optim.Optimizer:
         c, student = self.config, self.modules["student"]
@@ -210,22 +220,24 @@ class Trainer:
             total=self.steps * c.batch_size, initial=self.step * c.batch_size, unit=" images",
             disable=not self.progress, smoothing=0.02,
         )  # fmt: skip
+        self.flops = flops_per_row(self.method, self.modules, self._held_out_batch(range(1)))
+        self.peak = self._peak()
         self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
-        since, mark = time.perf_counter(), self.step
+        acts = {
+            lambda: self._log(bar): c.log_every, self._snapshot: c.snapshot_every,
+            self._evaluate: r.evaluate_every, self._check: c.check_every,
+        }  # fmt: skip
+        self._start_clock()
         with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:
             while self.step < self.steps:
                 self._advance()
                 alive()
                 bar.update(c.batch_size)
                 last = self.step == self.steps
-                if self.step % c.log_every == 0 or last:
-                    self._log(bar, self.step - mark, time.perf_counter() - since)
-                    since, mark = time.perf_counter(), self.step
-                if c.snapshot_every and (self.step % c.snapshot_every == 0 or last):
-                    self._snapshot()
-                if self.step % c.check_every == 0 or last:
-                    self._check()
-                    since, mark = time.perf_counter(), self.step
+                for act, every in acts.items():
+                    if every and (self.step % every == 0 or last):
+                        act()
+                        self._start_clock()
                 if (number := ranks.largest(stop())) and not last:
                     self._save()
                     raise Interrupted(
@@ -283,7 +295,11 @@ class Trainer:
         fall = 0.5 * (1 + math.cos(math.pi * after)) if c.decay == "cosine" else 1.0
         return c.lr * rise * fall
 
-    def _log(self, bar: tqdm, steps: int, seconds: float) -> None:
+    def _start_clock(self) -> None:
+        """Measure speed from here on: what was done between two steps is no part of it."""
+        self.since, self.mark, self.waited = time.perf_counter(), self.step, 0.0
+
+    def _log(self, bar: tqdm) -> None:
         """Note the mean loss since the last log, and what was measured meanwhile."""
         self._pool()
         count = self.step % self.config.log_every or self.config.log_every
@@ -295,12 +311,21 @@ class Trainer:
                 f"kept, try a smaller train.lr or train.precision float32"
             )
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        seconds = time.perf_counter() - self.since
+        images = (self.step - self.mark) * self.config.batch_size / seconds
+        tflops = images * self.flops / ranks.world() / 1e12
         self._note(
-            loss=loss, lr=self._lr(),
-            images_per_second=round(steps * self.config.batch_size / seconds, 1),
+            loss=loss, lr=self._lr(), images_per_second=round(images, 1),
+            tflops=float(f"{tflops:.4g}"),
+            **({"peak_share": round(tflops / self.peak, 4)} if self.peak else {}),
             loader_wait=round(self.waited / seconds, 4), memory_gb=round(self._memory(), 3),
         )  # fmt: skip
-        self.waited = 0.0
+
+    def _peak(self) -> float:
+        """Return the TFLOP/s of a GPU's matrix product in the precision of the run, else 0."""
+        if self.device.type != "cuda":
+            return 0.0
+        return matmul_tflops(self.device, _LOW[self.config.precision] or torch.float32)
 
     def _pool(self) -> None:
         """Give every process the mean of what each has summed up."""
@@ -334,6 +359,9 @@ class Trainer:
     def _snapshot(self) -> None:
         if ranks.is_first():
             posthoc.write_snapshot(self.out, self.step, self.tracked)
+
+    def _evaluate(self) -> None:
+        self._note(**self.evaluate(self.ema))
 
     @torch.no_grad()
     def _draw(self) -> None:

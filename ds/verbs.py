@@ -5,12 +5,14 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
 
 import ds
 from ds import archives, budget, checkpoint, doctor, export, pairs, ranks
@@ -18,7 +20,7 @@ from ds.checkpoint import fingerprint
 from ds.config import from_json, to_json
 from ds.data import AbstractSource, Generated, Images, Pairs, digits
 from ds.engine import Place, Plan
-from ds.evaluation import evaluate, read_reference, record
+from ds.evaluation import Moments, evaluate, figures, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.images import check_name, save
@@ -204,6 +206,29 @@ class PairsExport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What images are compared with, and how."""
+
+    reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
+    extractor: Literal["digits", "pixels", "inception"] = "digits"
+    inception_weights: Path | None = None
+    count: int = 4096  # images to draw
+
+    def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
+        """Return the reference and the extractor; ValueError where they cannot be had."""
+        if self.count < 2:
+            raise ValueError(f"evaluate: count must be at least 2, not {self.count}")
+        return read_reference(self.reference), self._extractor(device)
+
+    def _extractor(self, device: torch.device) -> AbstractExtractor:
+        if self.extractor == "inception":
+            if self.inception_weights is None:
+                raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
+            return Inception(self.inception_weights, device=device)
+        return Digits() if self.extractor == "digits" else Pixels()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distill:
     """Train a student that makes in one network call what the teacher makes in many.
 
@@ -223,6 +248,7 @@ class Distill:
     pool: int = 64  # batches of online pairs that are made, and kept, at a time
     price: Price = 0.0
     runtime: Runtime = field(default_factory=Runtime)
+    judge: Judge = field(default_factory=Judge)  # of --runtime.evaluate-every
     machine: Here = field(default_factory=Machine)
 
     @classmethod
@@ -251,9 +277,11 @@ class Distill:
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
         source, train = self._source(store)
+        device = self.machine.use()
         trainer = Trainer(
             self.method, teacher.denoiser, source, Pairs(store, range(self.pairs.held_out)),
-            _run_folder(self.out), train, device=self.machine.use(), runtime=self.runtime,
+            _run_folder(self.out), train, device=device, runtime=self.runtime,
+            evaluate=self._evaluate(device) if self.runtime.evaluate_every else None,
             progress=_watched(),
         )  # fmt: skip
         student = Student(trainer.fit(), self.method)
@@ -324,6 +352,16 @@ class Distill:
             f"disk:  {budget.size(saved)} for the checkpoint, beside the pairs",
             f"total: about {budget.cost(total, self.price)}, on {ranks.world()} of this device",
         ])  # fmt: skip
+
+    def _evaluate(self, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
+        """Return what makes figures of a network; it knows how the student samples with it."""
+        reference, extractor = self.judge.build(device)
+
+        def judge(net: nn.Module) -> dict[str, float]:
+            student = Student(net, self.method)
+            return figures(evaluate(student, reference, extractor, n=self.judge.count))
+
+        return judge
 
 
 def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: TrainConfig) -> float:
@@ -421,12 +459,9 @@ class Evaluate:
     """Compare a model's images with real ones; write the figures and the protocol as JSON."""
 
     model: Model
-    reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
-    extractor: Literal["digits", "pixels", "inception"] = "digits"
-    inception_weights: Path | None = None
+    judge: Annotated[Judge, tyro.conf.arg(name="")] = field(default_factory=Judge)
     store: str | None = None  # pairs whose first `held_out` the model is held against
     held_out: int = 1024
-    count: int = 4096  # images to draw
     seed: int = 1
     batch_size: int = 256
     out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
@@ -437,27 +472,18 @@ class Evaluate:
             self._run()
 
     def _run(self) -> None:
-        if self.count < 2:
-            raise ValueError(f"evaluate: count must be at least 2, not {self.count}")
         device = self.machine.use()
         model = load(self.model, device=device)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
+        reference, extractor = self.judge.build(device)
         result = evaluate(
-            model, read_reference(self.reference), self._extractor(device), n=self.count,
-            seed=self.seed, batch_size=self.batch_size, held_out=held_out,
-            out=self.out,
+            model, reference, extractor, n=self.judge.count, seed=self.seed,
+            batch_size=self.batch_size, held_out=held_out, out=self.out,
         )  # fmt: skip
         if is_first():
             if self.out is None and checkpoint.is_ours(self.model):
                 record(self.model, model, result)
             print(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
-
-    def _extractor(self, device: torch.device) -> AbstractExtractor:
-        if self.extractor == "inception":
-            if self.inception_weights is None:
-                raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
-            return Inception(self.inception_weights, device=device)
-        return Digits() if self.extractor == "digits" else Pixels()
 
 
 @dataclass(frozen=True, kw_only=True)

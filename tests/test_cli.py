@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import ds
 from ds.__main__ import VERBS, main
 from ds.data import digits
+from ds.features import Pixels
 from ds.train import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ PAIRS = (
     "--pairs.batch-size", "32", "--solve.steps", "5",
 )  # fmt: skip
 DISTILL = ("--held-out", "32", "--train.epochs", "3", "--train.check-every", "2")
+JUDGE = ("--runtime.evaluate-every", "4", "--judge.extractor", "pixels", "--judge.count", "64")
 EVALUATE = ("--count", "128", "--held-out", "32", "--extractor", "pixels")
 
 
@@ -38,7 +40,18 @@ def run_chain(home: Path) -> None:
     for args in (
         ("teach", "digits", "--out", teacher, *TEACH),
         ("pairs", "digits", "--teacher", teacher, "--out", store, *PAIRS),
-        ("distill", "digits", "--teacher", teacher, "--store", store, "--out", student, *DISTILL),
+        (
+            "distill",
+            "digits",
+            "--teacher",
+            teacher,
+            "--store",
+            store,
+            "--out",
+            student,
+            *DISTILL,
+            *JUDGE,
+        ),
         ("sample", student, "--out", str(home / "sheet.png"), "--indices", "0-8"),
         ("sample", teacher, "--out", str(home / "images.npy"), "--indices", "0-4", "--seed", "4"),
         ("evaluate", student, "--store", store, *EVALUATE),
@@ -135,6 +148,17 @@ def test_evaluate_writes_the_figures_with_their_protocol(chain):
     real = digits()[0].numpy().tobytes()
     assert p["reference"]["sha256"] == hashlib.sha256(real).hexdigest()
     assert "0, 32" in p["held_out"]
+
+
+def test_distill_compares_images_of_the_average_with_real_ones_on_its_way(chain):
+    notes = (chain / "student-run" / "metrics.jsonl").read_text().splitlines()
+    found = {m["step"]: m for m in map(json.loads, notes) if "frechet_distance" in m}
+    assert list(found) == [4, 6]
+    net = ds.load_student(chain / "student")
+    last = torch.load(chain / "student-run" / "checkpoint.pt", weights_only=True)
+    net.net.load_state_dict(last["ema"])
+    expected = ds.evaluate(net, digits()[0], Pixels(), n=64)
+    assert found[6]["frechet_distance"] == pytest.approx(expected["frechet_distance"])
 
 
 def test_a_second_chain_reuses_what_is_there(home, monkeypatch):

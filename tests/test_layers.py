@@ -22,7 +22,7 @@ ROWS = [
     ["sample"],
     ["analytic", "export", "methods", "pairs"],
     ["archives", "data", "load"],
-    ["features", "hub", "loader", "optim", "posthoc", "records"],
+    ["features", "hub", "loader", "optim", "posthoc", "records", "speed"],
     ["train"],
     ["doctor", "evaluation", "presets", "report"],
     ["frontier"],

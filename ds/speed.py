@@ -1,0 +1,37 @@
+"""What a training makes of its device: the arithmetic of a row, and the device at its best."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ds.data import Batch
+from ds.methods import AbstractMethod
+
+
+def flops_per_row(method: AbstractMethod, modules: nn.ModuleDict, row: Batch) -> int:
+    """Count the operations of a loss and its gradient, on a batch of one row.
+
+    Multiplications and additions of convolutions, matrix products and attention are counted, each
+    as one, and nothing else. The modules are left as they are.
+    """
+    device = row["noise"].device
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, FlopCounterMode(display=False) as counter:
+        method.loss(copy.deepcopy(modules), row, 0).backward()
+    return counter.get_total_flops()
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """Measure a GPU's matrix product in a tenth of a second; return its best TFLOP/s."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        best = max(best, 2e-9 * size**3 / begin.elapsed_time(end))
+    return best
