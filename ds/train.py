@@ -248,7 +248,7 @@ class Trainer:
 
     def _advance(self) -> None:
         """Take one optimiser step, which moves the average as well."""
-        c, student = self.config, self.modules["student"]
+        c = self.config
         decay = optim.power_decay(self.step, c.ema_gamma) if c.ema_gamma else c.ema_decay
         for group in self.optimizer.param_groups:
             group["lr"], group["ema_decay"] = self._lr(), decay
@@ -256,14 +256,19 @@ class Trainer:
         self._backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._follow()
+        self.method.after_step(self.modules, self.step)
+        self.step += 1
+
+    def _follow(self) -> None:
+        """Move the averages for snapshots; buffers of every average are those of the student."""
+        student = self.modules["student"]
         for net, length in zip(self.tracked, posthoc.LENGTHS, strict=False):
-            slow = optim.power_decay(self.step, posthoc.gamma_of(length))
-            optim.average(list(net.parameters()), list(student.parameters()), slow)
+            decay = optim.power_decay(self.step, posthoc.gamma_of(length))
+            optim.average(list(net.parameters()), list(student.parameters()), decay)
         for net in (self.ema, *self.tracked):
             for mean, buffer in zip(net.buffers(), student.buffers(), strict=True):
                 mean.copy_(buffer)
-        self.method.after_step(self.modules, self.step)
-        self.step += 1
 
     def _backward(self) -> None:
         """Add up the gradients of this process's part of the batch."""
