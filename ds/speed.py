@@ -24,7 +24,10 @@ def flops_per_row(method: AbstractMethod, modules: nn.ModuleDict, row: Batch) ->
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Measure a GPU's matrix product in a tenth of a second; return its best TFLOP/s."""
+    """Measure a GPU's matrix product in a tenth of a second; return its best TFLOP/s.
+
+    In float32 this is float32, while cuDNN's convolutions may take TF32 and so be faster.
+    """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(20):
