@@ -1,8 +1,8 @@
 """Kill `dstudent pairs` and `dstudent distill` at random moments; nothing may be lost or differ.
 
-    python tests/kill.py --kills 20
-    python tests/kill.py --kills 20 --compiled
-    python tests/kill.py --kills 20 --workers 8
+    python -m tests.kill --kills 20
+    python -m tests.kill --kills 20 --compiled
+    python -m tests.kill --kills 20 --workers 8
 
 Each command is run once without interruption. Then it is run again elsewhere, killed with SIGKILL
 at a random moment, restarted, killed, and so on until it gets to its end, and what it leaves is
