@@ -720,7 +720,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_resumes(
 def test_another_run_in_the_directory_is_refused(home, capsys):
     before = tree(home)
     line = refused(capsys, *distill_of("--out", "student", "--train.lr", "0.1"))
-    assert "student-run: holds another run (train.lr: 0.002, not 0.1)" in line
+    assert "student-run: holds another run (train.lr: 0.003, not 0.1)" in line
     assert tree(home) == before
 
 
