@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in VERBS:
         return _fail(f"no verb {args[0]!r}; the verbs are {', '.join(VERBS)}")
     # Read when torch is imported. Threads that sleep while they wait cost a training step of the
-    # digits 5 to 10 % on two free cores; threads that spin make it 2 to 4 times as long on busy ones.
+    # digits 5 to 10 % on two free cores; those that spin make it twice as long on busy ones, or more.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from ds import verbs
