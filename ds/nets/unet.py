@@ -6,6 +6,7 @@ the DDPM and DDIM checkpoints, so those load without a map.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,8 +168,14 @@ class UNet(nn.Module):
             if i > 0:
                 h = level.upsample(h)
 
-        with torch.autocast(x.device.type, enabled=False):  # what is returned is not rounded
+        with _without_autocast(x.device.type):  # what is returned is not rounded
             return self.conv_out(self.norm_out(h.to(dtype))).to(x.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Return a context without autocast, which the meta device does not know."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def recompute_norms(net: nn.Module) -> None:
