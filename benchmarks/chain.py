@@ -170,7 +170,8 @@ def _train(
     """Train a copy of a network on x0, and its noise or fresh one, and return its average."""
     net = copy.deepcopy(net).requires_grad_(True).train()
     average = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(net.parameters(), lr=c.lr, betas=c.betas, eps=c.eps)
+    weights, averages = list(net.parameters()), list(average.parameters())
+    optimizer = torch.optim.Adam(weights, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
     loader = DataLoader(TensorDataset(*tensors), c.batch_size, shuffle=True, drop_last=True)
     steps = max(1, round(c.epochs * len(loader)))
     rise = min(c.warmup_steps, steps // 2) or 1
@@ -185,11 +186,13 @@ def _train(
             z = given[0].to(device) if given else torch.randn_like(x0)
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
-                loss = method.loss({"student": net}, {"x0": x0, "noise": z}, step)
+                index = torch.arange(len(x0), device=device) + step * len(x0)
+                batch = {"x0": x0, "noise": z, "index": index}
+                loss = method.loss({"student": net}, batch, step)
             loss.backward()
             optimizer.step()
             rate.step()
-            optim.average(average, net, c.ema_decay)
+            optim.average(averages, weights, c.ema_decay)
             if (step := step + 1) == steps:
                 break
     return average

@@ -1,12 +1,13 @@
 """A training step of the student: loss, backward, Adam, average; our network and plain modules.
 
 The peer is the same U-Net in PyTorch's own modules, diffusers' UNet2DModel in channels_last, with
-the loss, the optimiser (fused Adam) and the average of our trainer. Float32; on GPUs the networks
-run in bfloat16 under autocast. What is compared first: the loss and a gradient of the first step.
+the loss of our trainer, PyTorch's fused Adam, and an average after it. Float32; on GPUs the
+networks run in bfloat16 under autocast. What is compared first: the loss and a gradient of the first step.
 """
 
 import copy
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from ds import optim, presets
 from ds.methods import DenoisingStudent
 from ds.nets import UNet
 
-METHOD = DenoisingStudent()
+METHOD, EMA = DenoisingStudent(), 0.995
 FASTGEN = "not installed; its KD step (github.com/NVlabs/FastGen) is on no package index"
 SLOW = "compiling it takes minutes on a CPU"
 
@@ -45,15 +46,22 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
 
 
 class _Training:
-    """A network with its optimiser and its average."""
+    """A network with its optimiser, which moves an average: our trainer's, or PyTorch's."""
 
-    def __init__(self, net: nn.Module, first: nn.Parameter, *, compiles: bool = False):
+    def __init__(
+        self, net: nn.Module, first: nn.Parameter, *, ours: bool = False, compiles: bool = False
+    ):
         self.net = net.train().requires_grad_(True)
         self.first = first  # the weight whose gradient is compared
-        self.average = copy.deepcopy(self.net).requires_grad_(False)
-        self.optimizer = optim.build(
-            "adam", self.net.parameters(), lr=1e-6, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0
-        )
+        weights = list(self.net.parameters())
+        averages = [w.detach().clone() for w in weights]
+        options = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
+        if ours:
+            self.optimizer = optim.build("adam", weights, averages, max_norm=math.inf, **options)
+            self.optimizer.param_groups[0]["ema_decay"] = EMA
+        else:
+            self.optimizer = torch.optim.Adam(weights, fused=True, **options)
+            self.optimizer.register_step_post_hook(lambda *_: optim.average(averages, weights, EMA))
         self.call = torch.compile(self.net, dynamic=False) if compiles else self.net
 
 
@@ -76,7 +84,9 @@ def contenders(net: UNet, *, compiles: bool) -> tuple[dict[str, _Training], dict
     for compiled in kinds[::-1]:
         ours = copy.deepcopy(net)
         first = ours.conv_in.weight
-        sides["ours" + ", compiled" * compiled] = _Training(ours, first, compiles=compiled)
+        sides["ours" + ", compiled" * compiled] = _Training(
+            ours, first, ours=True, compiles=compiled
+        )
     return sides, missing
 
 
@@ -86,7 +96,6 @@ def _step(training: _Training, z: Tensor, x0: Tensor, _: Any) -> tuple[Tensor, T
         loss = METHOD.loss({"student": training.call}, {"noise": z, "x0": x0}, 0)
     loss.backward()
     training.optimizer.step()
-    optim.average(training.average, training.net, 0.995)
     return loss.detach(), training.first.grad
 
 
