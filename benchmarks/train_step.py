@@ -2,7 +2,8 @@
 
 The peer is the same U-Net in PyTorch's own modules, diffusers' UNet2DModel in channels_last, with
 the loss of our trainer, PyTorch's fused Adam, and an average after it. Float32; on GPUs the
-networks run in bfloat16 under autocast. What is compared first: the loss and a gradient of the first step.
+networks run in bfloat16 under autocast. What is compared first: the loss and a gradient of the
+first step.
 """
 
 import copy
