@@ -66,7 +66,7 @@ class Engine(nn.Module):
             return x.clone()
         row, parts = self._row(t), (x,)
         if x.device.type == "cpu":
-            parts = x.split(self.place.images)
+            parts = x.chunk(-(-len(x) // self.place.images))
         return torch.cat([self._run(row, part) for part in parts])
 
     def _run(self, row: Tensor, x: Tensor) -> Tensor:
