@@ -109,7 +109,9 @@ def stacked(axes: Axes, saved: Saved, title: str, unit: float, label: str) -> No
         for side, width in zip(sides, widths, strict=True):
             left[side] += width
     for side in sides:
-        axes.annotate(f"{unit * totals[side]:,.3g}", (left[side], side), (5, 0), va="center",
+        total = unit * totals[side]
+        note = f"{total:,.0f}" if total >= 100 else f"{total:.3g}"
+        axes.annotate(note, (left[side], side), (5, 0), va="center",
                       textcoords="offset points", fontweight="bold")  # fmt: skip
     axes.set(title=title, xlabel=label, xlim=(0, 1.12 * max(left.values())))
     axes.grid(axis="y", visible=False)
@@ -194,7 +196,7 @@ def training(axes: Axes, saved: Saved) -> None:
     for label, width, note in zip(labels, widths, notes, strict=True):
         axes.annotate(note, (width, label), (5, 0), va="center", textcoords="offset points")
     axes.set(title="A training step", xlabel="time, relative to the same network in plain modules",
-             xlim=(0, 1.35 * max(widths)))  # fmt: skip
+             xlim=(0, 1.45 * max(widths)))  # fmt: skip
     axes.grid(axis="y", visible=False)
 
 
