@@ -227,6 +227,7 @@ def run(cases: Iterable[Case], device: torch.device, pace: Pace) -> Iterator[dic
                 "flops": case.flops,
                 "dtype": str(case.dtype)[6:],
                 "images": case.images,
+                "wall": case.wall,
                 "missing": dict(case.missing),
                 "phases": {
                     side: {phase: statistics.median(taken) for phase, taken in parts.items()}
@@ -262,14 +263,14 @@ def line(row: dict[str, Any], calibration: dict[str, float]) -> str:
     return text
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Say what was measured, on what, with which versions."""
+def environment(device: torch.device, *, wall: bool = False) -> dict[str, Any]:
+    """Say what was measured, on what, with which versions, and by the clock on the wall or not."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "timing": "CUDA events, cold L2" if cuda else _cpu_timing(),
+        "timing": "wall-clock time" if wall else _timing(device),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
@@ -280,7 +281,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu_timing() -> str:
+def _timing(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "CUDA events, cold L2"
     return "process CPU time" if torch.get_num_threads() == 1 else "wall-clock time"
 
 
@@ -321,7 +324,8 @@ def save(
         raise ValueError("the checkout has uncommitted changes: commit them, or pass --no-save")
     path = RESULTS / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"environment": environment(device), "calibration": calibration}
+    wall = any(row["wall"] for row in rows)
+    about = {"environment": environment(device, wall=wall), "calibration": calibration}
     lines = ",\n".join(json.dumps(row) for row in rows)
     head = json.dumps(about, indent=1)[:-2]
     path.write_text(f'{head},\n "cases": [\n{lines}\n]}}\n')

@@ -31,10 +31,11 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         yield adam_step(device)
 
 
-def sides(name: str, eager: Run, ours: Run, prepare: Run, *, compiles: bool = True) -> dict:
+def sides(
+    name: str, device: torch.device, eager: Run, ours: Run, prepare: Run, *, compiles: bool = True
+) -> dict[str, Side]:
     """Return the sides of an op: eager, compiled, the backends that are not chosen, and ours."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [row for row in ops.table() if (row.op, row.device) == (name, device)]
+    rows = [row for row in ops.table() if (row.op, row.device) == (name, device.type)]
     found = {"eager": eager}
     if compiles:
         found["inductor"] = torch.compile(eager, dynamic=False)
@@ -77,7 +78,9 @@ def attention(images: int, device: torch.device) -> Case:
 
     return Case(
         f"attention {[count, tokens, width]}",
-        sides("attention_residual", eager, lambda _: ops.attention_residual(*parts), _nothing),
+        sides(
+            "attention_residual", device, eager, lambda _: ops.attention_residual(*parts), _nothing
+        ),
         lambda: eager(None, *(part.double() for part in parts)),
         bytes=5 * residual.nbytes,
         flops=count * (4 * width * tokens**2 + 2 * tokens * width**2),
@@ -92,6 +95,7 @@ def noise(images: int, device: torch.device) -> Case:
         f"noise {[images, *SHAPE]}",
         sides(
             "noise",
+            device,
             lambda _: philox_normals(indices, 7, size, torch.float32),
             lambda _: ops.noise(7, indices, (size,)),
             _nothing,
@@ -116,6 +120,7 @@ def prepare_batch(images: int, device: torch.device) -> Case:
         f"prepare_batch {list(levels.shape)}",
         sides(
             "prepare_batch",
+            device,
             lambda _: batch(torch.float32),
             lambda _: ops.prepare_batch(levels, indices, 7),
             _nothing,
@@ -137,6 +142,7 @@ def quantize(images: int, device: torch.device) -> Case:
         f"quantize {[images, *SHAPE]}",
         sides(
             "quantize",
+            device,
             lambda _: levels(x).round().to(torch.uint8),
             lambda _: ops.quantize(x),
             _nothing,
@@ -166,7 +172,13 @@ def solver_update(images: int, device: torch.device) -> Case:
 
     return Case(
         f"solver_update {list(x.shape)}",
-        sides("solver_update", eager, ours, lambda: (x.clone(), torch.zeros_like(x).bfloat16())),
+        sides(
+            "solver_update",
+            device,
+            eager,
+            ours,
+            lambda: (x.clone(), torch.zeros_like(x).bfloat16()),
+        ),
         lambda: [eager((x.double(), torch.zeros_like(x).double()))[0]] * 2,
         bytes=images * (3 * ROW + ROW // 2),
     )
@@ -207,7 +219,7 @@ def adam_step(device: torch.device) -> Case:
     wide = [[tensor.double() for tensor in tensors[:1]] for tensors in state]
     return Case(
         f"adam_step, {len(shapes)} tensors, {size // 4:,} weights",
-        sides("adam_step", eager, ours, prepare, compiles=False),
+        sides("adam_step", device, eager, ours, prepare, compiles=False),
         lambda: eager(wide),
         bytes=9 * size,
         missing={"inductor": "compiling lists of so many tensors takes minutes"},

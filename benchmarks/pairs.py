@@ -2,8 +2,8 @@
 
 The CIFAR-10 network with random weights and the last times of a grid of 20, in float32. The peer is
 what one writes with diffusers: the loop of DDIMPipeline in channels_last, its conversion to uint8,
-numpy.save. Ours also estimates how long it will take, from two network calls; among a million pairs
-that is nothing, here it counts.
+numpy.save. Ours also estimates how long it will take, from a few network calls; among a million
+pairs that is nothing, here it counts.
 """
 
 import functools

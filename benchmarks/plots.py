@@ -50,7 +50,7 @@ def main(*machine: str) -> None:
                 _draw(json.loads(path.read_text()), draw, PLOTS / f"{name}.png")
 
 
-def _draw(saved: Saved, draw: Callable[[Axes, Saved], float], path: Path) -> None:
+def _draw(saved: Saved, draw: Callable[[Axes, Saved], None], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.4, 4.4))
     draw(axes, saved)
     e = saved["environment"]

@@ -136,9 +136,11 @@ def projection() -> str:
 
     Those of CIFAR-10 are measured; the others are scaled by the FLOPs of a call.
     """
-    loops, steps = found("teacher_loop"), found("train_step")
+    steps = {saved["environment"]["device"]: saved for saved in found("train_step")}
     lines = []
-    for loop, step in zip(loops, steps, strict=False):
+    for loop in found("teacher_loop"):
+        if (step := steps.get(loop["environment"]["device"])) is None:
+            continue
         cuda = "cuda" in loop["environment"]["timing"].lower()
         call = _per_image(loop, "DDIM") / 2  # of two steps
         train = _per_image(step, "cifar10")

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args[0] not in VERBS:
         return _fail(f"no verb {args[0]!r}; the verbs are {', '.join(VERBS)}")
-    # Read when torch is imported. Threads that sleep while they wait make a training step of the
-    # digits 5 to 10 % longer on two free cores; those that spin double it, or worse, on busy ones.
+    # Read when torch is imported. Threads that sleep while they wait cost a little on free cores;
+    # those that spin take the time of whatever else runs there, and of each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from ds import verbs

@@ -441,8 +441,13 @@ class Trainer:
         return source.prepare(*(x.to(self.device) for x in kept))
 
     def _autocast(self) -> torch.autocast:
-        low = _LOW[self.config.precision]
-        return torch.autocast(self.device.type, low, enabled=low is not None)
+        return autocast(self.device, self.config.precision)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a loss of this precision is computed."""
+    low = _LOW[precision]
+    return torch.autocast(device.type, low, enabled=low is not None)
 
 
 class _Loss(nn.Module):

@@ -33,7 +33,7 @@ from ds.philox import noise
 from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first, joined
 from ds.sample import Precision, Sampler, Student, Teacher, great_circle
-from ds.train import Runtime, TrainConfig, Trainer
+from ds.train import Runtime, TrainConfig, Trainer, autocast
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
@@ -370,11 +370,11 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
     modules = method.init(teacher.denoiser)
     most = max(1, train.batch_size // ranks.world())
     z = noise(0, range(most), teacher.shape, device=device)
-    low = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(train.precision)
+    batch = {"x0": z, "noise": z, "index": torch.arange(most, device=device)}
 
     def work(n: int) -> None:
-        with torch.autocast(device.type, low, enabled=low is not None):
-            loss = method.loss(modules, {"x0": z[:n], "noise": z[:n]}, 0)
+        with autocast(device, train.precision):
+            loss = method.loss(modules, {name: rows[:n] for name, rows in batch.items()}, 0)
         loss.backward()
         loss.item()  # waits for the device
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import group_norm_silu, harness, ops, plots, roofline, tables, where
+from benchmarks import chain, group_norm_silu, harness, ops, plots, roofline, tables, where
 from benchmarks.harness import Case, Side
 
 CPU = torch.device("cpu")
@@ -164,3 +164,21 @@ def test_plots_come_from_json_alone(monkeypatch, tmp_path):
     plots.main()
     drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
     assert drawn == {*tables.CAPTIONS}
+
+
+@pytest.mark.parametrize(("ours", "refused"), [(0.24, False), (0.25, True), (0.1, False)])
+def test_a_chain_whose_student_is_worse_than_the_peer_s_is_refused(ours, refused):
+    assert chain.refused({"diffusers and plain PyTorch": 0.2, "ours": ours}) is refused
+
+
+def test_a_chain_without_a_peer_is_not_refused():
+    assert not chain.refused({"ours": 0.9})
+
+
+def test_what_waits_is_saved_as_wall_clock_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "dirty", lambda: False)
+    for wall, timing in ((True, "wall-clock time"), (False, "process CPU time")):
+        row = first([replace(case(eager=torch.square), wall=wall)])
+        path = harness.save("square", "here", [row], {"copy_gbs": 1.0}, CPU)
+        assert json.loads(path.read_text())["environment"]["timing"] == timing

@@ -146,8 +146,8 @@ _op = Op(
 
 
 # PyTorch's fused step is one pass over memory where the reference makes ten, and another for the
-# average: 1.3 ms against 5.8 for 0.7 M weights, 74 against 336 for 36 M, on one Sapphire Rapids
-# core with PyTorch 2.13, November 2026.
+# average: 69 ms against 178 for the 36 M weights of CIFAR-10 on one core (`python -m benchmarks
+# ops`; docs/performance.md).
 @_op.backend("fused", "cpu")
 def _():
     def launch(
