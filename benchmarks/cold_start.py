@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import ROOT, Case, Side
-from benchmarks.network import about, random_cifar10
+from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import SLOW, write_diffusers
 from ds.methods import DenoisingStudent
-from ds.nets import UNet
 from ds.philox import noise
 from ds.sample import Student
 
@@ -93,7 +92,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     yield Case(
         f"cold start {about(net, 1)}",
         {name: Side(functools.partial(_start, name, folder, device, phases)) for name in names},
-        functools.partial(_exact, net, z),
+        functools.partial(exact_levels, net, METHOD.sample, z),
         images=1,
         missing=missing,
         wall=True,
@@ -120,10 +119,3 @@ def _start(
     for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
         phases.setdefault(name, {}).setdefault(phase, []).append(after - before)
     return torch.from_numpy(np.load(folder / "images.npy"))
-
-
-def _exact(net: UNet, z: Tensor) -> Tensor:
-    """Return the levels before they are rounded, so that a side that rounds is off by half."""
-    x = METHOD.sample(net.double(), z.double())
-    net.float()
-    return (x.clamp(-1, 1) * 127.5 + 127.5).movedim(1, -1).cpu()

@@ -27,9 +27,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     images = 264 if device.type == "cuda" else 8
     x = torch.randn(images, *net.shape, device=device)
     t = torch.full((images,), 500, device=device)
-    with torch.no_grad():
-        exact = net.double()(x.double(), t)
-    net.float()
+    exact = exact_call(net, x, t)
     flops = _flops(net, x, t)
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.bfloat16 and (quick or not _multiplies_narrow(device)):
@@ -50,6 +48,25 @@ def random_cifar10(device: torch.device, *, quick: bool) -> UNet:
     """Return the network with random weights; for a tour one of a quarter of its channels."""
     config = presets.cifar10().net
     return random_net(replace(config, channels=32) if quick else config, device)
+
+
+@torch.no_grad()
+def exact_call(net: UNet, x: Tensor, t: Tensor) -> Tensor:
+    """Return what the network makes of x and t, in float64."""
+    y = net.double()(x.double(), t)
+    net.float()
+    return y
+
+
+@torch.no_grad()
+def exact_levels(net: UNet, sample: Call, z: Tensor) -> Tensor:
+    """Return the levels of the images sample(net, z) in float64, before they are rounded.
+
+    A side that rounds is off by half.
+    """
+    x = sample(net.double(), z.double())
+    net.float()
+    return (x.clamp(-1, 1) * 127.5 + 127.5).movedim(1, -1).cpu()
 
 
 def about(net: UNet, images: int) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Side
-from benchmarks.network import about, random_cifar10
+from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import Loop, ddim_loop, diffusers_twin
 from ds.denoiser import Denoiser
 from ds.pairs import generate_pairs
@@ -73,9 +73,5 @@ def _ours(teacher: Teacher, count: int, batch: int, folder: Path) -> Tensor:
 
 
 def _exact(teacher: Teacher, count: int) -> Tensor:
-    """Return the levels before they are rounded, so that a side that rounds is off by half."""
     z = noise(0, range(count), teacher.shape, device=teacher.net.conv_in.weight.device)
-    teacher.net.double()
-    x = teacher.sample(z.double())
-    teacher.net.float()
-    return (x.clamp(-1, 1) * 127.5 + 127.5).movedim(1, -1).cpu()
+    return exact_levels(teacher.net, lambda _, z: teacher.sample(z), z)

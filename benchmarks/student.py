@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Side
-from benchmarks.network import about, random_cifar10
+from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline, diffusers_twin
 from ds.methods import DenoisingStudent
 from ds.nets import UNet
@@ -31,7 +31,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         yield Case(
             f"student {about(net, images)}",
             {name: Side(functools.partial(_run, draw, z)) for name, draw in sides.items()},
-            functools.partial(_exact, net, z),
+            functools.partial(exact_levels, net, METHOD.sample, z),
             images=images,
             missing=missing,
         )
@@ -62,13 +62,6 @@ def contenders(
 def _levels(x: Tensor) -> Tensor:
     """Bring images in [0, 1] into the form in which images are kept."""
     return (255 * x).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu()
-
-
-def _exact(net: UNet, z: Tensor) -> Tensor:
-    """Return the levels before they are rounded, so that a side that rounds is off by half."""
-    x = METHOD.sample(net.double(), z.double())
-    net.float()
-    return (x.clamp(-1, 1) * 127.5 + 127.5).movedim(1, -1).cpu()
 
 
 @torch.no_grad()

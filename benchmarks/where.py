@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import Case, Side, settled
-from benchmarks.network import about, random_cifar10
+from benchmarks.network import about, exact_call, random_cifar10
 from benchmarks.peers import Call, diffusers_twin
 from ds.engine import Engine
 from ds.engine.calls import Run
@@ -47,7 +47,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     yield Case(
         f"where, {about(net, images)}",
         {name: Side(_noted(phases, name, call, x, t)) for name, call in sides.items()},
-        functools.partial(_exact, net, x, t),
+        functools.partial(exact_call, net, x, t),
         dtype=dtype,
         images=images,
         missing=missing,
@@ -107,10 +107,3 @@ def _timed(engine: Engine, x: Tensor, t: Tensor, seconds: Seconds) -> Tensor:
         return engine(x, t)
     finally:
         engine._prepared = plain
-
-
-def _exact(net: torch.nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    with torch.no_grad():
-        y = net.double()(x.double(), t)
-    net.float()
-    return y

@@ -30,7 +30,7 @@ def build_info(library: str = "cpu") -> dict[str, str | bool]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def cpu_library() -> ctypes.CDLL:
     """Load libds_cpu.so and hand it PyTorch's thread pool.
 
     Raises:

@@ -233,7 +233,7 @@ forward = Op(
 
 @forward.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_group_norm_silu
+    kernel = _native.cpu_library().ds_group_norm_silu
 
     def launch(x, weight, bias, groups, eps, silu, *parts):
         narrow = _check_library_takes(x)
@@ -481,7 +481,7 @@ backward = Op(
 
 @backward.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_group_norm_silu_backward
+    kernel = _native.cpu_library().ds_group_norm_silu_backward
 
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, *parts):
         narrow = _check_library_takes(x)

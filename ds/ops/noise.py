@@ -112,7 +112,7 @@ _op = Op("noise(Tensor indices, int seed, int size, ScalarType dtype) -> Tensor"
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_noise
+    kernel = _native.cpu_library().ds_noise
 
     def launch(indices, seed, size, dtype):
         if dtype not in (torch.float32, torch.bfloat16):

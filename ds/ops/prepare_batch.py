@@ -63,7 +63,7 @@ _op = Op(
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_prepare_batch
+    kernel = _native.cpu_library().ds_prepare_batch
 
     def launch(images, indices, seed, dtype):
         if dtype not in (torch.float32, torch.bfloat16):

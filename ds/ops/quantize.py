@@ -63,7 +63,7 @@ def _dense(x: Tensor) -> Tensor:
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_quantize
+    kernel = _native.cpu_library().ds_quantize
 
     def launch(x, floor):
         narrow = x.dtype == torch.bfloat16

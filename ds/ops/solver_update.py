@@ -111,7 +111,7 @@ def _check_kernels_take(
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_solver_update
+    kernel = _native.cpu_library().ds_solver_update
 
     def launch(x, terms, table, step, copy):
         _check_kernels_take((torch.float32, torch.bfloat16), x, terms, table, copy)

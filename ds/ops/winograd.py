@@ -146,7 +146,7 @@ _op = Op(
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.library().ds_winograd_conv
+    kernel = _native.cpu_library().ds_winograd_conv
 
     def launch(x, weight, bias, residual, doubled):
         channels, panel = weight.shape[2:]

@@ -172,7 +172,7 @@ def test_a_library_that_was_not_built_gives_the_recorded_reason(tmp_path, monkey
     (tmp_path / "build.json").write_text(json.dumps(recorded))
     monkeypatch.setattr(_native, "_DIRECTORY", tmp_path)
     with pytest.raises(ImportError, match=r"libds_cpu.so was not built: no compiler for cpu"):
-        _native.library.__wrapped__()
+        _native.cpu_library.__wrapped__()
     with pytest.raises(ImportError, match=r"libds_cuda.so was not built: no compiler for cuda"):
         _native.cuda_library.__wrapped__()
 
@@ -181,7 +181,7 @@ def test_a_library_that_does_not_load_gives_the_loaders_reason(tmp_path, monkeyp
     (tmp_path / "libds_cpu.so").write_text("not a library")
     monkeypatch.setattr(_native, "_DIRECTORY", tmp_path)
     with pytest.raises(ImportError, match=r"libds_cpu.so does not load: .*libds_cpu.so"):
-        _native.library.__wrapped__()
+        _native.cpu_library.__wrapped__()
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -376,7 +376,7 @@ def test_bits_do_not_depend_on_the_batch(backend, layout, dtype):
 @pytest.mark.parametrize("level", [0, 1, 2], ids=["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_every_instruction_set_is_as_exact(backend, level, dtype, layout):
-    limit = _native.library().ds_limit_simd
+    limit = _native.cpu_library().ds_limit_simd
     try:
         if limit(level) != level:
             pytest.skip("this processor does not have the instruction set")

@@ -29,7 +29,7 @@ cpu = pytest.mark.parametrize("backend", ["cpu"])
 @pytest.fixture(params=[0, 1, 2], ids=["portable", "avx2", "avx512"])
 def instructions(request):
     """Limit the C++ kernels to an instruction set."""
-    limit = _native.library().ds_limit_simd
+    limit = _native.cpu_library().ds_limit_simd
     if limit(request.param) != request.param:
         limit(2)
         pytest.skip("this processor does not have the instruction set")
@@ -53,7 +53,7 @@ def assert_normal(z: Tensor, indices: Tensor, seed: int, rounding: float = 0.5) 
 
 def cpp_philox(counter, key) -> tuple[int, ...]:
     words = np.array([*counter, *key], dtype=np.uint32)
-    _native.library().ds_philox(words.ctypes.data)
+    _native.cpu_library().ds_philox(words.ctypes.data)
     return tuple(map(int, words[:4]))
 
 

@@ -54,7 +54,7 @@ def test_the_kernel_is_as_exact_as_the_convolution(images, channels, out, h, w, 
     x, weight, bias, residual = case(images, channels, out, h, w, torch.float32, doubled)
     exact = direct(*wide(x, weight, bias, residual), doubled)
     packed = ops.winograd_weight(weight).float()
-    lib = _native.library()
+    lib = _native.cpu_library()
     lib.ds_limit_simd(simd)
     try:
         with ops.use_backend("cpu"):
