@@ -1,4 +1,4 @@
-"""Every op but GroupNorm-SiLU: eager PyTorch, torch.compile, each backend that runs here, ours.
+"""Every op but GroupNorm-SiLU, of which a call's overhead: eager, compiled, each backend, ours.
 
 The sizes are those of the CIFAR-10 network and its images. Eager and compiled noise is Philox in
 PyTorch's integers, since torch.randn draws other numbers. Bytes: inputs and outputs, each once.
@@ -24,6 +24,7 @@ Run = Callable[[Any], Any]
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     """Yield a case or two for each op."""
     images = 4096 if device.type == "cuda" else 64
+    yield overhead(device)
     for make in (attention, noise, prepare_batch, quantize, solver_update):
         torch._dynamo.reset()
         yield make(images, device)
@@ -61,6 +62,29 @@ def _quietly(run: Run) -> Run:
             return run(state)
 
     return quiet
+
+
+def overhead(device: torch.device) -> Case:
+    """Call GroupNorm-SiLU on four values, with a gradient: what a call costs beside its work."""
+    x, weight, bias = torch.randn(1, 4, 1, 1), torch.ones(4), torch.zeros(4)
+    args = [t.to(device).requires_grad_() for t in (x, weight, bias)]
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(torch.group_norm(x, 1, weight, bias, 1e-6))
+
+    def dispatched(_: Any) -> Tensor:
+        return torch.ops.ds.group_norm_silu(*args, 1, 1e-6, True)[0]
+
+    runs = {
+        "eager": lambda _: eager(*args),
+        "dispatcher": dispatched,
+        "ours": lambda _: ops.group_norm_silu(*args, 1),
+    }
+    return Case(
+        "overhead of a call with a gradient",
+        {name: Side(run) for name, run in runs.items()},
+        lambda: eager(*(t.detach().double() for t in args)),
+    )
 
 
 def attention(images: int, device: torch.device) -> Case:
