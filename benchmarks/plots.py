@@ -182,22 +182,33 @@ def frontier(axes: Axes, saved: Saved) -> None:
 
 
 def training(axes: Axes, saved: Saved) -> None:
-    """A training step of each network and side, as a share of the first side's."""
-    labels, widths, colors, notes = [], [], [], []
+    """A training step of each network and side by its parts, as a share of the first side's."""
+    labels, notes, totals, parts = [], [], [], []
     for row in saved["cases"][::-1]:
         network = {"cifar10": "CIFAR-10"}.get(name := row["case"].split()[2], name)
         baseline = next(iter(row["us"].values()))["median"]
         for side, taken in reversed(row["us"].items()):
             labels.append(f"{network}, {side}")
-            widths.append(taken["median"] / baseline)
-            colors.append(BLUE if side.startswith("ours") else ORANGE)
+            totals.append(taken["median"] / baseline)
+            parts.append(row["phases"].get(side) or {"step": 1.0})
             notes.append(f"{taken['median'] / row['images'] / 1e3:,.3g} ms an image")
-    axes.barh(labels, widths, color=colors, height=0.6)
-    for label, width, note in zip(labels, widths, notes, strict=True):
-        axes.annotate(note, (width, label), (5, 0), va="center", textcoords="offset points")
+    left = [0.0] * len(labels)
+    for part, color in zip(
+        dict.fromkeys(p for split in parts for p in split), COLORS, strict=False
+    ):
+        widths = [
+            total * split.get(part, 0.0) / sum(split.values())
+            for total, split in zip(totals, parts, strict=True)
+        ]
+        axes.barh(labels, widths, left=left, color=color, label=part, height=0.6,
+                  edgecolor="white", linewidth=1.2)  # fmt: skip
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for label, total, note in zip(labels, totals, notes, strict=True):
+        axes.annotate(note, (total, label), (5, 0), va="center", textcoords="offset points")
     axes.set(title="A training step", xlabel="time, relative to the same network in plain modules",
-             xlim=(0, 1.45 * max(widths)))  # fmt: skip
+             xlim=(0, 1.45 * max(totals)))  # fmt: skip
     axes.grid(axis="y", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3)
 
 
 DRAWN: dict[str, tuple[str, Callable[[Axes, Saved], None]]] = {

@@ -38,7 +38,8 @@ CAPTIONS = {
     "throughput": "Images a second of a one-step student against the batch size.",
     "frontier": "Distance to the ODE's endpoint against the time of an image: solvers, numbers of "
     "network calls, precision. Below and to the left is better.",
-    "training": "A training step of the student: our network, and the same in plain modules.",
+    "training": "A training step of the student by its parts: our network, and the same in plain "
+    "modules.",
     "chain": "The whole chain by phase.",
 }
 

@@ -3,12 +3,13 @@
 The peer is the same U-Net in PyTorch's own modules, diffusers' UNet2DModel in channels_last, with
 the loss of our trainer, PyTorch's fused Adam, and an average after it. Float32; on GPUs the
 networks run in bfloat16 under autocast. What is compared first: the loss and a gradient of the
-first step.
+first step. On CPUs a step is split; a GPU would have to be waited for between its parts.
 """
 
 import copy
 import functools
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from ds.methods import DenoisingStudent
 from ds.nets import UNet
 
 METHOD, EMA = DenoisingStudent(), 0.995
+PARTS = "forward", "backward", "optimizer"
 FASTGEN = "not installed; its KD step (github.com/NVlabs/FastGen) is on no package index"
 SLOW = "compiling it takes minutes on a CPU"
 
@@ -35,12 +37,17 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         z, x0 = (torch.randn(images, *net.shape, device=device) for _ in range(2))
         compiles = cuda or (name == "digits" and not quick)
         modules, missing = contenders(net, compiles=compiles)
+        phases: dict[str, dict[str, list[float]]] = {}
         yield Case(
             f"training step, {name} {about(net, images)}",
-            {name: Side(functools.partial(_step, m, z, x0)) for name, m in modules.items()},
+            {
+                name: Side(functools.partial(_step, m, z, x0, phases.setdefault(name, {})))
+                for name, m in modules.items()
+            },
             functools.partial(_exact, net, z, x0),
             images=images,
             missing=missing,
+            phases=phases,
         )
         if quick:
             return
@@ -91,12 +98,21 @@ def contenders(net: UNet, *, compiles: bool) -> tuple[dict[str, _Training], dict
     return sides, missing
 
 
-def _step(training: _Training, z: Tensor, x0: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+def _step(
+    training: _Training, z: Tensor, x0: Tensor, phases: dict[str, list[float]], _: Any
+) -> tuple[Tensor, Tensor]:
+    marks = [time.perf_counter()]
     training.optimizer.zero_grad()
     with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
         loss = METHOD.loss({"student": training.call}, {"noise": z, "x0": x0}, 0)
+    marks.append(time.perf_counter())
     loss.backward()
+    marks.append(time.perf_counter())
     training.optimizer.step()
+    marks.append(time.perf_counter())
+    if not z.is_cuda:
+        for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
+            phases.setdefault(part, []).append(end - begin)
     return loss.detach(), training.first.grad
 
 
