@@ -67,7 +67,8 @@ class Engine(nn.Module):
         row, parts = self._row(t), (x,)
         if x.device.type == "cpu":
             parts = x.chunk(-(-len(x) // self.place.images))
-        return torch.cat([self._run(row, part) for part in parts])
+        made = [self._run(row, part) for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def _run(self, row: Tensor, x: Tensor) -> Tensor:
         made = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
