@@ -68,7 +68,9 @@ def found(case: str) -> list[Saved]:
 def table(saved: Saved) -> str:
     """Return a table: a row a case, a column a side, and what was used."""
     calibration, rows = saved["calibration"], saved["cases"]
-    names = list(dict.fromkeys(side for row in rows for side in row["us"]))
+    *_, last = rows[0]["us"]  # ours, in every row
+    names = dict.fromkeys(side for row in rows for side in row["us"])
+    names = [*(name for name in names if name != last), last]
     columns = [*names, *[f"{other} / {names[-1]}" for other in names[:-1]]]
     floors = any(floor(row, calibration) for row in rows)
     columns += ["floor", "attained"] if floors else []

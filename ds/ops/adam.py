@@ -146,7 +146,7 @@ _op = Op(
 
 
 # PyTorch's fused step is one pass over memory where the reference makes ten, and another for the
-# average: 69 ms against 178 for the 36 M weights of CIFAR-10 on one core (`python -m benchmarks
+# average: a third of the time for the 36 M weights of CIFAR-10 on one core (`python -m benchmarks
 # ops`; docs/performance.md).
 @_op.backend("fused", "cpu")
 def _():
