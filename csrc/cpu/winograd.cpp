@@ -2,9 +2,7 @@
 //
 // A task is a block of tiles, which goes through all three while it is in a cache. In between it is
 // [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order and a cache line
-// between the 36, or as powers of two apart they would all compete for the same few lines. The
-// points are 0, +-a, +-b and infinity with a = 5/8 and b = 3/2 (ds/ops/winograd.py); all constants
-// below are exact in float32.
+// between the 36, or as powers of two apart they would all compete for the same few lines.
 //
 // The products take the weight in panels [C, 16], of which kDepth rows fit the L1 cache, and hold
 // kRows<V> x 16 sums in registers. The order of a sum depends on C alone, so neither the block nor
@@ -12,17 +10,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "winograd.h"
 
 namespace {
 
-constexpr float kA = 0.625f, kB = 1.5f;
-constexpr float kA2 = kA * kA, kB2 = kB * kB;
-constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB;
-constexpr int64_t kPoints = 36;
-constexpr int64_t kPanel = 16;   // output channels of a panel
 constexpr int64_t kDepth = 256;  // input channels of a product, whose sums another one goes on with
-constexpr int64_t kLine = 16;    // floats
 
 // Rows of a product: with a row of the panel and a factor they fill 16 registers, 32 of Floats16.
 template <class V>
@@ -34,38 +26,11 @@ struct Call {
   const float* bias;      // or null
   const float* residual;  // or null
   float* y;
-  int64_t images, height, width, channels, out;  // height and width of y
-  int64_t block;                                 // tiles of a task
-  bool doubled;                                  // every pixel of x counts twice in both directions
-
-  int64_t rows() const { return (height + 3) / 4; }
-  int64_t columns() const { return (width + 3) / 4; }
-  int64_t tiles() const { return images * rows() * columns(); }
+  Images images;  // of y
+  int64_t channels, out;
+  int64_t block;  // tiles of a task
+  bool doubled;   // every pixel of x counts twice in both directions
 };
-
-// Where a tile begins.
-struct Tile {
-  int64_t image, top, left;
-
-  INLINE Tile(const Call& call, int64_t index)
-      : image(index / (call.rows() * call.columns())),
-        top(index / call.columns() % call.rows() * 4),
-        left(index % call.columns() * 4) {}
-};
-
-// One direction of B^T d: six pixels to six points.
-template <class V>
-INLINE void to_points(const V* d, int64_t step, V* out) {
-  const V d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
-  const V even_a = d4 - kB2 * d2, odd_a = kA * (d3 - kB2 * d1);
-  const V even_b = d4 - kA2 * d2, odd_b = kB * (d3 - kA2 * d1);
-  out[0] = d4 - (kA2 + kB2) * d2 + kA2 * kB2 * d[0];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
-  out[5] = d[5 * step] - (kA2 + kB2) * d3 + kA2 * kB2 * d1;
-}
 
 // One direction of A^T m: six points to four pixels.
 template <class V>
@@ -76,32 +41,6 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
   out[1] = kA * difference_a + kB * difference_b;
   out[2] = kA2 * sum_a + kB2 * sum_b;
   out[3] = kA3 * difference_a + kB3 * difference_b + m[5 * step];
-}
-
-// A tile of x, with the pixels around it, to its row of each point.
-template <class V>
-INLINE void transform_input(const Call& call, const Tile& tile, float* to, int64_t plane) {
-  const int64_t width = call.width >> call.doubled, height = call.height >> call.doubled;
-  const float* image = call.x + tile.image * height * width * call.channels;
-  for (int64_t c = 0; c < call.channels; c += kLanes<V>) {
-    V across[kPoints];
-    for (int64_t i = 0; i < 6; ++i) {
-      const int64_t y = tile.top - 1 + i;
-      V pixels[6];
-      for (int64_t j = 0; j < 6; ++j) {
-        const int64_t x = tile.left - 1 + j;
-        const bool inside = y >= 0 && y < call.height && x >= 0 && x < call.width;
-        const int64_t pixel = (y >> call.doubled) * width + (x >> call.doubled);
-        pixels[j] = inside ? load<V>(image + pixel * call.channels + c) : splat<V>(0.0f);
-      }
-      to_points(pixels, 1, across + 6 * i);
-    }
-    for (int64_t j = 0; j < 6; ++j) {
-      V points[6];
-      to_points(across + j, 6, points);
-      for (int64_t i = 0; i < 6; ++i) store(points[i], to + (6 * i + j) * plane + c);
-    }
-  }
 }
 
 // The row of each point to a tile of y.
@@ -115,12 +54,12 @@ INLINE void transform_output(const Call& call, const Tile& tile, const float* fr
       to_pixels(points, 1, down + 4 * j);
     }
     const V bias = call.bias == nullptr ? splat<V>(0.0f) : load<V>(call.bias + c);
-    for (int64_t i = 0; i < 4 && tile.top + i < call.height; ++i) {
+    for (int64_t i = 0; i < 4 && tile.top + i < call.images.height; ++i) {
       V pixels[4];
       to_pixels(down + i, 4, pixels);
-      for (int64_t j = 0; j < 4 && tile.left + j < call.width; ++j) {
-        const int64_t row = tile.image * call.height + tile.top + i;
-        const int64_t at = (row * call.width + tile.left + j) * call.out + c;
+      for (int64_t j = 0; j < 4 && tile.left + j < call.images.width; ++j) {
+        const int64_t row = tile.image * call.images.height + tile.top + i;
+        const int64_t at = (row * call.images.width + tile.left + j) * call.out + c;
         V value = pixels[j] + bias;
         if (call.residual != nullptr) value += load<V>(call.residual + at);
         store(value, call.y + at);
@@ -136,6 +75,7 @@ INLINE void multiply(const float* rows, int64_t channels, const float* panel, in
   constexpr int64_t vectors = kPanel / kLanes<V>;
   V sums[kRows<V>][vectors] = {};
   if (more) {
+#pragma GCC unroll 24
     for (int64_t r = 0; r < kRows<V>; ++r) {
       for (int64_t v = 0; v < vectors; ++v) sums[r][v] = load<V>(to + r * out + v * kLanes<V>);
     }
@@ -143,11 +83,13 @@ INLINE void multiply(const float* rows, int64_t channels, const float* panel, in
   for (int64_t k = 0; k < depth; ++k) {
     V weights[vectors];
     for (int64_t v = 0; v < vectors; ++v) weights[v] = load<V>(panel + k * kPanel + v * kLanes<V>);
+#pragma GCC unroll 24
     for (int64_t r = 0; r < kRows<V>; ++r) {
       const float factor = rows[r * channels + k];
       for (int64_t v = 0; v < vectors; ++v) sums[r][v] += factor * weights[v];
     }
   }
+#pragma GCC unroll 24
   for (int64_t r = 0; r < kRows<V>; ++r) {
     for (int64_t v = 0; v < vectors; ++v) store(sums[r][v], to + r * out + v * kLanes<V>);
   }
@@ -165,9 +107,10 @@ struct Convolve {
     from.resize(std::max<size_t>(from.size(), kPoints * from_plane));
     to.resize(std::max<size_t>(to.size(), kPoints * to_plane));
     for (int64_t first = begin * call.block; first < end * call.block; first += call.block) {
-      const int64_t count = std::min(call.block, call.tiles() - first);
+      const int64_t count = std::min(call.block, call.images.tiles() - first);
       for (int64_t t = 0; t < count; ++t) {
-        transform_input<V>(call, Tile(call, first + t), &from[t * channels], from_plane);
+        transform_input<V>(call.x, call.images, channels, call.doubled,
+                           Tile(call.images, first + t), &from[t * channels], from_plane, kPanel);
       }
       for (int64_t point = 0; point < kPoints; ++point) {
         const float* a = &from[point * from_plane];
@@ -183,7 +126,7 @@ struct Convolve {
         }
       }
       for (int64_t t = 0; t < count; ++t) {
-        transform_output<V>(call, Tile(call, first + t), &to[t * out], to_plane);
+        transform_output<V>(call, Tile(call.images, first + t), &to[t * out], to_plane);
       }
     }
   }
@@ -199,6 +142,6 @@ EXPORT int ds_winograd_conv(const float* x, const float* weight, const float* bi
                             const float* residual, float* y, int64_t images, int64_t height,
                             int64_t width, int64_t channels, int64_t out, int64_t block,
                             bool doubled) {
-  Call call{x, weight, bias, residual, y, images, height, width, channels, out, block, doubled};
-  return parallel_for((call.tiles() + block - 1) / block, 1, choose<Convolve>(), &call);
+  Call call{x, weight, bias, residual, y, {images, height, width}, channels, out, block, doubled};
+  return parallel_for((call.images.tiles() + block - 1) / block, 1, choose<Convolve>(), &call);
 }
