@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds import ops
 from ds.nets.unet import Attention, GroupNorm, pixels
+from ds.ops.winograd import tiles
 
 Shape = tuple[int, int, int]  # of an image, [C, H, W]
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -208,8 +209,8 @@ class Winograd(Call):
         return ((self.weight.shape[0], h << self.doubled, w << self.doubled),)
 
     def flops(self, *shapes: Shape) -> int:
-        (shape,) = self.shapes(*shapes)
-        return 2 * tiles(shape) * self.weights()
+        ((_, h, w),) = self.shapes(*shapes)
+        return 2 * tiles(h, w) * self.weights()
 
     def weights(self) -> int:
         return 4 * self.weight.numel()
@@ -217,12 +218,6 @@ class Winograd(Call):
     @property
     def kind(self) -> str:
         return "winograd" + " x2" * self.doubled
-
-
-def tiles(shape: Shape) -> int:
-    """Return how many tiles of 4 x 4 pixels cover an image."""
-    _, h, w = shape
-    return -(-h // 4) * -(-w // 4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,9 +24,9 @@ from ds.engine.calls import (
     Shift,
     Upsample,
     Winograd,
-    tiles,
 )
 from ds.nets.fold import FoldedAttention
+from ds.ops.winograd import pays
 
 
 class Step(NamedTuple):
@@ -68,7 +68,7 @@ class Rewrites:
             if getattr(self, rewrite.__name__):
                 steps = rewrite(steps)
         if self.winograd:
-            steps = winograd(steps, lambda name: place.images * tiles(shapes[name]))
+            steps = winograd(steps, place, shapes)
         for rewrite in (norm_into_conv, implicit_gemm):
             steps = rewrite(steps, _choice(getattr(self, rewrite.__name__), place, shapes))
         return steps
@@ -127,26 +127,17 @@ def add_into_conv(steps: list[Step]) -> list[Step]:
     ))  # fmt: skip
 
 
-def winograd(steps: list[Step], tiles: Callable[[str], int]) -> list[Step]:
+def winograd(steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[Step]:
     """Let 3x3 convolutions multiply less, where they multiply enough to pay for it."""
     return [
-        step._replace(call=_in_tiles(step.call))
-        if isinstance(step.call, Conv | Phases)
-        and _fits_tiles(step.call)
-        and tiles(step.outputs[0]) >= FEWEST_TILES
+        step._replace(call=Winograd(call.weight, call.bias, doubled=isinstance(call, Phases)))
+        if isinstance(call := step.call, Conv | Phases)
+        and call.weight.shape[2] == 3
+        and getattr(call, "stride", 1) == 1
+        and pays(call.weight, place.images, *shapes[step.outputs[0]][1:])
         else step
         for step in steps
     ]
-
-
-def _fits_tiles(call: Conv | Phases) -> bool:
-    """Say whether the kernel takes a convolution."""
-    out, channels, height, _ = call.weight.shape
-    return height == 3 and getattr(call, "stride", 1) == 1 and not (out % 16 or channels % 16)
-
-
-def _in_tiles(call: Conv | Phases) -> Winograd:
-    return Winograd(call.weight, call.bias, doubled=isinstance(call, Phases))
 
 
 def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
@@ -194,10 +185,6 @@ def _choice(wanted: bool | None, place: Place, shapes: dict[str, Shape]) -> Call
     faster = FASTER.get(gpu, frozenset())
     return lambda step: choice_name(step, place.dtype, shapes) in faster
 
-
-# With fewer the weights, four times as many, take longer to read than they save: at 8 tiles of 256
-# channels it is about a tie on one core of an EPYC with AVX2. Where between it turns was not timed.
-FEWEST_TILES = 16
 
 REWRITES = (
     fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_conv,

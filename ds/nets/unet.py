@@ -99,7 +99,7 @@ class UNet(nn.Module):
         self.temb.dense = nn.ModuleList(
             [nn.Linear(c.channels, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
         )
-        self.conv_in = nn.Conv2d(c.in_channels, c.channels, 3, padding=1)
+        self.conv_in = Conv3x3(c.in_channels, c.channels)
 
         self.down = nn.ModuleList()
         skips = [width := c.channels]
@@ -128,7 +128,7 @@ class UNet(nn.Module):
             width = out
 
         self.norm_out = GroupNorm(c, width, silu=True)
-        self.conv_out = nn.Conv2d(width, c.in_channels, 3, padding=1)
+        self.conv_out = Conv3x3(width, c.in_channels)
         self.apply(_initialise)
         for layer in self.modules():  # each residual branch, and the network, starts at zero
             if isinstance(layer, ResBlock):
@@ -216,15 +216,15 @@ class ResBlock(nn.Module):
     def __init__(self, c: UNetConfig, width: int, out: int):
         super().__init__()
         self.norm1 = GroupNorm(c, width, silu=True)
-        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv1 = Conv3x3(width, out)
         self.temb_proj = nn.Linear(c.temb_channels, out)
         self.norm2 = GroupNorm(c, out, silu=True)
         self.dropout = nn.Dropout(c.dropout)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv2 = Conv3x3(out, out)
         if width == out:
             self.nin_shortcut = nn.Identity()
         elif c.conv_shortcut:
-            self.nin_shortcut = nn.Conv2d(width, out, 3, padding=1)
+            self.nin_shortcut = Conv3x3(width, out)
         else:
             self.nin_shortcut = nn.Conv2d(width, out, 1)
 
@@ -239,7 +239,7 @@ class ResBlock(nn.Module):
             h = self.norm1(x)
         else:
             h, x = self.norm1.merge(x, skip)
-        return F.conv2d(h, self.conv1.weight, padding=1), x
+        return ops.conv3x3(h, self.conv1.weight), x
 
     def _second(self, h: Tensor, shift: Tensor) -> Tensor:
         return self.conv2(self.dropout(self.norm2(h, shift)))
@@ -302,6 +302,16 @@ class GroupNorm(nn.Module):
         )
 
 
+class Conv3x3(nn.Conv2d):
+    """The weights of ds.ops.conv3x3."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3x3(x, self.weight, self.bias)
+
+
 class Downsample(nn.Module):
     """A convolution of stride 2 that pads on the right and below only, TensorFlow's SAME."""
 
@@ -318,7 +328,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv3x3(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -5,6 +5,7 @@ from ds.ops._op import Row, table, use_backend
 from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
 from ds.ops.conv import conv, conv_group_norm_silu, phase_weight
+from ds.ops.conv3x3 import conv3x3
 from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
@@ -19,6 +20,7 @@ __all__ = [
     "attention_residual",
     "build_info",
     "conv",
+    "conv3x3",
     "conv_group_norm_silu",
     "dequantize",
     "group_norm",

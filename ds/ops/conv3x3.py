@@ -1,0 +1,146 @@
+"""A 3x3 convolution that learns: on a CPU in float32 by Winograd's F(4x4, 3x3), with gradients."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from ds.ops import _native
+from ds.ops._op import Op, Unsupported
+from ds.ops.winograd import PANEL, launch_conv, pays
+
+_PART = 192  # tiles that the gradient of the weight takes at a time, to stay in a cache
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve x [N, C, H, W] with weight [O, C, 3, 3], padding by 1, plus bias [O].
+
+    It is F.conv2d, and in exact arithmetic the same. Float32 on a CPU takes a quarter of the
+    multiplications, in forward and in both gradients, where N, H and W make tiles of 4 x 4 pixels
+    enough and C and O are multiples of 16. Raises what F.conv2d raises.
+
+    Lavin & Gray 2016, arXiv:1509.09308; the points are those of winograd_conv.
+    """
+    if _pays(x, weight, bias):
+        return _op(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether tiles are quicker; not for what does not fit, of which F.conv2d says why."""
+    kinds = {(t.device.type, t.dtype) for t in (x, weight, bias) if t is not None}
+    if kinds != {("cpu", torch.float32)} or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_exporting():  # to programs that have PyTorch's own ops only
+        return False
+    if x.dim() != 4 or weight.shape != (len(weight), x.shape[1], 3, 3):
+        return False
+    fits = bias is None or bias.shape == weight.shape[:1]
+    return fits and pays(weight, len(x), *x.shape[2:])
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute y[n, o, p] = sum over c and q of weight[o, c, q] x[n, c, p + q - 1], plus bias[o]."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def reference_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]):
+    """Compute the gradients of x and weight, each empty unless wanted."""
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False]
+    )
+    return tuple(
+        dy.new_empty(0) if grad is None else grad.contiguous(memory_format=torch.channels_last)
+        for grad in (dx, dweight)
+    )
+
+
+def fake(x, weight, bias):
+    return x.new_empty(x.shape[0], *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
+
+
+def fake_backward(dy, x, weight, wanted):
+    return tuple(
+        torch.empty_like(of, memory_format=torch.channels_last) if want else dy.new_empty(0)
+        for of, want in zip((x, weight), wanted, strict=True)
+    )
+
+
+_op = Op("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference, fake)
+_backward = Op(
+    "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, bool[] wanted) -> (Tensor, Tensor)",
+    reference_backward,
+    fake_backward,
+)
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    *wanted, bias = ctx.needs_input_grad
+    dx, dweight = _backward(dy, x, weight, wanted)
+    grads = [grad if want else None for grad, want in zip((dx, dweight), wanted, strict=True)]
+    return *grads, dy.sum((0, 2, 3)) if bias else None
+
+
+_op.register_autograd(backward, setup_context)
+
+
+@_op.backend("cpu", "cpu")
+def _():
+    pack, convolve = _native.cpu_library().ds_winograd_weight, launch_conv()
+
+    def launch(x, weight, bias):
+        return convolve(x, _packed(pack, weight), bias, None, False)
+
+    return launch
+
+
+@_backward.backend("cpu", "cpu")
+def _():
+    lib, convolve = _native.cpu_library(), launch_conv()
+
+    def launch(dy, x, weight, wanted):
+        dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+        dx, dweight = fake_backward(dy, x, weight, wanted)
+        if wanted[0]:
+            panels = _packed(lib.ds_winograd_weight, weight, transposed=True)
+            dx = convolve(dy, panels, None, None, False)
+        if wanted[1]:
+            images, channels, h, w = x.shape
+            error = lib.ds_winograd_weight_gradient(
+                x.data_ptr(), dy.data_ptr(), dweight.data_ptr(),
+                images, h, w, channels, len(weight), _PART,
+            )  # fmt: skip
+            _native.check("conv3x3_backward", error)
+        return dx, dweight
+
+    return launch
+
+
+def _packed(pack, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return the panels of winograd_weight for the convolution, or for the gradient of its x."""
+    out, channels = weight.shape[:2]
+    if weight.dtype != torch.float32 or out % PANEL or channels % PANEL:
+        raise Unsupported(f"it takes float32 and multiples of {PANEL} channels")
+    rows, columns = (out, channels) if transposed else (channels, out)
+    panels = weight.new_empty(36, columns // PANEL, rows, PANEL)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    error = pack(weight.data_ptr(), panels.data_ptr(), out, channels, transposed)
+    _native.check("winograd_weight", error)
+    return panels
+
+
+@register_flop_formula(torch.ops.ds.conv3x3)
+def _(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+@register_flop_formula(torch.ops.ds.conv3x3_backward)
+def _(dy_shape, x_shape, weight_shape, wanted, *_, **__) -> int:
+    return sum(wanted) * conv_flop_count(x_shape, weight_shape, dy_shape)

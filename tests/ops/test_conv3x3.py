@@ -1,0 +1,184 @@
+"""conv3x3 against F.conv2d in float64, forward and backward, and which of them it is where."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from ds import ops
+from ds.ops import _native
+
+
+def case(images=2, channels=16, out=32, h=12, w=12, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (images, channels, h, w), (out, channels, 3, 3), (out,), (images, out, h, w)
+    x, weight, bias, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    last = {"memory_format": torch.channels_last}
+    return x.contiguous(**last), (weight / (9 * channels) ** 0.5).contiguous(**last), bias, dy
+
+
+def results(convolve, x, weight, bias, dy):
+    """Return y and the gradients of x, weight and bias."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+    y = convolve(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def direct(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def errors(found, exact):
+    return [
+        float((a.double() - e).square().mean().sqrt() / e.square().mean().sqrt().clamp_min(1e-30))
+        for a, e in zip(found, exact, strict=True)
+    ]
+
+
+def called(x, weight, bias=None):
+    """Say whether a call is our op's."""
+    with FlopCounterMode(display=False) as counter:
+        ops.conv3x3(x, weight, bias)
+    return torch.ops.ds.conv3x3 in counter.get_flop_counts()["Global"]
+
+
+sizes = st.integers(1, 13)
+channels = st.sampled_from([16, 32, 48])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(16, 20), channels, channels, sizes, sizes, st.sampled_from([0, 1, 2]))
+def test_it_and_its_gradients_are_near_those_of_float64(images, c, out, h, w, simd):
+    args = case(images, c, out, h, w)
+    exact = results(direct, *(tensor.double() for tensor in args))
+    lib = _native.cpu_library()
+    lib.ds_limit_simd(simd)
+    try:
+        with ops.use_backend("cpu"):
+            found = results(ops.conv3x3, *args)
+    finally:
+        lib.ds_limit_simd(2)
+    # Sums of a few products are off by their 36 roundings, and the points cost a digit at most.
+    for error, peer in zip(
+        errors(found, exact), errors(results(direct, *args), exact), strict=True
+    ):
+        assert error <= 8 * peer + 8 * torch.finfo(torch.float32).eps
+
+
+def test_a_sum_over_many_tiles_and_parts_is_near_that_of_float64():
+    args = case(25, 48, 16, 33, 31)  # 1,800 tiles, a part of them left over
+    exact = results(direct, *(tensor.double() for tensor in args))
+    found, peer = (errors(results(f, *args), exact) for f in (ops.conv3x3, direct))
+    assert called(*args[:2]) and max(found) < 2e-6, (found, peer)
+
+
+def test_in_float64_it_is_the_convolution_to_the_bit():
+    args = case(dtype=torch.float64)
+    for found, exact in zip(results(ops.conv3x3, *args), results(direct, *args), strict=True):
+        assert torch.equal(found, exact)
+
+
+def test_the_gradients_of_the_reference_are_right():
+    x, weight, bias, _ = (tensor.requires_grad_() for tensor in case(1, 2, 3, 4, 5, torch.float64))
+    assert torch.autograd.gradcheck(torch.ops.ds.conv3x3, (x, weight, bias))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neither_threads_nor_a_second_call_move_a_bit(threads):
+    args = case(40, 32, 48, 9, 10)
+    once = results(ops.conv3x3, *args)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        again = results(ops.conv3x3, *args)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(once[:3], again[:3], strict=True):  # the bias's is a sum of PyTorch's
+        assert torch.equal(a, b)
+
+
+def test_memory_formats_do_not_matter():
+    x, weight, bias, dy = case()
+    found = results(ops.conv3x3, x, weight, bias, dy.contiguous(memory_format=torch.channels_last))
+    spread = torch.zeros(*x.shape[:3], 2 * x.shape[3])[..., ::2].copy_(x)
+    other = results(ops.conv3x3, spread, weight.contiguous(), bias, dy.contiguous())
+    for a, b in zip(found[:3], other[:3], strict=True):
+        assert torch.equal(a, b)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert found[2].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_image_has_the_bits_that_it_has_among_others():
+    x, weight, bias, dy = case(20, 16, 16, 16, 16)
+    y, dx, *_ = results(ops.conv3x3, x, weight, bias, dy)
+    alone, dx_alone, *_ = results(ops.conv3x3, x[7:8], weight, bias, dy[7:8])
+    assert torch.equal(y[7], alone[0]) and torch.equal(dx[7], dx_alone[0])
+
+
+def test_the_gradient_of_no_images_is_zero():
+    x, weight, _, dy = case(0)
+    dx, dweight = torch.ops.ds.conv3x3_backward(dy, x, weight, [True, True])
+    assert dx.shape == x.shape and torch.equal(dweight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_only_the_gradients_that_are_wanted_are_made(frozen):
+    leaves = [tensor.requires_grad_(i != frozen) for i, tensor in enumerate(case()[:3])]
+    ops.conv3x3(*leaves).sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(3)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(value):
+    x, weight, bias, dy = case(1, 16, 16, 16, 16)
+    x[0, 3, 2, 2] = value
+    y, _, dweight, _ = results(ops.conv3x3, x, weight, bias, dy)
+    assert not y[0, :, 1:4, 1:4].isfinite().any() and y[0, :, 5:, 5:].isfinite().all()
+    assert not dweight[:, 3].isfinite().any() and dweight[:, 4:].isfinite().all()
+
+
+def test_it_is_our_kernel_where_that_pays_and_pytorchs_convolution_elsewhere():
+    x, weight, bias, _ = case()
+    assert called(x, weight, bias)
+    assert not called(x.double(), weight.double())
+    assert not called(x[:, :, :4, :4], weight)  # two tiles
+    assert not called(x[:, :3], weight[:, :3])
+    assert not called(x, weight[:20])
+    assert not called(x.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not called(x, weight)
+        assert ops.conv3x3(x, weight).dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_refused_as_pytorch_does():
+    x, weight, *_ = case()
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 32 channels"):
+        ops.conv3x3(x, torch.zeros(16, 32, 3, 3))
+    with pytest.raises(RuntimeError, match=r"bias of size \[32\]|bias to be 1-dimensional"):
+        ops.conv3x3(x, weight, torch.zeros(3))
+
+
+def test_the_op_is_sound():
+    x, weight, bias, _ = (tensor.requires_grad_() for tensor in case())
+    torch.library.opcheck(torch.ops.ds.conv3x3.default, (x, weight, bias))
+
+
+def test_it_compiles_as_one_graph_with_its_gradient():
+    args = case()
+    compiled = torch.compile(ops.conv3x3, fullgraph=True, backend="aot_eager")
+    found, expected = (results(f, *args) for f in (compiled, ops.conv3x3))
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(found[3], expected[3])
+
+
+def test_its_flops_are_counted_as_those_of_the_convolution():
+    x, weight, bias, _ = (tensor.requires_grad_() for tensor in case())
+    counts = []
+    for convolve in (ops.conv3x3, direct):
+        with FlopCounterMode(display=False) as counter:
+            convolve(x, weight, bias).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 2 * 12 * 12 * 9 * 16 * 32
