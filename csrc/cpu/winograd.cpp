@@ -2,7 +2,8 @@
 //
 // A task is a block of tiles, which goes through all three while it is in a cache. In between it is
 // [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order and a cache line
-// between the 36, or as powers of two apart they would all compete for the same few lines.
+// between rows and between the 36, or as powers of two apart they would all compete for the same
+// few lines.
 //
 // The products take the weight in panels [C, 16], of which kDepth rows fit the L1 cache, and hold
 // kRows<V> x 16 sums in registers. The order of a sum depends on C alone, so neither the block nor
@@ -82,6 +83,7 @@ INLINE void multiply(const float* rows, int64_t channels, const float* panel, in
   }
   for (int64_t k = 0; k < depth; ++k) {
     V weights[vectors];
+    __builtin_prefetch(panel + (depth + k) * kPanel, kToRead, 2);  // what the next products take
     for (int64_t v = 0; v < vectors; ++v) weights[v] = load<V>(panel + k * kPanel + v * kLanes<V>);
 #pragma GCC unroll 24
     for (int64_t r = 0; r < kRows<V>; ++r) {
@@ -101,7 +103,8 @@ struct Convolve {
     const Call& call = *static_cast<const Call*>(context);
     const int64_t channels = call.channels, out = call.out;
     const int64_t rows = (call.block + kRows<V> - 1) / kRows<V> * kRows<V>;
-    const int64_t from_plane = rows * channels + kLine, to_plane = rows * out + kLine;
+    const int64_t from_row = channels + kLine, to_row = out + kLine;
+    const int64_t from_plane = rows * from_row + kLine, to_plane = rows * to_row + kLine;
     // Kept, since new memory costs a page fault every 4 kB.
     static thread_local std::vector<float> from, to;
     from.resize(std::max<size_t>(from.size(), kPoints * from_plane));
@@ -110,7 +113,7 @@ struct Convolve {
       const int64_t count = std::min(call.block, call.images.tiles() - first);
       for (int64_t t = 0; t < count; ++t) {
         transform_input<V>(call.x, call.images, channels, call.doubled,
-                           Tile(call.images, first + t), &from[t * channels], from_plane, kPanel);
+                           Tile(call.images, first + t), &from[t * from_row], from_plane, kPanel);
       }
       for (int64_t point = 0; point < kPoints; ++point) {
         const float* a = &from[point * from_plane];
@@ -119,14 +122,14 @@ struct Convolve {
           for (int64_t c = 0; c < channels; c += kDepth) {
             const int64_t depth = std::min(kDepth, channels - c);
             for (int64_t t = 0; t < count; t += kRows<V>) {
-              multiply<V>(a + t * channels + c, channels, panel + c * kPanel, depth, c > 0,
-                          &to[point * to_plane + t * out + o], out);
+              multiply<V>(a + t * from_row + c, from_row, panel + c * kPanel, depth, c > 0,
+                          &to[point * to_plane + t * to_row + o], to_row);
             }
           }
         }
       }
       for (int64_t t = 0; t < count; ++t) {
-        transform_output<V>(call, Tile(call.images, first + t), &to[t * out], to_plane);
+        transform_output<V>(call, Tile(call.images, first + t), &to[t * to_row], to_plane);
       }
     }
   }

@@ -9,7 +9,7 @@ from ds.ops import _native
 from ds.ops._op import Op, Unsupported
 from ds.ops.winograd import PANEL, launch_conv, pays
 
-_PART = 192  # tiles that the gradient of the weight takes at a time, to stay in a cache
+_PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
