@@ -58,12 +58,15 @@ RangeFunction choose() {
 
 template <class V>
 struct BitsOf {
+  typedef uint16_t halves __attribute__((vector_size(sizeof(V) / 2)));
   typedef uint32_t type __attribute__((vector_size(sizeof(V))));
   typedef uint64_t wide __attribute__((vector_size(2 * sizeof(V))));
   typedef uint64_t longs __attribute__((vector_size(sizeof(V))));
 };
 template <class V>
 using Bits = typename BitsOf<V>::type;
+template <class V>
+using Halves = typename BitsOf<V>::halves;  // as many lanes, half as wide
 template <class V>
 using Wide = typename BitsOf<V>::wide;  // as many lanes, twice as wide
 template <class V>
@@ -112,7 +115,7 @@ INLINE void store(V values, float* to) {
   std::memcpy(to, &values, sizeof values);
 }
 
-// Data is read and written in pairs of vectors, because bfloat16 comes out of memory cheapest by
+// Most data is read and written in pairs of vectors, because bfloat16 comes out of memory cheapest by
 // its even elements and its odd ones.
 template <class V>
 struct Pair {
@@ -156,6 +159,20 @@ INLINE Bits<V> round_to_bfloat16(V values) {
   const Bits<V> bits = (Bits<V>)values;
   const Bits<V> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return values == values ? rounded : Bits<V>{} + 0x7fc00000u;
+}
+
+// One vector, its lanes in the order of memory.
+template <class V>
+INLINE V load(const bfloat16* from) {
+  Halves<V> values;
+  std::memcpy(&values, from, sizeof values);
+  return (V)(__builtin_convertvector(values, Bits<V>) << 16);
+}
+
+template <class V>
+INLINE void store(V values, bfloat16* to) {
+  const Halves<V> upper = __builtin_convertvector(round_to_bfloat16(values) >> 16, Halves<V>);
+  std::memcpy(to, &upper, sizeof upper);
 }
 
 template <class V>

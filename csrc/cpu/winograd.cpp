@@ -21,12 +21,13 @@ constexpr int64_t kDepth = 256;  // input channels of a product, whose sums anot
 template <class V>
 constexpr int64_t kRows = sizeof(V) == 64 ? 24 : sizeof(V) == 32 ? 6 : 2;
 
+template <class T>
 struct Call {
-  const float* x;
+  const T* x;
   const float* weight;
-  const float* bias;      // or null
-  const float* residual;  // or null
-  float* y;
+  const float* bias;  // or null
+  const T* residual;  // or null
+  T* y;
   Images images;  // of y
   int64_t channels, out;
   int64_t block;  // tiles of a task
@@ -45,8 +46,8 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
 }
 
 // The row of each point to a tile of y.
-template <class V>
-INLINE void transform_output(const Call& call, const Tile& tile, const float* from, int64_t plane) {
+template <class V, class T>
+INLINE void transform_output(const Call<T>& call, const Tile& tile, const float* from, int64_t plane) {
   for (int64_t c = 0; c < call.out; c += kLanes<V>) {
     V down[24];  // [6, 4]
     for (int64_t j = 0; j < 6; ++j) {
@@ -97,10 +98,11 @@ INLINE void multiply(const float* rows, int64_t channels, const float* panel, in
   }
 }
 
+template <class T>
 struct Convolve {
   template <class V>
   static INLINE void run(int64_t begin, int64_t end, void* context) {
-    const Call& call = *static_cast<const Call*>(context);
+    const Call<T>& call = *static_cast<const Call<T>*>(context);
     const int64_t channels = call.channels, out = call.out;
     const int64_t rows = (call.block + kRows<V> - 1) / kRows<V> * kRows<V>;
     const int64_t from_row = channels + kLine, to_row = out + kLine;
@@ -135,16 +137,26 @@ struct Convolve {
   }
 };
 
+template <class T>
+int convolve(const void* x, const float* weight, const float* bias, const void* residual, void* y,
+             const Images& images, int64_t channels, int64_t out, int64_t block, bool doubled) {
+  Call<T> call{static_cast<const T*>(x), weight, bias, static_cast<const T*>(residual),
+               static_cast<T*>(y), images, channels, out, block, doubled};
+  return parallel_for((images.tiles() + block - 1) / block, 1, choose<Convolve<T>>(), &call);
+}
+
 }  // namespace
 
 // x [images, height, width, channels], or of half the height and width if doubled, and weight [36,
 // out / 16, channels, 16] to y [images, height, width, out], plus bias [out] and residual, of the
-// shape of y, each of which may be null. Channels and out are multiples of 16; `block` tiles of 4 x
-// 4 pixels make a task. Returns 0, or the error code of the thread pool.
-EXPORT int ds_winograd_conv(const float* x, const float* weight, const float* bias,
-                            const float* residual, float* y, int64_t images, int64_t height,
+// shape of y, each of which may be null. If `narrow`, x, residual and y are bfloat16. Channels and
+// out are multiples of 16; `block` tiles of 4 x 4 pixels make a task. Returns 0, or the error code
+// of the thread pool.
+EXPORT int ds_winograd_conv(const void* x, const float* weight, const float* bias,
+                            const void* residual, void* y, int64_t images, int64_t height,
                             int64_t width, int64_t channels, int64_t out, int64_t block,
-                            bool doubled) {
-  Call call{x, weight, bias, residual, y, {images, height, width}, channels, out, block, doubled};
-  return parallel_for((call.images.tiles() + block - 1) / block, 1, choose<Convolve>(), &call);
+                            bool doubled, bool narrow) {
+  const auto function = narrow ? convolve<bfloat16> : convolve<float>;
+  return function(x, weight, bias, residual, y, {images, height, width}, channels, out, block,
+                  doubled);
 }

@@ -48,11 +48,11 @@ INLINE void to_points(const V* d, int64_t step, V* out) {
 
 // A tile of x, with the pixels around it, to its row of each point; panels of channels lie `panel`
 // apart. If `doubled`, every pixel of x counts twice in both directions.
-template <class V>
-INLINE void transform_input(const float* x, const Images& images, int64_t channels, bool doubled,
+template <class V, class T>
+INLINE void transform_input(const T* x, const Images& images, int64_t channels, bool doubled,
                             const Tile& tile, float* to, int64_t plane, int64_t panel) {
   const int64_t width = images.width >> doubled, height = images.height >> doubled;
-  const float* image = x + tile.image * height * width * channels;
+  const T* image = x + tile.image * height * width * channels;
   for (int64_t c = 0; c < channels; c += kLanes<V>) {
     V across[kPoints];
     for (int64_t i = 0; i < 6; ++i) {

@@ -198,8 +198,8 @@ class Winograd(Call):
     doubled: bool = False
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
-        weight = ops.winograd_weight(self.weight).to(place.device, place.dtype)
-        bias = place.bias(self.bias)
+        weight = ops.winograd_weight(self.weight).to(place.device, place.wide)
+        bias = place.bias(self.bias, place.wide)
         return lambda row, x, residual=None: ops.winograd_conv(
             x, weight, bias(row), residual, doubled=self.doubled
         )

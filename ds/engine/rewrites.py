@@ -48,7 +48,7 @@ class Rewrites:
     merge_skips: bool = True
     phase_upsample: bool = True
     add_into_conv: bool = True
-    winograd: bool = True  # where tiles and channels are enough, in float32 on a CPU
+    winograd: bool = True  # where tiles and channels are enough, on a CPU
     norm_into_conv: bool | None = True  # by our own kernel; None: where FASTER says so
     implicit_gemm: bool | None = True  # likewise, convolutions without a norm
 
@@ -58,7 +58,7 @@ class Rewrites:
         cpu = place.device.type == "cpu"
         own = False if cpu else None
         return cls(
-            shift_into_conv=cpu, winograd=cpu and place.dtype == torch.float32,
+            shift_into_conv=cpu, winograd=cpu and place.dtype in (torch.float32, torch.bfloat16),
             norm_into_conv=own, implicit_gemm=own,
         )  # fmt: skip
 

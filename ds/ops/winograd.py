@@ -48,8 +48,9 @@ def winograd_conv(
     """Convolve x [N, C, H, W] with a weight of winograd_weight, padding by 1.
 
     bias [O] and residual [N, O, H, W] are added if given. If `doubled`, every pixel of x counts
-    twice in both directions, and the result is [N, O, 2 H, 2 W]. All are of one dtype; the result
-    is in channels_last memory. There is no gradient.
+    twice in both directions, and the result is [N, O, 2 H, 2 W]. residual and the result have the
+    dtype of x; weight, bias and all sums are float32, or float64 for float64. The result is in
+    channels_last memory. There is no gradient.
 
     Lavin & Gray 2016, arXiv:1509.09308, section 4, with other points.
 
@@ -69,10 +70,15 @@ def winograd_conv(
         if tensor is not None and list(tensor.shape) != shape:
             found = list(tensor.shape)
             raise ValueError(f"winograd_conv: {name} must be {shape}, not of shape {found}")
-    dtypes = {t.dtype for t in (x, weight, bias, residual) if t is not None}
-    if len(dtypes) > 1 or not x.is_floating_point():
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"winograd_conv: all must have one floating dtype, not {found}")
+    if not x.is_floating_point():
+        raise ValueError(f"winograd_conv: x must be of a floating dtype, not {x.dtype}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtypes = {"weight": (weight, wide), "bias": (bias, wide), "residual": (residual, x.dtype)}
+    for name, (tensor, dtype) in dtypes.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(
+                f"winograd_conv: {name} must be {dtype} for x of {x.dtype}, not {tensor.dtype}"
+            )
     return _op(x, weight, bias, residual, doubled)
 
 
@@ -166,10 +172,11 @@ def launch_conv():
 
     def launch(x, weight, bias, residual, doubled):
         channels, panel = weight.shape[2:]
-        if x.dtype != torch.float32 or channels % PANEL or panel != PANEL:
+        narrow = x.dtype == torch.bfloat16
+        if not (narrow or x.dtype == torch.float32) or channels % PANEL or panel != PANEL:
             raise Unsupported(
-                f"it takes float32 and multiples of {PANEL} channels, not {x.dtype}, {channels}, "
-                f"{_channels(weight)}"
+                f"it takes float32, bfloat16 and multiples of {PANEL} channels, not {x.dtype}, "
+                f"{channels}, {_channels(weight)}"
             )
         y = fake(x, weight, bias, residual, doubled)
         x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
@@ -178,11 +185,12 @@ def launch_conv():
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         images, out, h, w = y.shape
+        share = -(-images * tiles(h, w) // torch.get_num_threads())
         error = kernel(
             x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             y.data_ptr(), images, h, w, channels, out,
-            max(1, min(_BLOCK, -(-images * tiles(h, w) // torch.get_num_threads()))), doubled,
+            max(1, min(_BLOCK, share)), doubled, narrow,
         )  # fmt: skip
         _native.check("winograd_conv", error)
         return y

@@ -70,6 +70,25 @@ def test_the_kernel_is_as_exact_as_the_convolution(images, channels, out, h, w, 
         torch.testing.assert_close(alone + bias[:, None, None] + residual, found, rtol=0, atol=1e-5)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([16, 48]), sizes, sizes, st.booleans(),
+       st.sampled_from([0, 1, 2]))  # fmt: skip
+def test_bfloat16_rounds_the_result_alone(images, channels, h, w, doubled, simd):
+    x, weight, bias, residual = case(images, channels, 32, h, w, torch.bfloat16, doubled)
+    packed = ops.winograd_weight(weight).float()
+    wide = ops.winograd_conv(x.float(), packed, bias.float(), residual.float(), doubled=doubled)
+    lib = _native.cpu_library()
+    lib.ds_limit_simd(simd)
+    try:
+        with ops.use_backend("cpu"):
+            found = ops.winograd_conv(x, packed, bias.float(), residual, doubled=doubled)
+    finally:
+        lib.ds_limit_simd(2)
+    assert found.dtype == torch.bfloat16
+    # A sum near the middle of two neighbours may go either way.
+    torch.testing.assert_close(found.float(), wide, rtol=2**-8, atol=1e-5)
+
+
 def test_many_channels_and_blocks_of_tiles_are_as_exact_as_the_convolution():
     args = case(5, 272, 64, 32, 32, torch.float32)
     exact = direct(*wide(*args))
@@ -130,7 +149,11 @@ def test_it_compiles_as_one_graph():
         ),
         ({"bias": torch.zeros(3)}, r"bias must be \[4\], not of shape \[3\]"),
         ({"residual": torch.zeros(1, 4, 5, 4)}, r"residual must be \[1, 4, 4, 4\]"),
-        ({"bias": torch.zeros(4).half()}, "must have one floating dtype, not torch.float16, "),
+        (
+            {"bias": torch.zeros(4).half()},
+            "bias must be torch.float32 for x of torch.float32, not ",
+        ),
+        ({"x": torch.zeros(1, 2, 4, 4).long()}, "x must be of a floating dtype, not torch.int64"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(change, message):
