@@ -28,9 +28,9 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     x = torch.randn(images, *net.shape, device=device)
     t = torch.full((images,), 500, device=device)
     exact = exact_call(net, x, t)
-    flops = _flops(net, x, t)
+    flops = count_flops(net, x, t)
     for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.bfloat16 and (quick or not _multiplies_narrow(device)):
+        if dtype == torch.bfloat16 and (quick or not multiplies_narrow(device)):
             return
         sides, missing = contenders(net, dtype, device, quick=quick)
         yield Case(
@@ -90,21 +90,32 @@ def contenders(
     net: nn.Module, dtype: torch.dtype, device: torch.device, *, quick: bool
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Return what to compare, ours last, and what is missing; each of x and t, float32."""
-    sides, missing = {}, {}
-    try:
-        peer = diffusers_twin(net).to(device)
-        sides["diffusers"] = peer
-        last = diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last)
-        sides["diffusers, channels_last"] = _cast(last, dtype)
-        if quick:
-            missing |= SLOW
-        else:
-            sides["diffusers, compiled"] = compiled(_cast(last, dtype), device)
-    except ImportError as error:
-        missing["diffusers"] = str(error)
+    sides, missing = peers(net, dtype, device, quick=quick)
     ours = net.config.build().to(device)
     ours.load_state_dict(net.state_dict())
     sides["ours"] = ours.to(dtype).eval()
+    return sides, missing
+
+
+def peers(
+    net: UNet, dtype: torch.dtype, device: torch.device, *, quick: bool
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Return diffusers' networks, first one of the precision of ours, and what is missing."""
+    sides, missing = {}, {}
+    try:
+        published = diffusers_twin(net).to(device)
+        last = _cast(
+            diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last), dtype
+        )
+        sides = {"diffusers": published, "diffusers, channels_last": last}
+        if dtype != torch.float32:
+            sides = dict(reversed(sides.items()))
+        if quick:
+            missing |= SLOW
+        else:
+            sides["diffusers, compiled"] = compiled(last, device)
+    except ImportError as error:
+        missing["diffusers"] = str(error)
     return sides, missing
 
 
@@ -115,7 +126,7 @@ def _cast(net: Call, dtype: torch.dtype) -> Call:
     return call
 
 
-def _multiplies_narrow(device: torch.device) -> bool:
+def multiplies_narrow(device: torch.device) -> bool:
     """Say whether there are instructions for bfloat16; without, a call takes minutes."""
     return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -125,7 +136,8 @@ def _call(function: Call, x: Tensor, t: Tensor, _: Any) -> Tensor:
     return function(x, t)
 
 
-def _flops(net: nn.Module, x: Tensor, t: Tensor) -> int:
+def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> int:
+    """Count two for each multiplication of convolutions, linear layers and attention."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x, t)
     return counter.get_total_flops()
