@@ -288,12 +288,14 @@ def _timing(device: torch.device) -> str:
 
 
 def _cpu() -> str:
-    """Return the name of the processor."""
+    """Return the name of the processor and its vectors: a name may stand for several of them."""
     try:
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except FileNotFoundError:
         found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    narrow = " with bfloat16" * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{narrow}"
 
 
 def machine(device: torch.device) -> str:

@@ -1,10 +1,11 @@
-"""Write the tables of README.md and docs/performance.md from the JSON of results/.
+"""Write the tables of README.md, docs/performance.md and ds/sample.py from results/.
 
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, "peers" (the README's), "projection", or "plots". A test fails when a page
-is not what the JSON says.
+of the case of that name, "peers" (the README's), "projection", or "plots". In the docstring of
+Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is not what the
+JSON says.
 """
 
 import json
@@ -17,12 +18,15 @@ from benchmarks.harness import RESULTS, ROOT, floor
 from ds import presets
 from ds.engine import Place, Plan
 
-PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "ds" / "sample.py"
 PLOTS = ROOT / "docs" / "plots"
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"((?:<!--|\.\.) table: (\w+)(?: -->)?\n).*?((?:<!-- end -->)|(?:    \.\. end))", re.DOTALL
+)
 # Of the README: the case, the part of a row's name, what it is called, and the peers worth naming.
 PEERS = (
-    ("teacher_loop", "DDIM", "teacher, two network calls"),
+    ("teacher_loop", "DDIM float32", "teacher, two network calls, float32"),
+    ("teacher_loop", "DDIM bfloat16", "teacher, two network calls, bfloat16"),
     ("student", "student", "student, one call"),
     ("pairs", "pairs", "pairs, end to end"),
     ("train_step", "cifar10", "training step, CIFAR-10"),
@@ -52,7 +56,7 @@ def filled(page: str) -> str:
 
 
 def _made(name: str) -> str:
-    special = {"peers": peers, "projection": projection, "plots": plots}
+    special = {"peers": peers, "projection": projection, "plots": plots, "sampler": sampler}
     if name in special:
         return special[name]()
     tables = [table(saved) for saved in found(name)]
@@ -132,6 +136,23 @@ def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> 
     cells = [row["images"], f"{ours / 1e3:,.1f}"]
     cells += [usual, f"{times[usual] / ours:.2f}", best, f"{times[best] / ours:.2f}"]
     return f"| {label} | {' | '.join(map(str, cells))} | {environment['device']} |"
+
+
+def sampler() -> str:
+    """Return the lines of Sampler's docstring: images a second in one call, and in DDIM's 96."""
+    lines = []
+    for one, loop in zip(found("student"), found("teacher_loop"), strict=True):
+        e = one["environment"]
+        lines += ["", f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}:"]
+        lines += [_rate("one call", row, 1) for row in one["cases"]]
+        for row in loop["cases"]:
+            lines.append(_rate(f"96 calls, {row['dtype']}", row, 2 / 96))  # two were timed
+    return "".join(f"    {line}".rstrip() + "\n" for line in [*lines, ""])
+
+
+def _rate(label: str, row: dict[str, Any], share: float) -> str:
+    rate = 1e6 * row["images"] / _ours(row) * share
+    return f"    {label:20}  {row['images']:3} at a time  {rate:8.3g} images/s"
 
 
 def projection() -> str:
