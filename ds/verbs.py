@@ -26,13 +26,13 @@ from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.images import check_name, save
 from ds.load import load, load_teacher
 from ds.methods import Denoising, DenoisingStudent
-from ds.nets import UNetConfig
+from ds.nets import UNet, UNetConfig
 from ds.nets.convert import to_diffusers
 from ds.pairs import PairStore, generate_pairs
 from ds.philox import noise
 from ds.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first, joined
-from ds.sample import Precision, Sampler, Student, Teacher, great_circle
+from ds.sample import Precision, Sampler, Student, Teacher, device_of, great_circle
 from ds.train import Runtime, TrainConfig, Trainer, autocast
 
 Model = Annotated[Path, tyro.conf.Positional]
@@ -115,14 +115,24 @@ class MakePairs:
 
     def make(self, count: int) -> None:
         """Make the first so many of the pairs."""
-        p = self.pairs
+        p, teacher = self.pairs, self.solver()
+        self._propose(teacher.net)
         store = generate_pairs(
-            self.solver(), self.out, count, seed=p.seed, batch_size=p.batch_size,
+            teacher, self.out, count, seed=p.seed, batch_size=p.batch_size,
             shard_size=p.shard_size, quantizer=p.quantizer, precision=p.precision,
             engine=p.engine, price=self.price, progress=_watched(),
         )  # fmt: skip
         if is_first():
             _say(f"pairs: {self.out}, {len(store):,} of them")
+
+    def _propose(self, net: nn.Module) -> None:
+        """Name a batch size that fills the GPU, where there is one and another was chosen."""
+        place = Place(device_of(net), torch.bfloat16, 1)
+        if place.device.type == "cuda" and isinstance(net, UNet):
+            gpu = torch.cuda.get_device_properties(place.device)
+            full = Plan.of(net, place).full_batch(gpu.multi_processor_count)
+            if self.pairs.batch_size % full:
+                log.info("pairs: --pairs.batch-size %d, or a multiple, fills this GPU", full)
 
     def solver(self) -> Teacher:
         """Return the teacher with the solver that is asked for, on the device."""
@@ -494,6 +504,7 @@ class Doctor:
     plan: str = ""  # a preset, whose network's plan is printed instead
     images: int = 256  # of the plan
     device: str = "cpu"  # of the plan; it need not be here
+    multiprocessors: int = 132  # of a cuda device, as an H100 has them
     tflops: float = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
     gbs: float = 3350.0
 
@@ -507,16 +518,21 @@ class Doctor:
     def _plan(self) -> str:
         if self.plan not in PRESETS:
             raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
-        for option, value in (("images", self.images), ("tflops", self.tflops), ("gbs", self.gbs)):
-            if not value > 0:
-                raise ValueError(f"doctor: {option} must be above 0, not {value}")
+        for option in ("images", "multiprocessors", "tflops", "gbs"):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"doctor: {option} must be above 0, not {getattr(self, option)}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         place = Place(torch.device(self.device), dtype, self.images)
         with torch.device("meta"):
             net = PRESETS[self.plan]().net.build()
-        return Plan.of(net, place).text(place, tflops=self.tflops, gbs=self.gbs)
+        plan = Plan.of(net, place)
+        text = plan.text(place, tflops=self.tflops, gbs=self.gbs)
+        if self.device == "cuda":
+            full = plan.full_batch(self.multiprocessors)
+            text += f"\nmultiples of {full} images fill {self.multiprocessors} multiprocessors"
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,7 +298,8 @@ def test_doctor_prints_json_for_machines(capsys):
 
 def test_doctor_prints_the_plan_of_a_network(capsys):
     assert main(["doctor", "--plan", "cifar10", "--images", "2", "--device", "cuda"]) == 0
-    first, *rows, total, about = capsys.readouterr().out.splitlines()
+    first, *rows, total, about, full = capsys.readouterr().out.splitlines()
+    assert full == "multiples of 528 images fill 132 multiprocessors"
     assert first.split() == ["call", "makes", "shape", "MB", "GFLOP", "floor,", "us"]
     assert total.split()[0] == str(len(rows))
     assert any(row.startswith("phases 2x2    up.1.upsample.conv") for row in rows)

@@ -1,7 +1,9 @@
 """A plan: the forward pass of a U-Net for images of its size, as a flat list of calls."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from ds.engine.calls import (
     Call,
     Cat,
     Conv,
+    ImplicitGemm,
     Norm,
+    Phases,
     Place,
     Run,
     Shape,
@@ -26,6 +30,7 @@ from ds.nets import UNet
 from ds.nets.unet import Attention, ResBlock, timestep_embedding
 
 INPUT = "x"
+TILE = 128  # pixels, and channels, of a program on a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,20 @@ class Plan:
             most = max(most, values(tuple(self.shapes[name] for name in alive)))
             alive = {name for name in alive if last.get(name, i) > i}
         return most
+
+    def full_batch(self, multiprocessors: int) -> int:
+        """Return the fewest images whose convolutions keep every multiprocessor of a GPU busy.
+
+        A program makes 128 pixels of 128 channels, of ours and of most of cuDNN's; batches of a
+        multiple of these images need whole waves of them in every layer.
+        """
+        full = 1
+        for step in self.steps:
+            if isinstance(step.call, Conv | Phases | ImplicitGemm):
+                channels, height, width = self.shapes[step.outputs[0]]
+                programs = Fraction(height * width, TILE) * -(-channels // TILE)
+                full = math.lcm(full, (multiprocessors / programs).numerator)
+        return full
 
     def text(self, place: Place, *, tflops: float, gbs: float) -> str:
         """Lay the plan out for people; a step's floor is the larger of its two shortest times."""

@@ -13,6 +13,7 @@ from ds import grids
 from ds.denoiser import Denoiser
 from ds.engine import Engine, Place, Plan, Rewrites
 from ds.methods import DenoisingStudent
+from ds.presets import PRESETS
 from ds.sample import uses_engine
 from ds.schedule import LinearBeta
 from ds.solvers import Heun
@@ -126,6 +127,18 @@ def test_a_plan_s_floor_is_the_larger_of_its_two_times():
     assert float(lines[1].split()[-1]) == pytest.approx(4 * plan.flops(step), rel=1e-3)
     size = plan.bytes(step, CPU)
     assert size == 4 * (4 * (2 + 8) * 64 + math.prod(step.call.weight.shape))
+
+
+@pytest.mark.parametrize(
+    ("preset", "full"), [("cifar10", 528), ("celeba", 528), ("lsun_bedroom", 66)]
+)
+def test_a_batch_fills_a_gpu_in_every_layer(preset, full):
+    with torch.device("meta"):
+        net = PRESETS[preset]().net.build()
+    plan = Plan.of(net, Place(torch.device("meta"), torch.bfloat16, 1))
+    assert plan.full_batch(132) == full
+    programs = min(h * w / 128 * c / 128 for c, h, w in plan.shapes.values() if c >= 128)
+    assert full * programs == 132
 
 
 def test_a_plan_knows_how_much_is_alive_at_once():
