@@ -1,0 +1,81 @@
+"""From the words of a command line to a verb, and its run."""
+
+import contextlib
+import io
+import json
+import logging
+import sys
+from typing import Any
+
+import tyro
+
+from ds.config import to_json
+from ds.presets import PRESETS
+from ds.verbs.convert import Convert
+from ds.verbs.demo import Demo
+from ds.verbs.distill import Distill
+from ds.verbs.doctor import Doctor
+from ds.verbs.evaluate import Evaluate
+from ds.verbs.pairs import MakePairs, PairsExport, PairsInfo, PairsVerify
+from ds.verbs.sample import Sample
+from ds.verbs.teach import Teach
+
+log = logging.getLogger("ds")
+
+PER_PRESET: dict[str, Any] = {"teach": Teach, "pairs": MakePairs, "distill": Distill}
+OF_STORES: dict[str, Any] = {"info": PairsInfo, "verify": PairsVerify, "export": PairsExport}
+PLAIN: dict[str, Any] = {
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "convert": Convert,
+    "doctor": Doctor,
+    "demo": Demo,
+}
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Parse the options of a verb and do what it says. Errors are ValueErrors of one line."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ds").setLevel(logging.INFO)
+    dry = "--dry-run" in args
+    args = [arg for arg in args if arg != "--dry-run"]
+    if verb == "pairs" and args and args[0] in OF_STORES:
+        task = _parse(OF_STORES[args[0]], args[1:], f"dstudent pairs {args[0]}")
+    elif verb in PER_PRESET:
+        name, args = _preset_name(verb, args)
+        default = PER_PRESET[verb].of(name, PRESETS[name]())
+        task = _parse(PER_PRESET[verb], args, f"dstudent {verb} {name}", default=default)
+    else:
+        task = _parse(PLAIN[verb], args, f"dstudent {verb}")
+    if dry:
+        print(json.dumps(to_json(task), indent=2))
+        if isinstance(task, MakePairs | Distill) and task.teacher.exists():
+            log.info(task.budget())
+    else:
+        task.run()
+
+
+def _preset_name(verb: str, args: list[str]) -> tuple[str, list[str]]:
+    known = ", ".join(PRESETS)
+    if args and args[0] in PRESETS:
+        return args[0], args[1:]
+    if args and not args[0].startswith("-"):
+        raise ValueError(f"{verb}: no preset {args[0]!r}; the presets are {known}")
+    if {"-h", "--help"} & set(args):
+        return "digits", args
+    raise ValueError(f"{verb}: name a preset first: {known}")
+
+
+def _parse(task: Any, args: list[str], prog: str, **default: Any) -> Any:
+    """Read options into the dataclass; what tyro says about a mistake becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(task, prog=prog, args=args, **default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    boxed = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+    rules = (i for i, line in enumerate(boxed) if line.startswith(("─", "For full helptext")))
+    reason = " ".join(boxed[: next(rules, None)]) or said.getvalue()
+    raise ValueError(f"{reason} (see `{prog} --help`)")

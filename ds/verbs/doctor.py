@@ -1,0 +1,50 @@
+"""dstudent doctor: what runs here, and what a network's plan is."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ds import doctor
+from ds.engine import Place, Plan
+from ds.presets import PRESETS
+from ds.verbs.options import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Report what this machine has and which implementation of each operation runs here."""
+
+    json: bool = False  # for machines
+    plan: str = ""  # a preset, whose network's plan is printed instead
+    images: int = 256  # of the plan
+    device: str = "cpu"  # of the plan; it need not be here
+    multiprocessors: int = 132  # of a cuda device, as an H100 has them
+    tflops: float = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
+    gbs: float = 3350.0
+
+    def run(self) -> None:
+        if self.plan:
+            say(self._plan())
+            return
+        report = doctor.report()
+        print(json.dumps(report, indent=2) if self.json else doctor.text(report))
+
+    def _plan(self) -> str:
+        if self.plan not in PRESETS:
+            raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
+        for option in ("images", "multiprocessors", "tflops", "gbs"):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"doctor: {option} must be above 0, not {getattr(self, option)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        place = Place(torch.device(self.device), dtype, self.images)
+        with torch.device("meta"):
+            net = PRESETS[self.plan]().net.build()
+        plan = Plan.of(net, place)
+        text = plan.text(place, tflops=self.tflops, gbs=self.gbs)
+        if self.device == "cuda":
+            full = plan.full_batch(self.multiprocessors)
+            text += f"\nmultiples of {full} images fill {self.multiprocessors} multiprocessors"
+        return text

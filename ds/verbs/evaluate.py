@@ -1,0 +1,75 @@
+"""dstudent evaluate: how good a model's images are."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from ds import checkpoint
+from ds.data import Pairs
+from ds.evaluation import Moments, evaluate, read_reference, record
+from ds.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.load import load
+from ds.pairs import PairStore
+from ds.presets import Machine
+from ds.ranks import is_first, joined
+from ds.verbs.options import Here, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What images are compared with, and how."""
+
+    reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
+    extractor: Literal["digits", "pixels", "inception"] = "digits"
+    inception_weights: Path | None = None
+    count: int = 4096  # images to draw
+
+    def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
+        """Return the reference and the extractor; ValueError where they cannot be had."""
+        if self.count < 2:
+            raise ValueError(f"evaluate: count must be at least 2, not {self.count}")
+        return read_reference(self.reference), self._extractor(device)
+
+    def _extractor(self, device: torch.device) -> AbstractExtractor:
+        if self.extractor == "inception":
+            if self.inception_weights is None:
+                raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
+            return Inception(self.inception_weights, device=device)
+        return Digits() if self.extractor == "digits" else Pixels()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare a model's images with real ones; write the figures and the protocol as JSON."""
+
+    model: Model
+    judge: Annotated[Judge, tyro.conf.arg(name="")] = field(default_factory=Judge)
+    store: str | None = None  # pairs whose first `held_out` the model is held against
+    held_out: int = 1024
+    seed: int = 1
+    batch_size: int = 256
+    out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
+    machine: Here = field(default_factory=Machine)
+
+    def run(self) -> None:
+        with joined():
+            self._run()
+
+    def _run(self) -> None:
+        device = self.machine.use()
+        model = load(self.model, device=device)
+        held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
+        reference, extractor = self.judge.build(device)
+        result = evaluate(
+            model, reference, extractor, n=self.judge.count, seed=self.seed,
+            batch_size=self.batch_size, held_out=held_out, out=self.out,
+        )  # fmt: skip
+        if is_first():
+            if self.out is None and checkpoint.is_ours(self.model):
+                record(self.model, model, result)
+            print(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))

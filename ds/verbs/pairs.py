@@ -1,0 +1,160 @@
+"""dstudent pairs: the pairs of a teacher, and what can be done with a store of them."""
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+
+from ds import archives, pairs
+from ds.config import from_json
+from ds.engine import Place, Plan
+from ds.frontier import fidelity, fidelity_table, frontier, plan_table
+from ds.load import load_teacher
+from ds.nets import UNet
+from ds.pairs import PairStore, generate_pairs
+from ds.philox import noise
+from ds.presets import Machine, PairsConfig, Preset, SolveConfig
+from ds.ranks import is_first
+from ds.sample import Sampler, Teacher, device_of
+from ds.verbs.options import Here, Price, Store, at_least, home_of, say, watched
+
+log = logging.getLogger("ds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePairs:
+    """Run the teacher on noise and keep what it makes: the pairs a student learns from.
+
+    Interrupt it when you like, and run it again to go on. Several processes may share one store,
+    and come and go. With a larger --pairs.count a store grows. `dstudent pairs info STORE` says
+    what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes archives.
+    """
+
+    teacher: Path
+    out: str  # a directory, or a URL such as s3://bucket/folder
+    pairs: PairsConfig
+    solve: SolveConfig
+    plan: bool = False  # make no pairs; measure how many network calls they need
+    plan_noises: int = 16  # to measure it on
+    price: Price = 0.0
+    machine: Here = field(default_factory=Machine)
+
+    @classmethod
+    def of(cls, name: str, p: Preset) -> "MakePairs":
+        home = home_of(name)
+        return cls(
+            teacher=home / "teacher", out=str(home / "pairs"), pairs=p.pairs, solve=p.solve,
+            machine=p.machine,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        if self.plan:
+            self._plan()
+        else:
+            self.make(self.pairs.count + self.pairs.held_out)
+
+    def make(self, count: int) -> None:
+        """Make the first so many of the pairs."""
+        p, teacher = self.pairs, self.solver()
+        self._propose(teacher.net)
+        store = generate_pairs(
+            teacher, self.out, count, seed=p.seed, batch_size=p.batch_size,
+            shard_size=p.shard_size, quantizer=p.quantizer, precision=p.precision,
+            engine=p.engine, price=self.price, progress=watched(),
+        )  # fmt: skip
+        if is_first():
+            say(f"pairs: {self.out}, {len(store):,} of them")
+
+    def _propose(self, net: nn.Module) -> None:
+        """Name a batch size that fills the GPU, where there is one and another was chosen."""
+        place = Place(device_of(net), torch.bfloat16, 1)
+        if place.device.type == "cuda" and isinstance(net, UNet):
+            gpu = torch.cuda.get_device_properties(place.device)
+            full = Plan.of(net, place).full_batch(gpu.multi_processor_count)
+            if self.pairs.batch_size % full:
+                log.info("pairs: --pairs.batch-size %d, or a multiple, fills this GPU", full)
+
+    def solver(self) -> Teacher:
+        """Return the teacher with the solver that is asked for, on the device."""
+        at_least(0, price=self.price)
+        p = self.pairs
+        at_least(1, **{"pairs.count": p.count, "pairs.held_out": p.held_out})
+        teacher = load_teacher(self.teacher, device=self.machine.use())
+        solver, grid = self.solve.build(teacher.denoiser.schedule)
+        return replace(teacher, solver=solver, grid=grid)
+
+    def budget(self) -> str:
+        """Say what the pairs that are missing will cost."""
+        count = self.pairs.count + self.pairs.held_out
+        return f"pairs: {self.estimate(pairs.to_make(self.out, count))[0]}"
+
+    def estimate(self, count: int) -> tuple[str, float]:
+        """Say what so many pairs will cost, and how many seconds they take."""
+        p = self.pairs
+        sampler = Sampler(
+            self.solver(), batch_size=p.batch_size, precision=p.precision, engine=p.engine
+        )
+        return pairs.estimate(sampler, count, p.quantizer, self.price)
+
+    def _plan(self) -> None:
+        p, teacher = self.pairs, self.solver()
+        at_least(1, **{"plan-noises": self.plan_noises, "pairs.batch-size": p.batch_size})
+        options = {"batch_size": p.batch_size, "precision": p.precision, "engine": p.engine}
+        seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
+        z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
+        found = frontier(teacher.denoiser, z, self.solve, progress=watched())
+        say(plan_table(found, seconds, p.count + p.held_out))
+        say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsInfo:
+    """Say what a store holds and how much of it is written."""
+
+    store: Store
+
+    def run(self) -> None:
+        print(json.dumps(pairs.info(self.store), indent=2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsVerify:
+    """Hash every shard of a store; with its teacher, also make some of the pairs again."""
+
+    store: Store
+    teacher: Path | None = None
+    recompute: int = 4  # pairs to make again, spread over the store
+    machine: Here = field(default_factory=Machine)
+
+    def run(self) -> None:
+        if self.recompute < 1:
+            raise ValueError(f"pairs verify: recompute must be at least 1, not {self.recompute}")
+        store, teacher = PairStore(self.store), None
+        if self.teacher is not None:
+            teacher = load_teacher(self.teacher, device=self.machine.use())
+            solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
+            teacher = replace(teacher, solver=solver, grid=grid)
+        store.verify(teacher, self.recompute)
+        say(f"pairs: {self.store}, {len(store):,} of them as they were written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsExport:
+    """Write a store, noise and all, as archives for the loaders of other codes."""
+
+    store: Store
+    out: Annotated[Path, tyro.conf.Positional]
+    to: archives.Form = "webdataset"
+    per_archive: int = 4096
+
+    def run(self) -> None:
+        paths = archives.export(
+            PairStore(self.store), self.out, self.to, per_archive=self.per_archive,
+            progress=watched(),
+        )  # fmt: skip
+        say(f"archives: {self.out}, {len(paths)} of them")
