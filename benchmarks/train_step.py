@@ -35,8 +35,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     for name, images in (("digits", 64), ("cifar10", 256 if cuda else 4)):
         net = random_net(presets.PRESETS[name]().net, device)
         z, x0 = (torch.randn(images, *net.shape, device=device) for _ in range(2))
-        compiles = cuda or (name == "digits" and not quick)
-        modules, missing = contenders(net, compiles=compiles)
+        modules, missing = contenders(net, compiles=cuda or not quick)
         phases: dict[str, dict[str, list[float]]] = {}
         yield Case(
             f"training step, {name} {about(net, images)}",
