@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Case, Side
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
 from ds import presets
 from ds.nets import UNet, UNetConfig
 from ds.nets.unet import GroupNorm
+from ds.speed import flop_counter
 
 
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
@@ -138,6 +138,6 @@ def _call(function: Call, x: Tensor, t: Tensor, _: Any) -> Tensor:
 
 def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> int:
     """Count two for each multiplication of convolutions, linear layers and attention."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         net(x, t)
     return counter.get_total_flops()

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported
@@ -134,13 +133,3 @@ def _packed(pack, weight: Tensor, *, transposed: bool = False) -> Tensor:
     error = pack(weight.data_ptr(), panels.data_ptr(), out, channels, transposed)
     _native.check("winograd_weight", error)
     return panels
-
-
-@register_flop_formula(torch.ops.ds.conv3x3)
-def _(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    return conv_flop_count(x_shape, weight_shape, out_shape)
-
-
-@register_flop_formula(torch.ops.ds.conv3x3_backward)
-def _(dy_shape, x_shape, weight_shape, wanted, *_, **__) -> int:
-    return sum(wanted) * conv_flop_count(x_shape, weight_shape, dy_shape)

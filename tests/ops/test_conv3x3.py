@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from ds import ops
 from ds.ops import _native
+from ds.speed import flop_counter
 
 
 def case(images=2, channels=16, out=32, h=12, w=12, dtype=torch.float32, seed=0):
@@ -39,7 +39,7 @@ def errors(found, exact):
 
 def called(x, weight, bias=None):
     """Say whether a call is our op's."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         ops.conv3x3(x, weight, bias)
     return torch.ops.ds.conv3x3 in counter.get_flop_counts()["Global"]
 
@@ -178,7 +178,7 @@ def test_its_flops_are_counted_as_those_of_the_convolution():
     x, weight, bias, _ = (tensor.requires_grad_() for tensor in case())
     counts = []
     for convolve in (ops.conv3x3, direct):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             convolve(x, weight, bias).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 3 * 2 * 2 * 12 * 12 * 9 * 16 * 32
