@@ -3,9 +3,9 @@
     python benchmarks/aot.py > benchmarks/results/aot.json
 
 The kernels are those that the launchers would launch for each GroupNorm, each attention and each
-convolution of the paper's networks, in bfloat16, for attention with heads of 64 channels, and for
-the noise, batches, solver steps and levels of the images: networks and launchers run on meta
-tensors, and the launches are noted, not done.
+convolution of the paper's networks, in bfloat16 and, where a plan has it, in float8, for attention
+with heads of 64 channels, and for the noise, batches, solver steps and levels of the images:
+networks and launchers run on meta tensors, and the launches are noted, not done.
 """
 
 import argparse
@@ -55,12 +55,13 @@ HEADS_OF_64 = [
     (64, 4, 64, 256), (64, 8, 64, 512), (256, 4, 64, 256),
 ]  # fmt: skip
 ARCHITECTURES = (80, 90)
+FLOAT8, ARCHITECTURES_OF_FLOAT8 = torch.float8_e4m3fn, (89, 90)
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
 BATCH = 32
 DEFAULTS = None, None, None, False  # of the op's shift, residual, skip and keep
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
-    int: "i32", float: "fp32",
+    FLOAT8: "*fp8e4nv", int: "i32", float: "fp32",
 }  # fmt: skip
 
 Launch = tuple[tuple, JITFunction, dict]  # for what shape, the kernel, its arguments by name
@@ -126,7 +127,10 @@ def noting() -> Iterator[list[tuple[JITFunction, dict]]]:
 
 
 def norm_launches() -> Iterator[Launch]:
-    """Yield each kernel of a forward and a backward pass of the networks' GroupNorms."""
+    """Yield each kernel of a forward and a backward pass of the networks' GroupNorms.
+
+    And those that end in float8, whose shape is a Norm and "float8".
+    """
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     for norm in norms():
         x = empty(BATCH, norm.pixels, norm.channels)
@@ -143,6 +147,13 @@ def norm_launches() -> Iterator[Launch]:
                 norm.channels, shift, residual, skip, merged,
             )  # fmt: skip
         yield from ((norm, *launch) for launch in noted)
+        if norm.silu and not norm.residual:
+            with noting() as noted:
+                group_norm_silu.group_norm_silu(
+                    x, *affine, norm.groups, 1e-6, True, shift, None, skip, norm.keep, FLOAT8
+                )
+            narrow = (launch for launch in noted if "y_ptr" in launch[1])  # not the sums
+            yield from (((*norm, "float8"), *launch) for launch in narrow)
 
 
 def image_launches() -> Iterator[Launch]:
@@ -208,11 +219,12 @@ class Conv(NamedTuple):
 
 def convs() -> list[Conv]:
     """Return the distinct convolutions of the paper's networks, with and without norms."""
-    place, found = Place(torch.device("meta"), torch.bfloat16, BATCH), set()
+    found = set()
     for preset in NETWORKS:
         with torch.device("meta"):
             net = preset().net.build()
-        for norms in (False, True):
+        for norms, float8 in ((False, False), (True, False), (False, True)):
+            place = Place(torch.device("meta"), torch.bfloat16, BATCH, float8)
             own = Rewrites(shift_into_conv=False, winograd=False, norm_into_conv=norms)
             plan = Plan.of(net, place, own)
             for call, inputs, outputs in plan.steps:
@@ -225,7 +237,7 @@ def convs() -> list[Conv]:
                     (layer.groups, layer.op is ops.group_norm_silu) if layer else (0, False)
                 )
                 parts = given, len(inputs) > 1, groups, silu, call.keep
-                found.add(Conv(call.kind.split()[1], channels, out, height, *parts))
+                found.add(Conv(call.kind.removeprefix("gemm "), channels, out, height, *parts))
     return sorted(found)
 
 
@@ -234,8 +246,10 @@ def conv_launches() -> Iterator[Launch]:
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     for case in convs():
         kernel, stride = int(case.kind[0]), 2 if "/2" in case.kind else 1
-        x = empty(BATCH, case.height, case.height, case.channels)
-        weight = empty(case.out * (4 if kernel == 2 else 1), kernel, kernel, case.channels)
+        dtype = FLOAT8 if "float8" in case.kind else torch.bfloat16
+        x = empty(BATCH, case.height, case.height, case.channels, dtype=dtype)
+        rows = case.out * (4 if kernel == 2 else 1)
+        weight = empty(rows, kernel, kernel, case.channels, dtype=dtype)
         height = case.height * 2 if kernel == 2 else case.height // stride
         wide = torch.empty(case.out, device="meta")
         bias = wide if case.bias else None
@@ -247,7 +261,7 @@ def conv_launches() -> Iterator[Launch]:
                     *arguments, wide, wide, case.groups, 1e-6, case.silu, case.keep
                 )
             else:
-                conv.conv(*arguments)
+                conv.conv(*arguments, wide if dtype == FLOAT8 else None)
         yield from ((case, *launch) for launch in noted)
 
 
@@ -281,10 +295,11 @@ def configurations() -> list[dict]:
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         key = kernel.__name__, *map(str, (src.signature, src.constants, src.attrs, options))
         found.setdefault(key, (src, options, []))[2].append(shape)
+    float8 = TYPES[FLOAT8]
     return [
         {"source": src, "options": options, "shapes": needed, "arch": arch}
         for src, options, needed in found.values()
-        for arch in ARCHITECTURES
+        for arch in (ARCHITECTURES_OF_FLOAT8 if float8 in src.signature.values() else ARCHITECTURES)
     ]
 
 
@@ -319,7 +334,7 @@ def figures(configuration: dict) -> dict:
         usage = disassemble(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         code = disassemble(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
-    products = collections.Counter(re.findall(r"\bHG?MMA\b", " ".join(instructions)))
+    products = collections.Counter(re.findall(r"\b[HQ]G?MMA\b", " ".join(instructions)))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),

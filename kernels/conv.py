@@ -1,7 +1,7 @@
 """Convolutions of a U-Net with what follows them, on x [N, H, W, C]: channels_last memory.
 
     y[n, i, j, o] = sum over p, q, c of weight[o, p, q, c] x[n, s i + p - d, s j + q - d, c]
-                    + bias[o] or bias[n, o] + residual[n, i, j, o]
+                    * scale[o], for float8, + bias[o] or bias[n, o] + residual[n, i, j, o]
     normed = f((y - mean) / sqrt(var + eps) * norm_weight + norm_bias)    as in group_norm_silu
 
 x is 0 outside of the image. The weight says which convolution it is:
@@ -41,6 +41,10 @@ float32 take three of TF32, about 22 bits. Statistics are those of y as rounded,
 a sum of squares about the mean. No atomics, and every sum in an order that the shape of an image
 decides: equal arguments give equal bits, and an image those that it would have alone. NaN and
 infinity reach the sums that they are terms of, and their group in a norm.
+
+Without a norm, x and weight may be float8_e4m3fn with a scale, residual and y being bfloat16. Those
+kernels take 190 to 212 registers, since sums of BLOCK_K products go to float32 apart: one program
+fits a multiprocessor.
 """
 
 from typing import NamedTuple
@@ -56,7 +60,8 @@ from ds.kernels.group_norm_silu import (
 )
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 TILE_PIXELS = 256  # of the largest images whose norm is made in the tile
 REST = 1024  # the pixels that a tile may see behind the image that it starts in, at most
 
@@ -82,6 +87,10 @@ def _products(
 ):  # fmt: skip
     """Add what pixels see from (i, j) on, times rows o of the weight, to [BLOCK_M, BLOCK_N]."""
     TAPS: tl.constexpr = KERNEL * KERNEL
+    # Of float8, sm_90 would keep some 14 bits of a sum (DeepSeek-AI 2024, arXiv:2412.19437, section
+    # 3.3.2): it adds up so many products and no more before they go to float32.
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
+    AT_ONCE: tl.constexpr = BLOCK_K if NARROW else None
     origin = ((image * height + i) * width + j) * channels
     weight_row = o * (TAPS * channels)
     k = tl.arange(0, BLOCK_K)
@@ -97,7 +106,7 @@ def _products(
         w = tl.load(
             weight_ptr + (offset[:, None] + c[None, :]), mask=(o < out)[:, None] & inside, other=0.0
         )
-        sums = tl.dot(x, w.T, sums, input_precision=PRECISION)
+        sums = tl.dot(x, w.T, sums, input_precision=PRECISION, max_num_imprecise_acc=AT_ONCE)
     return sums
 
 
@@ -134,7 +143,7 @@ def _normalized(
 @triton.jit(do_not_specialize=["images", "height", "width", "rows", "columns"])
 def _conv_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, table_ptr,
-    norm_weight_ptr, norm_bias_ptr, normed_ptr,
+    norm_weight_ptr, norm_bias_ptr, normed_ptr, scale_ptr,
     images, height, width, rows, columns, channels, out, eps,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     PER_GROUP: tl.constexpr, SILU: tl.constexpr, IMAGE_ROWS: tl.constexpr,
@@ -156,10 +165,11 @@ def _conv_kernel(
     first_image, image, pixel, valid = _pixels(images, pixels, image_rows, tile, BLOCK_M)
     i, j = pixel // columns, pixel % columns
     # Rounded to half precision, y does not show that its sums started from the bias, and less waits
-    # in registers for them to end. In float32 a large bias would cost digits.
-    WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    # in registers for them to end. In float32 a large bias would cost digits; a scale comes first.
+    NARROW: tl.constexpr = scale_ptr is not None
+    BIAS_LAST: tl.constexpr = NARROW or x_ptr.dtype.element_ty == tl.float32
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if not WIDE:
+    if not BIAS_LAST:
         y = _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS)
     y = _products(
         y, x_ptr + first_image * height * width * channels,
@@ -168,9 +178,11 @@ def _conv_kernel(
         height, width, channels, out, KERNEL, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    if WIDE:
-        y = _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS)
     inside = o < out
+    if NARROW:
+        y *= tl.load(scale_ptr + phase * out + o, mask=inside, other=0.0)[None, :]
+    if BIAS_LAST:
+        y = _with_bias(y, bias_ptr, first_image, image, valid, o, out, BIAS_ROWS)
     mask = valid[:, None] & inside[None, :]
     if PHASES == 4:
         pixel = (2 * i + a) * (2 * columns) + (2 * j + b)
@@ -178,7 +190,7 @@ def _conv_kernel(
     first = first_image * (pixels * PHASES) * out
     if residual_ptr is not None:
         y += tl.load(residual_ptr + first + at, mask=mask, other=0.0).to(tl.float32)
-    rounded = y.to(x_ptr.dtype.element_ty)
+    rounded = y.to(tl.bfloat16 if NARROW else x_ptr.dtype.element_ty)
     if y_ptr is not None:
         tl.store(y_ptr + first + at, rounded, mask=mask)
     y = rounded.to(tl.float32)
@@ -213,10 +225,11 @@ def _tile(dtype: torch.dtype, channels: int, out: int, image_rows: int = 0) -> _
     if dtype == torch.float32:
         m, n, k, warps, stages = 64, 64, 32, 4, 2
     else:
-        m, n, k, warps, stages = 128, 128, 64, 8, 3
+        m, n, k, warps, stages = 128, 128, 128 // dtype.itemsize, 8, 3
     if image_rows > m:
         n, m, warps = max(n * m // image_rows, 16), image_rows, max(warps, 8)
-    n, k = (min(size, max(triton.next_power_of_2(c), 16)) for size, c in ((n, out), (k, channels)))
+    n = min(n, max(triton.next_power_of_2(out), 16))
+    k = min(k, max(triton.next_power_of_2(channels), 32 if dtype == FLOAT8 else 16))
     return _Tile(m, n, k, warps, stages)
 
 
@@ -224,7 +237,7 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
     """Return why the kernels do not take x [N, C, H, W] and its weight, or None where they do."""
     _, channels, height, width = x.shape
     if x.dtype not in DTYPES:
-        return f"it takes float32, float16 or bfloat16, not {x.dtype}"
+        return f"it takes float32, float16, bfloat16 or float8_e4m3fn, not {x.dtype}"
     reach = max(weight.numel(), (height * width + REST) * max(channels, len(weight)))
     if reach > 2**31 - 1:
         return f"its offsets have 32 bits within an image and the weight, too few for {reach}"
@@ -232,15 +245,22 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return y [N, height, width, out] for arguments that `refusal` has nothing against.
 
     x is [N, H, W, C], weight [out, k, k, C], or [4 out, 2, 2, C] with the weights of phase (a, b)
-    from row (2 a + b) out on; bias [out] or [N, out], residual as y.
+    from row (2 a + b) out on; bias [out] or [N, out], residual as y; scale float32, one a
+    row of the weight, which float8 has and no other type.
     """
-    y = x.new_empty(_shape(x, weight, stride))
-    _launch(x, weight, bias, residual, stride, _tile(x.dtype, x.shape[3], y.shape[3]), y)
+    y = x.new_empty(_shape(x, weight, stride), dtype=x.dtype if scale is None else torch.bfloat16)
+    tile = _tile(x.dtype, x.shape[3], y.shape[3])
+    _launch(x, weight, bias, residual, stride, tile, y, scale=scale)
     return y
 
 
@@ -301,6 +321,7 @@ def _launch(
     y: Tensor | None,
     table: Tensor | None = None,
     norm: tuple[Tensor | None, ...] = (None, None, None),
+    scale: Tensor | None = None,
     eps: float = 0.0,
     **constants: int | bool | None,
 ) -> None:
@@ -311,7 +332,7 @@ def _launch(
     constants = {"PER_GROUP": None, "SILU": None, "IMAGE_ROWS": None} | constants
     tiles = triton.cdiv(images * (constants["IMAGE_ROWS"] or rows * columns), tile.pixels)
     _conv_kernel[(tiles * phases * triton.cdiv(out, tile.channels),)](
-        x, weight, bias if bias is None else bias.contiguous(), residual, y, table, *norm,
+        x, weight, bias if bias is None else bias.contiguous(), residual, y, table, *norm, scale,
         images, height, width, rows, columns, channels, out, eps,
         KERNEL=kernel, STRIDE=stride, BIAS_ROWS=bias is not None and bias.dim() == 2,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",  # "tf32" where none is

@@ -38,9 +38,10 @@ multiprocessor, so that one loads while the other computes. GPU figures: not mea
 
 Contract: tensors are contiguous (shift: its rows) and on one device. Those with pixels have one
 type: float32, float16 or bfloat16; weight, bias and shift have any floating type; statistics and
-sums are float32. The variance is a sum of squares about the mean, never a difference of sums. No
-atomics: equal arguments give equal bits, and an image those that it would have alone. NaN and
-infinity spread over their group and no further.
+sums are float32. y alone may also be float8_e4m3fn, half of a write, rounded once, to 448 at most.
+The variance is a sum of squares about the mean, never a difference of sums. No atomics: equal
+arguments give equal bits, and an image those that it would have alone. NaN and infinity spread over
+their group and no further.
 """
 
 import functools
@@ -419,25 +420,28 @@ def group_norm_silu(
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     keep: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return y, float32 mean and 1 / sqrt(var + eps) of each group [N, groups], and m to keep.
 
     x is contiguous [N, pixels, split] of a narrow type or float32, with pixels and channels in it;
     so are residual, and skip [N, pixels, C - split]. shift is [N, split]. y and m are
-    [N, pixels, C].
+    [N, pixels, C]; y is of `dtype`, if it is given, which float8_e4m3fn also can be.
     """
     images, pixels, split = x.shape
     channels = weight.numel()
     per_group = channels // groups
     weight, bias = weight.contiguous(), bias.contiguous()
-    y = torch.empty((images, pixels, channels), dtype=x.dtype, device=x.device)
-    merged = torch.empty_like(y) if keep else None
+    y = torch.empty((images, pixels, channels), dtype=dtype or x.dtype, device=x.device)
+    merged = torch.empty_like(y, dtype=x.dtype) if keep else None
     mean = torch.empty((images, groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     sources = x, shift, residual, skip
     widths = split, channels, 0 if shift is None else shift.stride(0)
 
-    taken = _whole_groups(pixels, channels, groups, x.element_size(), FORWARD_TILES)
+    # With m to store, the larger tile leaves no registers to round y to another type.
+    tiles = FORWARD_TILES[:1] if keep and y.dtype != x.dtype else FORWARD_TILES
+    taken = _whole_groups(pixels, channels, groups, x.element_size(), tiles)
     if taken:
         slices = triton.cdiv(groups, taken)
         blocks = _blocks(pixels, taken, per_group)

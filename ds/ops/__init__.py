@@ -6,6 +6,7 @@ from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
 from ds.ops.conv import conv, conv_group_norm_silu, phase_weight
 from ds.ops.conv3x3 import conv3x3
+from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
@@ -23,6 +24,7 @@ __all__ = [
     "conv3x3",
     "conv_group_norm_silu",
     "dequantize",
+    "float8_weight",
     "group_norm",
     "group_norm_silu",
     "merge_group_norm_silu",
@@ -32,6 +34,7 @@ __all__ = [
     "quantize",
     "solver_update",
     "table",
+    "to_float8",
     "use_backend",
     "winograd_conv",
     "winograd_weight",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu import check_affine
 from ds.ops.group_norm_silu import reference as reference_of_norm
 
@@ -43,6 +44,7 @@ def conv(
     residual: Tensor | None = None,
     *,
     stride: int = 1,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Convolve x [N, C, H, W]; add a bias [O] or [N, O] and a residual of the result's shape.
 
@@ -52,11 +54,14 @@ def conv(
     in channels_last memory, which for weight and x saves a copy. x, weight and residual have one
     dtype, the bias any; sums are float32 (float64 for a float64 x). There is no gradient.
 
+    x and weight may be float8_e4m3fn, with the `scale` of each row of the weight, as float8_weight
+    returns them; the residual and the result are bfloat16 then.
+
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    _check("conv", x, weight, bias, residual, stride)
-    return _op(x, weight, bias, residual, stride)
+    _check("conv", x, weight, bias, residual, stride, scale)
+    return _op(x, weight, bias, residual, stride, scale)
 
 
 def conv_group_norm_silu(
@@ -81,7 +86,9 @@ def conv_group_norm_silu(
         ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
     name = "conv_group_norm_silu"
-    shape = _check(name, x, weight, bias, residual, stride, norm_weight, norm_bias)
+    if x.dtype == FLOAT8:
+        raise ValueError(f"{name}: x must not be {FLOAT8}; use conv, and the norm after it")
+    shape = _check(name, x, weight, bias, residual, stride, None, norm_weight, norm_bias)
     check_affine(name, shape[1], norm_weight, norm_bias, groups)
     normed, y = _norm_op(
         x, weight, bias, residual, stride, norm_weight, norm_bias, groups, eps, silu, keep
@@ -96,6 +103,7 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     stride: int,
+    scale: Tensor | None,
     *norm: Tensor,
 ) -> list[int]:
     """Raise for what does not fit; return the shape of the result."""
@@ -129,13 +137,23 @@ def _check(
         )
     if residual is not None and list(residual.shape) != shape:
         raise ValueError(f"{name}: residual must be {shape}, not of shape {list(residual.shape)}")
-    dtypes = {t.dtype for t in (x, weight, residual) if t is not None}
+    narrow = x.dtype == FLOAT8
+    dtypes = {x.dtype, weight.dtype, *([] if narrow or residual is None else [residual.dtype])}
     if len(dtypes) > 1 or not x.is_floating_point():
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(
             f"{name}: x, weight and residual must have one floating dtype, not {found}"
         )
-    for parameter in (bias, *norm):
+    if narrow and residual is not None and residual.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{name}: residual must be torch.bfloat16 where x is {FLOAT8}, not {residual.dtype}"
+        )
+    if narrow != (scale is not None) or (narrow and scale.shape != weight.shape[:1]):
+        found = "none" if scale is None else f"one of shape {list(scale.shape)} for {x.dtype}"
+        raise ValueError(
+            f"{name}: scale must be {list(weight.shape[:1])} for x of {FLOAT8} only, not {found}"
+        )
+    for parameter in (bias, scale, *norm):
         if parameter is not None and not parameter.is_floating_point():
             raise ValueError(f"{name}: parameters must be floating point, not {parameter.dtype}")
     return shape
@@ -149,16 +167,29 @@ def _shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute in float32, or in float64 for float64 inputs."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = _convolve(x.to(wide), weight.to(wide), stride)
+    wide = torch.promote_types(_made(x), torch.float32)
+    weight = weight.to(wide)
+    if scale is not None:
+        weight = weight * scale.to(wide)[:, None, None, None]
+    y = _convolve(x.to(wide), weight, stride)
     if bias is not None:
         y = y + bias.to(wide)[..., None, None]
     if residual is not None:
         y = y + residual.to(wide)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return y.to(_made(x)).contiguous(memory_format=torch.channels_last)
+
+
+def _made(x: Tensor) -> torch.dtype:
+    """Return the dtype of the result."""
+    return torch.bfloat16 if x.dtype == FLOAT8 else x.dtype
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -176,13 +207,14 @@ def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return torch.stack(rows, -2).flatten(-3, -2)
 
 
-def fake(x, weight, bias, residual, stride):
+def fake(x, weight, bias, residual, stride, scale=None):
     images, out, height, width = _shape(x, weight, stride)
-    return x.new_empty((images, height, width, out)).permute(0, 3, 1, 2)
+    return x.new_empty((images, height, width, out), dtype=_made(x)).permute(0, 3, 1, 2)
 
 
 _op = Op(
-    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride) -> Tensor",
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride,"
+    " Tensor? scale=None) -> Tensor",
     reference,
     fake,
 )
@@ -192,10 +224,12 @@ _op = Op(
 def _():
     kernels = triton_kernels("conv")
 
-    def launch(x, weight, bias, residual, stride):
+    def launch(x, weight, bias, residual, stride, scale=None):
+        if scale is not None:
+            check_converts(x.device)
         arguments = _arguments(kernels, x, weight, bias, residual, stride)
         with torch.cuda.device_of(x):
-            return kernels.conv(*arguments).permute(0, 3, 1, 2)
+            return kernels.conv(*arguments, scale).permute(0, 3, 1, 2)
 
     return launch
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.float8 import FLOAT8, check_converts, to_float8
 
 
 def group_norm_silu(
@@ -23,6 +25,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
+    float8: bool = False,
 ) -> Tensor:
     """Normalize groups of channels, scale and shift channels, then apply SiLU.
 
@@ -38,12 +41,17 @@ def group_norm_silu(
         skip      [N, C2, ...], of the dtype of x; weight and bias are then [C + C2], and groups may
                   have channels of both
 
+    With `float8` the result is float8_e4m3fn, rounded once as ds.ops.to_float8 does, for a product
+    that takes it; it has no gradient then.
+
     Wu & He 2018, arXiv:1803.08494, Eq. 1, 2, 6 and 7.
 
     Raises:
         ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
     shift = _check("group_norm_silu", x, weight, bias, groups, shift, residual, skip)
+    if float8:
+        return forward_float8(x, weight, bias, groups, eps, shift, residual, skip, False)[0]
     return forward(x, weight, bias, groups, eps, True, shift, residual, skip)[0]
 
 
@@ -57,6 +65,7 @@ def merge_group_norm_silu(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
+    float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return group_norm_silu of the same arguments, and cat(x + shift + residual, skip).
 
@@ -70,6 +79,8 @@ def merge_group_norm_silu(
     if shift is residual is skip is None:
         raise ValueError(f"{name}: needs shift, residual or skip, or there is nothing to merge")
     shift = _check(name, x, weight, bias, groups, shift, residual, skip)
+    if float8:
+        return forward_float8(x, weight, bias, groups, eps, shift, residual, skip, True)
     y, _, _, merged = forward(x, weight, bias, groups, eps, True, shift, residual, skip, True)
     return y, merged
 
@@ -266,21 +277,33 @@ def _check_library_takes(x: Tensor) -> bool:
 def _():
     kernels = triton_kernels("group_norm_silu")
 
-    def launch(
-        x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=None, keep=False
-    ):
-        x = _dense(x)
-        _check_kernels_take(x)
-        parts = _shift_rows(shift), _maybe_rows(residual), _maybe_rows(skip)
-        with torch.cuda.device_of(x):
-            y, mean, rstd, merged = kernels.group_norm_silu(
-                _rows(x), weight, bias, groups, eps, silu, *parts, keep
-            )
-        like = x if skip is None else _resized(x, weight.shape[0])
-        merged = _from_rows(merged, like) if keep else x.new_empty(0)
-        return _from_rows(y, like), mean, rstd, merged
+    return functools.partial(_launch_triton, kernels)
 
-    return launch
+
+def _launch_triton(
+    kernels: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    keep: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = _dense(x)
+    _check_kernels_take(x)
+    parts = _shift_rows(shift), _maybe_rows(residual), _maybe_rows(skip)
+    with torch.cuda.device_of(x):
+        y, mean, rstd, merged = kernels.group_norm_silu(
+            _rows(x), weight, bias, groups, eps, silu, *parts, keep, dtype
+        )
+    like = x if skip is None else _resized(x, weight.shape[0])
+    merged = _from_rows(merged, like) if keep else x.new_empty(0)
+    return _from_rows(y, like), mean, rstd, merged
 
 
 def _check_kernels_take(x: Tensor) -> None:
@@ -306,7 +329,8 @@ def _shift_rows(shift: Tensor | None) -> Tensor | None:
 
 def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
     """Return [N, pixels, C] in the shape and strides of x, without a copy if channels_last."""
-    return _like(rows.transpose(1, 2).reshape(x.shape), x)
+    y = rows.transpose(1, 2).reshape(x.shape)
+    return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 @forward.backend("cluster", "cuda")
@@ -583,3 +607,39 @@ def _gradient(ctx, grad, _mean, _rstd, grad_merged):
 
 
 forward.register_autograd(_gradient, _save)
+
+
+def reference_float8(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *parts
+) -> tuple[Tensor, Tensor]:
+    """Return y of group_norm_silu in float8, and what was merged, empty unless it is to be kept."""
+    x, kept = _merged(x, *parts)
+    y, *_ = reference(x.to(_wide(x.dtype)), weight, bias, groups, eps, True)
+    return to_float8(y), kept
+
+
+def fake_float8(x, weight, bias, groups, eps, *parts):
+    y, _, _, kept = fake(x, weight, bias, groups, eps, True, *parts)
+    return torch.empty_like(y, dtype=FLOAT8), kept
+
+
+forward_float8 = Op(
+    "group_norm_silu_float8(Tensor x, Tensor weight, Tensor bias, int groups, float eps,"
+    " Tensor? shift, Tensor? residual, Tensor? skip, bool keep) -> (Tensor, Tensor)",
+    reference_float8,
+    fake_float8,
+)
+
+
+@forward_float8.backend("triton", "cuda")
+def _():
+    kernels = triton_kernels("group_norm_silu")
+
+    def launch(x, weight, bias, groups, eps, *parts):
+        check_converts(x.device)
+        y, _, _, kept = _launch_triton(
+            kernels, x, weight, bias, groups, eps, True, *parts, dtype=FLOAT8
+        )
+        return y, kept
+
+    return launch

@@ -24,7 +24,15 @@ from ds.kernels import conv as kernels
 from ds.ops._op import Unsupported
 from tests.nets.test_unet import build, inputs, relative_rms
 from tests.ops.test_attention import assert_as_exact
-from tests.ops.test_conv import GEOMETRIES, NHWC, case, every_geometry, norm_of, packed
+from tests.ops.test_conv import (
+    GEOMETRIES,
+    NHWC,
+    case,
+    every_geometry,
+    narrow,
+    norm_of,
+    packed,
+)
 from tests.ops.test_group_norm_silu import poisoned, pytorch
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
@@ -131,6 +139,26 @@ def test_any_shape_and_strides(images, channels, out, size, geometry, dtype, bia
         check([x, weight.contiguous(), rows[bias_rows], residual], stride)
 
 
+@every_geometry
+@pytest.mark.parametrize("tiles", ["as launched", "small"])
+@pytest.mark.parametrize("bias_rows", ["none", "one", "each"])
+def test_products_of_float8_are_those_of_its_numbers(monkeypatch, geometry, tiles, bias_rows):
+    """Products are exact in float32, whose sums are rounded to bfloat16 at the end."""
+    if tiles == "small":
+        monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(32, 16, 32, 4, 1))
+    arguments, stride = case(2, 70, 20, 9, 8, geometry, torch.float32)
+    arguments, scale = narrow(arguments, geometry)
+    x, weight, bias, residual = (t.to(DEVICE) for t in arguments)
+    bias = {"none": None, "one": bias.sum(0), "each": bias}[bias_rows]
+    residual = None if bias_rows == "none" else residual
+    found = CONV(x, weight, bias, residual, stride, scale.to(DEVICE))
+    wide = None if residual is None else residual.double()
+    exact = OPS.reference(x.double(), weight.double(), bias, wide, stride, scale.to(DEVICE))
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=NHWC)
+    assert (found - exact).abs().max() <= 2**-7 * exact.abs().max()  # the interpreter cuts off
+
+
 @pytest.mark.parametrize(
     ("dtype", "silu"), [(DTYPES[0], False), *((dtype, True) for dtype in DTYPES[1:])], ids=str
 )
@@ -227,7 +255,7 @@ def test_a_program_writes_its_own_tile_and_nothing_else():
     y = torch.full((2, 6, 6, 20), float("nan"), device=DEVICE)
     kernels._conv_kernel[(1,)](
         x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), None, None, y, None, None, None, None,
-        2, 6, 6, 6, 6, 3, 20, 0.0, KERNEL=3, STRIDE=1, BIAS_ROWS=False, PRECISION="tf32x3",
+        None, 2, 6, 6, 6, 6, 3, 20, 0.0, KERNEL=3, STRIDE=1, BIAS_ROWS=False, PRECISION="tf32x3",
         PER_GROUP=None, SILU=None, IMAGE_ROWS=None, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16,
     )  # fmt: skip
     written = torch.zeros(72, 20, dtype=torch.bool, device=DEVICE)
@@ -299,7 +327,7 @@ def test_an_engine_runs_on_it(as_on_a_gpu, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "dtype", "reason"),
     [
-        ((4, 4), torch.float64, "float32, float16 or bfloat16, not torch.float64"),
+        ((4, 4), torch.float64, "float32, float16, bfloat16 or float8_e4m3fn, not torch.float64"),
         ((2**15, 2**14), torch.bfloat16, "32 bits .* too few for"),
     ],
 )

@@ -16,11 +16,12 @@ pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton
 from ds import ops
 from ds.kernels import group_norm_silu as kernels
 from ds.ops._op import Unsupported
-from ds.ops.group_norm_silu import backward, forward
+from ds.ops.group_norm_silu import backward, forward, forward_float8
 from tests.ops.test_group_norm_silu import (
     SOURCES,
     assert_as_exact,
     cancelling,
+    check_float8,
     check_merging,
     combinations,
     inputs,
@@ -446,3 +447,20 @@ def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
 def test_the_op_runs_them_on_a_gpu():
     x, weight, bias = values((2, 32, 5, 5), torch.bfloat16)
     assert torch.equal(ops.group_norm_silu(x, weight, bias, 8), run(x, weight, bias, 8, True)[0])
+
+
+@pytest.mark.usefixtures("rounds_to_float8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [[], ["shift"], ["skip"], SOURCES], ids="+".join)
+def test_in_float8_it_is_the_norm_rounded_once(passes, dtype, names):
+    (x, weight, bias), parts = sources(names, (2, 12, 4, 3), 8, dtype)
+    weight[3] = 1e3
+    launch = forward_float8._load("cuda", "triton")
+    tensors = [t.to(DEVICE) for t in (x, weight, bias)]
+    given = [parts[name].to(DEVICE) if name in parts else None for name in SOURCES]
+    y, merged = launch(*tensors, 4, 1e-6, *given, True)
+    alone, empty = launch(*tensors, 4, 1e-6, *given, False)
+    assert torch.equal(y.float(), alone.float())
+    assert not len(empty)
+    check_float8(y, merged, *tensors[1:], 4)
+    assert y.double().max() == 448

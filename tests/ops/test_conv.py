@@ -106,6 +106,26 @@ def test_with_a_norm_it_is_the_norm_of_the_convolution(geometry, silu):
     assert nothing is None
 
 
+def narrow(arguments, geometry) -> tuple[list[Tensor], Tensor]:
+    """Return x and weight in float8, bias, and residual in bfloat16; and the weight's scale."""
+    x, weight, bias, residual = arguments
+    weight, scale = ops.float8_weight(packed(weight, geometry))
+    weight = weight.contiguous(memory_format=NHWC)
+    return [ops.to_float8(x), weight, bias, residual.bfloat16()], scale
+
+
+@every_geometry
+def test_products_of_float8_are_those_of_its_numbers(geometry):
+    arguments, stride = case(2, 20, 12, 6, 5, geometry, torch.float32)
+    (x, weight, bias, residual), scale = narrow(arguments, geometry)
+    found = ops.conv(x, weight, bias, residual, stride=stride, scale=scale)
+    weight = weight.double() * scale.double().view(-1, 1, 1, 1)
+    exact = ops.conv(x.double(), weight, bias, residual.double(), stride=stride)
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous(memory_format=NHWC)
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()  # one rounding
+
+
 @pytest.mark.parametrize("geometry", ["3x3", "doubled"])
 @torch.no_grad()
 def test_the_ops_are_sound(geometry):
@@ -113,6 +133,10 @@ def test_the_ops_are_sound(geometry):
     arguments = x, packed(weight, geometry), bias, residual, stride
     tests = "test_schema", "test_faketensor"
     torch.library.opcheck(torch.ops.ds.conv.default, arguments, test_utils=tests)
+    float8, scale = narrow(case(2, 4, 8, 6, 5, geometry, torch.float32)[0], geometry)
+    torch.library.opcheck(
+        torch.ops.ds.conv.default, (*float8, stride, scale), test_utils=tests[1:]
+    )  # opcheck itself multiplies arguments for the other, which PyTorch does not in float8
     arguments = (*arguments, *norm_of(8, 2, torch.float32), True, geometry == "3x3")
     op = torch.ops.ds.conv_group_norm_silu.default
     torch.library.opcheck(op, arguments, test_utils=tests)
@@ -161,6 +185,36 @@ def test_what_does_not_fit_is_one_clear_error(change, message):
     if not change.keys() & norm.keys():
         with pytest.raises(ValueError, match=f"^conv: .*{message}"):
             ops.conv(**plain | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": None}, r"scale must be \[4\] for x of torch.float8_e4m3fn only, not none"),
+        ({"scale": torch.ones(3)}, r"not one of shape \[3\] for torch.float8_e4m3fn"),
+        ({"scale": torch.ones(4).int()}, "floating point, not torch.int32"),
+        ({"x": torch.zeros(1, 2, 4, 4)}, "must have one floating dtype, not torch.float32, "),
+        ({"residual": torch.zeros(1, 4, 4, 4)}, "residual must be torch.bfloat16 .*float32"),
+        (
+            {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(4, 2, 3, 3)},
+            r"for x of torch.float8_e4m3fn only, not one of shape \[4\] for torch.float32",
+        ),
+    ],
+)
+def test_what_does_not_fit_float8_is_one_clear_error(change, message):
+    x, (weight, scale) = torch.zeros(1, 2, 4, 4), ops.float8_weight(torch.zeros(4, 2, 3, 3))
+    plain = {"x": ops.to_float8(x), "weight": weight, "scale": scale}
+    ops.conv(**plain)
+    with pytest.raises(ValueError, match=f"^conv: .*{message}"):
+        ops.conv(**plain | change)
+
+
+def test_a_norm_is_not_made_of_products_of_float8():
+    weight, _ = ops.float8_weight(torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"^conv_group_norm_silu: x must not be .*float8_e4m3fn"):
+        ops.conv_group_norm_silu(
+            ops.to_float8(torch.zeros(1, 2, 4, 4)), weight, *norm_of(4, 2, torch.float32)
+        )
 
 
 def test_phase_weight_takes_3x3_only():

@@ -788,3 +788,42 @@ def test_gradients_are_the_same_bits_through_the_dispatcher():
         strict=True,
     ):
         assert torch.equal(found, expected)
+
+
+# In float8, without a gradient.
+
+
+def check_float8(y, merged, weight, bias, groups) -> None:
+    """Compare with the norm in float64, rounded: half of the last of 4 bits, or of the least."""
+    exact = pytorch(merged.double(), weight.double(), bias.double(), groups, True)
+    exact = exact.clamp(-448, 448)
+    assert y.dtype == torch.float8_e4m3fn
+    assert ((y.double() - exact).abs() <= 1.001 * (exact.abs() / 16 + 2**-10)).all()
+
+
+@layouts
+@pytest.mark.parametrize("dtype", KERNEL_FLOATS)
+@pytest.mark.parametrize("names", [[], *COMBINATIONS], ids="+".join)
+def test_in_float8_it_is_the_norm_rounded_once(layout, dtype, names):
+    (x, weight, bias), parts = sources(names, (2, 12, 4, 3), 8, dtype, layout)
+    weight[3] = 1e3
+    y, merged = ds.ops.group_norm_silu(x, weight, bias, 4, **parts, float8=True), x
+    if names:
+        again, merged = ds.ops.merge_group_norm_silu(x, weight, bias, 4, **parts, float8=True)
+        assert torch.equal(y.float(), again.float())
+        expected = ds.ops.merge_group_norm_silu(x, weight, bias, 4, **parts)[1]
+        assert torch.equal(merged, expected)
+    check_float8(y, merged, weight, bias, 4)
+    assert y.stride() == merged.stride()
+    assert y.double().max() == 448
+
+
+@torch.no_grad()
+def test_the_op_in_float8_is_sound():
+    (x, *affine), parts = sources(SOURCES, (2, 12, 4, 3), 8, torch.bfloat16)
+    for keep in (False, True):
+        arguments = x, *affine, 4, 1e-6, parts["shift"], parts["residual"], parts["skip"], keep
+        torch.library.opcheck(
+            torch.ops.ds.group_norm_silu_float8.default, arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
