@@ -25,11 +25,16 @@ Bias = Tensor | slice | None  # a layer's own, columns of the row, or none
 
 @dataclass(frozen=True)
 class Place:
-    """Where a plan runs: the device, the dtype, and how many images at a time."""
+    """Where a plan runs: the device, the dtype, and how many images at a time.
+
+    With `float8` some convolutions multiply in float8, see ds.engine.rewrites.in_float8; values
+    between them are of the dtype.
+    """
 
     device: torch.device
     dtype: torch.dtype
     images: int
+    float8: bool = False
 
     def cast(self, weight: Tensor) -> Tensor:
         """Bring a weight to the device and the dtype, a convolution's in channels_last."""
@@ -229,16 +234,19 @@ class Norm(Call):
 
     layer: GroupNorm
     shift: slice | None = None
+    float8: bool = False  # the normalized output, after SiLU
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         layer, columns = self.layer, self.shift
         settings = self.settings(place)
 
         def run(row: Tensor, x: Tensor, skip: Tensor | None = None):
-            shift = {} if columns is None else {"shift": row[columns]}
+            options = {} if columns is None else {"shift": row[columns]}
+            if self.float8:
+                options["float8"] = True
             if skip is None:
-                return layer.op(x, *settings, **shift)
-            return ops.merge_group_norm_silu(x, *settings, skip=skip, **shift)
+                return layer.op(x, *settings, **options)
+            return ops.merge_group_norm_silu(x, *settings, skip=skip, **options)
 
         return run
 
@@ -258,21 +266,28 @@ class ImplicitGemm(Call):
     """A convolution by our own kernel, ds.ops.conv; or with the norm that follows.
 
     A second input, if there is one, is added to its result. That is a second output after the
-    normalized one if it is to be kept.
+    normalized one if it is to be kept. With `float8` the input is float8, and so is the weight.
     """
 
     conv: Conv | Phases
     norm: Norm | None = None
     keep: bool = False
+    float8: bool = False
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         doubled, stride = isinstance(self.conv, Phases), getattr(self.conv, "stride", 1)
-        weight = self.conv.weight
-        weight = place.cast(ops.phase_weight(weight) if doubled else weight)
+        weight, scale = self.conv.weight, None
+        if doubled:
+            weight = ops.phase_weight(weight)
+        if self.float8:
+            weight, scale = ops.float8_weight(weight.to(place.device))
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        else:
+            weight = place.cast(weight)
         if self.norm is None:
             bias = place.bias(self.conv.bias, place.wide)
             return lambda row, x, residual=None: ops.conv(
-                x, weight, bias(row), residual, stride=stride
+                x, weight, bias(row), residual, stride=stride, scale=scale
             )
         bias = place.bias(
             self.conv.bias if self.norm.shift is None else self.norm.shift, place.wide
@@ -300,7 +315,8 @@ class ImplicitGemm(Call):
 
     @property
     def kind(self) -> str:
-        return f"gemm {self.conv.kind.split()[1]}" + "+gn" * (self.norm is not None)
+        kind = f"gemm {self.conv.kind.split()[1]}"
+        return kind + "+gn" * (self.norm is not None) + " float8" * self.float8
 
 
 @dataclass(frozen=True, eq=False)

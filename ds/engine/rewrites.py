@@ -1,6 +1,7 @@
 """What a plan does otherwise than the network: one small function each, from steps to steps.
 
-In exact arithmetic each leaves the result as it is, and any of them can be left out.
+In exact arithmetic each leaves the result as it is, and any of them can be left out; but for
+`in_float8`, which is a precision: a place has it or has it not.
 """
 
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ds import ops
 from ds.engine.calls import (
     Add,
     Attend,
@@ -67,6 +69,8 @@ class Rewrites:
         for rewrite in REWRITES:
             if getattr(self, rewrite.__name__):
                 steps = rewrite(steps)
+        if place.float8:
+            steps = in_float8(steps)
         if self.winograd:
             steps = winograd(steps, place, shapes)
         for rewrite in (norm_into_conv, implicit_gemm):
@@ -149,7 +153,8 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[St
         shifted = norm.call.shift is not None and (kept or conv.call.bias is not None)
         call = ImplicitGemm(conv.call, norm.call, bool(kept))
         step = Step(call, conv.inputs, norm.outputs + kept)
-        return step if len(norm.inputs) == 1 and not shifted and chosen(step) else None
+        apart = len(norm.inputs) > 1 or norm.call.float8
+        return step if not (apart or shifted) and chosen(step) else None
 
     return _fuse(steps, Conv, Norm, fused, alone=False)
 
@@ -163,6 +168,38 @@ def implicit_gemm(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Ste
         for step in steps
     )
     return [new if chosen(new) else step for step, new in zip(steps, own, strict=True)]
+
+
+def in_float8(steps: list[Step]) -> list[Step]:
+    """Let 3x3 convolutions multiply in float8 where a norm with SiLU makes their input for them.
+
+    A norm bounds what it makes, which therefore needs no scale. The network's last convolution is
+    left as it is: what it rounds is the result.
+    """
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step)
+    narrow = {
+        step.outputs[0]
+        for step in steps
+        if isinstance(step.call, Norm)
+        and step.call.layer.op is ops.group_norm_silu
+        and all(_is_3x3(r.call) and r is not steps[-1] for r in readers[step.outputs[0]])
+    }
+
+    def call(step: Step) -> Call:
+        if step.outputs[0] in narrow:
+            return replace(step.call, float8=True)
+        if step.inputs[0] in narrow:
+            return ImplicitGemm(step.call, float8=True)
+        return step.call
+
+    return [step._replace(call=call(step)) for step in steps]
+
+
+def _is_3x3(call: Call) -> bool:
+    return isinstance(call, Conv) and call.weight.shape[2] == 3
 
 
 # The convolutions for which our kernel was measured to be faster than cuDNN, for each GPU by the

@@ -25,7 +25,8 @@ class Engine(nn.Module):
     a CPU of as many of them as fit its cache, and larger batches are taken in such parts. Those
     that need no packing are shared with the U-Net, which must not change any more. An engine has no
     parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not given;
-    a float64 network keeps float64.
+    a float64 network keeps float64. float8_e4m3fn is bfloat16 but for the convolutions that can
+    multiply in it (ds.engine.rewrites.in_float8), an experiment.
 
     Raises:
         ValueError: the network is no U-Net of ds.nets, or on a GPU and without times.
@@ -44,7 +45,9 @@ class Engine(nn.Module):
         if not isinstance(net, UNet):
             raise ValueError(f"Engine: net must be a ds.nets.UNet, not {type(net).__name__}")
         weight = net.conv_in.weight
-        self.place = Place(weight.device, dtype or _dtype(weight), images)
+        float8 = dtype == torch.float8_e4m3fn
+        dtype = torch.bfloat16 if float8 else dtype or _dtype(weight)
+        self.place = Place(weight.device, dtype, images, float8)
         self.rewrites = rewrites or Rewrites.good_for(self.place)
         self.plan = Plan.of(net, self.place, self.rewrites)
         if weight.device.type == "cpu":

@@ -9,6 +9,7 @@ import ds
 from ds import presets
 from ds.engine import Engine, Place, Plan, Rewrites, rewrites
 from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, Phases, Winograd
+from ds.nets.unet import ResBlock
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
 NAMES = [field.name for field in fields(Rewrites)]
@@ -127,3 +128,50 @@ def test_every_convolution_can_be_forced_to_our_own_kernel():
             assert len(step.inputs) == 2 or isinstance(made[step.inputs[0]], Attend)
     kept = {step.call.keep for step in steps if getattr(step.call, "norm", None)}
     assert kept == {True, False}
+
+
+# In float8, which is a precision and not exact.
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [None, OFF, ON, OWN])
+def test_float8_is_further_from_the_network_than_bfloat16_and_no_more(chosen):
+    net, (x, _) = build(), inputs()
+    near, found = (
+        Engine(net, [37], dtype=dtype, rewrites=chosen)(x, at(37, x))
+        for dtype in (torch.bfloat16, FLOAT8)
+    )
+    exact = net(x, at(37, x))
+    assert 2 * relative_rms(near, exact) < relative_rms(found, exact) < 0.1
+
+
+@pytest.mark.parametrize("chosen", [None, OFF, ON, OWN])
+def test_both_convolutions_of_a_block_take_float8_and_no_other(chosen):
+    net = build()
+    place = Place(torch.device("cpu"), torch.bfloat16, 4, float8=True)
+    steps = Plan.of(net, place, chosen).steps
+    narrow = {s.outputs[0] for s in steps if isinstance(s.call, Norm) and s.call.float8}
+    taken = [s for s in steps if isinstance(s.call, ImplicitGemm) and s.call.float8]
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
+    assert narrow == {f"{name}.norm{i}" for name in layers for i in (1, 2)}
+    assert {s.inputs[0] for s in taken} == narrow
+    assert not narrow & {name for s in steps if s not in taken for name in s.inputs}
+
+
+@torch.no_grad()
+def test_float8_moves_the_whole_cifar10_network_by_a_tenth():
+    """Of its output, root mean square, with random weights; bfloat16 by a sixtieth."""
+    net = presets.cifar10().net.build().eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p += 0.02 * torch.randn(p.shape, generator=generator)
+    x, t = ds.noise(0, range(2), net.shape), torch.full((2,), 500)
+    exact = Engine(net, [500], images=2)(x, t)
+    moved = [
+        relative_rms(Engine(net, [500], images=2, dtype=dtype)(x, t), exact)
+        for dtype in (torch.bfloat16, FLOAT8)
+    ]
+    assert 0.01 < moved[0] < 0.025
+    assert 0.06 < moved[1] < 0.12
