@@ -47,6 +47,8 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
             "engine, bfloat16": _engine(teacher, grid, torch.bfloat16),
             "engine": _engine(teacher, grid, torch.float32),
         }
+        if device.type == "cuda":  # a CPU only imitates it
+            denoisers["engine, float8"] = _engine(teacher, grid, torch.float8_e4m3fn)
         yield Case(
             f"{solve.solver} {solver.nfe(grid)} calls, digits {list(z.shape)}",
             {

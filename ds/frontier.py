@@ -11,7 +11,15 @@ from ds import grids
 from ds.denoiser import Denoiser
 from ds.grids import Grid
 from ds.presets import SolveConfig
-from ds.sample import Precision, Sampler, Teacher, device_of, integrate
+from ds.sample import (
+    Precision,
+    Sampler,
+    Teacher,
+    device_of,
+    fp8_is_open,
+    integrate,
+    uses_engine,
+)
 from ds.schedule import AbstractSchedule
 from ds.solvers import AbstractSolver, DPMSolverPP
 
@@ -154,7 +162,8 @@ def _answer(found: Frontier) -> str:
 def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
     """Return how far a few endpoints move, root mean square, when products are less precise.
 
-    Against the same teacher in float32, for the precisions that its device has.
+    Against the same teacher in float32, for the precisions that its device has; fp8 where its gate
+    is open.
     """
     cuda = device_of(teacher.net).type == "cuda"
 
@@ -163,7 +172,12 @@ def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
         return torch.cat([*sampler.batches(seed, range(count))])
 
     exact = endpoints("float32")
-    lower: tuple[Precision, ...] = ("tf32", "bfloat16") if cuda else ("bfloat16",)
+    there = {
+        "tf32": cuda,
+        "bfloat16": True,
+        "fp8": fp8_is_open() and uses_engine(teacher.net, "fp8"),
+    }
+    lower: list[Precision] = [precision for precision, is_there in there.items() if is_there]
     return {precision: _rms(endpoints(precision), exact) for precision in lower}
 
 

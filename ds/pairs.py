@@ -114,8 +114,8 @@ def _check(
 def _path(teacher: Teacher, precision: Precision, engine: bool | None) -> dict[str, Any]:
     """Say in which way numbers are rounded, of which a store has one."""
     device = device_of(teacher.net)
-    check_precision(precision, device)
-    engine = uses_engine(teacher.net) if engine is None else engine
+    engine = uses_engine(teacher.net, precision) if engine is None else engine
+    check_precision(precision, device, engine)
     return {"engine": engine, "precision": precision, "device": device.type}
 
 

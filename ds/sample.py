@@ -1,6 +1,7 @@
 """Draw samples: a teacher's loop, a student's single call, and batches of either."""
 
 import copy
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from ds.philox import noise
 from ds.schedule import DATA
 from ds.solvers import DDIM, AbstractSolver
 
-Precision = Literal["float32", "tf32", "bfloat16"]  # of a network's products; states are float32
+# Of a network's products; states are float32. fp8 is an experiment, behind a gate.
+Precision = Literal["float32", "tf32", "bfloat16", "fp8"]
+_LOW = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def integrate(
@@ -193,14 +196,15 @@ def _card(head: str, load: str, provenance: dict[str, Any]) -> str:
     )
 
 
-def uses_engine(net: nn.Module) -> bool:
+def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
     """Say whether a Sampler runs a network through ds.engine unasked: U-Nets, in float32 on CPUs.
 
-    There the images are the same but for the rounding of float32.
+    There the images are the same but for the rounding of float32. Nothing else computes in fp8.
     """
     if not isinstance(net, UNet):
         return False
-    return _dtype(net) == torch.float32 and net.conv_in.weight.device.type == "cpu"
+    cpu = net.conv_in.weight.device.type == "cpu"
+    return precision == "fp8" or (cpu and _dtype(net) == torch.float32)
 
 
 def _dtype(net: nn.Module) -> torch.dtype:
@@ -222,7 +226,8 @@ class Sampler:
     """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
 
     `device` and `dtype` move the model's network, in place. `precision` is that of its products:
-    "float32" as the weights are, "tf32" on CUDA, "bfloat16" in a copy of the network. Then
+    "float32" as the weights are, "tf32" on CUDA, "bfloat16" in a copy of the network, "fp8" in an
+    engine, which is an experiment and asks for DS_EXPERIMENTAL=fp8 in the environment. Then
 
         compile    compiles the network, on a CPU frozen with its weights as they are now
         engine     runs a U-Net through ds.engine, with weights as they are now and packed for this
@@ -250,7 +255,8 @@ class Sampler:
     .. end
 
     Raises ValueError for a batch_size below 1, for compile and engine at once, for tf32 without
-    CUDA, and for a loop without an engine or DDIM.
+    CUDA, for fp8 without an engine or unless the gate is open, and for a loop without an engine or
+    DDIM.
     """
 
     def __init__(
@@ -272,12 +278,12 @@ class Sampler:
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
-        check_precision(precision, self.device)
         self.batch_size, self.precision = 1 if latency else batch_size, precision
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
         if engine is None:
             gpu_loop = latency and isinstance(model.net, UNet) and uses_loop(model, self.device)
-            engine = not compile and (uses_engine(model.net) or gpu_loop)
+            engine = not compile and (uses_engine(model.net, precision) or gpu_loop)
+        check_precision(precision, self.device, engine)
         with self._timed("plan"):
             self.model = self._prepared(model, engine, latency)
         if compile:
@@ -299,10 +305,10 @@ class Sampler:
 
     def _prepared(self, model: Teacher | Student, engine: bool, latency: bool) -> Teacher | Student:
         """Return the model with the network that will run."""
-        low = self.precision == "bfloat16"
+        low = _LOW.get(self.precision)
         if not engine:
-            return model.using(copy.deepcopy(model.net).bfloat16()) if low else model
-        dtype = torch.bfloat16 if low else _dtype(model.net)
+            return model.using(copy.deepcopy(model.net).to(low)) if low else model
+        dtype = low or _dtype(model.net)
         packed = model.engine(self.batch_size, dtype=dtype)
         if not latency or self.device.type == "cuda":
             return packed
@@ -367,13 +373,25 @@ def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.de
     return next((t.device for t in tensors), torch.device(otherwise))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise ValueError for a precision that there is not, or not on this device."""
+def check_precision(precision: str, device: torch.device, engine: bool) -> None:
+    """Raise ValueError for a precision that there is not, or not on this device and in this way."""
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
         raise ValueError(f"precision must be one of {known}, not {precision!r}")
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision tf32 is for CUDA GPUs, not for {device.type}")
+    if precision == "fp8" and not fp8_is_open():
+        raise ValueError(
+            "precision fp8 is an experiment: endpoints of the digits move 4 times as far as in "
+            "bfloat16, its speed was not measured; to use it all the same, set DS_EXPERIMENTAL=fp8"
+        )
+    if precision == "fp8" and not engine:
+        raise ValueError("precision fp8 is for U-Nets in the engine: leave engine on, compile off")
+
+
+def fp8_is_open() -> bool:
+    """Say whether the environment asks for the experiment by its name."""
+    return os.environ.get("DS_EXPERIMENTAL") == "fp8"
 
 
 @contextmanager

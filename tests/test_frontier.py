@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from ds import analytic, noise
-from ds.frontier import frontier, plan_table
+from ds import Denoiser, Teacher, analytic, noise
+from ds.frontier import fidelity, frontier, plan_table
+from ds.grids import quadratic
 from ds.presets import SolveConfig
 from ds.solvers import DDIM
+from tests.nets.test_unet import build
 
 MIXTURE = analytic.GaussianMixture()
 DENOISER = MIXTURE.teacher(DDIM(), (0,)).denoiser
@@ -68,3 +70,20 @@ def test_a_grid_that_begins_elsewhere_is_refused():
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(RuntimeError, match="not finite"):
         frontier(DENOISER, z(2) * torch.nan, PAPER, [])
+
+
+def test_fidelity_is_of_the_precisions_that_there_are(monkeypatch):
+    """fp8 where its gate is open, for the networks that can be run in it."""
+    unet = Teacher(Denoiser(build(), DENOISER.schedule), DDIM(), quadratic(5))
+    monkeypatch.delenv("DS_EXPERIMENTAL", raising=False)
+    assert fidelity(unet, seed=0, count=8).keys() == {"bfloat16"}
+    monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
+    moved = fidelity(unet, seed=0, count=8)
+    assert moved.keys() == {"bfloat16", "fp8"}
+    assert 0 < moved["bfloat16"] < moved["fp8"]
+    z = noise(0, range(8), unet.shape)
+    fp8 = unet.engine(8, dtype=torch.float8_e4m3fn).sample(z)
+    error = (fp8 - unet.sample(z)).square().mean().sqrt().item()
+    assert moved["fp8"] == pytest.approx(error, rel=1e-3)
+    points = MIXTURE.teacher(DDIM(), quadratic(5))
+    assert fidelity(points, seed=0, count=8).keys() == {"bfloat16"}

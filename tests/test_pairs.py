@@ -427,6 +427,31 @@ def test_tf32_is_refused_on_a_cpu_before_anything_is_written(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_fp8_is_refused_before_anything_is_written(tmp_path, unet, monkeypatch):
+    monkeypatch.delenv("DS_EXPERIMENTAL", raising=False)
+    with pytest.raises(ValueError, match="DS_EXPERIMENTAL=fp8"):
+        make(tmp_path / "s", unet, precision="fp8")
+    monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
+    for teacher, engine in ((unet, False), (GAUSSIAN, None)):
+        with pytest.raises(ValueError, match="precision fp8 is for U-Nets in the engine"):
+            make(tmp_path / "s", teacher, precision="fp8", engine=engine)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("first", "then"), [("fp8", "bfloat16"), ("bfloat16", "fp8")])
+def test_fp8_and_bfloat16_never_mix(tmp_path, unet, monkeypatch, first, then):
+    """A store with a shard to make refuses another precision, though both are of the engine."""
+    monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
+    store = make(tmp_path / "s", unet, engine=True, precision=first)
+    assert (store.manifest["precision"], store.manifest["engine"]) == (first, True)
+    store.verify(unet, recompute=COUNT)
+    (tmp_path / "s" / "images-00002.npy").unlink()
+    before = contents(tmp_path / "s")
+    with pytest.raises(ValueError, match=rf"made otherwise \(precision: {first}, not {then}"):
+        make(tmp_path / "s", unet, engine=True, precision=then)
+    assert contents(tmp_path / "s") == before
+
+
 def test_points_are_not_stored_as_images(tmp_path):
     teacher = GaussianMixture().teacher(ds.solvers.DDIM(), ds.grids.quadratic(10))
     with pytest.raises(ValueError, match="need quantizer='float32'"):

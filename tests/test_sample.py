@@ -110,10 +110,48 @@ def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, monkeyp
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "tf32"])
+@pytest.mark.parametrize("precision", ["fp4", "tf32"])
 def test_a_precision_that_is_not_there_is_refused(precision):
-    with pytest.raises(ValueError, match="precision"):
+    with pytest.raises(ValueError, match=f"precision .*{precision}"):
         ds.Sampler(TEACHER, precision=precision)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Open the gate of the experimental precision."""
+    monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
+
+
+@pytest.mark.parametrize("value", [None, "", "1", "fp4"])
+def test_fp8_is_refused_unless_the_environment_names_it(unet, monkeypatch, value):
+    monkeypatch.delenv("DS_EXPERIMENTAL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DS_EXPERIMENTAL", value)
+    with pytest.raises(
+        ValueError, match=r"^precision fp8 is an experiment: .*, set DS_EXPERIMENTAL=fp8$"
+    ):
+        ds.Sampler(unet, precision="fp8")
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_fp8_runs_in_the_engine_and_is_further_than_bfloat16(unet, gate, loop):
+    before = fingerprint(unet.denoiser)
+    expected, near = drawn(unet), drawn(unet, engine=True, precision="bfloat16")
+    made = drawn(unet, precision="fp8", loop=loop)
+    assert made.dtype == torch.float32
+    assert 2 * relative_rms(near, expected) < relative_rms(made, expected) < 0.3
+    assert fingerprint(unet.denoiser) == before
+
+
+@pytest.mark.parametrize("options", [{"engine": False}, {"compile": True}])
+def test_fp8_without_an_engine_is_refused(unet, gate, options):
+    with pytest.raises(ValueError, match=r"^precision fp8 is for U-Nets in the engine"):
+        ds.Sampler(unet, precision="fp8", **options)
+
+
+def test_fp8_of_another_network_is_refused(gate):
+    with pytest.raises(ValueError, match=r"^precision fp8 is for U-Nets in the engine"):
+        ds.Sampler(TEACHER, precision="fp8")
 
 
 def test_for_latency_the_quickest_of_the_ways_is_taken(unet, monkeypatch):
