@@ -35,7 +35,15 @@ from ds.files import Interrupted, deferred_signals
 from ds.images import to_float, to_uint8
 from ds.philox import noise
 from ds.places import AbstractPlace, Put, claim_of, place
-from ds.sample import Precision, Sampler, Teacher, check_precision, device_of, uses_engine
+from ds.sample import (
+    Precision,
+    Sampler,
+    Teacher,
+    check_precision,
+    device_of,
+    uses_engine,
+    usual_precision,
+)
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -55,7 +63,7 @@ def generate_pairs(
     batch_size: int = 256,
     shard_size: int = 16384,
     quantizer: Quantizer = "round",
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     engine: bool | None = None,
     price: float = 0.0,
     progress: bool = False,
@@ -81,7 +89,8 @@ def generate_pairs(
     if missing := plan.missing():
         total = sum(len(plan.indices(i)) for i in missing)
         _check_disk(plan, total)
-        sampler = Sampler(teacher, batch_size=batch_size, precision=precision, engine=engine)
+        way = {"precision": path["precision"], "engine": path["engine"]}
+        sampler = Sampler(teacher, batch_size=batch_size, **way)
         log.info(f"{plan.place}: {estimate(sampler, total, quantizer, price)[0]}")
         with (
             deferred_signals() as stop,
@@ -111,9 +120,9 @@ def _check(
         )
 
 
-def _path(teacher: Teacher, precision: Precision, engine: bool | None) -> dict[str, Any]:
+def _path(teacher: Teacher, precision: Precision | None, engine: bool | None) -> dict[str, Any]:
     """Say in which way numbers are rounded, of which a store has one."""
-    device = device_of(teacher.net)
+    device, precision = device_of(teacher.net), precision or usual_precision(teacher.net)
     engine = uses_engine(teacher.net, precision) if engine is None else engine
     check_precision(precision, device, engine)
     return {"engine": engine, "precision": precision, "device": device.type}

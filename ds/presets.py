@@ -88,7 +88,8 @@ class PairsConfig:
     batch_size: int = 512
     shard_size: int = 16_384
     quantizer: Quantizer = "round"
-    precision: Annotated[Precision, tyro.conf.arg(aliases=["--precision"])] = "float32"
+    # None: bfloat16 on GPUs, float32 on CPUs
+    precision: Annotated[Precision | None, tyro.conf.arg(aliases=["--precision"])] = None
     engine: bool | None = None  # run the teacher through ds.engine; None: in float32 on a CPU
 
 

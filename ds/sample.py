@@ -207,6 +207,12 @@ def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
     return precision == "fp8" or (cpu and _dtype(net) == torch.float32)
 
 
+def usual_precision(net: nn.Module) -> Precision:
+    """Return the precision that nobody asked for: bfloat16 for U-Nets on CUDA, else float32."""
+    wide = isinstance(net, UNet) and _dtype(net) == torch.float32
+    return "bfloat16" if wide and device_of(net).type == "cuda" else "float32"
+
+
 def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters()), torch.float32)
 
@@ -227,7 +233,8 @@ class Sampler:
 
     `device` and `dtype` move the model's network, in place. `precision` is that of its products:
     "float32" as the weights are, "tf32" on CUDA, "bfloat16" in a copy of the network, "fp8" in an
-    engine, which is an experiment and asks for DS_EXPERIMENTAL=fp8 in the environment. Then
+    engine, which is an experiment and asks for DS_EXPERIMENTAL=fp8 in the environment; by default
+    bfloat16 for U-Nets on CUDA, else float32. Then
 
         compile    compiles the network, on a CPU frozen with its weights as they are now
         engine     runs a U-Net through ds.engine, with weights as they are now and packed for this
@@ -266,7 +273,7 @@ class Sampler:
         batch_size: int = 256,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
         compile: bool = False,
         engine: bool | None = None,
         loop: bool | None = None,
@@ -278,6 +285,7 @@ class Sampler:
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
+        precision = precision or usual_precision(model.net)
         self.batch_size, self.precision = 1 if latency else batch_size, precision
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
         if engine is None:

@@ -13,7 +13,7 @@ import ds
 from ds import analytic, grids
 from ds.checkpoint import fingerprint
 from ds.images import save, tile
-from ds.sample import great_circle, uses_loop
+from ds.sample import great_circle, uses_loop, usual_precision
 from ds.solvers import DDIM
 from tests.nets.test_unet import build, relative_rms
 
@@ -108,6 +108,22 @@ def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, monkeyp
     ds.Sampler(model, precision=precision)(indices=[0])
     assert seen == [(precision == "tf32",) * 2]
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "usual"),
+    [
+        ("cuda", torch.float32, "bfloat16"),
+        ("cuda", torch.float64, "float32"),
+        ("cpu", torch.float32, "float32"),
+    ],
+)
+def test_a_unet_multiplies_in_bfloat16_on_a_gpu_unless_it_is_asked_otherwise(
+    device, dtype, usual, monkeypatch
+):
+    monkeypatch.setattr("ds.sample.device_of", lambda _: torch.device(device))
+    assert usual_precision(build().to(dtype)) == usual
+    assert usual_precision(TEACHER.net) == "float32"
 
 
 @pytest.mark.parametrize("precision", ["fp4", "tf32"])

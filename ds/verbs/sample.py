@@ -26,7 +26,7 @@ class Sample:
     between: int = 0  # images on the way from each index to the next, along a great circle
     scale: int = 0  # pixels of a picture for each of the image; 0 makes small images larger
     batch_size: int = 256
-    precision: Precision = "float32"
+    precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     machine: Here = field(default_factory=Machine)
 
     def run(self) -> None:
