@@ -7,6 +7,7 @@ from ds.ops.attention import attention, attention_residual
 from ds.ops.conv import conv, conv_group_norm_silu, phase_weight
 from ds.ops.conv3x3 import conv3x3
 from ds.ops.float8 import float8_weight, to_float8
+from ds.ops.gather_rows import gather_rows
 from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
@@ -25,6 +26,7 @@ __all__ = [
     "conv_group_norm_silu",
     "dequantize",
     "float8_weight",
+    "gather_rows",
     "group_norm",
     "group_norm_silu",
     "merge_group_norm_silu",
