@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds
-from ds import budget
+from ds import budget, ops
 from ds.checkpoint import describe, fingerprint
 from ds.config import difference, to_json
 from ds.files import Interrupted, deferred_signals
@@ -299,24 +299,14 @@ class PairStore:
         names = map(plan.name, range(plan.shards))
         files = where.local(dict(zip(names, self.manifest["sha256"], strict=True)))
         self._shards = [_map(file, len(plan.indices(i))) for i, file in enumerate(files)]
-        self._starts = np.array(plan.starts[:-1])
 
     def __len__(self) -> int:
         return self.manifest["count"]
 
+    @torch.no_grad()  # which lets the op go past PyTorch's dispatcher
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the stored images at `indices`: uint8 [N, H, W, C], or floats [N, *shape]."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise ValueError(f"{self.path}: indices must lie in 0 .. {len(self) - 1}")
-        shard = np.searchsorted(self._starts, wanted, side="right") - 1
-        row = wanted - self._starts[shard]
-        first = self._shards[0]
-        rows = np.empty((len(wanted), *first.shape[1:]), first.dtype)
-        for s in np.unique(shard):
-            here = shard == s
-            rows[here] = self._shards[s][row[here]]
-        return torch.from_numpy(rows)
+        return ops.gather_rows(torch.as_tensor(indices, dtype=torch.int64), self._shards)
 
     def noise(self, indices: Sequence[int] | Tensor, *, device="cpu") -> Tensor:
         """Return the noise the images came from, float32 [N, *shape], made anew from the seed."""
@@ -405,15 +395,23 @@ def _read_manifest(where: AbstractPlace) -> dict[str, Any]:
     return manifest
 
 
-def _map(path: Path, rows: int) -> np.ndarray:
-    """Map a shard into memory after checking its size."""
+def _map(path: Path, rows: int) -> Tensor:
+    """Map a shard into memory after checking its size, and keep no file open for it.
+
+    np.load would keep one, of which a process is often allowed 1,024.
+    """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+        images = content[start:].view(getattr(torch, dtype.name)).view(shape)
+    except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it and make it again") from None
-    if array.shape[0] != rows:
-        raise ValueError(f"{path}: holds {array.shape[0]} pairs, not {rows}; delete it")
-    return array
+    if len(images) != rows:
+        raise ValueError(f"{path}: holds {len(images)} pairs, not {rows}; delete it")
+    return images
 
 
 class _Plan:

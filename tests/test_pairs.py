@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,14 @@ def test_rows_are_read_in_any_order_and_repeated(tmp_path):
 def test_an_index_outside_the_store_is_refused(tmp_path, row):
     with pytest.raises(ValueError, match=f"0 .. {COUNT - 1}"):
         make(tmp_path / "s").images([0, row])
+
+
+def test_an_open_store_keeps_no_file_open(tmp_path):
+    """A process is often allowed 1,024 of them, and a store may have more shards."""
+    before = os.listdir("/dev/fd")
+    store = make(tmp_path / "s")
+    assert len(store._shards) == 3
+    assert os.listdir("/dev/fd") == before
 
 
 def test_the_manifest_says_what_made_the_store(tmp_path):
@@ -270,17 +279,37 @@ def test_a_larger_count_adds_shards_and_leaves_the_old_ones(tmp_path, monkeypatc
 
 
 def test_overhead_is_linear_in_the_number_of_shards(tmp_path, monkeypatch):
-    """Every look at a shard asks for its name first."""
-    real, looks = pairs._Plan.name, {}
+    """Every call is counted, of Python and of C, and every name of a listing as one more."""
+    listdir = os.listdir
+    images = np.zeros((1, 4, 4, 2), np.uint8)
+    monkeypatch.setattr(pairs, "_make", lambda *_: images)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for time; it would count the same
 
-    def counted(plan, shard):
-        looks[plan.shards] = looks.get(plan.shards, 0) + 1
-        return real(plan, shard)
+    def work(shards: int) -> int:
+        count = 0
 
-    monkeypatch.setattr(pairs._Plan, "name", counted)
-    for shards in (10, 300):
-        make(tmp_path / str(shards), count=shards, shard_size=1)
-    assert looks[300] <= 30 * looks[10]
+        def called(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        def listed(path):
+            nonlocal count
+            names = listdir(path)
+            count += len(names)
+            return names
+
+        monkeypatch.setattr(os, "listdir", listed)
+        sys.setprofile(called)
+        try:
+            for _ in ("write", "find finished"):
+                make(tmp_path / str(shards), count=shards, shard_size=1).verify()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    at = {shards: work(shards) for shards in (10, 100, 1000)}
+    first, later = (at[100] - at[10]) / 90, (at[1000] - at[100]) / 900
+    assert later <= 1.02 * first
 
 
 def test_a_store_that_grows_is_read_when_it_is_finished_again(tmp_path, monkeypatch):
