@@ -61,7 +61,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         prepares["webdataset by DALI"] = partial(_webdataset, archives, device)
         prepares["DALI"] = partial(_ours, "dali", batches, device)
     except ValueError as error:
-        missing["DALI"] = str(error)
+        missing |= dict.fromkeys(("webdataset by DALI", "DALI"), str(error))
     kinds = ("resident", "memory_map") if device.type == "cuda" else ("memory_map",)
     prepares |= {kind: partial(_ours, kind, batches, device) for kind in kinds}
     yield Case(
