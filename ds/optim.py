@@ -1,13 +1,15 @@
 """What moves the weights: Adam in its variants, and the average that follows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ds import apex, ops
+from ds.shard import local
 
 Kind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
 
@@ -17,7 +19,7 @@ class Adam(torch.optim.Optimizer):
 
     A step is one call of ds.ops.adam_step. `averages` belong to the first of `params`, which are
     one group, and move by 1 - group["ema_decay"] towards them. A weight that has no gradient is
-    stepped with zeros.
+    stepped with zeros. Of sharded weights a process steps its part, when all have clipped together.
     """
 
     def __init__(
@@ -32,23 +34,29 @@ class Adam(torch.optim.Optimizer):
         group["step"] = torch.zeros((), device=group["params"][0].device)
         for param in group["params"]:
             self.state[param] = {name: torch.zeros_like(param) for name in ("mean", "square")}
+        if max_norm < math.inf and _sharded(group["params"]):
+            self.max_norm = math.inf
+            self.register_step_pre_hook(_clip(group["params"], max_norm))
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Step once; return the norm of the gradient, of no dimensions, before it was clipped."""
+        """Step once; return the norm of the gradient, of no dimensions, before it was clipped.
+
+        Of sharded weights it is that of this process's part, after.
+        """
         (group,) = self.param_groups
         params = group["params"]
         return ops.adam_step(
-            params,
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in params],
-            *([self.state[p][name] for p in params] for name in ("mean", "square")),
+            local(params),
+            local(torch.zeros_like(p) if p.grad is None else p.grad for p in params),
+            *(local(self.state[p][name] for p in params) for name in ("mean", "square")),
             step=group["step"],
             lr=group["step"].new_full((), group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=self.decoupled,
-            averages=self.averages,
+            averages=local(self.averages),
             ema_decay=group["ema_decay"],
             max_norm=self.max_norm,
         )
@@ -61,34 +69,48 @@ def build(
     """Return Adam or AdamW, ours or NVIDIA apex's; a step clips, and moves the averages as well.
 
     Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Raises
-    ValueError where an apex optimiser is asked for and apex is missing or not NVIDIA's.
+    ValueError where an apex optimiser is asked for and weights are sharded, or apex is missing or
+    not NVIDIA's.
     """
     params = list(params)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not kind.startswith("apex"):
         return Adam(params, averages, decoupled=kind == "adamw", max_norm=max_norm, **options)
+    if _sharded(params):
+        raise ValueError(f"optimizer {kind}: takes no sharded weights; train.optimizer adam does")
     if not (status := apex.status()).startswith("NVIDIA's"):
         raise ValueError(f"optimizer {kind}: apex is {status}; train.optimizer adam needs none")
     from apex.optimizers import FusedAdam
 
     optimizer = FusedAdam(params, adam_w_mode=kind == "apex_adamw", **options)
 
-    def clip(*_) -> None:
-        nn.utils.clip_grad_norm_(params, max_norm)
-
     def follow(*_) -> None:
         average(averages, params, optimizer.param_groups[0]["ema_decay"])
 
     if max_norm < math.inf:
-        optimizer.register_step_pre_hook(clip)
+        optimizer.register_step_pre_hook(_clip(params, max_norm))
     optimizer.register_step_post_hook(follow)
     return optimizer
+
+
+def _sharded(params: Sequence[Tensor]) -> bool:
+    return any(isinstance(p, DTensor) for p in params)
+
+
+def _clip(params: Sequence[Tensor], max_norm: float) -> Callable[..., None]:
+    """Return the hook of a step that clips the gradient before it."""
+
+    def clip(*_) -> None:
+        nn.utils.clip_grad_norm_(params, max_norm)
+
+    return clip
 
 
 @torch.no_grad()
 def average(averages: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
     """Move averages by 1 - decay towards the first of params."""
-    wide = [p.to(mean.dtype) for p, mean in zip(params, averages, strict=False)]
+    averages = local(averages)
+    wide = [p.to(mean.dtype) for p, mean in zip(local(params), averages, strict=False)]
     torch._foreach_lerp_(averages, wide, 1 - decay)
 
 

@@ -17,7 +17,7 @@ ROWS = [
     ["ops"],
     ["apex", "budget", "config", "files", "metrics", "philox", "ranks", "schedule"],
     ["grids", "images", "nets", "places"],
-    ["denoiser", "engine"],
+    ["denoiser", "engine", "resume", "shard"],
     ["checkpoint", "solvers"],
     ["sample"],
     ["analytic", "export", "methods", "pairs"],
