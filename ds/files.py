@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     One writer at a time: callers that share a directory hold its `locked`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     try:
         yield temporary
         sync(temporary)
@@ -38,7 +38,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path` that takes its place if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), _old(path)
+    temporary, old = unfinished(path), _old(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -54,6 +54,11 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unfinished(path: Path) -> Path:
+    """Return the name that a file or a directory has until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def recover(path: Path) -> None:

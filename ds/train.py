@@ -5,7 +5,6 @@ import faulthandler
 import logging
 import math
 import os
-import pickle
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ds import loader as loaders
-from ds import optim, posthoc, ranks
+from ds import optim, posthoc, ranks, shard
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import difference, to_json
 from ds.data import AbstractSource, Batch, Batches
@@ -33,16 +32,12 @@ from ds.methods import AbstractMethod
 from ds.nets import recompute_norms
 from ds.philox import noise
 from ds.records import Records
+from ds.resume import Checkpoint
 from ds.speed import flops_per_row, matmul_tflops
 
 RUN = "run.json"
-CHECKPOINT = "checkpoint.pt"
 # What of a note is another in every run.
 MEASURED = ("images_per_second", "tflops", "peak_share", "loader_wait", "memory_gb")
-# What torch.load and load_state_dict raise for a file that is not a whole checkpoint of this run.
-_DAMAGE = (
-    RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError,
-)  # fmt: skip
 _LOW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("ds")
 
@@ -96,6 +91,7 @@ class Runtime:
     compile: Literal["no", "yes", "cuda_graphs"] = "no"
     compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
+    shard: bool = False  # a part of every weight, and of what belongs to it, for each process
     evaluate_every: int = 0  # steps, after which the average's images are compared with real ones
     stall_minutes: float = 0.0  # without a step, after which the process ends; 0 waits for ever
     wandb: str = ""  # a project of Weights & Biases
@@ -106,6 +102,11 @@ class Runtime:
                 raise ValueError(
                     f"runtime.{name} must be at least {least}, not {getattr(self, name)}"
                 )
+        if self.compile == "cuda_graphs" and self.shard:
+            raise ValueError(
+                "runtime.compile must be no or yes with runtime.shard, not cuda_graphs: a graph "
+                "cannot gather weights"
+            )
         if self.compile == "cuda_graphs" and self.accumulate > 1:
             raise ValueError(
                 f"runtime.accumulate must be 1 with compile cuda_graphs, not {self.accumulate}: a "
@@ -116,13 +117,13 @@ class Runtime:
 class Trainer:
     """Train what a method creates, in a directory that can be resumed to the same bits.
 
-    `out` receives run.json (what is run), metrics.jsonl (a line per log and per check),
-    checkpoint.pt and samples/. `init` gives the network to start from and is left as it is. The
+    `out` receives run.json (what is run), metrics.jsonl (a line per log and per check), a
+    checkpoint and samples/. `init` gives the network to start from and is left as it is. The
     processes of torchrun share every batch, and the first of them writes. `evaluate` makes figures
     of a network, every runtime.evaluate_every steps, in all processes. Raises ValueError if the
     method needs another kind of source, if `out` holds another run, if norms are to be recomputed
-    that the student does not have, if a batch cannot be cut into equal parts, or if `device` cannot
-    do what `runtime` asks for.
+    that the student does not have, if a batch cannot be cut into equal parts, or if `device`, or a
+    single process, cannot do what `runtime` asks for.
     """
 
     def __init__(
@@ -149,6 +150,8 @@ class Trainer:
         self.progress = progress and ranks.is_first()
         if self.runtime.reduce == "bfloat16" and self.device.type != "cuda":
             raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {self.device.type}")
+        if self.runtime.shard and ranks.world() == 1:
+            raise ValueError("runtime.shard needs more than one process; start them with torchrun")
         if self.runtime.evaluate_every and evaluate is None:
             raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")
         self.evaluate = evaluate
@@ -176,6 +179,9 @@ class Trainer:
             module.train(any(p.requires_grad for p in module.parameters()))
         if config.recompute_norms:
             recompute_norms(self.modules["student"])
+        self.called = self.modules  # by the loss
+        if self.runtime.shard:
+            self.called = shard.shard(self.modules, self.device, _LOW[self.runtime.reduce])
         self.ema = copy.deepcopy(self.modules["student"]).float().requires_grad_(False).eval()
         self.best = copy.deepcopy(self.ema)
         lengths = posthoc.LENGTHS if config.snapshot_every else ()
@@ -185,6 +191,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
+        self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         c, student = self.config, self.modules["student"]
@@ -206,13 +213,13 @@ class Trainer:
         first = ranks.is_first()
         with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
             self._resume()
-            self.loss = _shared(_Loss(self.method, self.modules), self.runtime)
+            self.loss = _shared(_Loss(self.method, self.called), self.runtime)
             self.records = first and Records(
                 self.out, self.step, self.run, wandb=self.runtime.wandb
             )
-            with closing(self.records) if first else nullcontext():
+            with closing(self.records) if first else nullcontext(), closing(self.checkpoint):
                 self._train(stop)
-        return self.best
+        return shard.whole(self.best)
 
     def _train(self, stop: Callable[[], int]) -> None:
         c, r = self.config, self.runtime
@@ -220,7 +227,8 @@ class Trainer:
             total=self.steps * c.batch_size, initial=self.step * c.batch_size, unit=" images",
             disable=not self.progress, smoothing=0.02,
         )  # fmt: skip
-        self.flops = flops_per_row(self.method, self.modules, self._held_out_batch(range(1)))
+        modules = shard.whole(self.modules)
+        self.flops = flops_per_row(self.method, modules, self._held_out_batch(range(1)))
         self.peak = self._peak()
         self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
         acts = {
@@ -239,7 +247,7 @@ class Trainer:
                         act()
                         self._start_clock()
                 if (number := ranks.largest(stop())) and not last:
-                    self._save()
+                    self._save(shard.whole(self.ema))
                     raise Interrupted(
                         f"{self.out}: interrupted at step {self.step} of {self.steps}, which is "
                         f"saved; run the same command again to go on",
@@ -345,7 +353,7 @@ class Trainer:
 
     def _check(self) -> None:
         """Score the average on the held-out rows, keep it if it is the best, draw, save."""
-        modules = nn.ModuleDict({**self.modules, "student": self.ema})
+        modules = shard.whole(nn.ModuleDict({**self.modules, "student": self.ema}))
         size, rows, total = self.config.batch_size, len(self.held_out), 0.0
         with torch.no_grad(), self._autocast():
             for number in ranks.share(-(-rows // size)):
@@ -358,23 +366,24 @@ class Trainer:
             self.best.load_state_dict(self.ema.state_dict())
         self._note(held_out_loss=loss, best=self.best_loss)
         if ranks.is_first():
-            self._draw()
-        self._save()
+            self._draw(modules["student"])
+        self._save(modules["student"])
 
     def _snapshot(self) -> None:
+        tracked = shard.whole(self.tracked)
         if ranks.is_first():
-            posthoc.write_snapshot(self.out, self.step, self.tracked)
+            posthoc.write_snapshot(self.out, self.step, tracked)
 
     def _evaluate(self) -> None:
-        self._note(**self.evaluate(self.ema))
+        self._note(**self.evaluate(shard.whole(self.ema)))
 
     @torch.no_grad()
-    def _draw(self) -> None:
+    def _draw(self, average: nn.Module) -> None:
         """Write a grid of samples of the average, always from the same noise."""
         if len(self.shape) != 3:
             return
         z = noise(self.config.seed, range(64), self.shape, device=self.device)
-        sheet = tile(to_uint8(self.method.sample(self.ema, z)), columns=8)
+        sheet = tile(to_uint8(self.method.sample(average, z)), columns=8)
         (self.out / "samples").mkdir(exist_ok=True)
         with replacing(self.out / "samples" / f"step-{self.step:07d}.png") as path:
             save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))
@@ -383,48 +392,45 @@ class Trainer:
         if ranks.is_first():
             self.records.note(self.step, **figures)
 
-    def _save(self) -> None:
+    def _save(self, average: nn.Module) -> None:
         self._pool()
-        if not ranks.is_first():
-            return
-        check_finite(self.ema.state_dict(), f"{self.out}: step {self.step}")
-        with replacing(self.out / CHECKPOINT) as path:
-            torch.save(
-                {
-                    "step": self.step,
-                    "modules": self.modules.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "ema": self.ema.state_dict(),
-                    "tracked": self.tracked.state_dict(),
-                    "best": self.best.state_dict(),
-                    "best_loss": self.best_loss,
-                    "running": self.running,
-                },
-                path,
-            )
+        check_finite(average.state_dict(), f"{self.out}: step {self.step}")
+        self.checkpoint.save(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run goes on from; its tensors are those of the run."""
+        return {
+            "step": self.step,
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict(),
+            "tracked": self.tracked.state_dict(),
+            "best": self.best.state_dict(),
+            "best_loss": self.best_loss,
+            "running": self.running,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.step, self.best_loss = saved["step"], saved["best_loss"]
+        self.modules.load_state_dict(saved["modules"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.ema.load_state_dict(saved["ema"])
+        self.tracked.load_state_dict(saved["tracked"])
+        self.best.load_state_dict(saved["best"])
+        self.running.copy_(saved["running"])
 
     def _resume(self) -> None:
         """Continue the run in `out`, or start it."""
         ranks.from_first(self._claim)
-        path = self.out / CHECKPOINT
-        if path.exists():
-            try:
-                saved = torch.load(path, map_location=self.device, weights_only=True)
-                self.step, self.best_loss = saved["step"], saved["best_loss"]
-                self.modules.load_state_dict(saved["modules"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.scaler.load_state_dict(saved["scaler"])
-                self.ema.load_state_dict(saved["ema"])
-                self.tracked.load_state_dict(saved["tracked"])
-                self.best.load_state_dict(saved["best"])
-                self.running.copy_(saved["running"])
-            except _DAMAGE as error:
-                raise ValueError(f"{path}: damaged ({error}); delete it to start over") from None
+        self.checkpoint.load(self)
+        if self.step:
             log.info("%s: going on from step %d of %d", self.out, self.step, self.steps)
         if self.step != (step := ranks.from_first(lambda: self.step)):
             raise RuntimeError(
-                f"{path}: holds step {self.step} here and step {step} where the first process "
+                f"{self.out}: holds step {self.step} here and step {step} where the first process "
                 f"runs; all processes need the same file system"
             )
 
@@ -451,7 +457,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class _Loss(nn.Module):
-    """The loss of a method as a module, which is what DistributedDataParallel wraps."""
+    """The loss of a method as a module, which can be compiled and wrapped."""
 
     def __init__(self, method: AbstractMethod, modules: nn.ModuleDict):
         super().__init__()
@@ -462,13 +468,17 @@ class _Loss(nn.Module):
 
 
 def _shared(loss: _Loss, runtime: Runtime) -> nn.Module:
-    """Compile a loss with its networks as one graph, and let processes average its gradients."""
+    """Compile a loss with its networks as one graph, and let processes average its gradients.
+
+    Sharded networks average them by themselves, and are compiled a block at a time.
+    """
     if runtime.compile != "no":
         if runtime.compile_cache:  # which the compiler looks up in the environment alone
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(runtime.compile_cache).resolve())
         mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
-        loss.compile(fullgraph=True, mode=mode)
-    if ranks.world() == 1:
+        for part in shard.blocks(loss) if runtime.shard else [loss]:
+            part.compile(fullgraph=True, mode=mode)
+    if ranks.world() == 1 or runtime.shard:
         return loss
     shared = DistributedDataParallel(
         loss,
@@ -480,10 +490,13 @@ def _shared(loss: _Loss, runtime: Runtime) -> nn.Module:
     return shared
 
 
-def _apart(loss: nn.Module, wanted: bool) -> Any:
-    """Return a context in which gradients stay in this process, if that is wanted."""
+@contextmanager
+def _apart(loss: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep gradients in this process for a while, if that is wanted."""
+    shard.reduce_gradients(loss, not wanted)
     shared = isinstance(loss, DistributedDataParallel)
-    return loss.no_sync() if shared and wanted else nullcontext()
+    with loss.no_sync() if shared and wanted else nullcontext():
+        yield
 
 
 @contextmanager

@@ -1,0 +1,269 @@
+"""Sharded training: what DistributedDataParallel learns, from a part of the weights a process.
+
+The processes are started once for each stage; each job is a run of its own in a folder that names
+it, sharded and not.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ds
+from ds import ranks, resume
+from ds.data import Pairs
+from ds.files import Interrupted
+from ds.methods import DenoisingStudent
+from ds.shard import blocks, local, whole
+from ds.train import Runtime, Trainer
+from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, unet
+from tests.test_train_ranks import Telling, curve
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
+
+
+@dataclass(frozen=True)
+class Followed(DenoisingStudent):
+    """A student that a slow copy follows and pulls back, which is sharded as well."""
+
+    def init(self, teacher):
+        modules = super().init(teacher)
+        modules["target"] = steady().net.requires_grad_(False)
+        return modules
+
+    def loss(self, modules, batch, step):
+        away = modules["student"](batch["noise"], t := torch.full((len(batch["x0"]),), self.t))
+        away = (away - modules["target"](batch["noise"], t)).square().mean()
+        return super().loss(modules, batch, step) + away
+
+    @torch.no_grad()
+    def after_step(self, modules, step):
+        for slow, w in zip(*(modules[n].parameters() for n in ("target", "student")), strict=True):
+            slow.lerp_(w, 0.25)
+
+
+JOBS = {
+    "whole": (DenoisingStudent(), QUIET, Runtime()),
+    "clipped": (DenoisingStudent(), replace(QUIET, max_norm=0.05), Runtime(accumulate=2)),
+    "kept": (
+        DenoisingStudent(),
+        replace(QUIET, optimizer="adamw", weight_decay=0.1, snapshot_every=6, recompute_norms=True),
+        Runtime(evaluate_every=6),
+    ),
+    "followed": (Followed(), QUIET, Runtime()),
+    "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), Runtime()),
+    "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), Runtime()),
+}
+
+
+def make(home: Path, out: Path, name: str, *, sharded: bool, **options) -> Trainer:
+    """A run of 12 steps, whose 3 held-out batches are not as many for every process."""
+    method, config, runtime = JOBS[name]
+    store = ds.PairStore(home / "store")
+    return Trainer(
+        method, steady(), Pairs(store, range(HELD_OUT, HELD_OUT + 256)), Pairs(store, range(96)),
+        out, config, runtime=replace(runtime, shard=sharded, **options),
+        evaluate=lambda net: {"first": next(net.parameters()).sum().item()},
+    )  # fmt: skip
+
+
+def folder(home: Path, name: str, sharded: bool) -> Path:
+    return home / f"{name}-{'sharded' if sharded else 'replicated'}"
+
+
+def finish(run: Trainer) -> None:
+    """Train to the end; leave what was learnt, whole, and how much of it this process has."""
+    best = run.fit()
+    assert {type(w) for w in best.parameters()} == {nn.Parameter}
+    nets = {"now": run.modules["student"], "ema": run.ema}
+    learnt = {name: whole(net).state_dict() for name, net in nets.items()}
+    moments = [w for state in run.optimizer.state.values() for w in state.values()]
+    tensors = [*run.modules.parameters(), *run.ema.parameters(), *run.best.parameters(), *moments]
+    share = sum(w.numel() for w in local(tensors)) / sum(w.numel() for w in tensors)
+    learnt |= {"best": best.state_dict(), "share": share}
+    torch.save(learnt, run.out / f"learnt-{ranks.number()}.pt")
+
+
+def stop(run: Trainer) -> None:
+    """Tell one process to stop while step 7 is taken."""
+    run.method = Telling(run)
+    with pytest.raises(Interrupted, match="interrupted at step 7 of 12, which is saved"):
+        run.fit()
+
+
+def die_at_the_second_checkpoint(run: Trainer) -> None:
+    """Kill the first process when all have written their shards, before they get their name."""
+    ends, end = [], resume._Writer.finish
+
+    def kill(self, **written):
+        ends.append(written)
+        if len(ends) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        end(self, **written)
+
+    resume._Writer.finish = kill
+    run.fit()
+
+
+def work(home: Path, stage: str) -> None:
+    if stage == "train":
+        for name in JOBS:
+            for sharded in (False, True):
+                finish(make(home, folder(home, name, sharded), name, sharded=sharded))
+        for sharded in (False, True):
+            stop(make(home, folder(home, "cut", sharded), "whole", sharded=sharded))
+        with pytest.raises(ValueError, match="optimizer apex_adam: takes no sharded weights"):
+            JOBS["apex"] = DenoisingStudent(), replace(QUIET, optimizer="apex_adam"), Runtime()
+            make(home, home / "apex", "apex", sharded=True)
+    elif stage == "compile":
+        finish(make(home, home / "compiled", "whole", sharded=True, compile="yes"))
+    elif stage == "die":
+        die_at_the_second_checkpoint(make(home, home / "killed", "whole", sharded=True))
+    elif stage == "go on":
+        finish(make(home, home / "killed", "whole", sharded=True))
+        finish(make(home, home / "replicated-then-sharded", "whole", sharded=True))
+        finish(make(home, home / "sharded-then-replicated", "whole", sharded=False))
+    else:
+        finish(make(home, home / "sharded-then-four", "whole", sharded=True))
+
+
+def launch(home: Path, stage: str, processes: int = 2) -> str:
+    """Let processes do a stage; return what they say of a failure, nothing if there is none."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    command = [sys.executable, *launcher, "-m", "tests.test_shard", str(home), stage]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stderr if done.returncode else ""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """The folder where two processes have done every job."""
+    home = tmp_path_factory.mktemp("sharded")
+    ds.generate_pairs(TEACHER, home / "store", 512 + HELD_OUT, batch_size=1024)
+    assert not (failure := launch(home, "train")), failure
+    return home
+
+
+@pytest.fixture(scope="module")
+def resumed(home) -> Path:
+    """The same folder, where a run was killed, and has gone on as have others that were cut."""
+    assert launch(home, "die")
+    assert (home / "killed" / ".checkpoint.tmp").exists(), "it was killed while writing"
+    shutil.copytree(home / "killed", home / "dead")
+    shutil.copytree(folder(home, "cut", False), home / "replicated-then-sharded")
+    shutil.copytree(folder(home, "cut", True), home / "sharded-then-replicated")
+    assert not (failure := launch(home, "go on")), failure
+    return home
+
+
+def learnt(out: Path, number: int = 0) -> dict:
+    return torch.load(out / f"learnt-{number}.pt", weights_only=True)
+
+
+def away(ours: dict, theirs: dict) -> float:
+    """How far weights are from others, as a share of how far those went."""
+
+    def flat(weights: dict) -> torch.Tensor:
+        return torch.cat([w.flatten() for w in weights.values()])
+
+    assert ours.keys() == theirs.keys()
+    start, ours, theirs = map(flat, (unet().net.state_dict(), ours, theirs))
+    return ((ours - theirs).norm() / (theirs - start).norm()).item()
+
+
+def assert_close(ours: Path, theirs: Path, *, low: bool = False) -> None:
+    """Two runs are alike but for roundings; those of low precision are enlarged by Adam."""
+    assert curve(ours) == pytest.approx(curve(theirs), rel=5e-4 if low else 1e-6)
+    for kind in ("now", "ema", "best"):
+        assert away(learnt(ours)[kind], learnt(theirs)[kind]) < (0.1 if low else 1e-3), kind
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_shards_learn_what_whole_weights_do(home, name):
+    low = name in ("bfloat16", "float16")
+    assert_close(folder(home, name, True), folder(home, name, False), low=low)
+
+
+def test_compiled_blocks_learn_what_others_do(home):
+    assert not (failure := launch(home, "compile")), failure
+    assert_close(home / "compiled", folder(home, "whole", False))
+
+
+def test_every_process_has_its_part_and_gets_the_whole(home):
+    first, second = (learnt(folder(home, "whole", True), number) for number in (0, 1))
+    assert first["share"] + second["share"] == pytest.approx(1)
+    assert second["share"] > 0.45
+    for kind in ("now", "ema", "best"):
+        assert all(torch.equal(w, second[kind][name]) for name, w in first[kind].items())
+
+
+def test_snapshots_and_evaluations_are_of_whole_averages(home):
+    outs = [folder(home, "kept", sharded) for sharded in (False, True)]
+    ours, theirs = (ds.post_hoc_ema(out, 0.15) for out in reversed(outs))
+    assert away(ours, theirs) < 2e-3
+    found = [[m["first"] for m in lines(out) if "first" in m] for out in outs]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert len(found[1]) == 2
+
+
+def test_a_kill_while_shards_are_written_leaves_the_last_checkpoint(resumed):
+    """Which is that of step 4; the run goes on from it to the bits of an undisturbed one."""
+    assert '"step": 4,' in (resumed / "dead" / "checkpoint" / resume.NUMBERS).read_text()
+    assert not (resumed / "killed" / ".checkpoint.tmp").exists()
+    assert '"step": 12,' in (resumed / "killed" / "checkpoint" / resume.NUMBERS).read_text()
+    killed, undisturbed = learnt(resumed / "killed"), learnt(folder(resumed, "whole", True))
+    for kind in ("now", "ema", "best"):
+        assert all(torch.equal(w, undisturbed[kind][name]) for name, w in killed[kind].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("replicated-then-sharded", "checkpoint"), ("sharded-then-replicated", "checkpoint.pt")],
+)
+def test_a_run_goes_on_with_shards_or_without(resumed, name, left):
+    assert_close(resumed / name, folder(resumed, "whole", False))
+    assert [path.name for path in (resumed / name).glob("checkpoint*")] == [left]
+
+
+def test_a_sharded_run_goes_on_in_four_processes(home):
+    out = home / "sharded-then-four"
+    shutil.copytree(folder(home, "cut", True), out)
+    assert not (failure := launch(home, "four", 4)), failure
+    assert_close(out, folder(home, "whole", False))
+
+
+def test_a_sharded_run_goes_on_in_one_process(home, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(folder(home, "cut", True), out)
+    run = make(home, out, "whole", sharded=False)
+    run.fit()
+    assert curve(out) == pytest.approx(curve(folder(home, "whole", False)), rel=1e-6)
+
+
+def test_the_blocks_of_a_network_are_its_residual_blocks():
+    assert len(blocks(unet().net)) == 2 + 2 + 4
+
+
+def test_one_process_has_nothing_to_share_out(home, tmp_path):
+    with pytest.raises(ValueError, match=r"runtime\.shard needs more than one process"):
+        make(home, tmp_path, "whole", sharded=True)
+
+
+def test_cuda_graphs_are_refused_with_shards():
+    with pytest.raises(ValueError, match=r"must be no or yes with runtime\.shard, not cuda_graphs"):
+        Runtime(shard=True, compile="cuda_graphs")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with ranks.joined():
+        work(Path(sys.argv[1]), sys.argv[2])
