@@ -2,13 +2,15 @@
 
     python -m tests.kill --kills 20
     python -m tests.kill --kills 20 --compiled
+    python -m tests.kill --kills 20 --shard
     python -m tests.kill --kills 20 --workers 8
 
 Each command is run once without interruption. Then it is run again elsewhere, killed with SIGKILL
 at a random moment, restarted, killed, and so on until it gets to its end, and what it leaves is
 compared with the uninterrupted run to the bit; then it starts afresh, until there were that many
-kills. With workers, so many processes share one store of pairs; one of them, drawn at random, is
-killed and replaced every few seconds. Exits with 1 if anything differs.
+kills. With --shard, distill is two processes, which are killed together. With workers, so many
+processes share one store of pairs; one of them, drawn at random, is killed and replaced every few
+seconds. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,14 +37,36 @@ PAIRS = split(
 DISTILL = split("--held-out 64 --train.epochs 4 --train.check-every 9 --train.log-every 5")
 
 
-def start(*args: str | Path) -> subprocess.Popen:
+def start(*args: str | Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "ds", *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
-def seconds(*args: str | Path) -> float:
+class Two:
+    """A command in two processes that share it, to be handled as one is."""
+
+    def __init__(self, *args: str | Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        self.both = [start(*args, **meeting, RANK=number) for number in ("0", "1")]
+
+    def communicate(self, timeout: float | None = None) -> tuple[None, str]:
+        return None, "".join(process.communicate(timeout=timeout)[1] for process in self.both)
+
+    def kill(self) -> None:
+        for process in self.both:
+            process.kill()
+
+    @property
+    def returncode(self) -> int:
+        return max(abs(process.returncode) for process in self.both)
+
+
+def seconds(*args: str | Path, start: Callable[..., Any] = start) -> float:
     """Run a command to its end; return how long it took."""
     begin = time.perf_counter()
     process = start(*args)
@@ -57,12 +82,19 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def _timeless(file: Path) -> bytes:
+    if file.name == "checkpoint":
+        return repr([_timeless(part) for part in sorted(file.iterdir())]).encode()
     if file.is_dir():
         return b""
-    if file.name == "checkpoint.pt":  # equal content may be pickled in more than one way
+    # Equal content may be written in more than one way.
+    if file.name == "checkpoint.pt":
         import torch
 
         return repr(_plain(torch.load(file, weights_only=True))).encode()
+    if file.parent.name == "checkpoint" and file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return repr(_plain(dict(sorted(load_file(file).items())))).encode()
     if file.suffix != ".jsonl":
         return file.read_bytes()
     from ds.train import MEASURED
@@ -92,12 +124,12 @@ def run_state(folder: Path) -> str:
 
 def attack(
     name: str, command: Callable[[Path], list], folders: list[str], state: Callable[[Path], str],
-    home: Path, kills: int, draw: random.Random,
+    home: Path, kills: int, draw: random.Random, start: Callable[..., Any] = start,
 ) -> bool:  # fmt: skip
     """Kill one command so many times; say whether every end equals the uninterrupted one."""
     whole, cut = home / f"{name}-whole", home / f"{name}-cut"
-    shortest = seconds(*command(whole), "--dry-run")
-    longest = seconds(*command(whole))
+    shortest = seconds(*command(whole), "--dry-run", start=start)
+    longest = seconds(*command(whole), start=start)
     expected = {folder: files(whole / folder) for folder in folders}
     print(f"{name}: {longest:.1f} s, of which {shortest:.1f} s to start", flush=True)
     done, ends, equal = 0, 0, True
@@ -173,7 +205,7 @@ def kill_workers(workers: int, kills: int, seed: int = 0) -> bool:
     return equal
 
 
-def kill(kills: int, seed: int = 0, *, compiled: bool = False) -> bool:
+def kill(kills: int, seed: int = 0, *, compiled: bool = False, shard: bool = False) -> bool:
     """Attack both commands; say whether nothing was lost."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,10 +221,13 @@ def kill(kills: int, seed: int = 0, *, compiled: bool = False) -> bool:
         there = ["--teacher", teacher, "--store", store]
         if compiled:
             there += ["--runtime.compile", "yes", "--runtime.compile-cache", home / "compiled"]
+        if shard:
+            there += ["--runtime.shard"]
         equal &= attack(
             "distill",
             lambda out: ["distill", "digits", *there, "--out", out / "student", *DISTILL],
             ["student", "student-run", "student-run/samples"], run_state, home, kills, draw,
+            Two if shard else start,
         )  # fmt: skip
     return equal
 
@@ -203,9 +238,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--workers", type=int, help="share one store among so many processes")
     parser.add_argument("--compiled", action="store_true", help="let distill compile its loss")
+    parser.add_argument("--shard", action="store_true", help="let two processes shard distill")
     options = parser.parse_args()
     if options.workers:
         equal = kill_workers(options.workers, options.kills, options.seed)
     else:
-        equal = kill(options.kills, options.seed, compiled=options.compiled)
+        equal = kill(options.kills, options.seed, compiled=options.compiled, shard=options.shard)
     sys.exit(0 if equal else 1)
