@@ -8,8 +8,6 @@ images to results/seeds.json. What is there already is kept, so that it can be c
 """
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,15 +51,7 @@ def compare(runs: Path, seeds: int) -> None:
             _dstudent("evaluate", out, "--out", out / "figures.json")
             found[name].append(read_json(out / "figures.json")["frechet_distance"])
             print(name, seed, found[name][-1], flush=True)
-    about = {"commit": git("rev-parse", "HEAD"), "frechet_distance": found}
-    write_json(PATH, about)
-    for name, distances in found.items():
-        print(name, json.dumps(summary(distances)))
-
-
-def summary(distances: list[float]) -> dict[str, float]:
-    """Return mean and standard deviation."""
-    return {"mean": statistics.mean(distances), "std": statistics.stdev(distances)}
+    write_json(PATH, {"commit": git("rev-parse", "HEAD"), "frechet_distance": found})
 
 
 def _dstudent(*arguments: object, start: list[str] | None = None) -> None:

@@ -1,15 +1,16 @@
-"""Write the tables of README.md, docs/performance.md and ds/sample.py from results/.
+"""Write the tables of README.md, docs/ and ds/sample.py from results/.
 
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, "peers" (the README's), "projection", or "plots". In the docstring of
-Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is not what the
-JSON says.
+of the case of that name, "peers" (the README's), "projection", "seeds", or "plots". In the
+docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is not
+what the JSON says.
 """
 
 import json
 import re
+import statistics
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from benchmarks.harness import RESULTS, ROOT, floor
 from ds import presets
 from ds.engine import Place, Plan
 
-PAGES = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "ds" / "sample.py"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "training.md",
+    ROOT / "ds" / "sample.py",
+)
 PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(
     r"((?:<!--|\.\.) table: (\w+)(?: -->)?\n).*?((?:<!-- end -->)|(?:    \.\. end))", re.DOTALL
@@ -56,7 +62,10 @@ def filled(page: str) -> str:
 
 
 def _made(name: str) -> str:
-    special = {"peers": peers, "projection": projection, "plots": plots, "sampler": sampler}
+    special = {
+        "peers": peers, "projection": projection, "plots": plots, "sampler": sampler,
+        "seeds": seeds,
+    }  # fmt: skip
     if name in special:
         return special[name]()
     tables = [table(saved) for saved in found(name)]
@@ -153,6 +162,16 @@ def sampler() -> str:
 def _rate(label: str, row: dict[str, Any], share: float) -> str:
     rate = 1e6 * row["images"] / _ours(row) * share
     return f"    {label:20}  {row['images']:3} at a time  {rate:8.3g} images/s"
+
+
+def seeds() -> str:
+    """Return the Frechet distances of students of several seeds, plain and fast."""
+    found = json.loads((RESULTS / "seeds.json").read_text())["frechet_distance"]
+    lines = _head("", [*(f"seed {i}" for i in range(len(found["plain"]))), "mean", "deviation"])
+    for name, distances in found.items():
+        figures = [*distances, statistics.mean(distances), statistics.stdev(distances)]
+        lines.append(f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    return "\n".join(lines) + "\n"
 
 
 def projection() -> str:
