@@ -27,6 +27,7 @@ METHOD, EMA = DenoisingStudent(), 0.995
 PARTS = "forward", "backward", "optimizer"
 FASTGEN = "not installed; its KD step (github.com/NVlabs/FastGen) is on no package index"
 SLOW = "compiling it takes minutes on a CPU"
+WRONG = "its first gradient is off by 12 % on a CPU with torch 2.13, which the gate refuses"
 
 
 def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
@@ -36,6 +37,8 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         net = random_net(presets.PRESETS[name]().net, device)
         z, x0 = (torch.randn(images, *net.shape, device=device) for _ in range(2))
         modules, missing = contenders(net, compiles=cuda or not quick)
+        if not cuda and name == "cifar10" and modules.pop("modules, compiled", None):
+            missing["modules, compiled"] = WRONG
         phases: dict[str, dict[str, list[float]]] = {}
         yield Case(
             f"training step, {name} {about(net, images)}",
