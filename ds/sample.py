@@ -256,9 +256,9 @@ class Sampler:
         one call               16 at a time      13.7 images/s
         one call                4 at a time      14.5 images/s
         one call                1 at a time      10.5 images/s
-        96 calls, float32       8 at a time     0.157 images/s
-        96 calls, bfloat16      8 at a time      0.18 images/s
-        96 calls, float32       1 at a time    0.0963 images/s
+        96 calls, float32       8 at a time     0.165 images/s
+        96 calls, bfloat16      8 at a time     0.189 images/s
+        96 calls, float32       1 at a time     0.102 images/s
 
     .. end
 
