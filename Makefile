@@ -16,7 +16,7 @@ demo: $(VENV)/.installed ## teacher, pairs, student, report on scanned digits, i
 	$(BIN)/dstudent demo
 
 test: $(VENV)/.test ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: fmt lint test ## what a change must pass
 

@@ -14,10 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _tools = [shutil.which("cmake"), shutil.which("ninja"), importlib.util.find_spec("setuptools")]
-pytestmark = pytest.mark.skipif(
+needs_tools = pytest.mark.skipif(
     None in _tools or not (ROOT / "setup.py").is_file(),
     reason="needs a checkout and the build requirements (pip install setuptools cmake ninja)",
 )
+pytestmark = [needs_tools, pytest.mark.slow]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 

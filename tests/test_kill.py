@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.kill import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_kills_at_random_moments_change_nothing():

@@ -16,6 +16,8 @@ import torch
 import ds
 from ds.analytic import Score, table
 
+pytestmark = pytest.mark.slow
+
 
 def load_example():
     path = Path(__file__).parents[1] / "examples" / "mixture.py"
