@@ -1,12 +1,14 @@
 """A 3x3 convolution that learns: on a CPU in float32 by Winograd's F(4x4, 3x3), with gradients."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported
-from ds.ops.winograd import PANEL, launch_conv, pays
+from ds.ops.winograd import PANEL, pays, winograd_conv
 
 _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
 
@@ -92,24 +94,25 @@ _op.register_autograd(backward, setup_context)
 
 @_op.backend("cpu", "cpu")
 def _():
-    pack, convolve = _native.cpu_library().ds_winograd_weight, launch_conv()
+    pack = _native.cpu_library().ds_winograd_weight
 
     def launch(x, weight, bias):
-        return convolve(x, _packed(pack, weight), bias, None, False)
+        _check_takes(x, weight)
+        return winograd_conv(x, _packed(pack, weight), bias)
 
     return launch
 
 
 @_backward.backend("cpu", "cpu")
 def _():
-    lib, convolve = _native.cpu_library(), launch_conv()
+    lib = _native.cpu_library()
 
     def launch(dy, x, weight, wanted):
+        _check_takes(x, weight)
         dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
         dx, dweight = fake_backward(dy, x, weight, wanted)
         if wanted[0]:
-            panels = _packed(lib.ds_winograd_weight, weight, transposed=True)
-            dx = convolve(dy, panels, None, None, False)
+            dx = winograd_conv(dy, _packed(lib.ds_winograd_weight, weight, transposed=True))
         if wanted[1]:
             images, channels, h, w = x.shape
             error = lib.ds_winograd_weight_gradient(
@@ -122,11 +125,17 @@ def _():
     return launch
 
 
-def _packed(pack, weight: Tensor, *, transposed: bool = False) -> Tensor:
+def _check_takes(x: Tensor, weight: Tensor) -> None:
+    if {x.dtype, weight.dtype} != {torch.float32} or any(n % PANEL for n in weight.shape[:2]):
+        raise Unsupported(
+            f"it takes float32 and multiples of {PANEL} channels, not {x.dtype}, {weight.dtype} "
+            f"and {list(weight.shape[:2])}"
+        )
+
+
+def _packed(pack: Callable, weight: Tensor, *, transposed: bool = False) -> Tensor:
     """Return the panels of winograd_weight for the convolution, or for the gradient of its x."""
     out, channels = weight.shape[:2]
-    if weight.dtype != torch.float32 or out % PANEL or channels % PANEL:
-        raise Unsupported(f"it takes float32 and multiples of {PANEL} channels")
     rows, columns = (out, channels) if transposed else (channels, out)
     panels = weight.new_empty(36, columns // PANEL, rows, PANEL)
     weight = weight.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from ds.ops._op import Op, Unsupported
 # as exact as the direct sum (0.99e-6 and 0.83e-6 of the result, root mean square, 256 channels).
 # They and their products up to a^2 b^2 are exact in float32.
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
-TILE = 4  # pixels of a result, in both directions
+_TILE = 4  # pixels of a result, in both directions
 PANEL = 16  # output channels that a product takes at a time
 _BLOCK = 48  # tiles that go through the products together, to stay in a cache
 
@@ -84,7 +84,7 @@ def winograd_conv(
 
 def tiles(height: int, width: int) -> int:
     """Return how many tiles of 4 x 4 pixels cover an image."""
-    return -(-height // TILE) * -(-width // TILE)
+    return -(-height // _TILE) * -(-width // _TILE)
 
 
 def pays(weight: Tensor, images: int, height: int, width: int) -> bool:
@@ -140,7 +140,7 @@ def reference(
     if doubled:
         d = d.repeat_interleave(2, 2).repeat_interleave(2, 3)
     h, w = d.shape[2:]
-    d = F.pad(d, (1, 1 + -w % TILE, 1, 1 + -h % TILE)).unfold(2, 6, TILE).unfold(3, 6, TILE)
+    d = F.pad(d, (1, 1 + -w % _TILE, 1, 1 + -h % _TILE)).unfold(2, 6, _TILE).unfold(3, 6, _TILE)
     v = torch.einsum("ik,nchwkl,jl->ijnhwc", b, d, b)
     m = torch.einsum("anhwc,aocp->anhwop", v.flatten(0, 1), weight.to(wide))
     m = m.flatten(-2).unflatten(0, (6, 6))
@@ -166,8 +166,8 @@ _op = Op(
 )
 
 
-def launch_conv():
-    """Return the kernel of winograd_conv, or raise ImportError."""
+@_op.backend("cpu", "cpu")
+def _():
     kernel = _native.cpu_library().ds_winograd_conv
 
     def launch(x, weight, bias, residual, doubled):
@@ -196,6 +196,3 @@ def launch_conv():
         return y
 
     return launch
-
-
-_op.backend("cpu", "cpu")(launch_conv)

@@ -123,6 +123,13 @@ def test_the_gradient_of_no_images_is_zero():
     assert dx.shape == x.shape and torch.equal(dweight, torch.zeros_like(weight))
 
 
+def test_the_gradient_of_the_weight_alone_is_right_in_types_that_the_kernel_does_not_take():
+    x, weight, _, dy = case(dtype=torch.float64)
+    _, dweight = torch.ops.ds.conv3x3_backward(dy, x, weight, [False, True])
+    _, _, exact, _ = results(direct, x, weight, torch.zeros(len(weight)).double(), dy)
+    torch.testing.assert_close(dweight, exact)
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_only_the_gradients_that_are_wanted_are_made(frozen):
     leaves = [tensor.requires_grad_(i != frozen) for i, tensor in enumerate(case()[:3])]
