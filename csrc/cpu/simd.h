@@ -115,8 +115,8 @@ INLINE void store(V values, float* to) {
   std::memcpy(to, &values, sizeof values);
 }
 
-// Most data is read and written in pairs of vectors, because bfloat16 comes out of memory cheapest by
-// its even elements and its odd ones.
+// Most data is read and written in pairs of vectors, because bfloat16 comes out of memory cheapest
+// by its even elements and its odd ones.
 template <class V>
 struct Pair {
   V values[2];

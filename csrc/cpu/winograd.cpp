@@ -47,7 +47,8 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
 
 // The row of each point to a tile of y.
 template <class V, class T>
-INLINE void transform_output(const Call<T>& call, const Tile& tile, const float* from, int64_t plane) {
+INLINE void transform_output(const Call<T>& call, const Tile& tile, const float* from,
+                             int64_t plane) {
   for (int64_t c = 0; c < call.out; c += kLanes<V>) {
     V down[24];  // [6, 4]
     for (int64_t j = 0; j < 6; ++j) {
@@ -70,7 +71,9 @@ INLINE void transform_output(const Call<T>& call, const Tile& tile, const float*
   }
 }
 
-// kRows<V> rows of a product with `depth` rows of a panel, added to what is there if `more`.
+// kRows<V> rows of a product with `depth` rows of a panel, added to what is there if `more`. Loops
+// over rows are unrolled by name: GCC unrolls up to 16 turns, and the sums of the others would be
+// in memory.
 template <class V>
 INLINE void multiply(const float* rows, int64_t channels, const float* panel, int64_t depth,
                      bool more, float* to, int64_t out) {

@@ -1,9 +1,9 @@
 // The weight of a 3x3 convolution by Winograd's F(4x4, 3x3): to the panels that the convolution
 // takes, and its gradient.
 //
-// The gradient is the same algorithm read backwards: the sum over all tiles of (B^T d B) x (A e A^T)
-// for tiles d of x and e of the gradient of y, 36 products, and G^T (...) G of it at the end. Tiles
-// go through it in parts that a cache holds, in panels of 16 channels. The sums of the parts are
+// The gradient is the same algorithm read backwards: the sum over all tiles of (B^T d B) x
+// (A e A^T) for tiles d of x and e of the gradient of y, 36 products, and G^T (...) G of it at the
+// end. Tiles go through it in parts that a cache holds, in panels of 16 channels. The sums of the parts are
 // added up in order, which rounds less than one long sum, and no number of threads moves a bit.
 #include <algorithm>
 #include <vector>
