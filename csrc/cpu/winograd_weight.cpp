@@ -3,8 +3,9 @@
 //
 // The gradient is the same algorithm read backwards: the sum over all tiles of (B^T d B) x
 // (A e A^T) for tiles d of x and e of the gradient of y, 36 products, and G^T (...) G of it at the
-// end. Tiles go through it in parts that a cache holds, in panels of 16 channels. The sums of the parts are
-// added up in order, which rounds less than one long sum, and no number of threads moves a bit.
+// end. Tiles go through it in parts that a cache holds, in panels of 16 channels. The sums of the
+// parts are added up in order, which rounds less than one long sum, and no number of threads moves
+// a bit.
 #include <algorithm>
 #include <vector>
 
@@ -272,7 +273,8 @@ EXPORT int ds_winograd_weight_gradient(const float* x, const float* dy, float* d
   do {  // once for no tiles, too, whose sums are zero
     call.count = std::min(part, call.images.tiles() - call.first);
     if (int error = parallel_for(call.count, 1, choose<Transform>(), &call)) return error;
-    if (int error = parallel_for(kPoints * out / kPanel, 1, choose<Multiply>(), &call)) return error;
+    const int64_t items = kPoints * out / kPanel;
+    if (int error = parallel_for(items, 1, choose<Multiply>(), &call)) return error;
     call.first += part;
   } while (call.first < call.images.tiles());
   return parallel_for(out / kPanel, 1, choose<Finish>(), &call);
