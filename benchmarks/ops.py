@@ -28,6 +28,9 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
     for make in (attention, noise, prepare_batch, quantize, solver_update):
         torch._dynamo.reset()
         yield make(images, device)
+    if device.type == "cpu":  # elsewhere it is PyTorch's
+        for images, channels, size in ((8, 128, 32), (8, 256, 16), (4, 256, 8)):
+            yield from conv3x3(images, channels, size)
     if not quick:
         yield adam_step(device)
 
@@ -109,6 +112,38 @@ def attention(images: int, device: torch.device) -> Case:
         bytes=5 * residual.nbytes,
         flops=count * (4 * width * tokens**2 + 2 * tokens * width**2),
     )
+
+
+def conv3x3(images: int, channels: int, size: int) -> Iterator[Case]:
+    """Convolve, and make its two gradients, each by itself; FLOPs are those of the sum."""
+    shape = (images, channels, size, size)
+    x, dy = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight /= (9 * channels) ** 0.5
+
+    def eager(_: Any, x: Tensor = x, weight: Tensor = weight, dy: Tensor = dy, part: int = 0):
+        if part == 0:
+            return F.conv2d(x, weight, padding=1)
+        wanted = [part == 1, part == 2, False]
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+        )[part - 1]
+
+    def ours(_: Any, part: int) -> Tensor:
+        if part == 0:
+            return ops.conv3x3(x, weight)
+        wanted = [part == 1, part == 2]
+        return torch.ops.ds.conv3x3_backward(dy, x, weight, wanted)[part - 1]
+
+    for part, name in enumerate(("forward", "gradient of x", "gradient of the weight")):
+        runs = {"eager": eager, "ours": ours}
+        yield Case(
+            f"conv3x3, {name} {list(shape)}",
+            {side: Side(_quietly(functools.partial(run, part=part))) for side, run in runs.items()},
+            functools.partial(eager, None, *(t.double() for t in (x, weight, dy)), part),
+            flops=2 * 9 * images * (size * channels) ** 2,
+            factor=8.0,  # the points of Winograd's tiles cost a digit at most
+        )
 
 
 def noise(images: int, device: torch.device) -> Case:
