@@ -89,8 +89,9 @@ def generate_pairs(
     if missing := plan.missing():
         total = sum(len(plan.indices(i)) for i in missing)
         _check_disk(plan, total)
-        way = {"precision": path["precision"], "engine": path["engine"]}
-        sampler = Sampler(teacher, batch_size=batch_size, **way)
+        sampler = Sampler(
+            teacher, batch_size=batch_size, precision=path["precision"], engine=path["engine"]
+        )
         log.info(f"{plan.place}: {estimate(sampler, total, quantizer, price)[0]}")
         with (
             deferred_signals() as stop,
