@@ -1,6 +1,7 @@
 """What a training makes of its device: the arithmetic of a row, and the device at its best."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -22,7 +23,16 @@ def flop_counter() -> FlopCounterMode:
     def backward(dy, x, weight, wanted, *_, **__) -> int:
         return sum(wanted) * conv_flop_count(x, weight, dy)
 
-    known = {torch.ops.ds.conv3x3: forward, torch.ops.ds.conv3x3_backward: backward}
+    def attention(q, k, v, weight, *_, out_shape=None, **__) -> int:
+        images, heads, tokens, width = q
+        projection = 0 if weight is None else math.prod(weight)
+        return 2 * images * tokens * (2 * tokens * heads * width + projection)
+
+    known = {
+        torch.ops.ds.conv3x3: forward,
+        torch.ops.ds.conv3x3_backward: backward,
+        torch.ops.ds.attention_residual_triton: attention,
+    }
     return FlopCounterMode(display=False, custom_mapping=known)
 
 

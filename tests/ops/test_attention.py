@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ds.ops
-from ds.ops.attention import op
+from ds.ops.attention import op, reference_residual
+from ds.speed import flop_counter
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 backends = pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -261,3 +262,19 @@ def test_residual_errors_name_what_does_not_fit():
         ds.ops.attention_residual(q, k, v, None, bias, residual[:, 1:])
     with pytest.raises(ValueError, match=r"residual must be torch.float32 .* not torch.float64"):
         ds.ops.attention_residual(q, k, v, weight, bias, residual.double())
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_the_flops_of_attention_are_counted_through_our_kernel(weight):
+    """Which the counter takes as it is; as many as PyTorch's own functions have."""
+    images, heads, tokens, width, channels = 2, 2, 6, 8, 16
+    q = torch.zeros(images, heads, tokens, width, device="meta")
+    w = torch.zeros(channels, heads * width, device="meta") if weight else None
+    arguments = q, q, q, w, torch.zeros(channels), torch.zeros(images, tokens, channels)
+    arguments = [a if a is None else a.to("meta") for a in arguments]
+    found = []
+    for op in (torch.ops.ds.attention_residual_triton, reference_residual):
+        with flop_counter() as counter:
+            op(*arguments)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
