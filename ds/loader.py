@@ -62,15 +62,23 @@ def _choose(batches: Batches, device: torch.device) -> Kind:
 
 def _memory_map(batches: Batches, start: int, device: torch.device, prefetch: int) -> Loader:
     def read(step: int) -> tuple[Tensor, Tensor]:
-        kept = batches.read(step)
-        return tuple(x.pin_memory() for x in kept) if device.type == "cuda" else kept
+        return _pinned(batches.read(step), device)
 
     with ThreadPoolExecutor(1, "loader") as reader:
         ahead = deque(reader.submit(read, step) for step in range(start, start + prefetch))
         for step in itertools.count(start + prefetch):
             ahead.append(reader.submit(read, step))
-            images, indices = ahead.popleft().result()
-            yield images.to(device, non_blocking=True), indices.to(device, non_blocking=True)
+            yield _sent(ahead.popleft().result(), device)
+
+
+def _pinned(kept: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return tensors in memory from which a GPU copies while the host goes on."""
+    return tuple(x.pin_memory() for x in kept) if device.type == "cuda" else kept
+
+
+def _sent(kept: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return tensors on the device, without waiting for it."""
+    return tuple(x.to(device, non_blocking=True) for x in kept)
 
 
 def _resident(batches: Batches, start: int, device: torch.device) -> Loader:
@@ -78,8 +86,10 @@ def _resident(batches: Batches, start: int, device: torch.device) -> Loader:
     everything = source.read(range(len(source))).to(device)
     for step in itertools.count(start):
         rows, draws = batches.rows(step)
-        indices = source.indices(rows, draws)
-        yield everything[torch.from_numpy(rows).to(device)], indices.to(device)
+        rows, indices = _sent(
+            _pinned((torch.from_numpy(rows), source.indices(rows, draws)), device), device
+        )
+        yield everything[rows], indices
 
 
 def _dali(batches: Batches, start: int, device: torch.device, prefetch: int) -> Loader:
