@@ -272,9 +272,9 @@ def test_the_flops_of_attention_are_counted_through_our_kernel(weight):
     w = torch.zeros(channels, heads * width, device="meta") if weight else None
     arguments = q, q, q, w, torch.zeros(channels), torch.zeros(images, tokens, channels)
     arguments = [a if a is None else a.to("meta") for a in arguments]
-    found = []
-    for op in (torch.ops.ds.attention_residual_triton, reference_residual):
+    counts = []
+    for call in (torch.ops.ds.attention_residual_triton, reference_residual):
         with flop_counter() as counter:
-            op(*arguments)
-        found.append(counter.get_total_flops())
-    assert found[0] == found[1] > 0
+            call(*arguments)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
