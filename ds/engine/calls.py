@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from ds.ops.winograd import tiles
 Shape = tuple[int, int, int]  # of an image, [C, H, W]
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
 Bias = Tensor | slice | None  # a layer's own, columns of the row, or none
+ONE_PASS_PIXELS = 1024  # of the largest images whose norm reads them once: kernels/group_norm_silu
+IN_TILE_PIXELS = 256  # and of those whose norm our convolution makes: kernels/conv
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,18 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 
 
+class Launch(NamedTuple):
+    """A kernel that a call launches on a GPU, and how many numbers of an image go through memory.
+
+    `needless` is the part of these that another way to do the same would not move: what has been
+    written is read to add a bias or a residual, to pad, or to be written elsewhere.
+    """
+
+    kernel: str
+    numbers: int
+    needless: int = 0
+
+
 class Call(ABC):
     """One entry of a plan."""
 
@@ -80,6 +95,13 @@ class Call(ABC):
         """Return how many weights are read."""
         return 0
 
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        """Return what is launched on a GPU, in order; here one kernel that moves no more than due.
+
+        Activations are counted, weights are not.
+        """
+        return (Launch(self.kind, values(shapes) + values(self.shapes(*shapes))),)
+
     @property
     def kind(self) -> str:
         """The name in a printed plan."""
@@ -90,12 +112,14 @@ class Call(ABC):
 class Conv(Call):
     """A convolution; a second input, if there is one, is added to its result.
 
-    With stride 2 the image is padded on the right and below only.
+    With stride 2 the image is padded on the right and below only. The channels of the result are
+    cut into `parts` of one size, each an output.
     """
 
     weight: Tensor
     bias: Bias
     stride: int = 1
+    parts: int = 1
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         weight, bias = place.cast(self.weight), place.bias(self.bias)
@@ -113,6 +137,12 @@ class Conv(Call):
                 return torch.ops.mkldnn._convolution_pointwise(
                     x, weight, bias, padding, strides, [1, 1], 1, "none", [], ""
                 )
+        elif self._is_product and place.device.type == "cuda":
+            matrix = weight.flatten(1)
+
+            def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
+                y = F.linear(pixels(x).flatten(0, 1), matrix, bias)
+                return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         else:
 
             def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,16 +150,42 @@ class Conv(Call):
 
         def run(row: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
             y = convolve(F.pad(x, (0, 1, 0, 1)) if halves else x, bias(row))
-            return y if residual is None else y.add_(residual)
+            y = y if residual is None else y.add_(residual)
+            return y if self.parts == 1 else y.chunk(self.parts, 1)
 
         return run
 
+    @property
+    def _is_product(self) -> bool:
+        """Whether it is a product of matrices, to which a GPU's libraries add the bias as it goes.
+
+        To another convolution they add it in a pass of its own.
+        """
+        return self.weight.shape[2] == 1
+
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         _, h, w = shapes[0]
-        return ((self.weight.shape[0], h // self.stride, w // self.stride),)
+        return ((len(self.weight) // self.parts, h // self.stride, w // self.stride),) * self.parts
+
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        c, h, w = shapes[0]
+        made, seen = values(self.shapes(*shapes)), c * h * w
+        found = []
+        if self.stride == 2:
+            seen = c * (h + 1) * (w + 1)
+            found += [
+                Launch("pad: zeros", seen, seen),
+                Launch("pad: copy", 2 * c * h * w, 2 * c * h * w),
+            ]
+        found.append(Launch(self.kind, seen + made))
+        if self.bias is not None and not self._is_product:
+            found.append(Launch("bias", 2 * made, 2 * made))
+        if len(shapes) > 1:
+            found.append(Launch("add", 3 * made, 2 * made))
+        return tuple(found)
 
     def flops(self, *shapes: Shape) -> int:
-        (_, h, w), *_ = self.shapes(*shapes)
+        _, h, w = self.shapes(*shapes)[0]
         return 2 * h * w * self.weight.numel()
 
     def weights(self) -> int:
@@ -186,6 +242,12 @@ class Phases(Call):
     def weights(self) -> int:
         return self.weight.numel() * 16 // 9
 
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        (c, h, w), made = shapes[0], values(self.shapes(*shapes))
+        apart = 4 * len(self.weight) * (h + 1) * (w + 1)
+        scatter = Launch("phase", made // 2, made // 2)
+        return (Launch(self.kind, c * h * w + apart, apart - made), *[scatter] * 4)
+
     @property
     def kind(self) -> str:
         return "phases 2x2"
@@ -227,28 +289,41 @@ class Winograd(Call):
 
 @dataclass(frozen=True, eq=False)
 class Norm(Call):
-    """GroupNorm, with SiLU or not; `shift` names columns of the row to be added first.
+    """GroupNorm, with SiLU or not, of its inputs together.
 
-    A second input is a skip connection to be concatenated, and the concatenation a second output.
+    They are x, then a residual that is added to it if `residual`, as `shift` is, a bias or columns
+    of the row, then perhaps a skip connection to be concatenated. What was normalized is a second
+    output if it is to be kept.
     """
 
     layer: GroupNorm
-    shift: slice | None = None
+    shift: Bias = None
+    residual: bool = False
+    keep: bool = False
     float8: bool = False  # the normalized output, after SiLU
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
-        layer, columns = self.layer, self.shift
-        settings = self.settings(place)
+        settings, shift = self.settings(place), place.bias(self.shift, place.wide)
+        names = ("residual", "skip") if self.residual else ("skip",)
+        if self.keep:
+            op, options = ops.merge_group_norm_silu, {"silu": self.silu}
+        else:
+            op, options = self.layer.op, {}
+        if self.float8:
+            options["float8"] = True
 
-        def run(row: Tensor, x: Tensor, skip: Tensor | None = None):
-            options = {} if columns is None else {"shift": row[columns]}
-            if self.float8:
-                options["float8"] = True
-            if skip is None:
-                return layer.op(x, *settings, **options)
-            return ops.merge_group_norm_silu(x, *settings, skip=skip, **options)
+        def run(row: Tensor, x: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+            parts = dict(zip(names, others, strict=False))
+            if self.shift is not None:
+                parts["shift"] = shift(row)
+            return op(x, *settings, **parts, **options)
 
         return run
+
+    @property
+    def silu(self) -> bool:
+        """Whether SiLU follows."""
+        return self.layer.op is ops.group_norm_silu
 
     def settings(self, place: Place) -> tuple[Tensor, Tensor, int, float]:
         """Return what the op takes beside its images."""
@@ -257,8 +332,20 @@ class Norm(Call):
         return weight, bias, layer.groups, layer.eps
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
-        channels = sum(c for c, _, _ in shapes)
-        return ((channels, *shapes[0][1:]),) * len(shapes)
+        sources = shapes[:1] + shapes[1 + self.residual :]
+        channels = sum(c for c, _, _ in sources)
+        return ((channels, *shapes[0][1:]),) * (1 + self.keep)
+
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        read, (made, *kept) = values(shapes), (values((s,)) for s in self.shapes(*shapes))
+        again = values(shapes[1 + self.residual :]) if self.keep else 0  # of a concatenation
+        if math.prod(shapes[0][1:]) <= ONE_PASS_PIXELS:
+            return (Launch(self.kind, read + made + sum(kept), again),)
+        return (
+            Launch("norm: sums", read + sum(kept), again),
+            Launch("norm: groups", 0),
+            Launch(self.kind, (sum(kept) or read) + made),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,14 +372,17 @@ class ImplicitGemm(Call):
         else:
             weight = place.cast(weight)
         if self.norm is None:
-            bias = place.bias(self.conv.bias, place.wide)
-            return lambda row, x, residual=None: ops.conv(
-                x, weight, bias(row), residual, stride=stride, scale=scale
-            )
+            bias, parts = place.bias(self.conv.bias, place.wide), getattr(self.conv, "parts", 1)
+
+            def alone(row: Tensor, x: Tensor, residual: Tensor | None = None):
+                y = ops.conv(x, weight, bias(row), residual, stride=stride, scale=scale)
+                return y if parts == 1 else y.chunk(parts, 1)
+
+            return alone
         bias = place.bias(
             self.conv.bias if self.norm.shift is None else self.norm.shift, place.wide
         )
-        settings, silu = self.norm.settings(place), self.norm.layer.op is ops.group_norm_silu
+        settings, silu = self.norm.settings(place), self.norm.silu
 
         def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
             normed, y = ops.conv_group_norm_silu(
@@ -305,6 +395,18 @@ class ImplicitGemm(Call):
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         return self.conv.shapes(*shapes) * (1 + self.keep)
+
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        (out,), doubled = self.conv.shapes(*shapes), isinstance(self.conv, Phases)
+        made, pixels = values((out,)), math.prod(out[1:])
+        whole = values(shapes) + made
+        if self.norm is None:
+            return (Launch(self.kind, whole),)
+        if pixels <= IN_TILE_PIXELS and not doubled:
+            return (Launch(self.kind, whole + made * self.keep),)
+        if pixels <= ONE_PASS_PIXELS or doubled:
+            return Launch(self.kind, whole), *self.norm.launches(out)
+        return Launch(self.kind, whole), *self.norm.launches(out)[1:]
 
     def flops(self, *shapes: Shape) -> int:
         _, h, w = (shapes if isinstance(self.conv, Phases) else self.conv.shapes(*shapes))[0]

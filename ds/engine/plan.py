@@ -16,6 +16,7 @@ from ds.engine.calls import (
     Cat,
     Conv,
     ImplicitGemm,
+    Launch,
     Norm,
     Phases,
     Place,
@@ -72,6 +73,22 @@ class Plan:
         images = values(tuple(self.shapes[name] for name in (*step.inputs, *step.outputs)))
         return place.dtype.itemsize * (place.images * images + step.call.weights())
 
+    def launches(self, step: Step) -> tuple[Launch, ...]:
+        """Return the kernels that a step launches on a GPU, with the numbers an image moves."""
+        return step.call.launches(*(self.shapes[name] for name in step.inputs))
+
+    def moved(self, step: Step, place: Place) -> int:
+        """Return the bytes a step moves for a batch: on a GPU what its kernels read and write."""
+        if place.device.type != "cuda":
+            return self.bytes(step, place)
+        numbers = sum(launch.numbers for launch in self.launches(step))
+        return place.dtype.itemsize * (place.images * numbers + step.call.weights())
+
+    def needless(self, place: Place) -> int:
+        """Return how many of these bytes, of all steps on a GPU, need not have been moved."""
+        numbers = sum(launch.needless for step in self.steps for launch in self.launches(step))
+        return place.dtype.itemsize * place.images * numbers
+
     def peak(self) -> int:
         """Return how many numbers of an image are alive at once, at most."""
         alive, most = {INPUT}, 0
@@ -101,7 +118,7 @@ class Plan:
         head = f"{'call':14}{'makes':38}{'shape':>16}{'MB':>10}{'GFLOP':>10}{'floor, us':>11}"
         lines, total = [head], [0.0] * 3
         for step in self.steps:
-            size, work = self.bytes(step, place) / 1e6, place.images * self.flops(step) / 1e9
+            size, work = self.moved(step, place) / 1e6, place.images * self.flops(step) / 1e9
             floor = 1e3 * max(work / tflops, size / gbs)
             total = [a + b for a, b in zip(total, (size, work, floor), strict=True)]
             name, shape = step.outputs[0], " x ".join(map(str, self.shapes[step.outputs[0]]))
@@ -112,6 +129,9 @@ class Plan:
             f"{place.images} images, {str(place.dtype)[6:]}, {alive:.1f} MB alive at most; "
             f"floors at {tflops:g} TFLOP/s and {gbs:g} GB/s"
         )
+        if place.device.type == "cuda":
+            count = sum(len(self.launches(step)) for step in self.steps)
+            lines.append(f"{count} launches, {self.needless(place) / 1e6:.1f} MB moved needlessly")
         return "\n".join(lines)
 
 

@@ -4,14 +4,13 @@ In exact arithmetic each leaves the result as it is, and any of them can be left
 `in_float8`, which is a precision: a place has it or has it not.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from ds import ops
 from ds.engine.calls import (
     Add,
     Attend,
@@ -49,10 +48,14 @@ class Rewrites:
     shift_into_norm: bool = True
     merge_skips: bool = True
     phase_upsample: bool = True
+    add_into_norm: bool = True
     add_into_conv: bool = True
+    stack_projections: bool = True
     winograd: bool = True  # where tiles and channels are enough, on a CPU
-    norm_into_conv: bool | None = True  # by our own kernel; None: where FASTER says so
-    implicit_gemm: bool | None = True  # likewise, convolutions without a norm
+    # By our own kernel. None: where FASTER says so, or for a GPU that it does not name, where that
+    # spares a launch of a small layer, or a pass over memory.
+    norm_into_conv: bool | None = True
+    implicit_gemm: bool | None = True
 
     @classmethod
     def good_for(cls, place: Place) -> "Rewrites":
@@ -60,7 +63,8 @@ class Rewrites:
         cpu = place.device.type == "cpu"
         own = False if cpu else None
         return cls(
-            shift_into_conv=cpu, winograd=cpu and place.dtype in (torch.float32, torch.bfloat16),
+            shift_into_conv=cpu, add_into_norm=not cpu, stack_projections=not cpu,
+            winograd=cpu and place.dtype in (torch.float32, torch.bfloat16),
             norm_into_conv=own, implicit_gemm=own,
         )  # fmt: skip
 
@@ -73,14 +77,15 @@ class Rewrites:
             steps = in_float8(steps)
         if self.winograd:
             steps = winograd(steps, place, shapes)
-        for rewrite in (norm_into_conv, implicit_gemm):
-            steps = rewrite(steps, _choice(getattr(self, rewrite.__name__), place, shapes))
+        for rewrite, unmeasured in ((norm_into_conv, is_small), (implicit_gemm, spares_a_pass)):
+            wanted = getattr(self, rewrite.__name__)
+            steps = rewrite(steps, _choice(wanted, place, shapes, unmeasured))
         return steps
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
     """Multiply two pairs of an attention layer's projections out; the keys are the pixels then."""
-    made = {output: step for step in steps for output in step.outputs}
+    made = _makers(steps)
     replaced: dict[str, Step | None] = {}
     for step in steps:
         if isinstance(step.call, Attend):
@@ -92,8 +97,7 @@ def fold_attention(steps: list[Step]) -> list[Step]:
             replaced[v] = Step(Conv(layer.v.weight.detach(), None), (pixels,), (v,))
             call = replace(step.call, weight=None, bias=layer.bias)
             replaced[step.outputs[0]] = Step(call, (q, pixels, v, residual), step.outputs)
-    rewritten = (replaced.get(step.outputs[0], step) for step in steps)
-    return [step for step in rewritten if step is not None]
+    return _replaced(steps, replaced)
 
 
 def shift_into_conv(steps: list[Step]) -> list[Step]:
@@ -113,7 +117,7 @@ def shift_into_norm(steps: list[Step]) -> list[Step]:
 def merge_skips(steps: list[Step]) -> list[Step]:
     """Let a norm concatenate its input; the shortcut takes the concatenation from there."""
     return _fuse(steps, Cat, Norm, lambda cat, norm: Step(
-        norm.call, cat.inputs, norm.outputs + cat.outputs
+        replace(norm.call, keep=True), cat.inputs, norm.outputs + cat.outputs
     ), alone=False)  # fmt: skip
 
 
@@ -124,11 +128,58 @@ def phase_upsample(steps: list[Step]) -> list[Step]:
     ))  # fmt: skip
 
 
+def add_into_norm(steps: list[Step]) -> list[Step]:
+    """Let a norm add the branches of a block, and the bias of the convolution that ends one.
+
+    It does where it is the first to read the sum. Who reads that later is given what the norm
+    normalized; with a skip connection that is more than the sum, which nobody else may want then.
+    """
+    made, readers = _makers(steps), _readers(steps)
+    result: dict[str, Step | None] = {}
+    for add in steps:
+        if not isinstance(add.call, Add):
+            continue
+        norm, *others = readers[add.outputs[0]]
+        if not isinstance(norm.call, Norm) or norm.inputs[0] not in add.outputs:
+            continue
+        keep = norm.call.keep or bool(others)
+        if (norm.call.keep and others) or not (keep or norm.call.silu):
+            continue
+        call, conv = replace(norm.call, residual=True, keep=keep), made[add.inputs[0]]
+        if isinstance(conv.call, Conv) and isinstance(conv.call.bias, torch.Tensor):
+            call = replace(call, shift=conv.call.bias)
+            result[conv.outputs[0]] = conv._replace(call=replace(conv.call, bias=None))
+        kept = add.outputs if others else ()
+        inputs, outputs = add.inputs + norm.inputs[1:], norm.outputs + kept
+        result |= {add.outputs[0]: None, norm.outputs[0]: Step(call, inputs, outputs)}
+    return _replaced(steps, result)
+
+
 def add_into_conv(steps: list[Step]) -> list[Step]:
     """Let the last convolution of a residual branch add the other branch."""
     return _fuse(steps, Conv, Add, lambda conv, add: Step(
         conv.call, (*conv.inputs, *(set(add.inputs) - set(conv.outputs))), add.outputs
     ))  # fmt: skip
+
+
+def stack_projections(steps: list[Step]) -> list[Step]:
+    """Compute the projections of an attention layer as one product, whose parts are read apart."""
+    made = _makers(steps)
+    result: dict[str, Step | None] = {}
+    for step in steps:
+        if not isinstance(step.call, Attend):
+            continue
+        first, *rest = each = [made[x] for x in step.inputs[:3] if isinstance(made[x].call, Conv)]
+        weight = torch.cat([projection.call.weight for projection in each])
+        bias = torch.cat([_bias(projection.call) for projection in each])
+        outputs = tuple(projection.outputs[0] for projection in each)
+        result |= {projection.outputs[0]: None for projection in rest}
+        result[outputs[0]] = Step(Conv(weight, bias, parts=len(each)), first.inputs, outputs)
+    return _replaced(steps, result)
+
+
+def _bias(conv: Conv) -> torch.Tensor:
+    return conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
 
 
 def winograd(steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[Step]:
@@ -146,28 +197,35 @@ def winograd(steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[
 
 def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
     """Let a convolution normalize its result, which it keeps if it is read elsewhere, too."""
-    readers = Counter(name for step in steps for name in step.inputs)
+    readers = _readers(steps)
 
     def fused(conv: Step, norm: Step) -> Step | None:
-        kept = conv.outputs if readers[conv.outputs[0]] > 1 else ()
-        shifted = norm.call.shift is not None and (kept or conv.call.bias is not None)
+        (x, *others), (normed, *kept) = norm.inputs, norm.outputs
+        if x not in conv.outputs or len(others) > norm.call.residual or norm.call.float8:
+            return None  # x is the other branch, or there is a skip connection
+        if len(readers[x]) > 1:
+            kept = [x]
+        if len(conv.inputs) + len(others) > 2:
+            return None  # a convolution adds one residual
+        if norm.call.shift is not None and (conv.call.bias is not None or kept == [x]):
+            return None  # it adds one bias, which others who read x must not see
         call = ImplicitGemm(conv.call, norm.call, bool(kept))
-        step = Step(call, conv.inputs, norm.outputs + kept)
-        apart = len(norm.inputs) > 1 or norm.call.float8
-        return step if not (apart or shifted) and chosen(step) else None
+        step = Step(call, (*conv.inputs, *others), (normed, *kept))
+        return step if chosen(step) else None
 
     return _fuse(steps, Conv, Norm, fused, alone=False)
 
 
 def implicit_gemm(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
     """Compute convolutions by our own kernel."""
-    own = (
-        step._replace(call=ImplicitGemm(step.call))
-        if isinstance(step.call, Conv | Phases)
-        else step
-        for step in steps
-    )
-    return [new if chosen(new) else step for step, new in zip(steps, own, strict=True)]
+
+    def own(step: Step) -> Step:
+        if not isinstance(step.call, Conv | Phases):
+            return step
+        new = step._replace(call=ImplicitGemm(step.call))
+        return new if chosen(new) else step
+
+    return [own(step) for step in steps]
 
 
 def in_float8(steps: list[Step]) -> list[Step]:
@@ -176,15 +234,12 @@ def in_float8(steps: list[Step]) -> list[Step]:
     A norm bounds what it makes, which therefore needs no scale. The network's last convolution is
     left as it is: what it rounds is the result.
     """
-    readers: dict[str, list[Step]] = {}
-    for step in steps:
-        for name in step.inputs:
-            readers.setdefault(name, []).append(step)
+    readers = _readers(steps)
     narrow = {
         step.outputs[0]
         for step in steps
         if isinstance(step.call, Norm)
-        and step.call.layer.op is ops.group_norm_silu
+        and step.call.silu
         and all(_is_3x3(r.call) and r is not steps[-1] for r in readers[step.outputs[0]])
     }
 
@@ -213,19 +268,68 @@ def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str
     return f"{step.call.kind} {' to '.join(images)} {str(dtype)[6:]}"
 
 
-def _choice(wanted: bool | None, place: Place, shapes: dict[str, Shape]) -> Callable[[Step], bool]:
-    """Return what says whether our kernel is to compute a step: as wanted, or else as measured."""
+SMALL_PIXELS = 64  # of images whose layers are so short that a launch is a good part of them
+
+
+def is_small(step: Step, shapes: dict[str, Shape]) -> bool:
+    """Say whether a convolution is so small that its norm is worth a launch spared."""
+    return math.prod(shapes[step.outputs[0]][1:]) <= SMALL_PIXELS
+
+
+def spares_a_pass(step: Step, shapes: dict[str, Shape]) -> bool:
+    """Say whether our kernel spares a GPU passes over memory.
+
+    cuDNN adds a bias and a residual, pads, and interleaves phases by passes of their own; our
+    kernel does all of that as it goes.
+    """
+    launches = step.call.conv.launches(*(shapes[name] for name in step.inputs))
+    return any(launch.needless for launch in launches)
+
+
+def _choice(
+    wanted: bool | None,
+    place: Place,
+    shapes: dict[str, Shape],
+    unmeasured: Callable[[Step, dict[str, Shape]], bool],
+) -> Callable[[Step], bool]:
+    """Return what says whether our kernel is to compute a step.
+
+    As wanted, or else as measured, or else as is to be expected of it where it runs at all.
+    """
     if wanted is not None:
         return lambda _: wanted
-    here = place.device.type == "cuda" and torch.cuda.is_available()  # a plan can be made anywhere
+    cuda = place.device.type == "cuda"
+    here = cuda and torch.cuda.is_available()  # a plan can be made anywhere
     gpu = torch.cuda.get_device_name(place.device) if here else ""
-    faster = FASTER.get(gpu, frozenset())
-    return lambda step: choice_name(step, place.dtype, shapes) in faster
+    if gpu in FASTER:
+        return lambda step: choice_name(step, place.dtype, shapes) in FASTER[gpu]
+    return lambda step: cuda and place.dtype != torch.float64 and unmeasured(step, shapes)
 
 
 REWRITES = (
-    fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_conv,
+    fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_norm,
+    add_into_conv, stack_projections,
 )  # fmt: skip
+
+
+def _makers(steps: list[Step]) -> dict[str, Step]:
+    """Return the step that makes each value."""
+    return {name: step for step in steps for name in step.outputs}
+
+
+def _readers(steps: list[Step]) -> dict[str, list[Step]]:
+    """Return the steps that read each value, in order."""
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step)
+    return readers
+
+
+def _replaced(steps: list[Step], result: dict[str, Step | None]) -> list[Step]:
+    """Put steps in the place of those that make these values first; None takes one away."""
+    new = (result.get(step.outputs[0], step) for step in steps)
+    return [step for step in new if step is not None]
 
 
 def _fuse(
@@ -241,18 +345,17 @@ def _fuse(
     `alone`: only where nothing else reads it. Each is fused once at most, and not where `fused`
     says None.
     """
-    readers = Counter(name for step in steps for name in step.inputs)
+    readers = _readers(steps)
     made = {step.outputs[0]: step for step in steps if isinstance(step.call, first)}
     gone, result = set(), {}
     for step in steps:
         if not isinstance(step.call, second):
             continue
         for name in step.inputs:
-            if name not in made or name in gone or (alone and readers[name] > 1):
+            if name not in made or name in gone or (alone and len(readers[name]) > 1):
                 continue
             if (joined := fused(made[name], step)) is not None:
                 gone.add(name)
                 result[step.outputs[0]] = joined
                 break
-    kept = (step for step in steps if step.outputs[0] not in gone)
-    return [result.get(step.outputs[0], step) for step in kept]
+    return _replaced(steps, dict.fromkeys(gone) | result)

@@ -66,22 +66,27 @@ def merge_group_norm_silu(
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     float8: bool = False,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return group_norm_silu of the same arguments, and cat(x + shift + residual, skip).
 
     That is what was normalized, to the bit, for the branch that goes around the norm. The gradients
-    that come back for both are added in the one pass that backward takes.
+    that come back for both are added in the one pass that backward takes. Without `silu` the first
+    is the group_norm of the second.
 
     Raises:
-        ValueError: as group_norm_silu, and if there is none of shift, residual and skip.
+        ValueError: as group_norm_silu, if there is none of shift, residual and skip, and for
+            float8 without SiLU.
     """
     name = "merge_group_norm_silu"
     if shift is residual is skip is None:
         raise ValueError(f"{name}: needs shift, residual or skip, or there is nothing to merge")
+    if float8 and not silu:
+        raise ValueError(f"{name}: float8 is for norms with silu, which was False")
     shift = _check(name, x, weight, bias, groups, shift, residual, skip)
     if float8:
         return forward_float8(x, weight, bias, groups, eps, shift, residual, skip, True)
-    y, _, _, merged = forward(x, weight, bias, groups, eps, True, shift, residual, skip, True)
+    y, _, _, merged = forward(x, weight, bias, groups, eps, silu, shift, residual, skip, True)
     return y, merged
 
 

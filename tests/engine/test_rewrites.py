@@ -125,7 +125,8 @@ def test_every_convolution_can_be_forced_to_our_own_kernel():
     assert not any(isinstance(step.call, Conv | Phases | Winograd) for step in steps)
     for step in steps:
         if isinstance(step.call, Norm):
-            assert len(step.inputs) == 2 or isinstance(made[step.inputs[0]], Attend)
+            concatenates = len(step.inputs) == 2 + step.call.residual
+            assert concatenates or isinstance(made[step.inputs[0]], Attend)
     kept = {step.call.keep for step in steps if getattr(step.call, "norm", None)}
     assert kept == {True, False}
 
