@@ -101,9 +101,9 @@ class Generated(AbstractSource):
 
     def __init__(
         self, teacher: Teacher, rows: int, *, seed: int, first: int = 0, reuse: int = 1,
-        batch_size: int = 256, **options: Any,
+        batch_size: int | None = None, **options: Any,
     ):  # fmt: skip
-        for name, value in (("rows", rows), ("reuse", reuse), ("batch_size", batch_size)):
+        for name, value in (("rows", rows), ("reuse", reuse)):
             if value < 1:
                 raise ValueError(f"Generated: {name} must be at least 1, not {value}")
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
@@ -112,7 +112,7 @@ class Generated(AbstractSource):
         self._pool, self._number = torch.empty(0), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
-            f"{batch_size} at a time, {options}"
+            f"{self._sampler.batch_size} at a time, {options}"
         )
 
     def __len__(self) -> int:

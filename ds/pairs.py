@@ -42,6 +42,7 @@ from ds.sample import (
     check_precision,
     device_of,
     uses_engine,
+    uses_loop,
     usual_precision,
 )
 
@@ -60,7 +61,7 @@ def generate_pairs(
     count: int,
     *,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     shard_size: int = 16384,
     quantizer: Quantizer = "round",
     precision: Precision | None = None,
@@ -89,9 +90,7 @@ def generate_pairs(
     if missing := plan.missing():
         total = sum(len(plan.indices(i)) for i in missing)
         _check_disk(plan, total)
-        sampler = Sampler(
-            teacher, batch_size=batch_size, precision=path["precision"], engine=path["engine"]
-        )
+        sampler = _sampler(teacher, batch_size, path)
         log.info(f"{plan.place}: {estimate(sampler, total, quantizer, price)[0]}")
         with (
             deferred_signals() as stop,
@@ -104,10 +103,10 @@ def generate_pairs(
 
 
 def _check(
-    count: int, batch_size: int, shard_size: int, quantizer: str, shape: tuple[int, ...]
+    count: int, batch_size: int | None, shard_size: int, quantizer: str, shape: tuple[int, ...]
 ) -> None:
     for name, value in (("count", count), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"generate_pairs: {name} must be at least 1, not {value}")
     if quantizer not in get_args(Quantizer):
         raise ValueError(
@@ -126,7 +125,22 @@ def _path(teacher: Teacher, precision: Precision | None, engine: bool | None) ->
     device, precision = device_of(teacher.net), precision or usual_precision(teacher.net)
     engine = uses_engine(teacher.net, precision) if engine is None else engine
     check_precision(precision, device, engine)
-    return {"engine": engine, "precision": precision, "device": device.type}
+    loop = engine and uses_loop(teacher, device)
+    return {"engine": engine, "loop": loop, "precision": precision, "device": device.type}
+
+
+def _sampler(teacher: Teacher, batch_size: int | None, path: dict[str, Any]) -> Sampler:
+    """Return a sampler that rounds in the way of a store, and in no other that it could go back to.
+
+    Raises RuntimeError where it cannot be had.
+    """
+    how = {name: path[name] for name in ("engine", "loop", "precision")}
+    try:
+        return Sampler(teacher, batch_size=batch_size, **how)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        instead = "; engine=False runs the network itself, slower" if path["engine"] else ""
+        raise RuntimeError(f"generate_pairs: {how} cannot run here: {reason}{instead}") from error
 
 
 def estimate(
@@ -342,8 +356,8 @@ class PairStore:
             raise ValueError(f"{self.path}: made by another teacher than the one given")
         last = len(self) - 1
         picks = sorted({i * last // max(recompute - 1, 1) for i in range(recompute)})
-        precision, engine = self.manifest.get("precision", "float32"), self.manifest.get("engine")
-        sampler = Sampler(teacher, batch_size=len(picks), precision=precision, engine=engine)
+        usual = {"engine": None, "loop": None, "precision": "float32"}  # of a store that is older
+        sampler = _sampler(teacher, len(picks), usual | self.manifest)
         (x,) = sampler.batches(self.seed, picks)
         again = torch.from_numpy(quantize(x, self.manifest["quantizer"])).float()
         stored = self.images(picks)

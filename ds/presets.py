@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
-import tyro
 
 from ds import grids
 from ds.methods import Denoising, DenoisingStudent
@@ -19,6 +18,12 @@ from ds.sample import Precision
 from ds.schedule import AbstractSchedule
 from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
 from ds.train import TrainConfig
+
+try:
+    from tyro.conf import arg
+except ImportError:  # only the command line reads what it says
+
+    def arg(**_: list[str]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +88,14 @@ class PairsConfig:
     """How many pairs to train on, how many more to hold out, how to make and to keep them."""
 
     count: int = 1_024_000
-    held_out: Annotated[int, tyro.conf.arg(aliases=["--held-out"])] = 51_200
+    held_out: Annotated[int, arg(aliases=["--held-out"])] = 51_200
     seed: int = 0
-    batch_size: int = 512
+    batch_size: int | None = None  # None: 256, on GPUs what keeps all of one busy
     shard_size: int = 16_384
     quantizer: Quantizer = "round"
     # None: bfloat16 on GPUs, float32 on CPUs
-    precision: Annotated[Precision | None, tyro.conf.arg(aliases=["--precision"])] = None
-    engine: bool | None = None  # run the teacher through ds.engine; None: in float32 on a CPU
+    precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
+    engine: bool | None = None  # run the teacher through ds.engine; None: GPUs, and float32 on CPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,7 @@ def lsun_bedroom() -> Preset:
     return Preset(
         net=UNetConfig(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
         solve=SolveConfig(grid="uniform", steps=50),
-        pairs=PairsConfig(held_out=2_560, batch_size=64, shard_size=2_048),
+        pairs=PairsConfig(held_out=2_560, shard_size=2_048),
         method=DenoisingStudent(loss_type="l2"),
         train=TrainConfig(
             batch_size=32, epochs=50, lr=5e-6, warmup_steps=1000, betas=(0.98, 0.999),

@@ -1,6 +1,7 @@
 """Draw samples: a teacher's loop, a student's single call, and batches of either."""
 
 import copy
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,17 +19,18 @@ from ds import checkpoint
 from ds.budget import seconds_each
 from ds.config import to_json
 from ds.denoiser import Denoiser
-from ds.engine import DDIMLoop, Engine
+from ds.engine import Engine, Loop, Place, Plan, Recurrence, times
 from ds.grids import Grid
 from ds.images import Rounding, to_uint8
 from ds.nets import UNet
 from ds.philox import noise
 from ds.schedule import DATA
-from ds.solvers import DDIM, AbstractSolver
+from ds.solvers import AbstractSolver
 
 # Of a network's products; states are float32. fp8 is an experiment, behind a gate.
 Precision = Literal["float32", "tf32", "bfloat16", "fp8"]
 _LOW = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+log = logging.getLogger("ds")
 
 
 def integrate(
@@ -98,8 +100,7 @@ class Teacher:
 
     def engine(self, images: int, **options: Any) -> "Teacher":
         """Return the same teacher for inference, `images` at a time, with a ds.engine.Engine."""
-        options = {"dtype": _dtype(self.net), **options}
-        return self.using(Engine(self.net, self.grid, images=images, **options))
+        return self.using(_engine(self, images, options))
 
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
@@ -121,6 +122,11 @@ class Teacher:
             "provenance": teacher.provenance,
         }
         checkpoint.write(path, self.kind, about, self.net, teacher.card(Path(path).name))
+
+
+def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) -> Engine:
+    options = {"dtype": _dtype(model.net), **options}
+    return Engine(model.net, times(model), images=images, **options)
 
 
 class Generator(Protocol):
@@ -163,8 +169,7 @@ class Student:
 
     def engine(self, images: int, **options: Any) -> "Student":
         """Return the same student for inference, `images` at a time, with a ds.engine.Engine."""
-        options = {"dtype": _dtype(self.net), **options}
-        return self.using(Engine(self.net, images=images, **options))
+        return self.using(_engine(self, images, options))
 
     def card(self, name: str) -> str:
         """Return the text of a model card for a directory of this name."""
@@ -197,14 +202,31 @@ def _card(head: str, load: str, provenance: dict[str, Any]) -> str:
 
 
 def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
-    """Say whether a Sampler runs a network through ds.engine unasked: U-Nets, in float32 on CPUs.
+    """Say whether a Sampler runs a network through ds.engine unless it is told otherwise.
 
-    There the images are the same but for the rounding of float32. Nothing else computes in fp8.
+    On CUDA it does every U-Net, on CPUs those in float32, where the images are the same but for the
+    rounding of float32. Nothing else computes in fp8.
     """
     if not isinstance(net, UNet):
         return False
-    cpu = net.conv_in.weight.device.type == "cpu"
-    return precision == "fp8" or (cpu and _dtype(net) == torch.float32)
+    narrow = device_of(net).type == "cpu" and _dtype(net) != torch.float32
+    return precision == "fp8" or not narrow
+
+
+def usual_batch(model: "Teacher | Student") -> int:
+    """Return how many images a Sampler takes at a time unless it is told otherwise.
+
+    256; of a U-Net on CUDA about 512, as many as keep every multiprocessor busy in every layer and
+    fit an eighth of the memory.
+    """
+    device = device_of(model.net)
+    if device.type != "cuda" or not isinstance(model.net, UNet):
+        return 256
+    gpu, place = torch.cuda.get_device_properties(device), Place(device, torch.bfloat16, 1)
+    plan = Plan.of(model.net, place)
+    fit = gpu.total_memory / 8 / (plan.peak() * place.dtype.itemsize)
+    full = plan.full_batch(gpu.multi_processor_count)
+    return full * max(1, round(min(512, fit) / full))
 
 
 def usual_precision(net: nn.Module) -> Precision:
@@ -224,8 +246,18 @@ def _compiled(net: nn.Module) -> nn.Module:
 
 
 def uses_loop(model: Teacher | Student, device: torch.device) -> bool:
-    """Say whether a Sampler with an engine replays a captured step: for DDIM, on CUDA."""
-    return device.type == "cuda" and isinstance(model, Teacher) and isinstance(model.solver, DDIM)
+    """Say whether a Sampler with an engine replays a captured step unless it is told otherwise.
+
+    On CUDA it does, of every model whose samples are a ds.engine.Recurrence; others are announced.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        Recurrence.of(model)
+    except ValueError as error:
+        log.warning("Sampler: steps are launched one by one, which is slower: %s", error)
+        return False
+    return True
 
 
 class Sampler:
@@ -239,10 +271,15 @@ class Sampler:
         compile    compiles the network, on a CPU frozen with its weights as they are now
         engine     runs a U-Net through ds.engine, with weights as they are now and packed for this
                    batch size; by default where `uses_engine` says so
-        loop       with an engine, replays one step for all steps of DDIM, on CUDA a captured graph;
-                   by default where `uses_loop` says so
+        loop       with an engine, replays one step for all steps, on CUDA a captured graph; by
+                   default where `uses_loop` says so
+        tune       with an engine on CUDA, lets cuDNN try its algorithms and take the fastest, which
+                   another process may find to be another one: images then differ by rounding
         latency    takes one image at a time: on a CPU by the fastest of the network itself and two
-                   engines, tried here, on CUDA by the loop
+                   engines, tried here
+
+    `batch_size` is that of `usual_batch` by default. Where an engine or a loop that nobody asked
+    for cannot be had, a warning says why, and the network itself is run, or its steps one by one.
 
     The noise of an image depends on (seed, index) alone, so any split of the indices gives the same
     images, up to the rounding of a convolution whose algorithm depends on the batch size.
@@ -264,46 +301,54 @@ class Sampler:
 
     Raises ValueError for a batch_size below 1, for compile and engine at once, for tf32 without
     CUDA, for fp8 without an engine or unless the gate is open, and for a loop without an engine or
-    DDIM.
+    of a model that is no ds.engine.Recurrence.
     """
 
     def __init__(
         self,
         model: Teacher | Student,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         precision: Precision | None = None,
         compile: bool = False,
         engine: bool | None = None,
         loop: bool | None = None,
+        tune: bool = False,
         latency: bool = False,
     ):
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
         if compile and (engine or latency):
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
+        if loop and engine is False:
+            raise ValueError("Sampler: loop needs an engine, and so a U-Net")
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
-        precision = precision or usual_precision(model.net)
-        self.batch_size, self.precision = 1 if latency else batch_size, precision
+        self.precision = precision or usual_precision(model.net)
+        self.batch_size = 1 if latency else batch_size or usual_batch(model)
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
-        if engine is None:
-            gpu_loop = latency and isinstance(model.net, UNet) and uses_loop(model, self.device)
-            engine = not compile and (uses_engine(model.net, precision) or gpu_loop)
-        check_precision(precision, self.device, engine)
-        with self._timed("plan"):
-            self.model = self._prepared(model, engine, latency)
+        usual = engine is None and not compile and uses_engine(model.net, self.precision)
+        check_precision(self.precision, self.device, engine or usual)
+        low = _LOW.get(self.precision)
+        self.model, self._loop = model, None
+        if engine or usual:
+            with self._timed("plan"), _tried(engine or self.precision == "fp8"):
+                self.model = self._packed(model, low or _dtype(model.net), latency, tune)
+        if self.model is model and low:
+            with self._timed("plan"):
+                self.model = model.using(copy.deepcopy(model.net).to(low))
         if compile:
             with self._timed("compile"):
                 self.model = self.model.compile()
                 self.model.call(torch.zeros(self.batch_size, *model.shape, device=self.device))
-        self._loop = None
-        loop = engine and uses_loop(model, self.device) if loop is None else loop
-        if loop:
-            with self._timed("capture"):
-                self._loop = _loop(self.model)
+        runs = isinstance(self.model.net, Engine)
+        if loop and not runs:
+            raise ValueError("Sampler: loop needs an engine, and so a U-Net")
+        if loop or (loop is None and runs and uses_loop(model, self.device)):
+            with self._timed("capture"), _tried(loop):
+                self._loop = Loop(self.model.net, Recurrence.of(model))
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -312,17 +357,17 @@ class Sampler:
             yield
         self.cold_start[part] = time.perf_counter() - begin
 
-    def _prepared(self, model: Teacher | Student, engine: bool, latency: bool) -> Teacher | Student:
-        """Return the model with the network that will run."""
-        low = _LOW.get(self.precision)
-        if not engine:
-            return model.using(copy.deepcopy(model.net).to(low)) if low else model
-        dtype = low or _dtype(model.net)
-        packed = model.engine(self.batch_size, dtype=dtype)
+    def _packed(
+        self, model: Teacher | Student, dtype: torch.dtype, latency: bool, tune: bool
+    ) -> Teacher | Student:
+        """Return the model with an engine for its network, or with what is quicker on one image."""
+        packed = model.engine(self.batch_size, dtype=dtype, tune=tune)
         if not latency or self.device.type == "cuda":
             return packed
         direct = replace(packed.net.rewrites, winograd=False)
-        ways = [packed, model.engine(1, dtype=dtype, rewrites=direct), *([] if low else [model])]
+        ways = [packed, model.engine(1, dtype=dtype, rewrites=direct)]
+        if dtype == _dtype(model.net):
+            ways.append(model)
         return min(ways, key=_latency)
 
     def __call__(
@@ -337,7 +382,7 @@ class Sampler:
     def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
         """Return the images of given noise [N, *shape], as a call does."""
         parts = (part.to(self.device) for part in z.split(self.batch_size))
-        return self._images(map(self._sampled, parts), rounding)
+        return self._images(map(self.sample, parts), rounding)
 
     def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
         if len(self.model.shape) != 3:
@@ -353,27 +398,47 @@ class Sampler:
         """Yield the samples of `indices` in order, floats [N, *shape] on the model's device."""
         for start in range(0, len(indices), self.batch_size):
             part = indices[start : start + self.batch_size]
-            yield self._sampled(noise(seed, part, self.model.shape, device=self.device))
+            yield self.sample(noise(seed, part, self.model.shape, device=self.device))
 
     def seconds_each(self) -> float:
         """Measure how long an image takes, by a few network calls."""
+        if self._loop is not None:
+
+            def step(_: int) -> None:
+                self._loop.start().sum().item()  # waits for the device
+
+            return seconds_each(step, 1) / self.batch_size * self.model.nfe
         z = noise(0, range(self.batch_size), self.model.shape, device=self.device)
 
         def work(n: int) -> None:
             with _tf32(self.precision == "tf32"):
-                self.model.call(z[:n]).sum().item()  # waits for the device
+                self.model.call(z[:n]).sum().item()
 
         return seconds_each(work, self.batch_size) * self.model.nfe
 
-    def _sampled(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor) -> Tensor:
+        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1]."""
         with _tf32(self.precision == "tf32"):
             if self._loop is None:
                 return self.model.sample(z)
             return torch.cat([self._looped(part) for part in z.split(self._loop.images)])
 
     def _looped(self, z: Tensor) -> Tensor:
-        rest = z.new_zeros(self._loop.images - len(z), *z.shape[1:])
-        return self._loop(torch.cat([z, rest]))[: len(z)].clone()
+        missing = self._loop.images - len(z)
+        filled = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]) if missing else z
+        return self._loop(filled)[: len(z)].clone()
+
+
+@contextmanager
+def _tried(asked: bool | None) -> Iterator[None]:
+    """Do what may be left out unless it was asked for; a failure is told then."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if asked:
+            raise
+        reason = str(error).partition("\n")[0]
+        log.warning("Sampler: goes on without the engine or its loop, which is slower: %s", reason)
 
 
 def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
@@ -421,15 +486,6 @@ def _latency(model: Teacher | Student) -> float:
     """Return how long a network call for one image takes."""
     z = torch.zeros(1, *model.shape)
     return seconds_each(lambda _: model.call(z), 1)
-
-
-def _loop(model: Teacher | Student) -> DDIMLoop:
-    if not (isinstance(model, Teacher) and isinstance(model.solver, DDIM)):
-        raise ValueError("Sampler: loop is for teachers that are integrated by DDIM")
-    if not isinstance(model.net, Engine):
-        raise ValueError("Sampler: loop needs an engine, and so a U-Net")
-    denoiser = model.denoiser
-    return DDIMLoop(denoiser.net, denoiser.schedule, model.grid, denoiser.prediction)
 
 
 def great_circle(z: Tensor, between: int) -> Tensor:

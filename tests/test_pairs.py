@@ -148,6 +148,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
             "prediction": "eps",
         },
         "engine": False,
+        "loop": False,
         "precision": "float32",
         "device": "cpu",
         "solver": {"type": "ds.solvers.ddim.DDIM"},

@@ -1,19 +1,20 @@
 """Sampler and the ways its images are written."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import ds
 from ds import analytic, grids
 from ds.checkpoint import fingerprint
 from ds.images import save, tile
-from ds.sample import great_circle, uses_loop, usual_precision
+from ds.sample import great_circle, uses_loop, usual_batch, usual_precision
 from ds.solvers import DDIM
 from tests.nets.test_unet import build, relative_rms
 
@@ -73,16 +74,62 @@ def test_the_loop_draws_what_the_solver_does(unet):
     assert torch.equal(made, drawn(unet, engine=True, loop=True))
 
 
-def test_a_loop_is_the_default_for_ddim_on_cuda_alone(unet):
+@dataclass(frozen=True)
+class Clipped(DDIM):
+    """A solver that is no recurrence."""
+
+    def step(self, *args):
+        x, state = super().step(*args)
+        return x.clamp(-1, 1), state
+
+
+def test_a_loop_is_the_default_on_cuda_of_every_model_that_has_one(unet, caplog):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert uses_loop(unet, cuda) and not uses_loop(unet, cpu)
-    assert not uses_loop(replace(unet, solver=ds.solvers.Heun()), cuda)
+    heun = replace(unet, solver=ds.solvers.Heun())
+    for model in (unet, heun, ds.Student(unet.net, ds.methods.DenoisingStudent())):
+        assert uses_loop(model, cuda) and not uses_loop(model, cpu)
+    assert not caplog.records
+    assert not uses_loop(replace(unet, solver=Clipped()), cuda)
+    assert "steps are launched one by one, which is slower: a loop needs" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"solver": ds.solvers.Heun()}, {}], ids=["heun", "no engine"])
-def test_a_loop_that_cannot_be_is_refused(unet, change):
-    with pytest.raises(ValueError, match=r"loop (is for teachers|needs an engine)"):
-        ds.Sampler(replace(unet, **change), engine=bool(change), loop=True)
+@pytest.mark.parametrize(
+    ("change", "engine", "reason"),
+    [({"solver": Clipped()}, True, "linear in the noise"), ({}, False, "needs an engine")],
+)
+def test_a_loop_that_cannot_be_is_refused(unet, change, engine, reason):
+    with pytest.raises(ValueError, match=reason):
+        ds.Sampler(replace(unet, **change), engine=engine, loop=True)
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_an_engine_that_fails_is_told_and_done_without_unless_it_was_asked_for(
+    unet, asked, monkeypatch, caplog
+):
+    expected = drawn(unet, engine=False)
+
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr("ds.sample.Engine.__init__", broken)
+    if asked:
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            ds.Sampler(unet, engine=True)
+        return
+    assert torch.equal(drawn(unet), expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Sampler: goes on without the engine or its loop, which is slower: no kernel image"
+    ]
+
+
+def test_a_captured_loop_that_fails_leaves_the_engine(unet, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("ds.sample.uses_loop", lambda *_: True)  # as on CUDA
+    monkeypatch.setattr("ds.sample.Loop.__init__", broken)
+    assert torch.equal(drawn(unet), drawn(unet, loop=False))
+    assert "without the engine or its loop" in caplog.text
 
 
 @pytest.mark.parametrize("engine", [False, True])
@@ -182,6 +229,21 @@ def test_for_latency_the_quickest_of_the_ways_is_taken(unet, monkeypatch):
     assert sampler.batch_size == 1 and len(ways) == 3
     assert not sampler.model.net.rewrites.winograd
     assert relative_rms(next(sampler.batches(7, [0])), drawn(unet)[:1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory", "batch"),
+    [("cifar10", 80, 528), ("celeba", 80, 528), ("lsun_bedroom", 80, 66), ("cifar10", 1, 528)],
+)
+def test_a_batch_fills_a_gpu_and_fits_it(preset, memory, batch, monkeypatch):
+    """Of an H100's 132 multiprocessors: the least that fills them where the memory is small."""
+    gpu = SimpleNamespace(total_memory=memory * 2**30, multi_processor_count=132)
+    monkeypatch.setattr("ds.sample.device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    with torch.device("meta"):
+        net = ds.presets.PRESETS[preset]().net.build()
+    assert usual_batch(SimpleNamespace(net=net)) == batch
+    assert usual_batch(SimpleNamespace(net=nn.Linear(1, 1))) == 256
 
 
 def test_a_cold_start_says_what_took_how_long(unet):

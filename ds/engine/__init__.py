@@ -1,9 +1,9 @@
 """The fast inference path of a U-Net: a plan made once, and the network that runs it."""
 
 from ds.engine.calls import Place
-from ds.engine.loop import DDIMLoop
+from ds.engine.loop import Loop, Recurrence, times
 from ds.engine.plan import Plan
 from ds.engine.rewrites import Rewrites
 from ds.engine.run import Engine
 
-__all__ = ["DDIMLoop", "Engine", "Place", "Plan", "Rewrites"]
+__all__ = ["Engine", "Loop", "Place", "Plan", "Recurrence", "Rewrites", "times"]

@@ -1,98 +1,200 @@
-"""DDIM's whole loop on buffers that stay where they are: one step, replayed while a step counts.
+"""A model's whole loop on buffers that stay where they are: one step, replayed while it counts.
 
 On a GPU the step is captured as a CUDA graph: nothing is launched from Python and nothing waits,
-since times and coefficients are rows of tables that the device looks up. Not measured yet.
+since the rows of times and coefficients are looked up by the device. Not measured yet.
 """
 
-from itertools import pairwise
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds import ops
 from ds.engine.run import Engine
-from ds.grids import Grid
-from ds.schedule import DATA, AbstractSchedule
+
+# What float64 leaves of coefficients that were found by solving for them; of those given, 1e-16.
+TOLERANCE = 1e-9
 
 
-class DDIMLoop:
-    """A DDIM teacher's sampling of batches of one size: loop(z [N, *shape]) -> [N, *shape].
+class Model(Protocol):
+    """A teacher or a student: what makes a sample of noise by calling a network."""
 
-    `images` is that size, the engine's own. The state is float32 (float64 for a float64 engine),
-    the network sees a copy in its own dtype, written by the update itself. Coefficients are made in
-    float64. The result is the loop's own buffer, which the next call overwrites.
+    shape: tuple[int, ...]  # of a sample
 
-    Song et al. 2020, arXiv:2010.02502, Eq. 12 with sigma_t = 0, which is linear in x and the output
-    of the network.
+    def using(self, net: nn.Module) -> "Model":
+        """Return the same model with another network."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Turn noise [N, *shape] into samples."""
+
+
+class _Recorder(nn.Module):
+    """A network that notes what it is given, and answers with the next of the outputs."""
+
+    def __init__(self, outputs: Tensor | None = None):
+        super().__init__()
+        self.outputs, self.inputs, self.times = outputs, [], []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        call = len(self.times)
+        self.inputs.append(x)
+        self.times.append(int(t[0]))
+        return torch.zeros_like(x) if self.outputs is None else self.outputs[call : call + 1]
+
+
+def times(model: Model) -> tuple[int, ...]:
+    """Return the times at which a model calls its network, in order."""
+    recorder = _Recorder()
+    model.using(recorder).sample(torch.zeros(1, *model.shape, dtype=torch.float64))
+    return tuple(recorder.times)
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """A model as a recurrence: of the noise, and of the outputs of its network.
+
+    With x_0 the noise, x_i what the network is given at times[i], h_i what it answers, and x_n the
+    sample, for a memory of m
+
+        x_{i+1} = table[i] @ (x_i, h_i, x_{i-1}, h_{i-1}, ..., x_{i-m+1}, h_{i-m+1})
+
+    Every deterministic solver of a fixed grid has this form, however it is written, and so have
+    methods that end in a weighted sum. The table is float64 [n, 2 m].
     """
 
-    def __init__(
-        self, engine: Engine, schedule: AbstractSchedule, grid: Grid, prediction: str = "eps"
-    ):
+    times: tuple[int, ...]
+    table: Tensor
+
+    @property
+    def memory(self) -> int:
+        """How many of the last calls a step looks back to."""
+        return self.table.shape[1] // 2
+
+    @classmethod
+    def of(cls, model: Model) -> "Recurrence":
+        """Find the recurrence of a model by calling it in float64 with networks that note all.
+
+        Raises:
+            ValueError: a sample is not linear in the noise and the outputs, so it has none.
+        """
+        count = len(times(model))
+        # Numbers of which each stands for the noise or an output: what comes out are coefficients.
+        x = _states(model, torch.eye(count + 1, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(count + 1, 64, generator=generator, dtype=torch.float64)
+        if not _near(_states(model, drawn), x @ drawn):
+            raise ValueError(
+                "a loop needs samples that are linear in the noise and in what the network "
+                "returns; this model does something else with them"
+            )
+        h = torch.eye(count + 1, dtype=torch.float64)[1:]
+        for memory in range(1, count + 1):
+            rows = [_coefficients(x, h, i, memory) for i in range(count)]
+            if all(row is not None for row in rows):
+                break
+        return cls(times(model), torch.stack(rows))
+
+
+def _states(model: Model, drawn: Tensor) -> Tensor:
+    """Return all x_i [n + 1, K] of a model, given the noise and then the outputs, [n + 1, K].
+
+    A sample has as many dimensions as those of the model, and K elements.
+    """
+    drawn = drawn.view(*drawn.shape, *[1] * (len(model.shape) - 1))
+    recorder = _Recorder(drawn[1:])
+    sample = model.using(recorder).sample(drawn[:1])
+    return torch.cat([*recorder.inputs, sample]).flatten(1)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def _coefficients(x: Tensor, h: Tensor, i: int, memory: int) -> Tensor | None:
+    """Solve for row i of the table; None where the memory is too short."""
+    known = [v[k] for k in range(i, max(i - memory, -1), -1) for v in (x, h)]
+    columns = torch.stack(known, 1)
+    row = torch.linalg.lstsq(columns, x[i + 1], driver="gelsd").solution
+    if not _near(columns @ row, x[i + 1]):
+        return None
+    return torch.cat([row, row.new_zeros(2 * memory - len(row))])
+
+
+class Loop:
+    """The sampling of batches of one size, on an engine: loop(z [N, *shape]) -> [N, *shape].
+
+    The size is the engine's own. The state is float32 (float64 for a float64 engine), the network
+    sees a copy in its own dtype, written by the update itself. The result is the loop's own buffer,
+    which the next call overwrites.
+    """
+
+    def __init__(self, engine: Engine, recurrence: Recurrence):
         place = engine.place
         self.images = place.images
-        shape = (self.images, *engine.shape)
-        wide = torch.promote_types(place.dtype, torch.float32)
-        rows = [_coefficients(schedule, prediction, t, s) for t, s in pairwise((*grid, DATA))]
-        self._engine, self._steps = engine, len(grid)
-        self._table = torch.tensor(rows, dtype=torch.float64).to(place.device, wide)
-        self._times = torch.tensor(grid, device=place.device)
+        self._engine, self._steps = engine, len(recurrence.times)
+        self._rows = engine.rows(recurrence.times)
+        self._table = recurrence.table.to(place.device, place.wide)
         self._step = torch.zeros(1, dtype=torch.int64, device=place.device)
-        empty = torch.empty(shape, dtype=wide, device=place.device)
+        empty = torch.empty(self.images, *engine.shape, dtype=place.wide, device=place.device)
         self._x = empty.to(memory_format=torch.channels_last)
         self._copy = torch.zeros_like(self._x, dtype=place.dtype)
+        # x and h of the last call, x and h of the one before, and so on.
+        pair = self._x, self._copy
+        self._past = [torch.zeros_like(y) for y in pair * (recurrence.memory - 1)]
         self._replay = self._captured() if place.device.type == "cuda" else self._advance
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
-        """Integrate noise down to the data.
+        """Turn noise into samples.
 
         Raises:
             ValueError: z is not of the shape that the engine was made for.
         """
         if z.shape != self._x.shape:
             raise ValueError(
-                f"DDIMLoop: z must be {list(self._x.shape)}, as the engine's batches, not "
+                f"Loop: z must be {list(self._x.shape)}, as the engine's batches, not "
                 f"{list(z.shape)}"
             )
-        self._x.copy_(z)
-        self._copy.copy_(z)
-        self._step.zero_()
-        for _ in range(self._steps):
+        with torch.cuda.device_of(self._x):
+            self._x.copy_(z)
+            self._copy.copy_(z)
+            for part in self._past:  # whose coefficients are 0 at first, but 0 * NaN is NaN
+                part.zero_()
+            self.start()
+            for _ in range(self._steps - 1):
+                self._replay()
+        return self._x
+
+    def start(self) -> Tensor:
+        """Take the first step from what the buffer holds, to see what a step costs; return that."""
+        with torch.cuda.device_of(self._x):
+            self._step.zero_()
             self._replay()
         return self._x
 
     def _advance(self) -> None:
         """Take the step that the counter is at, and count it up."""
-        t = self._times.index_select(0, self._step).expand(len(self._x))
-        out = self._engine(self._copy, t)
-        ops.solver_update(self._x, [out], self._table, self._step, self._copy)
+        out = self._engine.call(self._copy, self._rows.index_select(0, self._step)[0])
+        now = [self._x.clone(), out] if self._past else []
+        ops.solver_update(self._x, [out, *self._past], self._table, self._step, self._copy)
+        for older, newer in list(zip(self._past, [*now, *self._past], strict=False))[::-1]:
+            older.copy_(newer)
         self._step += 1
 
     @torch.no_grad()
     def _captured(self):
         """Capture a step, after two that load and tune what is not loaded and tuned yet."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step.zero_()
+        with torch.cuda.device(self._x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step.zero_()
+                    self._advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._step.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._step.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
         return graph.replay
-
-
-def _coefficients(
-    schedule: AbstractSchedule, prediction: str, t: int, s: int
-) -> tuple[float, float]:
-    """Return (a, b) with x_s = a x_t + b h for what the network predicts, h."""
-    (alpha, sigma), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
-    if prediction == "eps":
-        return alpha_s / alpha, sigma_s - alpha_s * sigma / alpha
-    if prediction == "x0":
-        return sigma_s / sigma, alpha_s - sigma_s * alpha / sigma
-    return alpha_s * alpha + sigma_s * sigma, sigma_s * alpha - alpha_s * sigma

@@ -1,6 +1,7 @@
 """The network that runs a plan, in the place of the U-Net it was made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,9 @@ class Engine(nn.Module):
     that need no packing are shared with the U-Net, which must not change any more. An engine has no
     parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not given;
     a float64 network keeps float64. float8_e4m3fn is bfloat16 but for the convolutions that can
-    multiply in it (ds.engine.rewrites.in_float8), an experiment.
+    multiply in it (ds.engine.rewrites.in_float8), an experiment. With `tune` cuDNN tries its
+    algorithms for each convolution and takes the fastest, which another process may find to be
+    another one: results then differ by rounding.
 
     Raises:
         ValueError: the network is no U-Net of ds.nets, or on a GPU and without times.
@@ -40,8 +43,10 @@ class Engine(nn.Module):
         images: int = 256,
         dtype: torch.dtype | None = None,
         rewrites: Rewrites | None = None,
+        tune: bool = False,
     ):
         super().__init__()
+        self.tune = tune
         if not isinstance(net, UNet):
             raise ValueError(f"Engine: net must be a ds.nets.UNet, not {type(net).__name__}")
         weight = net.conv_in.weight
@@ -60,8 +65,8 @@ class Engine(nn.Module):
         self._times = torch.tensor(sorted(set(times)), dtype=torch.int64, device=weight.device)
         if weight.is_cuda and not len(self._times):
             raise ValueError("Engine: on a GPU it needs the times of its calls")
-        self._table = self._rows(net, self._times)
         self._source = [net]  # in a list, or its weights would be this module's
+        self._table = self.rows(self._times)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -70,23 +75,25 @@ class Engine(nn.Module):
         row, parts = self._row(t), (x,)
         if x.device.type == "cpu":
             parts = x.chunk(-(-len(x) // self.place.images))
-        made = [self._run(row, part) for part in parts]
+        made = [self.call(part, row) for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
 
-    def _run(self, row: Tensor, x: Tensor) -> Tensor:
+    def call(self, x: Tensor, row: Tensor) -> Tensor:
+        """Run the plan for images at the time of a row of `rows`."""
         made = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
-        for run, step, last in self._prepared:
-            out = run(row, *(made[name] for name in step.inputs))
-            made |= zip(step.outputs, out if isinstance(out, tuple) else (out,), strict=True)
-            for name in last:  # its memory goes to what comes next
-                del made[name]
+        with _cudnn_tunes(self.tune):
+            for run, step, last in self._prepared:
+                out = run(row, *(made[name] for name in step.inputs))
+                made |= zip(step.outputs, out if isinstance(out, tuple) else (out,), strict=True)
+                for name in last:  # its memory goes to what comes next
+                    del made[name]
         (result,) = made.values()
         return result.to(x.dtype)
 
     def _row(self, t: Tensor) -> Tensor:
         """Return the row of the one time that t [N] holds."""
         if not self.rewrites.time_table:
-            return self._rows(self._source[0], t[:1])[0]
+            return self.rows(t[:1])[0]
         known = (self._times[:, None] == t).all(1)
         if t.device.type == "cpu" and not known.any():
             self._add(t)
@@ -99,11 +106,24 @@ class Engine(nn.Module):
         time = t.unique()
         if len(time) != 1:
             raise ValueError(f"Engine: all images of a call have one time, not {time.tolist()[:3]}")
-        self._table = torch.cat([self._table, self._rows(self._source[0], time)])
+        self._table = torch.cat([self._table, self.rows(time)])
         self._times = torch.cat([self._times, time])
 
-    def _rows(self, net: UNet, times: Tensor) -> Tensor:
-        return time_rows(net, times).to(self.place.wide)
+    def rows(self, times: Sequence[int] | Tensor) -> Tensor:
+        """Return what depends on the time alone, a row for each: [M, columns], on the device."""
+        times = torch.as_tensor(times, device=self.place.device)
+        return time_rows(self._source[0], times).to(self.place.wide)
+
+
+@contextmanager
+def _cudnn_tunes(tune: bool) -> Iterator[None]:
+    """Let cuDNN try its algorithms, or not, whatever the process has it do elsewhere."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tune
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

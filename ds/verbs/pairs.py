@@ -6,21 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from torch import nn
 
 from ds import archives, pairs
 from ds.config import from_json
-from ds.engine import Place, Plan
 from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.load import load_teacher
-from ds.nets import UNet
 from ds.pairs import PairStore, generate_pairs
 from ds.philox import noise
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first
-from ds.sample import Sampler, Teacher, device_of
+from ds.sample import Sampler, Teacher
 from ds.verbs.options import Here, Price, Store, at_least, home_of, say, watched
 
 log = logging.getLogger("ds")
@@ -61,7 +57,6 @@ class MakePairs:
     def make(self, count: int) -> None:
         """Make the first so many of the pairs."""
         p, teacher = self.pairs, self.solver()
-        self._propose(teacher.net)
         store = generate_pairs(
             teacher, self.out, count, seed=p.seed, batch_size=p.batch_size,
             shard_size=p.shard_size, quantizer=p.quantizer, precision=p.precision,
@@ -70,20 +65,13 @@ class MakePairs:
         if is_first():
             say(f"pairs: {self.out}, {len(store):,} of them")
 
-    def _propose(self, net: nn.Module) -> None:
-        """Name a batch size that fills the GPU, where there is one and another was chosen."""
-        place = Place(device_of(net), torch.bfloat16, 1)
-        if place.device.type == "cuda" and isinstance(net, UNet):
-            gpu = torch.cuda.get_device_properties(place.device)
-            full = Plan.of(net, place).full_batch(gpu.multi_processor_count)
-            if self.pairs.batch_size % full:
-                log.info("pairs: --pairs.batch-size %d, or a multiple, fills this GPU", full)
-
     def solver(self) -> Teacher:
         """Return the teacher with the solver that is asked for, on the device."""
         at_least(0, price=self.price)
         p = self.pairs
         at_least(1, **{"pairs.count": p.count, "pairs.held_out": p.held_out})
+        if p.batch_size is not None:
+            at_least(1, **{"pairs.batch-size": p.batch_size})
         teacher = load_teacher(self.teacher, device=self.machine.use())
         solver, grid = self.solve.build(teacher.denoiser.schedule)
         return replace(teacher, solver=solver, grid=grid)
@@ -103,7 +91,7 @@ class MakePairs:
 
     def _plan(self) -> None:
         p, teacher = self.pairs, self.solver()
-        at_least(1, **{"plan-noises": self.plan_noises, "pairs.batch-size": p.batch_size})
+        at_least(1, **{"plan-noises": self.plan_noises})
         options = {"batch_size": p.batch_size, "precision": p.precision, "engine": p.engine}
         seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
         z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())

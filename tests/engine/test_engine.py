@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ds
 from ds import grids
 from ds.denoiser import Denoiser
-from ds.engine import Engine, Place, Plan, Rewrites
+from ds.engine import Engine, Place, Plan, Rewrites, calls
 from ds.methods import DenoisingStudent
+from ds.ops._op import triton_kernels
 from ds.presets import PRESETS
 from ds.sample import uses_engine
 from ds.schedule import LinearBeta
@@ -87,9 +88,13 @@ def test_a_sampler_draws_a_student_s_images_with_the_engine():
     assert relative_rms(found, model.sample(z)) < 1e-5
 
 
-def test_the_engine_is_used_unasked_for_float32_only():
+def test_the_engine_is_used_unasked_for_float32_only_on_cpus(monkeypatch):
     assert uses_engine(build())
     assert not uses_engine(build().bfloat16())
+    with monkeypatch.context() as patched:
+        patched.setattr("ds.sample.device_of", lambda _: torch.device("cuda"))
+        assert uses_engine(build()) and uses_engine(build().bfloat16(), "bfloat16")
+        assert not uses_engine(nn.Linear(1, 1))
     assert not uses_engine(nn.Linear(1, 1))
     net = teacher().net
     assert ds.Sampler(teacher(net), engine=False).model.net is net
@@ -127,6 +132,37 @@ def test_a_plan_s_floor_is_the_larger_of_its_two_times():
     assert float(lines[1].split()[-1]) == pytest.approx(4 * plan.flops(step), rel=1e-3)
     size = plan.bytes(step, CPU)
     assert size == 4 * (4 * (2 + 8) * 64 + math.prod(step.call.weight.shape))
+
+
+GPU = Place(torch.device("cuda"), torch.bfloat16, 264)
+
+
+def cifar10_on_a_gpu(**changes):
+    with torch.device("meta"):
+        net = PRESETS["cifar10"]().net.build()
+    return Plan.of(net, GPU, replace(Rewrites.good_for(GPU), **changes))
+
+
+def test_little_of_what_a_gpu_moves_is_needless():
+    """A quarter at most of what PyTorch's passes around cuDNN move for the same network."""
+    plain = cifar10_on_a_gpu(add_into_norm=False, norm_into_conv=False, implicit_gemm=False)
+    plan = cifar10_on_a_gpu()
+    assert plan.needless(GPU) <= plain.needless(GPU) / 4
+    kept = [launch for step in plan.steps for launch in plan.launches(step) if launch.needless]
+    assert {launch.kernel for launch in kept} == {"norm"}  # those that concatenate
+    assert plan.needless(GPU) == 2 * 264 * sum(launch.needless for launch in kept)
+
+
+def test_a_call_of_264_images_has_a_floor_of_seven_milliseconds_on_an_h100():
+    """At 790 TFLOP/s and 3 TB/s, which are rates of products and copies, not of the data sheet."""
+    plan = cifar10_on_a_gpu()
+    *_, total, _, _ = plan.text(GPU, tflops=790, gbs=3000).splitlines()
+    assert 5000 < float(total.split()[-1]) < 7000  # microseconds
+
+
+def test_the_limits_of_the_kernels_are_those_that_launches_are_counted_by():
+    assert calls.ONE_PASS_PIXELS == triton_kernels("group_norm_silu").ONE_PASS_PIXELS
+    assert calls.IN_TILE_PIXELS == triton_kernels("conv").TILE_PIXELS
 
 
 @pytest.mark.parametrize(

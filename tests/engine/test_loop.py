@@ -1,45 +1,119 @@
-"""The captured loop against the solver that it stands for; on a CPU its step is simply called."""
+"""The loop against the model that it stands for; on a CPU its step is simply called."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import ds
 from ds import grids
 from ds.denoiser import Denoiser
-from ds.engine import DDIMLoop, Engine
+from ds.engine import Engine, Loop, Recurrence
+from ds.methods import DenoisingStudent
+from ds.presets import SOLVERS
 from ds.schedule import LinearBeta
 from ds.solvers import DDIM
 from tests.nets.test_unet import build, relative_rms
 
 GRID = grids.quadratic(6)
 SCHEDULE = LinearBeta()
+# How many of the last calls each solver looks back to.
+MEMORY = {
+    "ddim": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_3m": 3, "dpmpp_2s": 2, "dpmpp_3s": 2, "unipc": 3,
+}  # fmt: skip
 
 
-def teacher(net, prediction="eps"):
-    return ds.Teacher(Denoiser(net, SCHEDULE, prediction), DDIM(), GRID)
+def teacher(net, prediction="eps", solver="ddim", grid=GRID):
+    return ds.Teacher(Denoiser(net, SCHEDULE, prediction), SOLVERS[solver], grid)
+
+
+def loop_of(model, **options):
+    recurrence = Recurrence.of(model)
+    return Loop(Engine(model.net, recurrence.times, images=3, **options), recurrence)
+
+
+def distance(found, exact):
+    return float((found - exact).abs().max() / exact.abs().max())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_the_loop_is_ddim(prediction):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_loop_is_the_solver(solver, prediction):
     net = build().double()
     z = ds.noise(0, range(3), net.shape).double()
-    exact = teacher(net, prediction).sample(z)
-    loop = DDIMLoop(Engine(net, GRID, images=3), SCHEDULE, GRID, prediction)
+    model = teacher(net, prediction, solver)
+    exact, loop = model.sample(z), loop_of(model)
     for _ in range(2):  # a second call starts anew
-        assert float((loop(z) - exact).abs().max() / exact.abs().max()) < 1e-10
+        assert distance(loop(z), exact) < 1e-10
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_looks_back_no_further_than_it_must(solver):
+    grid = grids.quadratic(100)
+    model = teacher(build(), solver=solver, grid=grid)
+    found = Recurrence.of(model)
+    assert found.memory == MEMORY[solver]
+    assert len(found.times) == model.nfe
+    assert found.table.abs().max() < 2  # nothing large is to cancel
+
+
+def test_a_student_is_a_loop_of_one_step():
+    net = build().double()
+    z = ds.noise(0, range(3), net.shape).double()
+    model = ds.Student(net, DenoisingStudent(t=7))
+    assert Recurrence.of(model).times == (7,)
+    assert distance(loop_of(model)(z), model.sample(z)) < 1e-10
+
+
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_loop_rounds_no_more_than_the_solver(dtype):
-    net = build()
-    z = ds.noise(0, range(3), net.shape)
-    exact = teacher(build().double()).sample(z.double())
-    peer = relative_rms(teacher(build().to(dtype)).sample(z), exact)
-    loop = DDIMLoop(Engine(net, GRID, images=3, dtype=dtype), SCHEDULE, GRID)
+def test_the_loop_rounds_no_more_than_the_solver(dtype, solver):
+    z = ds.noise(0, range(3), build().shape)
+    exact = teacher(build().double(), solver=solver).sample(z.double())
+    peer = relative_rms(teacher(build().to(dtype), solver=solver).sample(z), exact)
+    loop = loop_of(teacher(build(), solver=solver), dtype=dtype)
     assert relative_rms(loop(z), exact) <= 2 * peer + torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_3m"])
+def test_an_image_that_is_not_finite_does_not_reach_the_next_batch(solver):
+    model = teacher(build().double(), solver=solver)
+    z = ds.noise(0, range(3), model.shape).double()
+    loop = loop_of(model)
+    assert loop(torch.full_like(z, torch.nan)).isnan().all()
+    assert distance(loop(z), model.sample(z)) < 1e-10
+
+
+@dataclass(frozen=True)
+class Clipped(DDIM):
+    """DDIM that clips what it moves to, which no recurrence does."""
+
+    def step(self, *args):
+        x, state = super().step(*args)
+        return x.clamp(-1, 1), state
+
+
+class Flipped(DenoisingStudent):
+    """A method whose pixels are not where the network saw them."""
+
+    def sample(self, net: nn.Module, z, nfe=1):
+        return super().sample(net, z).flip(1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ds.Teacher(Denoiser(build(), SCHEDULE), Clipped(), GRID),
+        ds.Student(build(), Flipped()),
+    ],
+    ids=["clipped", "flipped"],
+)
+def test_what_is_not_linear_is_refused(model):
+    with pytest.raises(ValueError, match=r"^a loop needs samples that are linear in the noise"):
+        Recurrence.of(model)
+
+
 def test_another_batch_size_is_refused():
-    loop = DDIMLoop(Engine(build(), GRID, images=3), SCHEDULE, GRID)
-    with pytest.raises(ValueError, match=r"^DDIMLoop: z must be \[3, 2, 8, 8\].* not \[4, 2, 8, 8"):
-        loop(torch.zeros(4, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"^Loop: z must be \[3, 2, 8, 8\].* not \[4, 2, 8, 8"):
+        loop_of(teacher(build()))(torch.zeros(4, 2, 8, 8))
