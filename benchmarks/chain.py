@@ -98,11 +98,9 @@ def refused(errors: dict[str, float]) -> bool:
 
 
 def scaled(preset: Preset, share: float, pairs: int | None, device: torch.device) -> Preset:
-    """Return a preset with a share of its epochs and pairs, in float32 on a CPU."""
+    """Return a preset with a share of its epochs and pairs, in the usual precision of a device."""
     count = max(preset.train.batch_size + HELD_OUT, round(share * (pairs or preset.pairs.count)))
-    few = {"check_every": 10**9}
-    if device.type == "cpu":
-        few["precision"] = "float32"
+    few = {"check_every": 10**9, "precision": preset.train.on(device).precision}
     teach = preset.teach and replace(
         preset.teach, epochs=max(share * preset.teach.epochs, 1), **few
     )

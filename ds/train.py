@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from ds.denoiser import Denoiser
 from ds.files import Interrupted, deferred_signals, locked, read_json, replacing, write_json
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
-from ds.nets import recompute_norms
+from ds.nets import UNet, recompute_norms
 from ds.philox import noise
 from ds.records import Records
 from ds.resume import Checkpoint
@@ -60,7 +60,8 @@ class TrainConfig:
     ema_gamma: float = 0.0  # above 0: average over a share of the run instead, by a power function
     snapshot_every: int = 0  # steps; above 0: keep what ds.post_hoc_ema makes other averages of
     shuffle_window: int = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    # auto: bfloat16 on GPUs that multiply in it, else float32
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     recompute_norms: bool = False  # in backward: less memory, the same bits
     log_every: int = 50  # steps
     check_every: int = 2000  # steps
@@ -77,7 +78,15 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
 
+    def on(self, device: torch.device) -> "TrainConfig":
+        """Return the same with what a device makes of "auto"."""
+        if self.precision != "auto":
+            return self
+        narrow = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return replace(self, precision="bfloat16" if narrow else "float32")
 
+
+PAYS = 5000  # steps of a run on a GPU that save what compiling takes, a minute or two: not measured
 _LEAST = {"prefetch": 0, "accumulate": 1, "evaluate_every": 0, "stall_minutes": 0}
 
 
@@ -88,7 +97,8 @@ class Runtime:
     loader: loaders.Kind = "auto"
     prefetch: int = 2  # steps read ahead
     accumulate: int = 1  # parts of a step's batch, one after the other, for want of memory
-    compile: Literal["no", "yes", "cuda_graphs"] = "no"
+    # auto: yes for a U-Net on a GPU, where the run is long enough to pay for it
+    compile: Literal["auto", "no", "yes", "cuda_graphs"] = "auto"
     compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
     shard: bool = False  # a part of every weight, and of what belongs to it, for each process
@@ -144,9 +154,10 @@ class Trainer:
             raise ValueError(
                 f"{type(method).__name__} needs {method.feeds}, the source has {source.feeds}"
             )
+        self.device = torch.device(device)
+        config = config.on(self.device)
         self.method, self.config, self.out = method, config, Path(out)
-        self.runtime = runtime or Runtime()
-        self.held_out, self.device = held_out, torch.device(device)
+        self.runtime, self.held_out = runtime or Runtime(), held_out
         self.progress = progress and ranks.is_first()
         if self.runtime.reduce == "bfloat16" and self.device.type != "cuda":
             raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {self.device.type}")
@@ -213,13 +224,23 @@ class Trainer:
         first = ranks.is_first()
         with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
             self._resume()
-            self.loss = _shared(_Loss(self.method, self.called), self.runtime)
+            self.loss = _shared(_Loss(self.method, self.called), self.runtime, self._compiles())
             self.records = first and Records(
                 self.out, self.step, self.run, wandb=self.runtime.wandb
             )
             with closing(self.records) if first else nullcontext(), closing(self.checkpoint):
                 self._train(stop)
         return shard.whole(self.best)
+
+    def _compiles(self) -> bool:
+        """Say whether the loss is compiled; where nobody asked for it, the log says that it is."""
+        if self.runtime.compile != "auto":
+            return self.runtime.compile != "no"
+        unet = isinstance(self.modules["student"], UNet)
+        pays = unet and self.device.type == "cuda" and self.steps >= PAYS
+        if pays:
+            log.info("train: compiled, which pays in %d steps", self.steps)
+        return pays
 
     def _train(self, stop: Callable[[], int]) -> None:
         c, r = self.config, self.runtime
@@ -467,17 +488,18 @@ class _Loss(nn.Module):
         return self.method.loss(self.modules_, batch, step)
 
 
-def _shared(loss: _Loss, runtime: Runtime) -> nn.Module:
+def _shared(loss: _Loss, runtime: Runtime, compiles: bool) -> nn.Module:
     """Compile a loss with its networks as one graph, and let processes average its gradients.
 
-    Sharded networks average them by themselves, and are compiled a block at a time.
+    Sharded networks average them by themselves, and are compiled a block at a time. Where nobody
+    asked for it, what cannot be compiled may break the graph.
     """
-    if runtime.compile != "no":
+    if compiles:
         if runtime.compile_cache:  # which the compiler looks up in the environment alone
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(runtime.compile_cache).resolve())
         mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
         for part in shard.blocks(loss) if runtime.shard else [loss]:
-            part.compile(fullgraph=True, mode=mode)
+            part.compile(fullgraph=runtime.compile != "auto", mode=mode)
     if ranks.world() == 1 or runtime.shard:
         return loss
     shared = DistributedDataParallel(

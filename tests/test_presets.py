@@ -34,9 +34,10 @@ def test_the_paper_s_numbers(name, column):
 
 
 @paper
-def test_the_paper_s_optimiser_is_plain_adam_in_float32(name):
+def test_the_paper_s_optimiser_is_plain_adam(name):
     t = PRESETS[name]().train
-    assert (t.eps, t.decay, t.precision) == (1e-8, "none", "float32")
+    assert (t.optimizer, t.eps, t.decay) == ("adam", 1e-8, "none")
+    assert (t.weight_decay, t.max_norm) == (0, 0)
 
 
 @paper

@@ -21,12 +21,12 @@ import ds
 from ds.analytic import Gaussian
 from ds.config import to_json
 from ds.data import Generated, Images, Pairs, digits
-from ds.files import Interrupted, locked
+from ds.files import Interrupted, locked, read_json
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.optim import average, power_decay
-from ds.train import MEASURED, Runtime, TrainConfig, Trainer
+from ds.train import MEASURED, PAYS, Runtime, TrainConfig, Trainer
 from tests.test_loader import KINDS
 
 DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
@@ -301,6 +301,50 @@ def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_pat
     assert torch.equal(drawn[-1], tile(to_uint8(made), columns=8))
     sheets = sorted(f.name for f in (tmp_path / "samples").iterdir())
     assert sheets == [f"step-{step:07d}.png" for step in (4, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "asked", "found"),
+    [
+        ("cpu", None, "auto", "float32"),
+        ("cuda", (7, 5), "auto", "float32"),
+        ("cuda", (9, 0), "auto", "bfloat16"),
+        ("cuda", (9, 0), "float32", "float32"),
+    ],
+)
+def test_the_usual_precision_is_that_of_the_device(device, capability, asked, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert replace(SHORT, precision=asked).on(torch.device(device)).precision == found
+
+
+def test_a_run_records_the_precision_that_it_has(store, tmp_path):
+    run = trainer(store, tmp_path, replace(SHORT, precision="auto"))
+    run.fit()
+    assert read_json(tmp_path / "run.json")["train"]["precision"] == "float32"
+    trainer(store, tmp_path, replace(SHORT, precision="float32")).fit()  # is the same run
+
+
+@pytest.mark.parametrize(
+    ("device", "net", "steps", "asked", "found"),
+    [
+        ("cuda", "unet", PAYS, "auto", True),
+        ("cuda", "unet", PAYS - 1, "auto", False),
+        ("cpu", "unet", PAYS, "auto", False),
+        ("cuda", "other", PAYS, "auto", False),
+        ("cuda", "unet", PAYS, "no", False),
+        ("cpu", "other", 1, "yes", True),
+    ],
+)
+def test_a_long_run_of_a_unet_on_a_gpu_is_compiled_unasked(
+    store, tmp_path, caplog, device, net, steps, asked, found
+):
+    init = {"init": unet()} if net == "unet" else {}
+    run = trainer(store, tmp_path, runtime=Runtime(compile=asked), **init)
+    run.device, run.steps = torch.device(device), steps
+    with caplog.at_level("INFO", "ds"):
+        assert run._compiles() == found
+    said = f"train: compiled, which pays in {steps} steps"
+    assert caplog.messages == [said] * (found and asked == "auto")
 
 
 def test_bfloat16_trains(store, tmp_path):
@@ -812,5 +856,5 @@ def test_the_run_file_says_what_is_trained(store, tmp_path):
     run.fit()
     saved = json.loads((tmp_path / "run.json").read_text())
     assert saved["method"] == to_json(DenoisingStudent())
-    assert saved["train"] == to_json(SHORT)
+    assert saved["train"] == to_json(replace(SHORT, precision="float32"))
     assert saved["source"] == Pairs(store, range(HELD_OUT, HELD_OUT + 256)).fingerprint()

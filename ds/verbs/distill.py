@@ -174,7 +174,7 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
     batch = {"x0": z, "noise": z, "index": torch.arange(most, device=device)}
 
     def work(n: int) -> None:
-        with autocast(device, train.precision):
+        with autocast(device, train.on(device).precision):
             loss = method.loss(modules, {name: rows[:n] for name, rows in batch.items()}, 0)
         loss.backward()
         loss.item()  # waits for the device
