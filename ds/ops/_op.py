@@ -168,6 +168,17 @@ def _watched(args: tuple) -> bool:
     )
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors of one shape lie in memory in one order.
+
+    The stride of a dimension of size 1, such as that of a single image, says nothing.
+    """
+    if a.stride() == b.stride():
+        return True
+    sizes = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(of_a == of_b for size, of_a, of_b in sizes if size > 1)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend, in place of DS_BACKEND, for every op that has one of this name.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported
+from ds.ops._op import Op, Unsupported, same_order
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def _():
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
-    if grad.stride() == param.stride():
+    if same_order(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
@@ -230,7 +230,7 @@ def _check_layout(params, *others) -> None:
     """Raise Unsupported unless every tensor lies in memory as its param, and that without gaps."""
     for tensors in others:
         for tensor, param in zip(tensors, params, strict=False):
-            if tensor.stride() != param.stride():
+            if not same_order(tensor, param):
                 raise Unsupported("it takes tensors with the strides of params")
     for param in params:
         if not (param.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(param)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops._op import Op, Unsupported, same_order, triton_kernels
 from ds.ops.float8 import FLOAT8, check_converts, to_float8
 
 
@@ -335,7 +335,9 @@ def _shift_rows(shift: Tensor | None) -> Tensor | None:
 def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
     """Return [N, pixels, C] in the shape and strides of x, without a copy if channels_last."""
     y = rows.transpose(1, 2).reshape(x.shape)
-    return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)
+    if same_order(y, x):
+        return y.as_strided(x.shape, x.stride())
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 @forward.backend("cluster", "cuda")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops._op import Op, Unsupported, same_order, triton_kernels
 
 
 def solver_update(
@@ -85,7 +85,7 @@ _op = Op(
 
 def _in_order_of(x: Tensor, other: Tensor) -> Tensor:
     """Return the other tensor, or a copy of it with the strides of x."""
-    if other.stride() == x.stride():
+    if same_order(other, x):
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
@@ -105,7 +105,7 @@ def _check_kernels_take(
     dense = x.is_contiguous() or (
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    if not dense or (copy is not None and copy.stride() != x.stride()):
+    if not dense or not (copy is None or same_order(copy, x)):
         raise Unsupported("it takes x contiguous or channels_last, and copy with its strides")
 
 
