@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -353,13 +353,15 @@ class ImplicitGemm(Call):
     """A convolution by our own kernel, ds.ops.conv; or with the norm that follows.
 
     A second input, if there is one, is added to its result. That is a second output after the
-    normalized one if it is to be kept. With `float8` the input is float8, and so is the weight.
+    normalized one if it is to be kept. With `float8` the input is float8, and so is the weight. A
+    `backend` of the op is taken and no other, if it is named.
     """
 
     conv: Conv | Phases
     norm: Norm | None = None
     keep: bool = False
     float8: bool = False
+    backend: str = ""
 
     def prepare(self, place: Place, *shapes: Shape) -> Run:
         doubled, stride = isinstance(self.conv, Phases), getattr(self.conv, "stride", 1)
@@ -371,24 +373,28 @@ class ImplicitGemm(Call):
             weight = weight.contiguous(memory_format=torch.channels_last)
         else:
             weight = place.cast(weight)
-        if self.norm is None:
-            bias, parts = place.bias(self.conv.bias, place.wide), getattr(self.conv, "parts", 1)
+        options = {"stride": stride, **({} if scale is None else {"scale": scale})}
+        run = (self._alone if self.norm is None else self._normed)(place, weight, options)
+        return _by(self.backend, run) if self.backend else run
 
-            def alone(row: Tensor, x: Tensor, residual: Tensor | None = None):
-                y = ops.conv(x, weight, bias(row), residual, stride=stride, scale=scale)
-                return y if parts == 1 else y.chunk(parts, 1)
+    def _alone(self, place: Place, weight: Tensor, options: dict[str, Any]) -> Run:
+        bias, parts = place.bias(self.conv.bias, place.wide), getattr(self.conv, "parts", 1)
 
-            return alone
-        bias = place.bias(
-            self.conv.bias if self.norm.shift is None else self.norm.shift, place.wide
-        )
-        settings, silu = self.norm.settings(place), self.norm.silu
+        def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
+            y = ops.conv(x, weight, bias(row), residual, **options)
+            return y if parts == 1 else y.chunk(parts, 1)
+
+        return run
+
+    def _normed(self, place: Place, weight: Tensor, options: dict[str, Any]) -> Run:
+        shift = self.conv.bias if self.norm.shift is None else self.norm.shift
+        bias, settings = place.bias(shift, place.wide), self.norm.settings(place)
+        options = {**options, "silu": self.norm.silu, "keep": self.keep}
 
         def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
             normed, y = ops.conv_group_norm_silu(
-                x, weight, *settings, bias=bias(row), residual=residual,
-                stride=stride, silu=silu, keep=self.keep,
-            )  # fmt: skip
+                x, weight, *settings, bias=bias(row), residual=residual, **options
+            )
             return (normed, y) if self.keep else normed
 
         return run
@@ -494,6 +500,16 @@ class Upsample(Call):
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         c, h, w = shapes[0]
         return ((c, 2 * h, 2 * w),)
+
+
+def _by(backend: str, run: Run) -> Run:
+    """Return the same function, computed by a backend and no other."""
+
+    def forced(*args: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with ops.use_backend(backend):
+            return run(*args)
+
+    return forced
 
 
 def values(shapes: tuple[Shape, ...]) -> int:

@@ -4,9 +4,11 @@ In exact arithmetic each leaves the result as it is, and any of them can be left
 `in_float8`, which is a precision: a place has it or has it not.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -195,7 +197,7 @@ def winograd(steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[
     ]
 
 
-def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
+def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> list[Step]:
     """Let a convolution normalize its result, which it keeps if it is read elsewhere, too."""
     readers = _readers(steps)
 
@@ -210,20 +212,18 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], bool]) -> list[St
         if norm.call.shift is not None and (conv.call.bias is not None or kept == [x]):
             return None  # it adds one bias, which others who read x must not see
         call = ImplicitGemm(conv.call, norm.call, bool(kept))
-        step = Step(call, (*conv.inputs, *others), (normed, *kept))
-        return step if chosen(step) else None
+        return chosen(Step(call, (*conv.inputs, *others), (normed, *kept)))
 
     return _fuse(steps, Conv, Norm, fused, alone=False)
 
 
-def implicit_gemm(steps: list[Step], chosen: Callable[[Step], bool]) -> list[Step]:
+def implicit_gemm(steps: list[Step], chosen: Callable[[Step], Step | None]) -> list[Step]:
     """Compute convolutions by our own kernel."""
 
     def own(step: Step) -> Step:
         if not isinstance(step.call, Conv | Phases):
             return step
-        new = step._replace(call=ImplicitGemm(step.call))
-        return new if chosen(new) else step
+        return chosen(step._replace(call=ImplicitGemm(step.call))) or step
 
     return [own(step) for step in steps]
 
@@ -257,9 +257,10 @@ def _is_3x3(call: Call) -> bool:
     return isinstance(call, Conv) and call.weight.shape[2] == 3
 
 
-# The convolutions for which our kernel was measured to be faster than cuDNN, for each GPU by the
-# name PyTorch gives it, in the form of `choice_name`. None yet: not measured.
-FASTER: dict[str, frozenset[str]] = {}
+# The convolutions for which a kernel of ours was measured to be faster than cuDNN, and which one,
+# a backend of ds.ops.conv. By the name that PyTorch gives a GPU, and `choice_name`; written by
+# benchmarks/gpu_report.py. None yet: not measured.
+FASTER: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("faster.json").read_text())
 
 
 def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str:
@@ -291,19 +292,25 @@ def _choice(
     place: Place,
     shapes: dict[str, Shape],
     unmeasured: Callable[[Step, dict[str, Shape]], bool],
-) -> Callable[[Step], bool]:
-    """Return what says whether our kernel is to compute a step.
+) -> Callable[[Step], Step | None]:
+    """Return what gives a step for our kernel with its backend, or None where it is not to be ours.
 
     As wanted, or else as measured, or else as is to be expected of it where it runs at all.
     """
     if wanted is not None:
-        return lambda _: wanted
+        return lambda step: step if wanted else None
     cuda = place.device.type == "cuda"
     here = cuda and torch.cuda.is_available()  # a plan can be made anywhere
     gpu = torch.cuda.get_device_name(place.device) if here else ""
-    if gpu in FASTER:
-        return lambda step: choice_name(step, place.dtype, shapes) in FASTER[gpu]
-    return lambda step: cuda and place.dtype != torch.float64 and unmeasured(step, shapes)
+    runs = cuda and place.dtype != torch.float64
+
+    def chosen(step: Step) -> Step | None:
+        if gpu not in FASTER:
+            return step if runs and unmeasured(step, shapes) else None
+        backend = FASTER[gpu].get(choice_name(step, place.dtype, shapes))
+        return backend and step._replace(call=replace(step.call, backend=backend))
+
+    return chosen
 
 
 REWRITES = (

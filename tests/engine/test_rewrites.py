@@ -1,5 +1,6 @@
 """A plan against the network it was made of: each rewrite alone, and all of them."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +13,7 @@ from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, Phases, Winograd
 from ds.nets.unet import ResBlock
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
+CPU = Place(torch.device("cpu"), torch.float32, 4)
 NAMES = [field.name for field in fields(Rewrites)]
 OFF = Rewrites(**dict.fromkeys(NAMES, False))
 ON = Rewrites()  # all of them
@@ -102,20 +104,50 @@ def test_our_own_kernel_takes_what_it_was_measured_to_be_faster_at(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
 
-    def own(*names):
-        monkeypatch.setitem(rewrites.FASTER, "some GPU", frozenset(names))
+    def own(**backends):
+        monkeypatch.setitem(rewrites.FASTER, "some GPU", backends)
         plan = Plan.of(build(), place)
         return {
-            rewrites.choice_name(step, place.dtype, plan.shapes)
+            rewrites.choice_name(step, place.dtype, plan.shapes): step.call.backend
             for step in plan.steps
             if isinstance(step.call, ImplicitGemm)
         }
 
     first = "gemm 3x3+gn 2x8x8 to 8x8x8 bfloat16"
     down = "gemm 3x3/2 8x8x8 to 8x4x4 bfloat16"
-    assert own() == set()
-    assert own(first) == {first}
-    assert own(down, "gemm 3x3 2x8x8 to 8x8x8 float16") == {down}
+    assert own() == {}
+    assert own(**{first: "triton"}) == {first: "triton"}
+    found = own(**{down: "other", "gemm 3x3 2x8x8 to 8x8x8 float16": "triton"})
+    assert found == {down: "other"}
+
+
+@torch.no_grad()
+def test_a_convolution_is_computed_by_the_backend_that_is_named(monkeypatch):
+    conv = Conv(torch.randn(8, 4, 3, 3), torch.randn(8))
+    x = torch.randn(2, 4, 8, 8)
+    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    run = ImplicitGemm(conv, backend="reference").prepare(replace(CPU, images=2), (4, 8, 8))
+    torch.testing.assert_close(run(torch.empty(0), x), expected)
+    run = ImplicitGemm(conv, backend="triton").prepare(replace(CPU, images=2), (4, 8, 8))
+    with pytest.raises(RuntimeError, match="'triton' was asked for on cpu"):
+        run(torch.empty(0), x)
+
+
+def test_what_was_not_measured_is_ours_where_it_spares_a_pass_or_a_launch():
+    gpu = Place(torch.device("cuda"), torch.bfloat16, 4)
+    net = build(replace(TINY, channels=16, image_size=16, attention_resolutions=(8,)))
+    plan = Plan.of(net, gpu)
+    shapes = plan.shapes
+    assert rewrites.FASTER == {}
+    for step in plan.steps:
+        needless = {launch.kernel for launch in plan.launches(step) if launch.needless}
+        assert needless <= {"norm"}
+        if isinstance(step.call, ImplicitGemm) and step.call.norm:
+            assert math.prod(shapes[step.outputs[0]][1:]) <= rewrites.SMALL_PIXELS
+    kinds = {step.call.kind for step in plan.steps}
+    assert {"gemm 3x3", "gemm 3x3/2+gn", "gemm 3x3+gn", "conv 3x3", "conv 1x1"} <= kinds
+    wide = Plan.of(net.double(), replace(gpu, dtype=torch.float64))
+    assert not any(isinstance(step.call, ImplicitGemm) for step in wide.steps)
 
 
 def test_every_convolution_can_be_forced_to_our_own_kernel():
