@@ -25,7 +25,7 @@ class Sample:
     indices: str = "0-63"  # of the noise: numbers and ranges, such as 3,7,100-199
     between: int = 0  # images on the way from each index to the next, along a great circle
     scale: int = 0  # pixels of a picture for each of the image; 0 makes small images larger
-    batch_size: int = 256
+    batch_size: int | None = None  # None: 256, on GPUs what keeps all of one busy
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     machine: Here = field(default_factory=Machine)
 
