@@ -213,7 +213,7 @@ def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
     return precision == "fp8" or not narrow
 
 
-def usual_batch(model: "Teacher | Student") -> int:
+def usual_batch(model: Teacher | Student) -> int:
     """Return how many images a Sampler takes at a time unless it is told otherwise.
 
     256; of a U-Net on CUDA about 512, as many as keep every multiprocessor busy in every layer and
@@ -322,8 +322,6 @@ class Sampler:
             raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
         if compile and (engine or latency):
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
-        if loop and engine is False:
-            raise ValueError("Sampler: loop needs an engine, and so a U-Net")
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
         self.precision = precision or usual_precision(model.net)
