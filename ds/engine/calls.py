@@ -403,16 +403,18 @@ class ImplicitGemm(Call):
         return self.conv.shapes(*shapes) * (1 + self.keep)
 
     def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
-        (out,), doubled = self.conv.shapes(*shapes), isinstance(self.conv, Phases)
-        made, pixels = values((out,)), math.prod(out[1:])
-        whole = values(shapes) + made
+        out, doubled = self.conv.shapes(*shapes), isinstance(self.conv, Phases)
+        made, pixels = values(out), math.prod(out[0][1:])
+        convolves = Launch(self.kind, values(shapes) + made)
         if self.norm is None:
-            return (Launch(self.kind, whole),)
+            return (convolves,)
         if pixels <= IN_TILE_PIXELS and not doubled:
-            return (Launch(self.kind, whole + made * self.keep),)
-        if pixels <= ONE_PASS_PIXELS or doubled:
-            return Launch(self.kind, whole), *self.norm.launches(out)
-        return Launch(self.kind, whole), *self.norm.launches(out)[1:]
+            return (Launch(self.kind, values(shapes) + made * (1 + self.keep)),)
+        normalizes = Launch("norm", 2 * made)
+        if pixels <= ONE_PASS_PIXELS:
+            return convolves, normalizes
+        sums = (Launch("norm: sums", made),) * doubled  # else our convolution leaves them
+        return convolves, *sums, Launch("norm: groups", 0), normalizes
 
     def flops(self, *shapes: Shape) -> int:
         _, h, w = (shapes if isinstance(self.conv, Phases) else self.conv.shapes(*shapes))[0]
