@@ -14,7 +14,7 @@ from ds.denoiser import Denoiser
 from ds.engine import Engine, Place, Plan, Rewrites, calls
 from ds.methods import DenoisingStudent
 from ds.ops._op import triton_kernels
-from ds.presets import PRESETS
+from ds.presets import PRESETS, SOLVERS
 from ds.sample import uses_engine
 from ds.schedule import LinearBeta
 from ds.solvers import Heun
@@ -86,6 +86,18 @@ def test_a_sampler_draws_a_student_s_images_with_the_engine():
     z = ds.noise(3, range(7), model.shape)
     (found,) = ds.Sampler(model, engine=True).batches(3, range(7))
     assert relative_rms(found, model.sample(z)) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_3s"])
+def test_an_engine_is_made_for_the_times_of_its_model(solver):
+    """Which a GPU must be told; a student has one, and some solvers go between those of a grid."""
+    student = ds.Student(build(), DenoisingStudent(t=7))
+    assert student.engine(2).net._times.tolist() == [7]
+    model = replace(teacher(), solver=SOLVERS[solver])
+    found = model.engine(2).net
+    known = len(found._times)
+    model.using(found).sample(torch.zeros(1, *model.shape))
+    assert len(found._times) == known  # none had to be added
 
 
 def test_the_engine_is_used_unasked_for_float32_only_on_cpus(monkeypatch):

@@ -423,3 +423,14 @@ def test_an_impossible_configuration_is_one_clear_error(change, message):
 
 def test_a_network_has_the_shape_of_its_images():
     assert TINY.build().shape == (2, 8, 8)
+
+
+def test_the_network_asks_nothing_that_pytorch_2_11_cannot_trace(monkeypatch):
+    """Its Dynamo breaks a graph at torch.amp.is_autocast_available, which fullgraph refuses."""
+
+    def untraceable(_):
+        raise AssertionError("torch.amp.is_autocast_available was called")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    net, (x, t) = build(), inputs()
+    assert net(x, t).shape == x.shape
