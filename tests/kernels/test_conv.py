@@ -90,12 +90,17 @@ def check(arguments, stride) -> None:
     assert_as_exact(y, peer, exact, factor=2)
 
 
-def check_norm(arguments, stride, norm, silu=True) -> None:
+def norm_values(out, groups, dtype) -> tuple:
+    weight, bias, *settings = norm_of(out, groups, dtype)
+    return weight.to(DEVICE), bias.to(DEVICE), *settings
+
+
+def check_norm(arguments, stride, norm, silu=True, op=NORM) -> None:
     """Compare the norm with that of y as rounded, which is compared with what it should be."""
-    normed, y = NORM(*arguments, stride, *norm, silu, True)
+    normed, y = op(*arguments, stride, *norm, silu, True)
     exact, peer = exact_and_peer(arguments, stride)
     assert_as_exact(y, peer, exact, factor=2)
-    alone, empty = NORM(*arguments, stride, *norm, silu, False)
+    alone, empty = op(*arguments, stride, *norm, silu, False)
     assert torch.equal(normed, alone)
     assert not len(empty)
     weight, bias, groups, eps = norm
@@ -163,7 +168,7 @@ def test_products_of_float8_are_those_of_its_numbers(monkeypatch, geometry, tile
     ("dtype", "silu"), [(DTYPES[0], False), *((dtype, True) for dtype in DTYPES[1:])], ids=str
 )
 def test_with_a_norm_it_is_as_exact_as_pytorch(place, dtype, silu):
-    check_norm(*values(2, 20, 24, 8, 8, "1x1", dtype), norm_of(24, 6, torch.float32), silu)
+    check_norm(*values(2, 20, 24, 8, 8, "1x1", dtype), norm_values(24, 6, torch.float32), silu)
 
 
 # Images of 1, 30 and 256 pixels, groups of 1, 3, 8 and 256 channels, of which 3 do not fit a tile.
@@ -177,19 +182,19 @@ def test_with_a_norm_it_is_as_exact_as_pytorch(place, dtype, silu):
     ids=str,
 )  # fmt: skip
 def test_a_norm_of_any_image_and_groups(shape, groups):
-    check_norm(*values(*shape, torch.float32), norm_of(shape[2], groups, torch.float32))
+    check_norm(*values(*shape, torch.float32), norm_values(shape[2], groups, torch.float32))
 
 
 def test_the_variance_beside_a_large_mean(place):
     """A mean 3000 times the standard deviation, of which a difference of sums would leave noise."""
     (x, weight, bias, _), stride = values(1, 8, 24, 8, 8, "1x1", torch.float32)
-    check_norm([x, weight, bias + 3000, None], stride, norm_of(24, 6, torch.float32))
+    check_norm([x, weight, bias + 3000, None], stride, norm_values(24, 6, torch.float32))
 
 
 def test_constant_groups_have_no_variance(place):
     (x, weight, bias, _), stride = values(1, 8, 24, 8, 8, "1x1", torch.float32)
     weight, bias = torch.zeros_like(weight), torch.full_like(bias, 0.5)
-    norm_weight, norm_bias, *settings = norm_of(24, 6, torch.float32)
+    norm_weight, norm_bias, *settings = norm_values(24, 6, torch.float32)
     normed, _ = NORM(x, weight, bias, None, stride, norm_weight, norm_bias, *settings, False, True)
     torch.testing.assert_close(normed, norm_bias[:, None, None].expand_as(normed))
 
@@ -215,7 +220,7 @@ def test_nan_and_infinity_reach_what_they_are_terms_of(small_tiles, geometry, wh
 def test_a_nan_stays_in_its_group(place):
     arguments, stride = values(1, 8, 24, 8, 8, "1x1", torch.float32)
     arguments[3][0, 9, 3, 3] = float("nan")
-    normed, _ = NORM(*arguments, stride, *norm_of(24, 6, torch.float32), True, True)
+    normed, _ = NORM(*arguments, stride, *norm_values(24, 6, torch.float32), True, True)
     expected = torch.zeros_like(normed, dtype=torch.bool)
     expected[0, 8:12] = True
     assert torch.equal(normed.isnan(), expected)
@@ -224,7 +229,7 @@ def test_a_nan_stays_in_its_group(place):
 def test_every_element_is_written_with_the_same_bits_twice(place, monkeypatch):
     arguments, stride = values(1, 8, 24, 8, 8, "1x1", torch.float32)
     doubled, _ = values(2, 4, 7, 3, 5, "doubled", torch.float32)
-    norm = norm_of(24, 6, torch.float32)
+    norm = norm_values(24, 6, torch.float32)
 
     def run():
         return *NORM(*arguments, stride, *norm, True, True), CONV(*doubled, 1)
@@ -241,7 +246,7 @@ def test_every_element_is_written_with_the_same_bits_twice(place, monkeypatch):
 def test_bits_depend_on_neither_batch_nor_memory_format(small_tiles, geometry):
     """The third image lies in two tiles but with stride 2; alone it lies in one, contiguous."""
     (x, weight, bias, residual), stride = values(3, 5, 12, 4, 3, geometry, torch.bfloat16)
-    norm = *norm_of(12, 3, torch.float32), True, True
+    norm = *norm_values(12, 3, torch.float32), True, True
     y = CONV(x, weight, bias, residual, stride)
     normed, _ = NORM(x, weight, bias, residual, stride, *norm)
     own = x[2:].contiguous(), weight.contiguous(), bias[2:], residual[2:].contiguous()
@@ -295,7 +300,7 @@ def test_the_ops_are_sound(as_on_a_gpu, small_tiles):
     arguments, stride = values(2, 4, 8, 4, 5, "3x3/2", torch.bfloat16)
     tests = "test_schema", "test_faketensor"
     torch.library.opcheck(torch.ops.ds.conv.default, (*arguments, stride), test_utils=tests)
-    norm = *norm_of(8, 2, torch.float32), True, False
+    norm = *norm_values(8, 2, torch.float32), True, False
     op = torch.ops.ds.conv_group_norm_silu.default
     torch.library.opcheck(op, (*arguments, stride, *norm), test_utils=tests)
 
@@ -303,7 +308,7 @@ def test_the_ops_are_sound(as_on_a_gpu, small_tiles):
 @torch.no_grad()
 def test_they_compile_as_one_graph(as_on_a_gpu, small_tiles):
     (x, weight, bias, residual), _ = values(2, 8, 8, 4, 4, "3x3", torch.float32)
-    norm = norm_of(8, 2, torch.float32)
+    norm = norm_values(8, 2, torch.float32)
 
     def both(x):
         y = ops.conv(x * 2, weight, bias, residual)
@@ -336,7 +341,7 @@ def test_what_it_does_not_take_it_leaves_to_others(size, dtype, reason):
     with pytest.raises(Unsupported, match=reason):
         CONV(x, weight, None, None, 1)
     with pytest.raises(Unsupported, match=reason):
-        NORM(x, weight, None, None, 1, *norm_of(8, 2, torch.float32), True, True)
+        NORM(x, weight, None, None, 1, *norm_values(8, 2, torch.float32), True, True)
 
 
 @pytest.mark.gpu
