@@ -233,12 +233,14 @@ def _tile(dtype: torch.dtype, channels: int, out: int, image_rows: int = 0) -> _
     return _Tile(m, n, k, warps, stages)
 
 
-def refusal(x: Tensor, weight: Tensor) -> str | None:
+def refusal(x: Tensor, weight: Tensor, stride: int) -> str | None:
     """Return why the kernels do not take x [N, C, H, W] and its weight, or None where they do."""
     _, channels, height, width = x.shape
     if x.dtype not in DTYPES:
         return f"it takes float32, float16, bfloat16 or float8_e4m3fn, not {x.dtype}"
-    reach = max(weight.numel(), (height * width + REST) * max(channels, len(weight)))
+    made = height // stride * (width // stride)
+    images = (height * width + REST) * channels, (made + REST) * len(weight)
+    reach = max(weight.numel(), *images)
     if reach > 2**31 - 1:
         return f"its offsets have 32 bits within an image and the weight, too few for {reach}"
     return None

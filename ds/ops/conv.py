@@ -234,6 +234,24 @@ def _():
     return launch
 
 
+@_op.backend("hopper", "cuda")  # behind triton, which takes all it takes: only if asked for
+def _():
+    kernels = triton_kernels("conv_hopper")
+
+    def launch(x, weight, bias, residual, stride, scale=None):
+        _check_hopper(x.device)
+        *arguments, _ = _arguments(kernels, x, weight, bias, residual, stride)
+        with torch.cuda.device_of(x):
+            return kernels.conv(*arguments).permute(0, 3, 1, 2)
+
+    return launch
+
+
+def _check_hopper(device: torch.device) -> None:
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device))[0] != 9:
+        raise Unsupported(f"it needs sm_90, not sm_{found[0]}{found[1]}")
+
+
 def _arguments(
     kernels: ModuleType,
     x: Tensor,
@@ -243,7 +261,7 @@ def _arguments(
     stride: int,
 ) -> tuple[Tensor | int | None, ...]:
     """Return images and weight as contiguous [N, H, W, C], without a copy of channels_last ones."""
-    if reason := kernels.refusal(x, weight):
+    if reason := kernels.refusal(x, weight, stride):
         raise Unsupported(reason)
     x, weight, residual = (
         None if t is None else t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, residual)
@@ -280,6 +298,20 @@ def _():
 
     def launch(x, weight, bias, residual, stride, *norm):
         arguments = _arguments(kernels, x, weight, bias, residual, stride)
+        with torch.cuda.device_of(x):
+            normed, y = kernels.conv_group_norm_silu(*arguments, *norm)
+        return normed.permute(0, 3, 1, 2), x.new_empty(0) if y is None else y.permute(0, 3, 1, 2)
+
+    return launch
+
+
+@_norm_op.backend("hopper", "cuda")
+def _():
+    kernels = triton_kernels("conv_hopper")
+
+    def launch(x, weight, bias, residual, stride, *norm):
+        _check_hopper(x.device)
+        *arguments, _ = _arguments(kernels, x, weight, bias, residual, stride)
         with torch.cuda.device_of(x):
             normed, y = kernels.conv_group_norm_silu(*arguments, *norm)
         return normed.permute(0, 3, 1, 2), x.new_empty(0) if y is None else y.permute(0, 3, 1, 2)
