@@ -1,11 +1,18 @@
 """Compile every Triton kernel for GPUs that need not be there, and report what the code is like.
 
     python benchmarks/aot.py > benchmarks/results/aot.json
+    python benchmarks/aot.py --brief > benchmarks/results/aot-3.6.json      under Triton 3.6
+    python benchmarks/aot.py --seconds > benchmarks/results/compile-3.6.json          likewise
 
 The kernels are those that the launchers would launch for each GroupNorm, each attention and each
-convolution of the paper's networks, in bfloat16 and, where a plan has it, in float8, for attention
-with heads of 64 channels, and for the noise, batches, solver steps and levels of the images:
-networks and launchers run on meta tensors, and the launches are noted, not done.
+convolution of the paper's networks and of the engine's plans of them, in bfloat16 and, where a plan
+has it, in float8, for attention with heads of 64 channels, and for the noise, batches, solver steps
+and levels of the images: networks and launchers run on meta tensors, and the launches are noted,
+not done.
+
+`--brief` has the kernels of sm_90 alone, in the same order, without what they are for: to compare
+the Triton of GPU machines. `--seconds` is the time it takes to compile for sm_90 what the CIFAR-10
+network needs: a run that finds no cache waits for it.
 """
 
 import argparse
@@ -15,30 +22,34 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import ops, presets
-from ds.engine import Place, Plan, Rewrites
-from ds.engine.calls import ImplicitGemm
+from ds.engine import Place, Plan, Rewrites, calls
 from ds.kernels import (
     attention,
     conv,
+    conv_hopper,
     group_norm_silu,
     noise,
     prepare_batch,
@@ -58,6 +69,7 @@ ARCHITECTURES = (80, 90)
 FLOAT8, ARCHITECTURES_OF_FLOAT8 = torch.float8_e4m3fn, (89, 90)
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
 BATCH = 32
+MANY = 528  # images: at 4 x 4 pixels, 4 for each multiprocessor
 DEFAULTS = None, None, None, False  # of the op's shift, residual, skip and keep
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
@@ -65,6 +77,7 @@ TYPES = {
 }  # fmt: skip
 
 Launch = tuple[tuple, JITFunction, dict]  # for what shape, the kernel, its arguments by name
+Networks = Sequence[Callable[[], presets.Preset]]
 
 
 class Norm(NamedTuple):
@@ -96,22 +109,40 @@ class GroupNorms(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def norms() -> list[Norm]:
-    """Return the distinct GroupNorms of the paper's networks.
+@functools.cache
+def plans(preset: Callable[[], presets.Preset]) -> list[Plan]:
+    """Return the engine's plans of a network for GPUs, in bfloat16 and, the last, in float8.
 
-    And each after a residual block once more, as it would be if the addition that ends the block,
-    and the bias of the convolution before that, were left to it.
+    With our own convolutions where they are expected to pay, everywhere, and with norms in them.
     """
+    with torch.device("meta"):
+        net = preset().net.build()
+    found = []
+    for own, norms, float8 in ((None, None, False), (True, False, False), (True, True, False),
+                               (True, False, True)):  # fmt: skip
+        place = Place(torch.device("cuda"), torch.bfloat16, BATCH, float8)
+        forced = replace(Rewrites.good_for(place), implicit_gemm=own, norm_into_conv=norms)
+        found.append(Plan.of(net, place, forced))
+    return found
+
+
+def norms(networks: Networks) -> list[Norm]:
+    """Return the distinct GroupNorms of networks, as they are trained and as they are planned."""
     with torch.device("meta"), torch.no_grad(), GroupNorms() as noted:
-        for preset in NETWORKS:
+        for preset in networks:
             net = preset().net.build().bfloat16()
             net(torch.empty(1, *net.shape), torch.zeros(1))
-    after_blocks = {
-        norm._replace(shift=True, residual=True, keep=True)
-        for norm in noted.found
-        if norm.silu and not norm.shift and not norm.skip
-    }
-    return sorted(noted.found | after_blocks)
+    found = noted.found
+    for plan in itertools.chain(*map(plans, networks)):
+        for call, inputs, _ in plan.steps:
+            if isinstance(call, calls.Norm):
+                (channels, *size), *others = (plan.shapes[name] for name in inputs)
+                skip = others[-1][0] if len(others) > call.residual else 0
+                parts = call.shift is not None, call.residual, call.keep
+                found.add(
+                    Norm(channels, skip, math.prod(size), call.layer.groups, call.silu, *parts)
+                )
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -126,13 +157,13 @@ def noting() -> Iterator[list[tuple[JITFunction, dict]]]:
         yield noted
 
 
-def norm_launches() -> Iterator[Launch]:
+def norm_launches(networks: Networks) -> Iterator[Launch]:
     """Yield each kernel of a forward and a backward pass of the networks' GroupNorms.
 
     And those that end in float8, whose shape is a Norm and "float8".
     """
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    for norm in norms():
+    for norm in norms(networks):
         x = empty(BATCH, norm.pixels, norm.channels)
         shift = empty(BATCH, norm.channels) if norm.shift else None
         residual = x if norm.residual else None
@@ -156,10 +187,10 @@ def norm_launches() -> Iterator[Launch]:
             yield from (((*norm, "float8"), *launch) for launch in narrow)
 
 
-def image_launches() -> Iterator[Launch]:
+def image_launches(networks: Networks) -> Iterator[Launch]:
     """Yield each kernel that makes noise, a batch, a solver's step or levels of images."""
     with torch.device("meta"):
-        shapes = sorted({tuple(preset().net.build().shape) for preset in NETWORKS})
+        shapes = sorted({tuple(preset().net.build().shape) for preset in networks})
     for shape in shapes:
         with noting() as noted, torch.device("meta"):
             indices = torch.empty(BATCH, dtype=torch.int64)
@@ -175,7 +206,7 @@ def image_launches() -> Iterator[Launch]:
         yield from ((shape, *launch) for launch in noted)
 
 
-def attention_launches() -> Iterator[Launch]:
+def attention_launches(networks: Networks) -> Iterator[Launch]:
     """Yield the kernel of each attention of the networks, plain and folded, and of heads of 64.
 
     A shape is pixels, heads, channels of a head, and of the projection, 0 where it is folded.
@@ -187,7 +218,7 @@ def attention_launches() -> Iterator[Launch]:
         return torch.empty_like(residual)
 
     with torch.device("meta"), torch.no_grad(), mock.patch.object(ops, "attention_residual", note):
-        for preset in NETWORKS:
+        for preset in networks:
             net = preset().net.build().bfloat16()
             for variant in (net, fold_attention(net)):
                 variant(torch.empty(1, *net.shape), torch.zeros(1))
@@ -217,52 +248,71 @@ class Conv(NamedTuple):
     keep: bool
 
 
-def convs() -> list[Conv]:
-    """Return the distinct convolutions of the paper's networks, with and without norms."""
+def convs(networks: Networks) -> list[Conv]:
+    """Return the distinct convolutions of the plans of networks that are our own."""
     found = set()
-    for preset in NETWORKS:
-        with torch.device("meta"):
-            net = preset().net.build()
-        for norms, float8 in ((False, False), (True, False), (False, True)):
-            place = Place(torch.device("meta"), torch.bfloat16, BATCH, float8)
-            own = Rewrites(shift_into_conv=False, winograd=False, norm_into_conv=norms)
-            plan = Plan.of(net, place, own)
-            for call, inputs, outputs in plan.steps:
-                if not isinstance(call, ImplicitGemm):
-                    continue
-                (channels, height, _), (out, *_) = (plan.shapes[n[0]] for n in (inputs, outputs))
-                layer = call.norm and call.norm.layer
-                given = call.conv.bias is not None or bool(call.norm and call.norm.shift)
-                groups, silu = (
-                    (layer.groups, layer.op is ops.group_norm_silu) if layer else (0, False)
-                )
-                parts = given, len(inputs) > 1, groups, silu, call.keep
-                found.add(Conv(call.kind.removeprefix("gemm "), channels, out, height, *parts))
+    for plan in itertools.chain(*map(plans, networks)):
+        for call, inputs, _ in plan.steps:
+            if not isinstance(call, calls.ImplicitGemm):
+                continue
+            (channels, height, _), norm = plan.shapes[inputs[0]], call.norm
+            given = call.conv.bias is not None or (norm is not None and norm.shift is not None)
+            groups, silu = (norm.layer.groups, norm.silu) if norm else (0, False)
+            parts = given, len(inputs) > 1, groups, silu, call.keep
+            kind, out = call.kind.removeprefix("gemm "), len(call.conv.weight)
+            found.add(Conv(kind, channels, out, height, *parts))
     return sorted(found)
 
 
-def conv_launches() -> Iterator[Launch]:
-    """Yield each kernel of the networks' convolutions."""
+def conv_arguments(case: Conv, images: int) -> tuple[Tensor | int | None, ...]:
+    """Return x, weight, bias, residual and stride of a convolution, as the kernels take them."""
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    for case in convs():
-        kernel, stride = int(case.kind[0]), 2 if "/2" in case.kind else 1
-        dtype = FLOAT8 if "float8" in case.kind else torch.bfloat16
-        x = empty(BATCH, case.height, case.height, case.channels, dtype=dtype)
-        rows = case.out * (4 if kernel == 2 else 1)
-        weight = empty(rows, kernel, kernel, case.channels, dtype=dtype)
-        height = case.height * 2 if kernel == 2 else case.height // stride
-        wide = torch.empty(case.out, device="meta")
-        bias = wide if case.bias else None
-        residual = empty(BATCH, height, height, case.out) if case.residual else None
-        arguments = x, weight, bias, residual, stride
+    kernel, stride = int(case.kind[0]), 2 if "/2" in case.kind else 1
+    dtype = FLOAT8 if "float8" in case.kind else torch.bfloat16
+    x = empty(images, case.height, case.height, case.channels, dtype=dtype)
+    rows = case.out * (4 if kernel == 2 else 1)
+    weight = empty(rows, kernel, kernel, case.channels, dtype=dtype)
+    height = case.height * 2 if kernel == 2 else case.height // stride
+    bias = torch.empty(case.out, device="meta") if case.bias else None
+    residual = empty(images, height, height, case.out) if case.residual else None
+    return x, weight, bias, residual, stride
+
+
+def conv_launches(networks: Networks) -> Iterator[Launch]:
+    """Yield each kernel of the networks' convolutions."""
+    for case in convs(networks):
+        given, wide = conv_arguments(case, BATCH), torch.empty(case.out, device="meta")
         with noting() as noted:
             if case.groups:
                 conv.conv_group_norm_silu(
-                    *arguments, wide, wide, case.groups, 1e-6, case.silu, case.keep
+                    *given, wide, wide, case.groups, 1e-6, case.silu, case.keep
                 )
             else:
-                conv.conv(*arguments, wide if dtype == FLOAT8 else None)
+                conv.conv(*given, wide if "float8" in case.kind else None)
         yield from ((case, *launch) for launch in noted)
+
+
+def hopper_launches(networks: Networks) -> Iterator[Launch]:
+    """Yield each kernel of those that the convolution for sm_90 takes, at two numbers of images.
+
+    And with a bias of each image, which calls at several times have. A shape is a Conv and images.
+    """
+    for case, images in itertools.product(convs(networks), (BATCH, MANY)):
+        x, weight, bias, residual, stride = conv_arguments(case, images)
+        if conv_hopper.refusal(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), stride):
+            continue
+        wide = torch.empty(case.out, device="meta")
+        with noting() as noted:
+            if case.groups:
+                conv_hopper.conv_group_norm_silu(
+                    x, weight, bias, residual, wide, wide, case.groups, 1e-6, case.silu, case.keep
+                )
+            else:
+                conv_hopper.conv(x, weight, bias, residual)
+                if case.bias:
+                    conv_hopper.conv(x, weight, bias.expand(images, -1), residual)
+        own = (launch for launch in noted if launch[0] is conv_hopper._conv_hopper_kernel)
+        yield from (((*case, images), *launch) for launch in own)  # not the norms
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
@@ -279,6 +329,10 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
             signature[parameter.name] = tuple(TYPES[tensor.dtype] for tensor in value)
             attributes |= {(i, k): [["tt.divisibility", 16]] for k in range(len(value))}
             continue
+        if isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{value.block_shape}>"
+            continue
         tensor = isinstance(value, torch.Tensor)
         signature[parameter.name] = TYPES[value.dtype if tensor else type(value)]
         if tensor or (special and value % 16 == 0):
@@ -286,21 +340,31 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def configurations() -> list[dict]:
-    """Return the distinct things to compile: source, options, architecture, and who needs it."""
+def configurations(launches: Iterable[Launch], only: int | None = None) -> list[dict]:
+    """Return the distinct things to compile: source, options, architecture, and who needs it.
+
+    For every architecture that a kernel is for, or for one only.
+    """
     found = {}
-    launches = norm_launches(), image_launches(), attention_launches(), conv_launches()
-    for shape, kernel, arguments in itertools.chain(*launches):
+    for shape, kernel, arguments in launches:
         src = source(kernel, arguments)
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         key = kernel.__name__, *map(str, (src.signature, src.constants, src.attrs, options))
         found.setdefault(key, (src, options, []))[2].append(shape)
-    float8 = TYPES[FLOAT8]
     return [
         {"source": src, "options": options, "shapes": needed, "arch": arch}
         for src, options, needed in found.values()
-        for arch in (ARCHITECTURES_OF_FLOAT8 if float8 in src.signature.values() else ARCHITECTURES)
+        for arch in architectures(src)
+        if only in (None, arch)
     ]
+
+
+def architectures(src: ASTSource) -> tuple[int, ...]:
+    """Return what a kernel is for."""
+    types = src.signature.values()
+    if any(isinstance(t, str) and t.startswith("tensordesc") for t in types):
+        return (90,)
+    return ARCHITECTURES_OF_FLOAT8 if TYPES[FLOAT8] in types else ARCHITECTURES
 
 
 def description(configuration: dict) -> dict:
@@ -316,34 +380,41 @@ def description(configuration: dict) -> dict:
     }
 
 
+def compiled(configuration: dict) -> triton.compiler.CompiledKernel:
+    """Compile a configuration."""
+    target = GPUTarget("cuda", configuration["arch"], 32)
+    return triton.compile(configuration["source"], target=target, options=configuration["options"])
+
+
 def figures(configuration: dict) -> dict:
     """Compile, and read the figures off the machine code.
 
     Loads and stores count instructions by width in bits; stack is bytes a thread, shared bytes. Of
     kernels with matrix products, mma counts the instructions of tensor cores, and copies those from
-    global to shared memory.
+    global to shared memory. Of kernels that move boxes, boxes counts the instructions that do
+    (UTMALDG loads, UTMASTG stores) and those that share registers out among specialized warps.
     """
-    compiled = triton.compile(
-        configuration["source"],
-        target=GPUTarget("cuda", configuration["arch"], 32),
-        options=configuration["options"],
-    )
+    code = compiled(configuration)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(code.asm["cubin"])
         file.flush()
         usage = disassemble(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        code = disassemble(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
-    products = collections.Counter(re.findall(r"\b[HQ]G?MMA\b", " ".join(instructions)))
+        text = disassemble(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
+    names = collections.Counter(name.partition(".")[0] for name in instructions)
+    products = {name: names[name] for name in ("HGMMA", "QGMMA", "HMMA", "QMMA") if names[name]}
+    boxes = {name: names[name] for name in ("UTMALDG", "UTMASTG", "USETMAXREG")}
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": sum(name.startswith(("LDL", "STL")) for name in instructions),
-        "shared": compiled.metadata.shared,
+        "spills": names["LDL"] + names["STL"],
+        "shared": code.metadata.shared,
         "loads": widths(instructions, "LDG"),
         "stores": widths(instructions, "STG"),
-        "instructions": sum(name != "NOP" for name in instructions),
-    } | ({"copies": widths(instructions, "LDGSTS"), "mma": dict(products)} if products else {})
+        "instructions": len(instructions) - names["NOP"],
+        **({"copies": widths(instructions, "LDGSTS"), "mma": products} if products else {}),
+        **({"boxes": boxes, "stages": code.metadata.num_stages} if boxes["UTMALDG"] else {}),
+    }
 
 
 def disassemble(tool: str, *arguments: str) -> str:
@@ -362,15 +433,56 @@ def widths(instructions: list[str], operation: str) -> dict[str, int]:
     return {str(size): sizes[size] for size in sorted(sizes, reverse=True)}
 
 
+BRIEF = "kernel", "arch", "warps", "registers", "stack", "spills", "shared", "mma", "boxes"
+KINDS = {
+    "norms": norm_launches,
+    "images": image_launches,
+    "attention": attention_launches,
+    "convolutions": conv_launches,
+    "convolutions for sm_90": hopper_launches,
+}
+
+
+def seconds(configurations: list[dict]) -> float:
+    """Return the seconds of processor time that it takes to compile configurations afresh.
+
+    That of the assembler, a process of its own, is in it; that of other work on the machine is not.
+    """
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        before = os.times()
+        for configuration in configurations:
+            compiled(configuration)
+        return sum(os.times()[:4]) - sum(before[:4])
+
+
+def seconds_of(networks: Networks) -> dict[str, dict]:
+    """Return, by kind of kernel, how many networks need on sm_90, and the seconds for them."""
+    found = {}
+    for kind, launches in KINDS.items():
+        needed = configurations(launches(networks), only=90)
+        found[kind] = {"kernels": len(needed), "seconds": round(seconds(needed), 1)}
+    return found
+
+
 def main() -> None:
-    """Write the report; with --every K, figures for one configuration in K only."""
+    """Write a report; with --every K, figures for one configuration in K only."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, metavar="K", help="skip figures but K-th")
-    every = parser.parse_args().every
-    rows = [
-        description(configuration) | (figures(configuration) if i % every == 0 else {})
-        for i, configuration in enumerate(configurations())
-    ]
+    parser.add_argument("--brief", action="store_true", help="sm_90, without what code is for")
+    parser.add_argument("--seconds", action="store_true", help="time compiling for CIFAR-10 only")
+    options = parser.parse_args()
+    report = {"triton": triton.__version__}
+    if options.seconds:
+        print(json.dumps(report | seconds_of([presets.cifar10]), indent=1))
+        return
+    rows = []
+    needed = itertools.chain(*(launches(NETWORKS) for launches in KINDS.values()))
+    only = 90 if options.brief else None
+    for i, configuration in enumerate(configurations(needed, only)):
+        row = description(configuration)
+        row |= figures(configuration) if i % options.every == 0 else {}
+        rows.append({name: row[name] for name in BRIEF if name in row} if options.brief else row)
     lines = ",\n".join(json.dumps(row) for row in rows)
     sys.stdout.write(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
 

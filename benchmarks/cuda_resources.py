@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import triton
-from aot import disassemble, norms, widths
+from aot import NETWORKS, disassemble, norms, widths
 
 from ds.ops import _native
 
@@ -75,7 +75,7 @@ def cuts() -> list[dict]:
     """Return how the large images of the paper's networks are cut."""
     cut = _native.cuda_library().ds_cuda_group_norm_silu_tiles
     rows = []
-    shapes = {(norm.channels + norm.skip, norm.pixels, norm.groups) for norm in norms()}
+    shapes = {(norm.channels + norm.skip, norm.pixels, norm.groups) for norm in norms(NETWORKS)}
     for channels, pixels, groups in sorted(shape for shape in shapes if shape[1] > 1024):
         row = {"channels": channels, "pixels": pixels, "groups": groups}
         for name, cluster in (("cluster", True), ("two passes", False)):
