@@ -9,21 +9,21 @@ d and phases are those of conv.py.
 What a tap sees of a box of pixels, so many images, rows and columns of them, is the same box moved
 by a pixel. The copy engine (TMA) fetches it from x by four coordinates, with zeros where it sticks
 out of the image, and one thread asks for it: nothing is gathered, and no other thread computes an
-address or a mask. The weight of a tap comes as a box of its rows. The result, and a residual, are
-boxes as well. A phase takes every second row and column of y; seen as [N, H, 2, W, 2 O], that is a
-box, too. Where an image has not the pixels of a box, several images fill it, and what sticks out
-behind the last of them, or of a size that is no power of two, is not written.
+address or a mask. The weights that a tap needs are a box of rows. The result and a residual are
+boxes, too; for a phase, which has every second row and column of y, of y as [N, H, 2, W, 2 * O].
+Where an image has fewer pixels than a box, several images fill it. What sticks out, of the last
+image or of a size that is no power of two, is not written.
 
-Products are made the other way round, channels x pixels. The right factor of a product has to lie
-in shared memory and the left one need not, and Triton puts what was reshaped, as the box of pixels
-is, into registers if it can; so the weight is on the left. An expert's reason is there as well:
-the longer side of a tile is that of the pixels, of which there are enough in every layer, where
-128 channels are all that some have.
+Products are taken as channels x pixels. Triton gives the tensor cores the right factor of a product
+from shared memory, where the copy engine leaves it, but moves a left one that was reshaped, as the
+box of pixels is, to registers first; so the weight is on the left. The pixels, of which every layer
+has enough, make the longer side of the tile then, where some layers have 128 channels and no more.
 
-A program takes tiles of 128 channels x 256 pixels, one after the other, as many programs as the GPU
-has multiprocessors. Loads run three steps ahead of the products (two with a residual, for which
-shared memory has to have room), over the end of a tile: while the sums of one are rounded and
-stored, those of the next are under way. Warps are not specialized: see docs/notes/0018.
+A program takes tiles of 128 channels x 256 pixels, one after the other; there are as many programs
+as multiprocessors. Loads run three steps ahead of the products, past the end of a tile: while its
+sums are rounded and stored, the next one's factors are under way. With a residual, or a bias of
+each image, they run two steps ahead, since shared memory has no room for more. Warps are not
+specialized: docs/notes/0018 says why.
 
 Traffic to and from memory is that of conv.py. Out of the L2 cache a step of a program has 85 FLOPs
 for a byte, instead of 64. GPU figures: not measured yet.
@@ -63,7 +63,7 @@ def _add_and_store(y, residual_desc, y_desc, n, i, a, j, o):
 
 
 @triton.jit(do_not_specialize=["images", "height", "width"])
-def _conv_kernel(
+def _conv_hopper_kernel(
     x_desc, weight_desc, bias_ptr, residual_desc, y_desc, table_ptr,
     images, height, width, channels, out,
     KERNEL: tl.constexpr, BIAS_ROWS: tl.constexpr,
@@ -219,16 +219,17 @@ def _launch(
         tiles = box.count(*size) * side**2 * (out // CHANNELS)
         if tiles >= programs:
             break
+    rows = bias is not None and bias.dim() == 2
     phases, half = (*size[:2], side, size[2], side * out), [*box.half(), CHANNELS]
-    _conv_kernel[(min(tiles, programs),)](
+    _conv_hopper_kernel[(min(tiles, programs),)](
         _boxes(x, x.shape, [*box, DEPTH]),
         _boxes(weight, (len(weight), weight[0].numel()), [CHANNELS, DEPTH]),
         bias if bias is None else bias.contiguous(),
         residual if residual is None else _boxes(residual, phases, half),
         _boxes(y, phases, half), table, *size, channels, out,
-        KERNEL=kernel, BIAS_ROWS=bias is not None and bias.dim() == 2,
-        IMAGES=box.images, ROWS=box.rows, COLUMNS=box.columns, BLOCK_N=CHANNELS, BLOCK_K=DEPTH,
-        num_warps=8, num_stages=4 if residual is None else 3,
+        KERNEL=kernel, BIAS_ROWS=rows, IMAGES=box.images, ROWS=box.rows, COLUMNS=box.columns,
+        BLOCK_N=CHANNELS, BLOCK_K=DEPTH, num_warps=8,
+        num_stages=3 if rows or residual is not None else 4,  # as 227 KB have room for
     )  # fmt: skip
 
 
