@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,8 @@ from ds.nets import UNet
 from ds.nets.convert import read, to_diffusers
 from ds.schedule import LinearBeta
 from tests.nets.peers import DIGITS, Port, change, unpacked
+
+h5py = pytest.importorskip("h5py")
 
 
 class Bomb:
