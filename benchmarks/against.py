@@ -36,8 +36,9 @@ def compare(revision: str, arguments: Sequence[str]) -> None:
 
 def _rows(checkout: Path, arguments: Sequence[str]) -> dict[str, float]:
     """Run cases in a checkout; return the microseconds of ours by case."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "benchmarks", "--json", file.name, *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks", "--out", folder, *arguments]
         subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(file.name).read_text())
-    return {row["case"]: list(row["us"].values())[-1]["median"] for row in found}
+        saved = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    rows = (row for one in saved for row in one["cases"])
+    return {row["case"]: list(row["us"].values())[-1]["median"] for row in rows}

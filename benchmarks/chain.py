@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     row = {
         "case": f"chain {options.preset}, {preset.pairs.count} pairs, share {options.share:g}",
         "us": {}, "error": {}, "bytes": 0, "flops": 0, "dtype": preset.train.precision,
-        "images": 0, "wall": True, "missing": {}, "phases": {},
+        "images": 0, "wall": True, "missing": {}, "refused": {}, "phases": {},
     }  # fmt: skip
     for name, side in (("diffusers and plain PyTorch", _peer), ("ours", _ours)):
         try:
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         print("not saved: our student is further from its teacher than the peer's")
         return 1
     if not options.no_save:
-        folder = options.machine or harness.machine(device)
+        folder = harness.RESULTS / (options.machine or harness.machine(device))
         harness.save(f"chain_{options.preset}", folder, [row], calibration, device)
     return 0
 

@@ -1,7 +1,8 @@
 """From nothing to the first image, in a process of its own: imports, reading weights, one call.
 
-The CIFAR-10 network with random weights as a student on the disk, which the page cache holds. Ours
-makes its plan while loading. The compiled peer starts with an empty cache. Wall-clock seconds.
+The CIFAR-10 network with random weights as a student on the disk, which the page cache holds, in
+float32, on GPUs in bfloat16. Ours makes its plan while loading. The compiled peer starts with an
+empty cache. Wall-clock seconds.
 """
 
 import atexit
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import ROOT, Case, Side
+from benchmarks.harness import ROOT, Case, Side, Size
 from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import SLOW, write_diffusers
 from ds.methods import DenoisingStudent
@@ -32,7 +33,7 @@ METHOD = DenoisingStudent()
 PHASES = "import", "load", "first image"
 FRAME = """
 import sys, time
-folder, device, marks = sys.argv[1], sys.argv[2], []
+folder, device, precision, marks = *sys.argv[1:], []
 mark = lambda: marks.append(time.time())
 import numpy as np
 import torch
@@ -50,9 +51,13 @@ print(marks)
 """
 TWIN = """
 net = UNet2DModel.from_pretrained(folder + "/diffusers/unet", low_cpu_mem_usage=False)
-net = net.to(device, memory_format=torch.channels_last).eval()
+dtype = getattr(torch, precision)
+net = net.to(device, dtype, memory_format=torch.channels_last).eval()
 """
-LEVELS = "(127.5 * (z - net(z, 999).sample).clamp(-1, 1) + 127.5).round().byte().movedim(1, -1)"
+LEVELS = (
+    "(127.5 * (z - net(z.to(dtype), 999).sample).clamp(-1, 1) + 127.5).round().byte()"
+    ".movedim(1, -1)"
+)
 SCRIPTS = {
     "diffusers": FRAME.format(imports="from diffusers import UNet2DModel", load=TWIN, draw=LEVELS),
     "diffusers, compiled": FRAME.format(
@@ -64,15 +69,15 @@ SCRIPTS = {
     "ours": FRAME.format(
         imports="import ds; ds.Sampler",
         load='student = ds.load_student(folder + "/student", device=device)\n'
-        "sampler = ds.Sampler(student, batch_size=1)",
+        "sampler = ds.Sampler(student, batch_size=1, precision=precision)",
         draw="sampler.draw(z)",
     ),
 }
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield the case."""
-    net = random_cifar10(device, quick=quick)
+    net = random_cifar10(device, size)
     z = noise(0, [0], net.shape, device=device)
     folder, phases, missing = Path(tempfile.mkdtemp()), {}, {}
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -83,7 +88,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         import diffusers  # noqa: F401
 
         write_diffusers(folder / "diffusers", net)
-        if quick:
+        if size != "full":
             missing |= SLOW
             names.remove("diffusers, compiled")
     except ImportError as error:
@@ -94,6 +99,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         {name: Side(functools.partial(_start, name, folder, device, phases)) for name in names},
         functools.partial(exact_levels, net, METHOD.sample, z),
         images=1,
+        dtype=getattr(torch, _precision(device)),
         missing=missing,
         wall=True,
         phases=phases,
@@ -111,7 +117,7 @@ def _start(
     shutil.rmtree(cache, ignore_errors=True)
     begin = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPTS[name], str(folder), str(device)],
+        [sys.executable, "-c", SCRIPTS[name], str(folder), str(device), _precision(device)],
         cwd=ROOT, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -119,3 +125,7 @@ def _start(
     for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
         phases.setdefault(name, {}).setdefault(phase, []).append(after - before)
     return torch.from_numpy(np.load(folder / "images.npy"))
+
+
+def _precision(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"

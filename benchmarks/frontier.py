@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size
 from ds import grids, presets
 from ds.data import Images, digits
 from ds.denoiser import Denoiser
@@ -32,15 +32,16 @@ from ds.train import Trainer
 TOP, IMAGES = 800, 16
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for each solver and number of calls, on quadratic grids."""
-    teacher = taught(1 if quick else 8, device)
+    small = size != "full"
+    teacher = taught(1 if small else 8, device)
     z = noise(0, range(IMAGES), teacher.shape, device=device)
-    fine = grids.quadratic(100 if quick else 400, top=TOP)
+    fine = grids.quadratic(100 if small else 400, top=TOP)
     truth = _run(teacher, DPMSolverPP(order=3), fine, z, None)
     solves = [s for s in candidates(teacher.schedule, TOP) if s.grid == "quadratic"]
     chosen = [s for s in solves if s.solver != "dpmpp_3m" and s.steps in (4, 8, 12, 24)]
-    for solve in chosen[::3] if quick else chosen:
+    for solve in chosen[::3] if small else chosen:
         solver, grid = solve.build(teacher.schedule)
         denoisers = {
             "network": teacher,
@@ -58,6 +59,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
             lambda: truth,
             images=IMAGES,
             factor=math.inf,
+            bound=math.inf,
         )
 
 

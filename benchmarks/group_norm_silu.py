@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import PEERS
 from ds import ops, presets
 
@@ -47,26 +47,28 @@ def shapes(networks: Iterable[Callable]) -> list[tuple[int, int]]:
     return sorted(norms.found, key=lambda shape: (-shape[1], shape[0]))
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for each shape, dtype and direction."""
     cuda = device.type == "cuda"
     large = [presets.celeba, presets.lsun_bedroom] if cuda else []
     found = shapes([presets.cifar10, *large])
-    if quick:
+    if size != "full":
         found = found[:: max(1, len(found) // 3)]
     elif not cuda:  # where compiling is what takes long
         found = found[::2]
     net = presets.cifar10().net
-    for dtype, (channels, size) in itertools.product(DTYPES, found):
-        images = max(16, GPU_ELEMENTS // (channels * size * size)) if cuda else 16
+    for dtype, (channels, pixels) in itertools.product(DTYPES, found):
+        many = max(16, GPU_ELEMENTS // (channels * pixels * pixels))
+        images = batch(device, size, gpu=many, cpu=16)
         functions, gone = contenders(channels, net.norm_groups, net.norm_eps, dtype, device)
-        leaves, grad = draw(images, channels, size, dtype, device)
-        shape = f"{str(dtype)[6:]} {[images, channels, size, size]}"
+        leaves, grad = draw(images, channels, pixels, dtype, device)
+        shape = f"{str(dtype)[6:]} {[images, channels, pixels, pixels]}"
         yield Case(
             f"forward {shape}",
             {name: Side(functools.partial(_forward, f, leaves)) for name, f in functions.items()},
             functools.partial(_exact, functions["eager"], leaves, grad, backward=False),
             bytes=2 * grad.nbytes,
+            dtype=dtype,
             missing=gone,
         )
         yield Case(
@@ -79,6 +81,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
             },
             functools.partial(_exact, functions["eager"], leaves, grad, backward=True),
             bytes=3 * grad.nbytes,
+            dtype=dtype,
             missing=gone,
         )
 

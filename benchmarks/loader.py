@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import ds
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size
 from ds.archives import export
 from ds.data import Batches, Pairs
 from ds.loader import Loader, load
@@ -45,7 +45,7 @@ class _Rows(Dataset):
         return self.source.store._shards[shard][place].clone(), int(row)
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield the case; `us` are those of all batches together."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

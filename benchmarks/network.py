@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
 from ds import presets
 from ds.nets import UNet, UNetConfig
@@ -21,18 +21,18 @@ from ds.nets.unet import GroupNorm
 from ds.speed import flop_counter
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for each precision."""
-    net = random_cifar10(device, quick=quick)
-    images = 264 if device.type == "cuda" else 8
+    net = random_cifar10(device, size)
+    images = batch(device, size, gpu=264, cpu=8)
     x = torch.randn(images, *net.shape, device=device)
     t = torch.full((images,), 500, device=device)
     exact = exact_call(net, x, t)
     flops = count_flops(net, x, t)
     for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.bfloat16 and (quick or not multiplies_narrow(device)):
+        if dtype == torch.bfloat16 and (size == "quick" or not multiplies_narrow(device)):
             return
-        sides, missing = contenders(net, dtype, device, quick=quick)
+        sides, missing = contenders(net, dtype, device, size)
         yield Case(
             f"forward {str(dtype)[6:]} {about(net, images)}",
             {name: Side(functools.partial(_call, f, x, t)) for name, f in sides.items()},
@@ -44,10 +44,20 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
         )
 
 
-def random_cifar10(device: torch.device, *, quick: bool) -> UNet:
-    """Return the network with random weights; for a tour one of a quarter of its channels."""
-    config = presets.cifar10().net
-    return random_net(replace(config, channels=32) if quick else config, device)
+# Of the CIFAR-10 network, what a smaller one has.
+SMALLER: dict[Size, dict[str, Any]] = {
+    "full": {},
+    "quick": {"channels": 32},
+    "tiny": {
+        "channels": 32, "image_size": 8, "channel_mult": (1, 1), "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+    },
+}  # fmt: skip
+
+
+def random_cifar10(device: torch.device, size: Size) -> UNet:
+    """Return the network with random weights, or a smaller one for a smaller size of work."""
+    return random_net(replace(presets.cifar10().net, **SMALLER[size]), device)
 
 
 @torch.no_grad()
@@ -87,10 +97,10 @@ def random_net(config: UNetConfig, device: torch.device) -> UNet:
 
 
 def contenders(
-    net: nn.Module, dtype: torch.dtype, device: torch.device, *, quick: bool
+    net: nn.Module, dtype: torch.dtype, device: torch.device, size: Size
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Return what to compare, ours last, and what is missing; each of x and t, float32."""
-    sides, missing = peers(net, dtype, device, quick=quick)
+    sides, missing = peers(net, dtype, device, compiles=size == "full")
     ours = net.config.build().to(device)
     ours.load_state_dict(net.state_dict())
     sides["ours"] = ours.to(dtype).eval()
@@ -98,30 +108,31 @@ def contenders(
 
 
 def peers(
-    net: UNet, dtype: torch.dtype, device: torch.device, *, quick: bool
+    net: UNet, dtype: torch.dtype, device: torch.device, *, compiles: bool
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Return diffusers' networks, first one of the precision of ours, and what is missing."""
     sides, missing = {}, {}
     try:
         published = diffusers_twin(net).to(device)
-        last = _cast(
-            diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last), dtype
-        )
+        last = twin(net, dtype, device)
         sides = {"diffusers": published, "diffusers, channels_last": last}
         if dtype != torch.float32:
             sides = dict(reversed(sides.items()))
-        if quick:
-            missing |= SLOW
-        else:
+        if compiles:
             sides["diffusers, compiled"] = compiled(last, device)
+        else:
+            missing |= SLOW
     except ImportError as error:
         missing["diffusers"] = str(error)
     return sides, missing
 
 
-def _cast(net: Call, dtype: torch.dtype) -> Call:
+def twin(net: UNet, dtype: torch.dtype, device: torch.device) -> Call:
+    """Return diffusers' network in a dtype and channels_last, called with float32."""
+    narrow = diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last)
+
     def call(x: Tensor, t: Tensor) -> Tensor:
-        return net(x.to(dtype, memory_format=torch.channels_last), t).float()
+        return narrow(x.to(dtype, memory_format=torch.channels_last), t).float()
 
     return call
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size, batch
 from ds import ops, presets
 from ds.ops.noise import reference as philox_normals
 
@@ -21,17 +21,17 @@ ROW = 4 * 3 * 32 * 32  # bytes of an image in float32
 Run = Callable[[Any], Any]
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case or two for each op."""
-    images = 4096 if device.type == "cuda" else 64
+    images = batch(device, size, gpu=4096, cpu=64)
     yield overhead(device)
     for make in (attention, noise, prepare_batch, quantize, solver_update):
         torch._dynamo.reset()
         yield make(images, device)
     if device.type == "cpu":  # elsewhere it is PyTorch's
-        for images, channels, size in ((8, 128, 32), (8, 256, 16), (4, 256, 8)):
-            yield from conv3x3(images, channels, size)
-    if not quick:
+        for images, channels, pixels in ((8, 128, 32), (8, 256, 16), (4, 256, 8)):
+            yield from conv3x3(images, channels, pixels)
+    if size == "full":
         yield adam_step(device)
 
 
@@ -93,7 +93,7 @@ def overhead(device: torch.device) -> Case:
 def attention(images: int, device: torch.device) -> Case:
     """Attend over 16 x 16 pixels of 256 channels, project, add."""
     randn = functools.partial(torch.randn, device=device)
-    count, tokens, width = images // 8, 256, 256
+    count, tokens, width = max(1, images // 8), 256, 256
     q, k, v = (randn(count, 1, tokens, width) for _ in range(3))
     weight, bias = randn(width, width) / 16, randn(width)
     residual = randn(count, tokens, width)

@@ -1,9 +1,9 @@
 """The pair factory: from indices to a store on the disk that is hashed and can be resumed.
 
-The CIFAR-10 network with random weights and the last times of a grid of 20, in float32. The peer is
-what one writes with diffusers: the loop of DDIMPipeline in channels_last, its conversion to uint8,
-numpy.save. Ours also estimates how long it will take, from a few network calls; among a million
-pairs that is nothing, here it counts.
+The CIFAR-10 network with random weights and the last times of a grid of 20, in float32, on GPUs in
+bfloat16. The peer is what one writes with diffusers: the loop of DDIMPipeline in channels_last, its
+conversion to uint8, numpy.save. Ours also estimates how long it will take, from a few network
+calls; among a million pairs that is nothing, here it counts.
 """
 
 import functools
@@ -16,36 +16,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Side
-from benchmarks.network import about, exact_levels, random_cifar10
-from benchmarks.peers import Loop, ddim_loop, diffusers_twin
+from benchmarks.harness import Case, Side, Size, batch
+from benchmarks.network import about, exact_levels, random_cifar10, twin
+from benchmarks.peers import Loop, ddim_loop
 from ds.denoiser import Denoiser
 from ds.pairs import generate_pairs
 from ds.philox import noise
-from ds.sample import Teacher
+from ds.sample import Precision, Teacher
 from ds.schedule import LinearBeta
 from ds.solvers import DDIM
 
 GRID = (150, 100, 50, 0)
+Shape = tuple[int, ...]
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield the case."""
-    batch = 256 if device.type == "cuda" else 4
-    count = 4 * batch
-    net = random_cifar10(device, quick=quick)
+    images = batch(device, size, gpu=256, cpu=4)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    count = 4 * images
+    net = random_cifar10(device, size)
     teacher = Teacher(Denoiser(net, LinearBeta()), DDIM(), GRID)
     sides, missing = {}, {}
     try:
-        twin = diffusers_twin(net).to(device, memory_format=torch.channels_last)
-        loop = ddim_loop(twin, GRID, 50)
-        sides["diffusers"] = Side(functools.partial(_pipeline, loop, count, batch, device), _folder)
+        loop = ddim_loop(twin(net, dtype, device), GRID, 50)
+        pipeline = functools.partial(_pipeline, loop, count, images, teacher.shape, device)
+        sides["diffusers"] = Side(pipeline, _folder)
     except ImportError as error:
         missing["diffusers"] = str(error)
-    sides["ours"] = Side(functools.partial(_ours, teacher, count, batch), _folder)
+    sides["ours"] = Side(functools.partial(_ours, teacher, count, images, str(dtype)[6:]), _folder)
     yield Case(
-        f"{count} pairs, {len(GRID)} calls each, {about(net, batch)}", sides,
-        functools.partial(_exact, teacher, count), images=count, missing=missing,
+        f"{count} pairs, {len(GRID)} calls each, {about(net, images)}", sides,
+        functools.partial(_exact, teacher, count), images=count, dtype=dtype, missing=missing,
     )  # fmt: skip
 
 
@@ -53,10 +55,12 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp())
 
 
-def _pipeline(loop: Loop, count: int, batch: int, device: torch.device, folder: Path) -> Tensor:
+def _pipeline(
+    loop: Loop, count: int, batch: int, shape: Shape, device: torch.device, folder: Path
+) -> Tensor:
     rows = []
     for start in range(0, count, batch):
-        z = noise(0, range(start, start + batch), (3, 32, 32)).to(device)
+        z = noise(0, range(start, start + batch), shape).to(device)
         x = (loop(z) / 2 + 0.5).clamp(0, 1)
         rows.append((255 * x.cpu().permute(0, 2, 3, 1).numpy()).round().astype(np.uint8))
     np.save(folder / "images.npy", np.concatenate(rows))
@@ -65,8 +69,8 @@ def _pipeline(loop: Loop, count: int, batch: int, device: torch.device, folder: 
     return images
 
 
-def _ours(teacher: Teacher, count: int, batch: int, folder: Path) -> Tensor:
-    store = generate_pairs(teacher, folder, count, batch_size=batch)
+def _ours(teacher: Teacher, count: int, batch: int, precision: Precision, folder: Path) -> Tensor:
+    store = generate_pairs(teacher, folder, count, batch_size=batch, precision=precision)
     images = store.images(range(count))
     shutil.rmtree(folder)
     return images

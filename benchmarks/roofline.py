@@ -1,7 +1,8 @@
 """Every layer of the engine's plan beside its floor: bytes as in a copy, FLOPs as in a product.
 
 The CIFAR-10 network with random weights; layers of one kind and one size are timed once. "plain"
-does the same by PyTorch's functions, a 3x3 convolution directly. Small layers lie in the caches of
+does the same by PyTorch's functions, a 3x3 convolution directly; where the engine does no other on
+a GPU, there is none. Small layers lie in the caches of
 a CPU and can be faster than the floor, which is that of memory.
 """
 
@@ -14,25 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Side
+from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.network import random_cifar10
 from ds import ops
 from ds.engine import Place, Plan
-from ds.engine.calls import Call, Conv, Run, Shape, Winograd
+from ds.engine.calls import Call, Conv, Phases, Run, Shape, Winograd
 from ds.engine.plan import time_rows
 from ds.engine.rewrites import Step
 from ds.nets import UNet
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for each kind and size of layer."""
-    net = random_cifar10(device, quick=quick)
-    cuda = device.type == "cuda"
-    place = Place(device, torch.bfloat16 if cuda else torch.float32, 256 if cuda else 8)
+    net = random_cifar10(device, size)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    place = Place(device, dtype, batch(device, size, gpu=264, cpu=8))
     plan = Plan.of(net, place)
     counts = Counter(_name(plan, step) for step in plan.steps)
     steps = {_name(plan, step): step for step in plan.steps}
-    for name, step in list(steps.items())[:: 4 if quick else 1]:
+    for name, step in list(steps.items())[:: 4 if size == "quick" else 1]:
         yield _case(net, plan, place, step, f"{name}, {counts[name]} of {len(plan.steps)}")
 
 
@@ -47,23 +48,15 @@ def _size(shape: Shape) -> str:
 
 def _case(net: UNet, plan: Plan, place: Place, step: Step, name: str) -> Case:
     shapes = [plan.shapes[value] for value in step.inputs]
-    row = time_rows(net, torch.tensor([500], device=place.device))[0]
-    inputs = [
-        torch.randn(place.images, *shape, device=place.device)
-        .to(place.dtype)
-        .contiguous(memory_format=torch.channels_last)
-        for shape in shapes
-    ]
-    given = row.to(torch.promote_types(place.dtype, torch.float32)), *inputs
-    wide = row, *(x.double() for x in inputs)
-    exact = _plain(step.call, Place(place.device, torch.float64, place.images), shapes)
+    inputs, wide = given(net, place, shapes)
+    exact = plain(step.call, Place(place.device, torch.float64, place.images), shapes)
+    runs = {"plain": plain(step.call, place, shapes), "engine": step.call.prepare(place, *shapes)}
+    if place.device.type == "cuda" and isinstance(step.call, Conv | Phases):
+        del runs["plain"]  # it is the same call
     return Case(
         name,
-        {
-            "plain": Side(functools.partial(_run, _plain(step.call, place, shapes), given)),
-            "engine": Side(functools.partial(_run, step.call.prepare(place, *shapes), given)),
-        },
-        lambda: _run(exact, wide, None),
+        {side: Side(functools.partial(run, call, inputs)) for side, call in runs.items()},
+        lambda: run(exact, wide, None),
         bytes=plan.bytes(step, place),
         flops=place.images * plan.flops(step),
         dtype=place.dtype,
@@ -72,7 +65,19 @@ def _case(net: UNet, plan: Plan, place: Place, step: Step, name: str) -> Case:
     )
 
 
-def _plain(call: Call, place: Place, shapes: list[Shape]) -> Run:
+def given(net: UNet, place: Place, shapes: list[Shape]) -> tuple[tuple[Tensor, ...], ...]:
+    """Draw what a call is given: the row of a time and its inputs; and the same in float64."""
+    row = time_rows(net, torch.tensor([500], device=place.device))[0]
+    inputs = [
+        torch.randn(place.images, *shape, device=place.device)
+        .to(place.dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for shape in shapes
+    ]
+    return (row.to(place.wide), *inputs), (row, *(x.double() for x in inputs))
+
+
+def plain(call: Call, place: Place, shapes: list[Shape]) -> Run:
     """Return the function of a call without a kernel of ours."""
     if isinstance(call, Winograd):
         c, h, w = shapes[0]
@@ -81,15 +86,16 @@ def _plain(call: Call, place: Place, shapes: list[Shape]) -> Run:
         return lambda row, x, *rest: convolve(
             row, F.interpolate(x, scale_factor=2.0) if call.doubled else x, *rest
         )
-    run = call.prepare(place, *shapes)
+    prepared = call.prepare(place, *shapes)
 
-    def plain(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def reference(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         with ops.use_backend("reference"):
-            return run(*given)
+            return prepared(*inputs)
 
-    return plain
+    return reference
 
 
 @torch.no_grad()
-def _run(run: Run, given: tuple[Tensor, ...], _: Any) -> Tensor | tuple[Tensor, ...]:
-    return run(*given)
+def run(call: Run, inputs: tuple[Tensor, ...], _: Any) -> Tensor | tuple[Tensor, ...]:
+    """Do what is timed."""
+    return call(*inputs)

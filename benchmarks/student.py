@@ -1,8 +1,9 @@
 """A one-step student: images a second in batches, and how long one image takes.
 
-The CIFAR-10 network with random weights, from noise to uint8 in float32. "diffusers, one call" is
-its network in channels_last, called once; ConsistencyModelPipeline is what diffusers has for models
-of one step, its weights made to draw the same images.
+The CIFAR-10 network with random weights, from noise to uint8, in float32, on GPUs in bfloat16.
+"diffusers, one call" is its network in channels_last, called once; ConsistencyModelPipeline is what
+diffusers has for models of one step, its weights made to draw the same images, in float32 as
+published.
 """
 
 import functools
@@ -11,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Side
-from benchmarks.network import about, exact_levels, random_cifar10
-from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline, diffusers_twin
+from benchmarks.harness import Case, Side, Size, late
+from benchmarks.network import about, exact_levels, random_cifar10, twin
+from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline
 from ds.methods import DenoisingStudent
 from ds.nets import UNet
 from ds.sample import Sampler, Student
@@ -21,41 +22,45 @@ from ds.sample import Sampler, Student
 METHOD = DenoisingStudent()
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for each batch size, 1 the last."""
-    net = random_cifar10(device, quick=quick)
-    batches = (1024, 256, 32, 1) if device.type == "cuda" else (16, 4, 1)
-    for images in batches[-2:-1] if quick else batches:
+    net = random_cifar10(device, size)
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    batches = {"full": (1024, 256, 32, 1) if cuda else (16, 4, 1), "quick": (32 if cuda else 4,)}
+    for images in batches.get(size, (2, 1)):
         z = torch.randn(images, *net.shape, device=device)
-        sides, missing = contenders(net, images, device, quick=quick or images not in (16, 256, 1))
+        compiles = size == "full" and images in (16, 256, 1)
+        sides, missing = contenders(net, images, dtype, device, compiles=compiles)
         yield Case(
             f"student {about(net, images)}",
             {name: Side(functools.partial(_run, draw, z)) for name, draw in sides.items()},
             functools.partial(exact_levels, net, METHOD.sample, z),
             images=images,
+            dtype=dtype,
             missing=missing,
         )
 
 
 def contenders(
-    net: UNet, images: int, device: torch.device, *, quick: bool
+    net: UNet, images: int, dtype: torch.dtype, device: torch.device, *, compiles: bool
 ) -> tuple[dict[str, Loop], dict[str, str]]:
     """Return what to compare, ours last, and what is missing; from noise to uint8."""
     sides, missing = {}, {}
     try:
-        twin = diffusers_twin(net).to(device, memory_format=torch.channels_last)
-        sides["diffusers, one call"] = lambda z: _levels(METHOD.sample(twin, z) / 2 + 0.5)
+        peer = twin(net, dtype, device)
+        sides["diffusers, one call"] = lambda z: _levels(METHOD.sample(peer, z) / 2 + 0.5)
         pipeline = consistency_pipeline(net, METHOD.t)
         sides["ConsistencyModelPipeline"] = lambda z: _levels(pipeline(z))
-        if quick:
-            missing |= SLOW
-        else:
-            fast = compiled(twin, device)
+        if compiles:
+            fast = compiled(peer, device)
             sides["diffusers, compiled"] = lambda z: _levels(METHOD.sample(fast, z) / 2 + 0.5)
+        else:
+            missing |= SLOW
     except ImportError as error:
         missing["diffusers"] = str(error)
-    sampler = Sampler(Student(net, METHOD), batch_size=images, engine=device.type == "cpu" or None)
-    sides["ours"] = sampler.draw
+    options = {"batch_size": images, "precision": str(dtype)[6:]}
+    sides["ours"] = late(lambda: Sampler(Student(net, METHOD), **options).draw)
     return sides, missing
 
 

@@ -39,6 +39,7 @@ PEERS = (
     ("train_step", "digits", "training step, digits"),
     ("cold_start", "cold", "start to first image"),
 )
+OURS = "net", "engine", "ours, compiled", "ours, tuned", "ours"
 DATASETS = ("cifar10", "celeba", "lsun_bedroom", "lsun_church")
 
 CAPTIONS = {
@@ -78,9 +79,29 @@ def found(case: str) -> list[Saved]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{case}.json"))]
 
 
+def sound(saved: Saved) -> list[dict[str, Any]]:
+    """Return the rows in which no side was refused."""
+    return [row for row in saved["cases"] if not row.get("refused")]
+
+
+def _is_gpu(saved: Saved) -> bool:
+    return "CUDA" in saved["environment"]["timing"]
+
+
 def table(saved: Saved) -> str:
-    """Return a table: a row a case, a column a side, and what was used."""
-    calibration, rows = saved["calibration"], saved["cases"]
+    """Return a table: a row a case, a column a side, and what was used.
+
+    A row in which a side was refused is below the table, with the reason.
+    """
+    calibration = saved["calibration"]
+    notes = [
+        f"Refused in {row['case']}: {name} ({why.splitlines()[0]})."
+        for row in saved["cases"]
+        for name, why in row.get("refused", {}).items()
+    ]
+    rows = sound(saved)
+    if not rows:
+        return "\n".join([_about(saved), "", *notes]) + "\n"
     *_, last = rows[0]["us"]  # ours, in every row
     names = dict.fromkeys(side for row in rows for side in row["us"])
     names = [*(name for name in names if name != last), last]
@@ -96,9 +117,10 @@ def table(saved: Saved) -> str:
         if floors:
             least = floor(row, calibration)
             cells += [f"{least:,.0f}", f"{least / ours:.0%}"] if least else ["", ""]
-        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+        other = f" (commit {row['commit'][:10]})" if "commit" in row else ""
+        lines.append(f"| {row['case']}{other} | {' | '.join(cells)} |")
     missing = {name: why for row in rows for name, why in row["missing"].items()}
-    lines += ["", *(f"Missing in some rows: {n} ({why})." for n, why in missing.items())]
+    lines += ["", *(f"Missing in some rows: {n} ({why})." for n, why in missing.items()), *notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -113,8 +135,9 @@ def _about(saved: Saved) -> str:
         for name, rate in calibration.items()
         if "matmul" in name
     )
+    threads = "" if _is_gpu(saved) else f", {e['threads']} thread{'s' * (e['threads'] > 1)}"
     return (
-        f"{e['device']}, {e['cores']} cores, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+        f"{e['device']}, {e['cores']} cores{threads}, "
         f"torch {e['torch']}, {e['timing']}, {e['date']}, commit {e['commit'][:10]}. Medians. In "
         f"the same run a copy made {calibration['copy_gbs']:.1f} GB/s and matrix products, in "
         f"GFLOP/s, {products}."
@@ -126,7 +149,7 @@ def peers() -> str:
     lines = []
     for case, part, label in PEERS:
         for saved in found(case):
-            for row in saved["cases"]:
+            for row in sound(saved):
                 if part in row["case"]:
                     lines.append(_peers_row(label, row, saved["environment"]))
     if not lines:
@@ -137,8 +160,8 @@ def peers() -> str:
 
 def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> str:
     times = {name: t["median"] for name, t in row["us"].items()}
-    ours = times.pop("engine", None) or times.pop("ours")
-    times = {name: t for name, t in times.items() if name not in ("net", "ours, compiled")}
+    ours = times.get("ours") or times["engine"]
+    times = {name: t for name, t in times.items() if name not in OURS}
     if not times:
         return f"| {label} | {row['images']} | {ours / 1e3:,.1f} | none here | | | | |"
     usual, best = next(iter(times)), min(times, key=times.get)
@@ -150,11 +173,14 @@ def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> 
 def sampler() -> str:
     """Return the lines of Sampler's docstring: images a second in one call, and in DDIM's 96."""
     lines = []
-    for one, loop in zip(found("student"), found("teacher_loop"), strict=True):
-        e = one["environment"]
-        lines += ["", f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}:"]
-        lines += [_rate("one call", row, 1) for row in one["cases"]]
-        for row in loop["cases"]:
+    students = {saved["environment"]["device"]: saved for saved in found("student")}
+    for loop in found("teacher_loop"):
+        e = loop["environment"]
+        threads = "" if _is_gpu(loop) else f", {e['threads']} thread{'s' * (e['threads'] > 1)}"
+        lines += ["", f"{e['device']}{threads}:"]
+        one = students.get(e["device"], {"cases": []})
+        lines += [_rate("one call", row, 1) for row in sound(one)]
+        for row in sound(loop):
             lines.append(_rate(f"96 calls, {row['dtype']}", row, 2 / 96))  # two were timed
     return "".join(f"    {line}".rstrip() + "\n" for line in [*lines, ""])
 
@@ -184,7 +210,7 @@ def projection() -> str:
     for loop in found("teacher_loop"):
         if (step := steps.get(loop["environment"]["device"])) is None:
             continue
-        cuda = "cuda" in loop["environment"]["timing"].lower()
+        cuda = _is_gpu(loop)
         call = _per_image(loop, "DDIM") / 2  # of two steps
         train = _per_image(step, "cifar10")
         if not (call and train):
@@ -211,9 +237,7 @@ def projection() -> str:
 
 def _per_image(saved: Saved, part: str) -> float:
     """Return the microseconds of ours for an image, the least of a case's rows."""
-    rows = [
-        row for row in saved["cases"] if part in row["case"] and "32 channels" not in row["case"]
-    ]
+    rows = [row for row in sound(saved) if part in row["case"] and "32 channels" not in row["case"]]
     return min((_ours(row) / row["images"] for row in rows), default=0.0)
 
 

@@ -11,13 +11,14 @@ import functools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Side
-from benchmarks.network import about, random_net
+from benchmarks.harness import Case, Side, Size, batch
+from benchmarks.network import SMALLER, about, random_net
 from benchmarks.peers import diffusers_twin
 from ds import optim, presets
 from ds.methods import DenoisingStudent
@@ -30,13 +31,17 @@ SLOW = "compiling it takes minutes on a CPU"
 WRONG = "its first gradient is off by 12 % on a CPU with torch 2.13, which the gate refuses"
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for the digits and for CIFAR-10."""
     cuda = device.type == "cuda"
-    for name, images in (("digits", 64), ("cifar10", 256 if cuda else 4)):
-        net = random_net(presets.PRESETS[name]().net, device)
+    many = batch(device, size, gpu=256, cpu=4)
+    nets = {"digits": (presets.digits().net, 64), "cifar10": (presets.cifar10().net, many)}
+    if size == "tiny":
+        nets = {"cifar10": (replace(presets.cifar10().net, **SMALLER[size]), many)}
+    for name, (config, images) in nets.items():
+        net = random_net(config, device)
         z, x0 = (torch.randn(images, *net.shape, device=device) for _ in range(2))
-        modules, missing = contenders(net, compiles=cuda or not quick)
+        modules, missing = contenders(net, compiles=cuda or size == "full")
         if not cuda and name == "cifar10" and modules.pop("modules, compiled", None):
             missing["modules, compiled"] = WRONG
         phases: dict[str, dict[str, list[float]]] = {}
@@ -48,10 +53,11 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
             },
             functools.partial(_exact, net, z, x0),
             images=images,
+            dtype=torch.bfloat16 if cuda else torch.float32,
             missing=missing,
             phases=phases,
         )
-        if quick:
+        if size == "quick":
             return
 
 

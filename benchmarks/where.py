@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Case, Side, settled
-from benchmarks.network import about, exact_call, random_cifar10
-from benchmarks.peers import Call, diffusers_twin
+from benchmarks.harness import Case, Side, Size, batch, settled
+from benchmarks.network import about, exact_call, random_cifar10, twin
+from benchmarks.peers import Call
 from ds.engine import Engine
 from ds.engine.calls import Run
 
@@ -30,17 +30,16 @@ KINDS = {
 }  # by a part of the name; the rest is "other"
 
 
-def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield the case."""
-    net = random_cifar10(device, quick=quick)
-    cuda = device.type == "cuda"
-    images, dtype = (256, torch.bfloat16) if cuda else (8, torch.float32)
+    net = random_cifar10(device, size)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    images = batch(device, size, gpu=264, cpu=8)
     x, t = torch.randn(images, *net.shape, device=device), torch.full((images,), 500, device=device)
     phases: dict[str, dict[str, list[float]]] = {}
     sides, missing = {}, {}
     try:
-        twin = diffusers_twin(net).to(device, dtype, memory_format=torch.channels_last)
-        sides["diffusers"] = functools.partial(_profiled, lambda x, t: twin(x.to(dtype), t).float())
+        sides["diffusers"] = functools.partial(_profiled, twin(net, dtype, device))
     except ImportError as error:
         missing["diffusers"] = str(error)
     sides["engine"] = functools.partial(_timed, Engine(net, [500], images=images, dtype=dtype))

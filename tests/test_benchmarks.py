@@ -1,14 +1,33 @@
-"""The harness times nothing that is wrong, and saves nothing that no commit names."""
+"""The harness times nothing that is wrong, and keeps no result that no commit names."""
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import chain, group_norm_silu, harness, ops, plots, roofline, tables, where
+from benchmarks import __main__ as main
+from benchmarks import (
+    chain,
+    convs,
+    group_norm_silu,
+    harness,
+    network,
+    ops,
+    pairs,
+    plots,
+    roofline,
+    student,
+    tables,
+    teacher_loop,
+    where,
+)
 from benchmarks.harness import Case, Side
+from ds.engine import Place, Plan, rewrites
 
 CPU = torch.device("cpu")
 
@@ -24,7 +43,7 @@ def case(**sides) -> Case:
 
 
 def first(cases) -> dict:
-    return next(harness.run(cases, CPU, harness.QUICK))
+    return next(harness.run(cases, CPU, harness.PACES["quick"]))
 
 
 def test_right_sides_are_timed():
@@ -37,15 +56,72 @@ def test_right_sides_are_timed():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda x: x * x + 1e-3, "ours is off by"),
-        (lambda x: x * float("nan"), "ours is off by nan"),
-        (lambda x: (x * x)[:-1], r"a result is \[63\], not \[64\]"),
-        (lambda x: (x * x, x), "ours returns 2 tensors, not 1"),
+        (lambda x: x * x + 1e-3, "off by 0.001, "),
+        (lambda x: x * float("nan"), "off by nan, "),
+        (lambda x: (x * x)[:-1], "a result is [63], not [64]"),
+        (lambda x: (x * x, x), "2 tensors, not 1"),
+        (lambda x: x @ x[1:], "RuntimeError: "),
     ],
 )
-def test_a_broken_side_is_refused(broken, message):
-    with pytest.raises(harness.Wrong, match=message):
-        first([case(eager=torch.square, ours=broken)])
+def test_a_broken_side_is_refused_and_the_others_are_timed(broken, message):
+    row = first([case(eager=torch.square, broken=broken, ours=lambda x: x * x)])
+    assert row["refused"]["broken"].startswith(message)
+    assert [*row["us"]] == [*row["error"]] == ["eager", "ours"]
+
+
+def test_a_side_without_a_peer_is_held_to_a_bound():
+    """Else it would be held to itself."""
+    wrong = {"ours": lambda x: x * x + 1e-3}
+    assert "off by 0.001, 0.0001 is allowed" in first([case(**wrong)])["refused"]["ours"]
+    narrow = replace(case(**wrong), dtype=torch.bfloat16)
+    assert not first([narrow])["refused"]
+    assert first([replace(narrow, bound=1e-5)])["refused"]
+
+
+def test_a_single_number_may_be_right_by_luck():
+    """As the first side's loss may be, of a sum that was computed in bfloat16."""
+    x = torch.tensor(1.0)
+    sides = {"eager": Side(lambda _: x), "ours": Side(lambda _: 1.01 * x)}
+    lucky = Case("loss", sides, lambda: x.double())
+    assert [*first([lucky])["refused"]] == ["ours"]
+    assert not first([replace(lucky, dtype=torch.bfloat16)])["refused"]
+
+
+def test_the_first_side_that_is_right_is_the_baseline():
+    row = first([case(eager=lambda x: x, slow=torch.square, ours=lambda x: x * x + 1e-5)])
+    assert [*row["refused"]] == ["eager", "ours"]
+
+
+def test_a_side_that_cannot_be_built_is_refused_alone():
+    built = []
+
+    def build():
+        built.append(1)
+        return torch.square
+
+    def impossible():
+        raise RuntimeError("no such kernel")
+
+    sides = {"eager": harness.late(build), "ours": harness.late(impossible)}
+    row = first([case(**sides)])
+    assert row["refused"] == {"ours": "RuntimeError: no such kernel"}
+    assert [*row["us"]] == ["eager"] and built == [1]
+
+
+def test_float32_is_not_tf32_and_cudnn_may_search():
+    seen = []
+
+    def look(x):
+        backends = torch.backends
+        flags = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+        seen.append((*flags, backends.cudnn.benchmark))
+        return x * x
+
+    before = torch.backends.cudnn.allow_tf32
+    first([case(eager=look)])
+    harness._fastest(lambda: look(torch.ones(1)), CPU)  # of a calibration
+    assert {*seen} == {(False, False, True)}
+    assert torch.backends.cudnn.allow_tf32 is before
 
 
 def test_a_kernel_broken_on_purpose_is_refused(monkeypatch):
@@ -56,23 +132,78 @@ def test_a_kernel_broken_on_purpose_is_refused(monkeypatch):
 
     monkeypatch.setattr(group_norm_silu.ops, "group_norm_silu", broken)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    with pytest.raises(harness.Wrong, match="ours is off by"):
-        first(group_norm_silu.cases(CPU, quick=True))
+    assert first(group_norm_silu.cases(CPU, "quick"))["refused"]["ours"].startswith("off by")
 
 
-def test_a_dirty_checkout_saves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "dirty", lambda: True)
-    with pytest.raises(ValueError, match="uncommitted changes"):
-        harness.save("square", "here", [], {}, CPU)
+@pytest.fixture
+def fake(monkeypatch):
+    """A case of two rows and then an error, in place of all cases."""
+
+    def cases(device, size):
+        yield case(eager=torch.square, ours=lambda x: x * x)
+        yield case(eager=torch.square, ours=lambda x: x)
+        raise MemoryError("of a case")
+
+    monkeypatch.setitem(sys.modules, "benchmarks.fake", SimpleNamespace(cases=cases))
+    monkeypatch.setitem(sys.modules, "benchmarks.other", SimpleNamespace(cases=cases))
+    monkeypatch.setattr(main, "CASES", ("fake", "other"))
+
+
+def test_rows_are_written_as_they_end_and_an_error_is_that_of_its_case(
+    fake, monkeypatch, tmp_path, capsys
+):
+    arguments = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    assert main.main() == 1
+    for name in ("fake", "other"):
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["cases"]
+        assert [[*row["us"]] for row in rows] == [["eager", "ours"], ["eager"]]
+    printed = capsys.readouterr().out
+    assert "not timed: square: ours: off by" in printed
+    assert "not timed: fake: MemoryError: of a case" in printed
+
+
+def test_a_check_times_nothing(fake, monkeypatch, tmp_path):
+    arguments = ["fake", "--check", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--without", "eager"])
+    main.main()
+    rows = json.loads((tmp_path / "fake.json").read_text())["cases"]
+    assert [row["us"] for row in rows] == [{}, {}]
+    assert [*rows[0]["error"]] == ["ours"] and "ours" in rows[1]["refused"]
+
+
+@pytest.mark.parametrize("commit", ["unknown", "a" * 40 + "+"])
+def test_code_that_no_commit_names_has_no_results(commit, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "commit", lambda: commit)
+    with pytest.raises(ValueError, match="no commit names this code"):
+        harness.save("square", tmp_path / "results" / "here", [], {}, CPU)
     assert not list(tmp_path.iterdir())
+    assert harness.save("square", tmp_path / "elsewhere", [], {}, CPU).exists()
+
+
+def test_a_tree_without_git_is_measured_and_may_say_its_commit(monkeypatch):
+    def no_git(*_):
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(harness, "git", no_git)
+    monkeypatch.delenv("DS_COMMIT", raising=False)
+    assert harness.environment(CPU)["commit"] == "unknown"
+    monkeypatch.setenv("DS_COMMIT", "b" * 40)
+    assert harness.environment(CPU)["commit"] == "b" * 40
+
+
+def test_the_commit_of_a_checkout_with_changes_has_a_plus(monkeypatch):
+    monkeypatch.delenv("DS_COMMIT", raising=False)
+    monkeypatch.setattr(harness, "dirty", lambda: True)
+    assert harness.commit() == harness.git("rev-parse", "HEAD") + "+"
 
 
 def test_what_is_saved_names_machine_versions_and_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "dirty", lambda: False)
     row = first([case(eager=torch.square)])
-    saved = json.loads(harness.save("square", "here", [row], {"copy_gbs": 1.0}, CPU).read_text())
+    path = harness.save("square", tmp_path, [row], {"copy_gbs": 1.0}, CPU)
+    saved = json.loads(path.read_text())
     assert saved["cases"] == [row]
     assert saved["calibration"] == {"copy_gbs": 1.0}
     assert saved["environment"]["torch"] == torch.__version__
@@ -87,16 +218,16 @@ def test_the_tables_of_the_documents_are_those_of_the_results(path):
 
 
 def test_a_table_has_a_row_for_each_case_and_its_floor(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "dirty", lambda: False)
     row = first([case(eager=torch.square, ours=lambda x: x * x)])
     row["us"]["eager"]["median"], row["us"]["ours"]["median"] = 9.0, 4.5
+    refused = first([replace(case(eager=torch.square, ours=lambda x: x), name="cube")])
     rates = {"copy_gbs": 0.512, "matmul_tflops_float32": 0.1}
-    harness.save("square", "here", [row], rates, CPU)
+    harness.save("square", tmp_path / "here", [row, refused], rates, CPU)
     page = "a\n<!-- table: square -->\nold\n<!-- end -->\nb\n"
     filled = tables.filled(page)
     assert "| square | 9 | 4 | 2.00 | 1 | 22% |" in filled
+    assert "Refused in cube: ours (off by" in filled and "| cube" not in filled
     assert "old" not in filled
     assert tables.filled(filled) == filled
 
@@ -129,15 +260,91 @@ def test_a_broken_op_is_refused(make, monkeypatch):
         return [x // 2 if x.dtype == torch.uint8 else 1.01 * x for x in parts]
 
     monkeypatch.setattr(ops.ops, name, broken)
-    with pytest.raises(harness.Wrong, match="is off by"):
-        first([make(8, CPU)])
+    assert first([make(8, CPU)])["refused"]["ours"].startswith("off by")
 
 
 def test_layers_of_the_plan_are_right_and_have_a_floor():
-    rows = harness.run(roofline.cases(CPU, quick=True), CPU, harness.Pace(rounds=1, seconds=0))
+    rows = harness.run(roofline.cases(CPU, "quick"), CPU, harness.Pace(rounds=1, seconds=0))
     for row in itertools.islice(rows, 4):
         assert row["bytes"] > 0
         assert row["error"]["engine"] < 1e-5
+
+
+def compared() -> list[dict]:
+    """Convolutions as they are compared on a GPU, ours by its reference."""
+    net, place = network.random_cifar10(CPU, "tiny"), Place(CPU, torch.bfloat16, 2)
+    return [*harness.run(convs.compare(net, place, ["reference"]), CPU, None)]
+
+
+def test_convolutions_are_right_and_named_as_the_engine_looks_them_up(monkeypatch):
+    rows = compared()
+    assert all([*row["error"]] == ["cuDNN", "reference"] for row in rows)
+    asked, get = set(), rewrites.choice_name
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "made up")
+    monkeypatch.setitem(rewrites.FASTER, "made up", {})
+    monkeypatch.setattr(
+        rewrites, "choice_name", lambda *args: asked.add(name := get(*args)) or name
+    )
+    place = Place(torch.device("cuda"), torch.bfloat16, 2)
+    Plan.of(network.random_cifar10(CPU, "tiny"), place)
+    assert asked and {f"{name}, 2 images" for name in asked} == {row["case"] for row in rows}
+
+
+def test_a_backend_that_does_not_take_a_convolution_is_missing_there(monkeypatch):
+    def refuse(self, *args):
+        def run(*given):
+            raise RuntimeError("conv: backend 'x' was asked for, but it needs more channels")
+
+        return run
+
+    monkeypatch.setattr(convs.ImplicitGemm, "prepare", refuse)
+    for row in compared():
+        assert row["missing"] == {"reference": "it needs more channels"}
+        assert [*row["error"]] == ["cuDNN"] and not row["refused"]
+
+
+def test_a_convolution_that_is_wrong_is_refused(monkeypatch):
+    real = convs.ImplicitGemm.prepare
+
+    def broken(self, *args):
+        run = real(self, *args)
+        return lambda *given: torch.utils._pytree.tree_map(lambda x: 1.5 * x, run(*given))
+
+    monkeypatch.setattr(convs.ImplicitGemm, "prepare", broken)
+    assert all(row["refused"]["reference"].startswith("off by 0.") for row in compared())
+
+
+@pytest.mark.parametrize("module", [student, pairs])
+def test_a_case_draws_in_the_precision_of_its_peers(module, monkeypatch):
+    """By itself a Sampler would take bfloat16 on a GPU, and be refused beside float32."""
+    asked = []
+    name = "Sampler" if module is student else "generate_pairs"
+    real = getattr(module, name)
+
+    def noting(*args, **options):
+        asked.append(options["precision"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, noting)
+    row = next(harness.run(module.cases(CPU, "tiny"), CPU, None))
+    assert asked == [row["dtype"]] == ["float32"] and not row["refused"]
+
+
+def test_a_loop_on_a_gpu_is_timed_as_a_sampler_runs_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(teacher_loop, "peers", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(
+        teacher_loop,
+        "Sampler",
+        lambda *_, **options: made.append(options) or SimpleNamespace(sample=abs),
+    )
+    net = network.random_cifar10(CPU, "tiny")
+    loops, _ = teacher_loop.contenders(net, 2, torch.bfloat16, torch.device("cuda"), slow=True)
+    assert [*loops] == ["net", "engine", "ours, tuned", "ours"]
+    assert loops["ours"](-1) == loops["ours, tuned"](-1) == 1
+    asked = {"batch_size": 2, "precision": "bfloat16"}
+    assert made == [asked, {"tune": True, **asked}]
 
 
 def test_kinds_of_layers():
@@ -176,9 +383,7 @@ def test_a_chain_without_a_peer_is_not_refused():
 
 
 def test_what_waits_is_saved_as_wall_clock_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "dirty", lambda: False)
     for wall, timing in ((True, "wall-clock time"), (False, "process CPU time")):
         row = first([replace(case(eager=torch.square), wall=wall)])
-        path = harness.save("square", "here", [row], {"copy_gbs": 1.0}, CPU)
+        path = harness.save("square", tmp_path, [row], {"copy_gbs": 1.0}, CPU)
         assert json.loads(path.read_text())["environment"]["timing"] == timing
