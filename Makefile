@@ -7,7 +7,8 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check fmt lint bench gpu-test gpu-bench doctor clean
+.PHONY: help demo test check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
+	doctor clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,19 +29,41 @@ lint: $(VENV)/.test ## look for mistakes without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.test ## time this library and its peers on this machine; CASES="NAME --quick" for less
+bench: $(VENV)/.test ## time this library and its peers on this machine; CASES="NAME --size quick" for less
 	$(BIN)/python -m benchmarks $(CASES)
 
 # A GPU machine often brings its own PyTorch: make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 
-gpu-test: ## on a GPU: the tests of ops, kernels and networks, and a run under compute-sanitizer
+gpu-test: ## on a GPU: the tests, and kernels under compute-sanitizer
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
-	$(GPU_PYTHON) -m pytest tests/ops tests/kernels tests/nets
-	compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest tests/kernels -k any_number
+	$(GPU_PYTHON) -m pytest $(GPU_TESTS) tests/ops tests/nets tests/engine
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
+		$(GPU_PYTHON) -m pytest tests/kernels tests/cuda -k "$(SANITIZED)"
 
+# In a tree without git the commit is DS_COMMIT. DS_GPU_RESULTS is a folder for what is measured.
 gpu-bench: ## on a GPU: time this library and its peers
-	$(GPU_PYTHON) -m benchmarks --device cuda
+	$(GPU_PYTHON) -m benchmarks --device cuda $(if $(DS_GPU_RESULTS),--out $(DS_GPU_RESULTS))
+
+gpu-first: ## on a GPU, 7 minutes: what is right there, and the loop beside its peers
+	$(GPU_RUN) first --python "$(GPU_PYTHON)" --size $(SIZE)
+
+gpu-second: ## on a GPU, 7 minutes: every convolution, one image, training, the sanitizer
+	$(GPU_RUN) second --python "$(GPU_PYTHON)" --size $(SIZE)
+
+gpu-wheels: ## fetch the packages that a GPU machine without a network may lack, for Python 3.12
+	$(PYTHON) -m pip download --quiet --no-deps --dest wheels --only-binary :all: \
+		--python-version 3.12 --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+		$(TRAVEL)
+
+GPU_TESTS = tests/kernels tests/cuda tests/emulated
+SANITIZED = (written or in_place or more_tensors or any_number) and not interpreted
+GPU_RUN = $(firstword $(GPU_PYTHON)) -m benchmarks.gpu
+SIZE = full
+# tyro, diffusers and what they import; parallel tests
+TRAVEL = tyro docstring_parser typeguard diffusers importlib_metadata huggingface_hub httpx2 \
+	httpcore2 h11 anyio idna truststore certifi requests urllib3 charset_normalizer pyyaml \
+	pytest-xdist execnet pytest-timeout
 
 doctor: $(VENV)/.installed ## what this machine has and which kernels run here
 	$(BIN)/dstudent doctor
