@@ -40,9 +40,8 @@ def home(tmp_path, monkeypatch):
     for module in (gpu_report, tables, harness):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     page = tmp_path / "page.md"
-    page.write_text(
-        "<!-- table: teacher_loop -->\n<!-- end -->\n<!-- table: peers -->\n<!-- end -->"
-    )
+    names = "teacher_loop", "peers", "convs"
+    page.write_text("\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in names))
     monkeypatch.setattr(tables, "PAGES", [page])
     monkeypatch.setattr(gpu_report, "FASTER", tmp_path / "faster.json")
     (tmp_path / "faster.json").write_text('{"Another GPU": {}}\n')
@@ -61,7 +60,9 @@ def test_results_become_json_tables_and_faster(home, monkeypatch, capsys):
     slow = row(LOOP, diffusers_compiled=1.4e4, net=3e4, engine=2e4, ours=1.1e4)
     write(back / "loop_compiled" / "teacher_loop.json", slow)
     write(back / "one_image" / "teacher_loop.json", row("DDIM one", images=1, net=9, ours=3))
-    write(back / "convs" / "convs.json", row("gemm a, 264 images", cuDNN=2, triton=1))
+    some = row("gemm a, 264 images", cuDNN=2, triton=1)
+    every = row("gemm b, 264 images", cuDNN=3, hopper=2, triton=4)
+    write(back / "convs" / "convs.json", some, every)
     (back / "verdicts-first.json").write_text("[]")
     (back / "table-first.txt").write_text("tests  failed  FAILED tests/kernels/test_x.py::y\n")
     assert report(monkeypatch, back) == 0
@@ -69,13 +70,14 @@ def test_results_become_json_tables_and_faster(home, monkeypatch, capsys):
     assert [r["case"] for r in saved["cases"]] == [LOOP, "DDIM one"]
     assert saved["cases"][0] == slow and saved["environment"] == ENVIRONMENT
     faster = json.loads((home / "faster.json").read_text())
-    assert faster == {"Another GPU": {}, GPU: {"gemm a": "triton"}}
+    assert faster == {"Another GPU": {}, GPU: {"gemm a": "triton", "gemm b": "hopper"}}
     page = (home / "page.md").read_text()
     assert f"| {LOOP} | 14,000 | 30,000 | 20,000 | 11,000 | 1.27 | 2.73 | 1.82 |" in page
+    assert "| gemm b, 264 images | 3 | 2 | 4 | 0.75 | 0.50 |" in page
     assert "| diffusers, compiled | 1.27 | Made-up GPU 1 |" in page
     assert "Made-up GPU 1, 16 cores, torch 0" in page
     printed = capsys.readouterr().out
-    assert "FAILED tests/kernels/test_x.py::y" in printed and "FASTER: 1 of 1" in printed
+    assert "FAILED tests/kernels/test_x.py::y" in printed and "FASTER: 2 of 2" in printed
 
 
 @pytest.mark.parametrize(
