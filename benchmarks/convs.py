@@ -37,11 +37,10 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 def compare(net: UNet, place: Place, backends: Sequence[str]) -> Iterator[Case]:
     """Yield a case for each distinct convolution of a network, alone and with its norm."""
+    gpu = replace(place, device=torch.device("cuda"))  # whose plan it is, wherever it is run
     for with_norms in (False, True):
-        own = replace(
-            Rewrites.good_for(place), winograd=False, implicit_gemm=True, norm_into_conv=with_norms
-        )
-        plan = Plan.of(net, place, own)
+        own = replace(Rewrites.good_for(gpu), implicit_gemm=True, norm_into_conv=with_norms)
+        plan = Plan.of(net, gpu, own)
         steps = [step for step in plan.steps if isinstance(step.call, ImplicitGemm)]
         named = {choice_name(step, place.dtype, plan.shapes): step for step in steps}
         for name, step in named.items():

@@ -264,9 +264,14 @@ FASTER: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("faster.
 
 
 def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str:
-    """Name a convolution in FASTER, as "gemm 3x3+gn 128x32x32 to 128x32x32 bfloat16"."""
-    images = ("x".join(map(str, shapes[names[0]])) for names in step[1:])
-    return f"{step.call.kind} {' to '.join(images)} {str(dtype)[6:]}"
+    """Name a convolution in FASTER, as "gemm 3x3+gn 128x32x32 to 128x32x32 bias bfloat16".
+
+    What is added to its result is part of the name, since cuDNN adds it by passes of its own.
+    """
+    call, images = step.call, ("x".join(map(str, shapes[names[0]])) for names in step[1:])
+    bias = " bias" * (call.conv.bias is not None or bool(call.norm and call.norm.shift is not None))
+    residual = " residual" * (len(step.inputs) > 1)
+    return f"{call.kind} {' to '.join(images)}{bias}{residual} {str(dtype)[6:]}"
 
 
 SMALL_PIXELS = 64  # of images whose layers are so short that a launch is a good part of them

@@ -113,11 +113,11 @@ def test_our_own_kernel_takes_what_it_was_measured_to_be_faster_at(monkeypatch):
             if isinstance(step.call, ImplicitGemm)
         }
 
-    first = "gemm 3x3+gn 2x8x8 to 8x8x8 bfloat16"
-    down = "gemm 3x3/2 8x8x8 to 8x4x4 bfloat16"
+    first = "gemm 3x3+gn 2x8x8 to 8x8x8 bias bfloat16"
+    down = "gemm 3x3/2 8x8x8 to 8x4x4 bias bfloat16"
     assert own() == {}
     assert own(**{first: "triton"}) == {first: "triton"}
-    found = own(**{down: "other", "gemm 3x3 2x8x8 to 8x8x8 float16": "triton"})
+    found = own(**{down: "other", "gemm 3x3 2x8x8 to 8x8x8 bias float16": "triton"})
     assert found == {down: "other"}
 
 
