@@ -37,7 +37,9 @@ def quantize(x: Tensor, rounding: Rounding = "round") -> Tensor:
 
 def dequantize(images: Tensor) -> Tensor:
     """Convert uint8 [N, ..., C] to float32 in [-1, 1], [N, C, ...] in the same memory order."""
-    return images.movedim(-1, 1).float() / 127.5 - 1
+    levels = images.movedim(-1, 1).float()
+    # By a tensor: a GPU divides by a number through its reciprocal, unlike all other backends.
+    return levels / levels.new_full((), 127.5) - 1
 
 
 def reference(x: Tensor, floor: bool) -> Tensor:
