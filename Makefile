@@ -87,7 +87,7 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILT_FROM)
 
 $(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) install --editable ".[test]"
-	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.6,<3.10"
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.9,<3.10"
 	@$(SAY_BUILT)
 	@touch $@ $(VENV)/.installed
 
