@@ -5,7 +5,12 @@ import os
 import pytest
 import torch
 
-# Elsewhere the Triton kernels run in an interpreter. This is read when triton is imported.
+from tests import emulated
+
+if emulated.VARIABLE in os.environ:  # in the workers of an emulated run
+    emulated.install()
+
+# Without a GPU the Triton kernels run in an interpreter. This is read when triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
