@@ -1,0 +1,25 @@
+"""What people do on a GPU, at sizes that take a second, on a real one or an emulated one.
+
+Networks are as small as they can be and still reach every kernel.
+"""
+
+from dataclasses import replace
+
+import ds
+from ds.denoiser import Denoiser
+from ds.methods import DenoisingStudent
+from ds.presets import SOLVERS
+from ds.schedule import LinearBeta
+from tests.nets.test_unet import TINY, build
+
+# Both resolutions, attention in one, channels as tensor cores take them.
+CONFIG = replace(TINY, channels=16)
+GRID = ds.grids.quadratic(2)
+
+
+def teacher(solver: str = "ddim") -> ds.Teacher:
+    return ds.Teacher(Denoiser(build(CONFIG), LinearBeta(), "x0"), SOLVERS[solver], GRID)
+
+
+def student() -> ds.Student:
+    return ds.Student(build(CONFIG), DenoisingStudent())

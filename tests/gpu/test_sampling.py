@@ -1,0 +1,77 @@
+"""What draws on a GPU: the engine, its captured loop, Sampler, generate_pairs and evaluate."""
+
+import logging
+
+import pytest
+import torch
+
+import ds
+from ds.engine import Engine
+from ds.evaluation import evaluate
+from ds.features import Pixels
+from tests.gpu import CONFIG, student, teacher
+from tests.nets.test_unet import build, relative_rms
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}
+every_precision = pytest.mark.parametrize("precision", TOLERANCE)
+
+
+def z(count: int = 2) -> torch.Tensor:
+    return ds.noise(1, range(count), build(CONFIG).shape)
+
+
+def exact(model, count: int = 2) -> torch.Tensor:
+    """Draw in float64 on the CPU, with the network as it is."""
+    return model.using(build(CONFIG).double()).sample(z(count).double())
+
+
+@every_precision
+def test_an_engine_is_its_network(precision):
+    net, t = build(CONFIG), torch.full((2,), 37)
+    reference = build(CONFIG).double()(z().double(), t)
+    engine = Engine(net.cuda(), [5, 37], images=2, dtype=getattr(torch, precision))
+    found = engine(z().cuda(), t.cuda())
+    assert found.is_cuda and relative_rms(found.cpu(), reference) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(
+    ("make", "precision"),
+    [
+        pytest.param(teacher, "float32", id="ddim"),
+        pytest.param(lambda: teacher("heun"), "bfloat16", id="heun"),
+        pytest.param(student, "bfloat16", id="student"),
+    ],
+)
+def test_a_sampler_replays_a_captured_step(make, precision, caplog):
+    with caplog.at_level(logging.WARNING):
+        sampler = ds.Sampler(make(), batch_size=2, device="cuda", precision=precision)
+    assert not caplog.messages, "what is not captured is announced"
+    assert isinstance(sampler.model.net, Engine) and sampler._loop is not None
+    found = sampler.sample(z(1).cuda())  # and another image, which fills the batch
+    assert found.is_cuda and relative_rms(found.cpu(), exact(make(), 1)) < TOLERANCE[precision]
+
+
+def test_a_sampler_runs_the_network_itself_if_it_is_told():
+    sampler = ds.Sampler(teacher(), batch_size=2, device="cuda", engine=False)
+    assert sampler.precision == "bfloat16"
+    assert relative_rms(sampler.sample(z().cuda()).cpu(), exact(teacher())) < 0.03
+
+
+def test_a_pair_is_what_the_teacher_makes_of_the_noise(tmp_path):
+    model = teacher()
+    model.net.cuda()
+    store = ds.generate_pairs(model, tmp_path / "store", 2, seed=1, batch_size=2)
+    levels = ds.ops.quantize(exact(teacher()))
+    # Bfloat16 moves values, of which the largest is about 5, by some hundredths.
+    assert (store.images(range(2)).int() - levels.int()).abs().float().mean() < 8
+    assert (store.images([1, 0]).int() - levels.int()).abs().float().mean() > 40
+
+
+def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
+    model = student()
+    real = ds.Sampler(model)(seed=9, indices=range(8))
+    on_cpu = evaluate(model, real, Pixels(), n=4)
+    model.net.cuda()
+    on_gpu = evaluate(model, real, Pixels(), n=4, batch_size=2)
+    assert on_gpu["frechet_distance"] == pytest.approx(on_cpu["frechet_distance"], rel=0.02)
