@@ -14,6 +14,9 @@ if emulated.VARIABLE in os.environ:  # in the workers of an emulated run
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Peers in float32 compute in float32: cuDNN would take TF32, of 10 bits, unless it is told so.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 # Networks of the tests are so small that they are quicker done than shared out.
 torch.set_num_threads(1)
 
