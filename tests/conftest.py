@@ -22,14 +22,18 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked gpu where there is none, and begin with files of slow tests.
+    """Leave out what cannot run here, and begin with files of slow tests.
 
     Else one process would be left with those at the end.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        marker = "gpu"
+    elif emulated.VARIABLE in os.environ:
+        marker = "compiles"
+    else:
         return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    left_out = [item for item in items if item.get_closest_marker(marker)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

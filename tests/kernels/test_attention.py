@@ -196,6 +196,7 @@ def test_a_program_writes_its_own_queries_and_nothing_else():
     assert y[:, :, 8:].isnan().all()
 
 
+@pytest.mark.compiles
 def test_opcheck():
     arguments = tuple(values(SMALL[0], torch.bfloat16))
     torch.library.opcheck(torch.ops.ds.attention_residual_triton.default, arguments)
@@ -237,6 +238,7 @@ def test_the_weight_may_be_of_another_dtype():
     assert torch.equal(y, run(q, k, v, weight, bias, residual))
 
 
+@pytest.mark.compiles
 def test_a_compiled_layer_uses_it_without_a_gradient_only(monkeypatch):
     """As on a GPU: the op's choices there, in its graphs of inference and of training."""
     chain = [("triton", launch), ("sdpa", residual_op._load("cuda", "sdpa"))]
