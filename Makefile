@@ -56,7 +56,7 @@ gpu-wheels: ## fetch the packages that a GPU machine without a network may lack,
 		--python-version 3.12 --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
 		$(TRAVEL)
 
-GPU_TESTS = tests/kernels tests/cuda tests/emulated
+GPU_TESTS = tests/kernels tests/cuda tests/gpu
 SANITIZED = (written or in_place or more_tensors or any_number) and not interpreted
 GPU_RUN = $(firstword $(GPU_PYTHON)) -m benchmarks.gpu
 SIZE = full

@@ -67,7 +67,7 @@ FIRST = (
     Step("float64", "{python} -m benchmarks teacher_loop --check {work} --without diffusers", 90),
     Step(
         "tests",
-        f"{{python}} {TESTS} {{jobs}} tests/kernels tests/cuda tests/emulated "
+        f"{{python}} {TESTS} {{jobs}} tests/kernels tests/cuda tests/gpu "
         f"-k 'not many_normals and not aot and not resources and not interpreted{{some}}'",
         120,
     ),

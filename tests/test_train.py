@@ -105,9 +105,10 @@ def state(run: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(a: Trainer, b: Trainer) -> None:
-    assert state(a).keys() == state(b).keys()
-    for name, w in state(a).items():
-        assert torch.equal(w, state(b)[name]), name
+    here, there = state(a), state(b)
+    assert here.keys() == there.keys()
+    for name, w in here.items():
+        assert torch.equal(w, there[name]), name
 
 
 def stop_at(monkeypatch, step: int) -> None:

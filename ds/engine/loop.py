@@ -137,8 +137,8 @@ class Loop:
         self._rows = engine.rows(recurrence.times)
         self._table = recurrence.table.to(place.device, place.wide)
         self._step = torch.zeros(1, dtype=torch.int64, device=place.device)
-        empty = torch.empty(self.images, *engine.shape, dtype=place.wide, device=place.device)
-        self._x = empty.to(memory_format=torch.channels_last)
+        state = torch.zeros(self.images, *engine.shape, dtype=place.wide, device=place.device)
+        self._x = state.to(memory_format=torch.channels_last)
         self._copy = torch.zeros_like(self._x, dtype=place.dtype)
         # x and h of the last call, x and h of the one before, and so on.
         pair = self._x, self._copy

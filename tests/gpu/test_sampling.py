@@ -1,15 +1,17 @@
 """What draws on a GPU: the engine, its captured loop, Sampler, generate_pairs and evaluate."""
 
 import logging
+import os
 
 import pytest
 import torch
 
 import ds
-from ds.engine import Engine
+from ds.engine import Engine, Loop, Recurrence
 from ds.evaluation import evaluate
 from ds.features import Pixels
-from tests.gpu import CONFIG, student, teacher
+from tests import emulated
+from tests.gpu import CONFIG, GRID, student, teacher
 from tests.nets.test_unet import build, relative_rms
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +77,20 @@ def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
     model.net.cuda()
     on_gpu = evaluate(model, real, Pixels(), n=4, batch_size=2)
     assert on_gpu["frechet_distance"] == pytest.approx(on_cpu["frechet_distance"], rel=0.02)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_step_launches_what_its_plan_says(images):
+    """The row of its time, the plan, the solver's update, and the counter."""
+    if emulated.VARIABLE not in os.environ:
+        pytest.skip("a GPU does not tell how many kernels it was given")
+    model = teacher()
+    engine = Engine(model.net.cuda(), GRID, images=images, dtype=torch.bfloat16)
+    loop = Loop(engine, Recurrence.of(model))
+    planned = [launch.kernel for s in engine.plan.steps for launch in engine.plan.launches(s)]
+    with emulated.launches() as launched:
+        loop.start()
+    assert launched.pop(0) == "zero_"  # of the counter, at the start
+    assert len(launched) == len(planned) + 3
+    assert sum("norm" in name or "+gn" in name for name in planned) > 3
+    assert launched[0] == "index_select" and launched[-2:] == ["_solver_update_kernel", "add_"]

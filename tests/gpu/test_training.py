@@ -29,11 +29,11 @@ KINDS = ["memory_map", "resident"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Let an emulated GPU not measure its matrix product, and draw 8 images instead of 64."""
+    """Let an emulated GPU not measure its matrix product, and draw 2 images instead of 64."""
     if emulated.VARIABLE in os.environ:
         monkeypatch.setattr("ds.train.matmul_tflops", lambda *_: 1.0)
         monkeypatch.setattr("ds.train.noise", lambda seed, _, *args, **options: ds.noise(
-            seed, range(8), *args, **options))  # fmt: skip
+            seed, range(2), *args, **options))  # fmt: skip
 
 
 def trainer(store, out, device="cuda", kind="auto", **config) -> Trainer:
