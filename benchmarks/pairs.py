@@ -34,7 +34,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield the case."""
     images = batch(device, size, gpu=256, cpu=4)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    count = 4 * images
+    count = images if size == "tiny" else 4 * images
     net = random_cifar10(device, size)
     teacher = Teacher(Denoiser(net, LinearBeta()), DDIM(), GRID)
     sides, missing = {}, {}

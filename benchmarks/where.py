@@ -24,7 +24,7 @@ from ds.engine.calls import Run
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's, which tells when it starts
 Seconds = dict[str, float]
 KINDS = {
-    "convolution": ("conv", "winograd", "phases"),
+    "convolution": ("conv", "gemm", "winograd", "phases"),
     "norm and SiLU": ("norm", "silu"),
     "attention and linear": ("attend", "attention", "addmm", "bmm", "aten::mm", "softmax"),
 }  # by a part of the name; the rest is "other"

@@ -348,9 +348,12 @@ def test_a_loop_on_a_gpu_is_timed_as_a_sampler_runs_it(monkeypatch):
 
 
 def test_kinds_of_layers():
-    names = ("aten::mkldnn_convolution", "winograd x2", "aten::native_group_norm", "attend", "add")
-    kinds = ["convolution", "convolution", "norm and SiLU", "attention and linear", "other"]
-    assert [where.kind(name) for name in names] == kinds
+    kinds = {
+        "aten::mkldnn_convolution": "convolution", "winograd x2": "convolution",
+        "gemm 3x3+gn": "convolution", "aten::native_group_norm": "norm and SiLU",
+        "attend": "attention and linear", "add": "other",
+    }  # fmt: skip
+    assert {name: where.kind(name) for name in kinds} == kinds
 
 
 def test_plots_come_from_json_alone(monkeypatch, tmp_path):
