@@ -67,8 +67,9 @@ FIRST = (
     Step("float64", "{python} -m benchmarks teacher_loop --check {work} --without diffusers", 90),
     Step(
         "tests",
-        f"{{python}} {TESTS} {{jobs}} tests/kernels tests/cuda tests/gpu "
-        f"-k 'not many_normals and not aot and not resources and not interpreted{{some}}'",
+        f"{{python}} {TESTS} {{jobs}} tests/gpu tests/cuda tests/kernels "
+        "-k 'not many_normals and not aot and not resources and not interpreted "
+        "and not a_case_runs{some}'",
         120,
     ),
     Step(

@@ -15,7 +15,7 @@ FILES = ["tests/emulated/refusals.py", *sorted(map(str, ROOT.glob("tests/gpu/tes
 
 @pytest.fixture(scope="module")
 def running():
-    """Start all of them, since each waits for one core; those that take longest first."""
+    """Start all of them: each keeps one core busy."""
     pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"

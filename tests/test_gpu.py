@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ABSENT = "tyro", "diffusers", "nvidia.dali", "h5py", "sklearn", "scipy", "matplotlib"
 WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); "
 PYTEST = WITHOUT + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-TESTS = "tests/ops", "tests/kernels", "tests/cuda", "tests/nets", "tests/engine"
+TESTS = "tests/ops", "tests/kernels", "tests/cuda", "tests/nets", "tests/engine", "tests/gpu"
 
 
 def test_tests_are_found_without_packages_that_only_some_need():
