@@ -35,7 +35,7 @@ def test_every_case_is_known():
     assert {*CASES, *ELSEWHERE} == {*benchmarks.CASES}
 
 
-SLOW = "group_norm_silu", "pairs", "student", "teacher_loop"  # half a minute and more, emulated
+SLOW = "pairs", "student", "teacher_loop"  # half a minute and more, emulated
 
 
 @pytest.mark.parametrize(
