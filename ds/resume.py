@@ -83,7 +83,7 @@ class Checkpoint:
     def load(self, run: Stateful) -> None:
         """Give a run the state that was saved last, if any; ValueError if it is damaged."""
         ranks.from_first(lambda: recover(self.folder))
-        found = [path for path in (self.file, self.folder / NUMBERS) if path.exists()]
+        found = self._found()
         if not found:
             return
         # A kill between the first checkpoint of one kind and the end of the other leaves both.
@@ -95,6 +95,14 @@ class Checkpoint:
             raise ValueError(
                 f"{path}: damaged ({_reason(error)}); delete it to start over"
             ) from None
+
+    def exists(self) -> bool:
+        """Say whether anything was saved."""
+        recover(self.folder)
+        return bool(self._found())
+
+    def _found(self) -> list[Path]:
+        return [path for path in (self.file, self.folder / NUMBERS) if path.exists()]
 
     def _read(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Return what is saved; the tensors of a sharded state, or from a directory, are filled."""

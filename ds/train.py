@@ -2,6 +2,8 @@
 
 import copy
 import faulthandler
+import hashlib
+import json
 import logging
 import math
 import os
@@ -36,6 +38,8 @@ from ds.resume import Checkpoint
 from ds.speed import flops_per_row, matmul_tflops
 
 RUN = "run.json"
+# What of a TrainConfig leaves the path of the weights as it is: a run may go on with another one.
+CHANGEABLE = ("epochs", "snapshot_every", "recompute_norms", "log_every", "check_every")
 # What of a note is another in every run.
 MEASURED = ("images_per_second", "tflops", "peak_share", "loader_wait", "memory_gb")
 _LOW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +48,11 @@ log = logging.getLogger("ds")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What is run. A check scores the averaged weights, draws a grid and saves a checkpoint."""
+    """What is run. A check scores the averaged weights, draws a grid and saves a checkpoint.
+
+    A run may go on with other `epochs`, intervals (`log_every`, `check_every`, `snapshot_every`)
+    and `recompute_norms`; whatever else is changed makes another run.
+    """
 
     batch_size: int = 512
     epochs: float = 25
@@ -130,7 +138,14 @@ class Trainer:
     `out` receives run.json (what is run), metrics.jsonl (a line per log and per check), a
     checkpoint and samples/. `init` gives the network to start from and is left as it is. The
     processes of torchrun share every batch, and the first of them writes. `evaluate` makes figures
-    of a network, every runtime.evaluate_every steps, in all processes. Raises ValueError if the
+    of a network, every runtime.evaluate_every steps, in all processes.
+
+    A run can be made longer, finished or not, and told to log or check at other intervals: it goes
+    on from its last checkpoint, and the best average is the best of the checks that were made. A
+    decay to zero is that of the new length from there on; where the learning rate is constant, the
+    weights are those of a run that was as long from its start, to the bit.
+
+    Raises ValueError if the
     method needs another kind of source, if `out` holds another run, if norms are to be recomputed
     that the student does not have, if a batch cannot be cut into equal parts, or if `device`, or a
     single process, cannot do what `runtime` asks for.
@@ -198,11 +213,16 @@ class Trainer:
         lengths = posthoc.LENGTHS if config.snapshot_every else ()
         self.tracked = nn.ModuleList(copy.deepcopy(self.ema) for _ in lengths)
         self.best_loss = float("inf")
-        self.step = 0
+        self.step = self.logged = self.checked = 0  # steps: now, of the last log, of the last check
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
         self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
+
+    @property
+    def identity(self) -> str:
+        """The hash of what makes this run another than others: SHA-256, in hexadecimal."""
+        return hashlib.sha256(json.dumps(_fixed(self.run), sort_keys=True).encode()).hexdigest()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         c, student = self.config, self.modules["student"]
@@ -256,6 +276,8 @@ class Trainer:
             lambda: self._log(bar): c.log_every, self._snapshot: c.snapshot_every,
             self._evaluate: r.evaluate_every, self._check: c.check_every,
         }  # fmt: skip
+        if self.step == self.steps != self.checked:  # made shorter, to where it was interrupted
+            self._check()
         self._start_clock()
         with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:
             while self.step < self.steps:
@@ -336,9 +358,9 @@ class Trainer:
     def _log(self, bar: tqdm) -> None:
         """Note the mean loss since the last log, and what was measured meanwhile."""
         self._pool()
-        count = self.step % self.config.log_every or self.config.log_every
-        loss = self.running.item() / count
+        loss = self.running.item() / (self.step - self.logged)
         self.running.zero_()
+        self.logged = self.step
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"{self.out}: the loss is {loss} at step {self.step}; the last checkpoint is "
@@ -385,6 +407,7 @@ class Trainer:
         if loss < self.best_loss:
             self.best_loss = loss
             self.best.load_state_dict(self.ema.state_dict())
+        self.checked = self.step
         self._note(held_out_loss=loss, best=self.best_loss)
         if ranks.is_first():
             self._draw(modules["student"])
@@ -430,16 +453,20 @@ class Trainer:
             "best": self.best.state_dict(),
             "best_loss": self.best_loss,
             "running": self.running,
+            "logged": self.logged,
+            "checked": self.checked,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.step, self.best_loss = saved["step"], saved["best_loss"]
+        self.logged, self.checked = saved["logged"], saved["checked"]
         self.modules.load_state_dict(saved["modules"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.ema.load_state_dict(saved["ema"])
-        self.tracked.load_state_dict(saved["tracked"])
+        if self.tracked:  # no longer where snapshots are no longer asked for
+            self.tracked.load_state_dict(saved["tracked"])
         self.best.load_state_dict(saved["best"])
         self.running.copy_(saved["running"])
 
@@ -447,6 +474,11 @@ class Trainer:
         """Continue the run in `out`, or start it."""
         ranks.from_first(self._claim)
         self.checkpoint.load(self)
+        if self.step > self.steps:
+            raise ValueError(
+                f"{self.out}: the run is at step {self.step} already, train.epochs "
+                f"{self.config.epochs} ends it at step {self.steps}; give more epochs"
+            )
         if self.step:
             log.info("%s: going on from step %d of %d", self.out, self.step, self.steps)
         if self.step != (step := ranks.from_first(lambda: self.step)):
@@ -454,13 +486,32 @@ class Trainer:
                 f"{self.out}: holds step {self.step} here and step {step} where the first process "
                 f"runs; all processes need the same file system"
             )
+        ranks.from_first(self._change)
 
     def _claim(self) -> None:
         """Write what is run, or check that the directory holds the same run."""
         if not (self.out / RUN).exists():
             write_json(self.out / RUN, self.run)
-        elif found := difference(read_json(self.out / RUN), self.run):
+            return
+        there = read_json(self.out / RUN)
+        if found := difference(_fixed(there), _fixed(self.run)):
             raise ValueError(f"{self.out}: holds another run ({found}); use another directory")
+        if self.tracked and not there["train"]["snapshot_every"] and self.checkpoint.exists():
+            raise ValueError(
+                f"{self.out}: train.snapshot_every was 0 when this run began, and its averages "
+                f"begin with a run; leave it at 0 or use another directory"
+            )
+
+    def _change(self) -> None:
+        """Note what the run goes on with, where that is another length or interval."""
+        there = read_json(self.out / RUN)
+        if found := difference(self.run, there):
+            falls = self.config.decay != "none" and "train.epochs" in found
+            log.info(
+                "%s: goes on otherwise (%s)%s", self.out, found,
+                "; the learning rate falls along the new length from here on" if falls else "",
+            )  # fmt: skip
+            write_json(self.out / RUN, self.run)
 
     def _held_out_batch(self, rows: range) -> Batch:
         source = self.held_out
@@ -469,6 +520,14 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.precision)
+
+
+def _fixed(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run cannot change on its way."""
+    train = run.get("train")
+    if not isinstance(train, dict):
+        return run
+    return {**run, "train": {k: v for k, v in train.items() if k not in CHANGEABLE}}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

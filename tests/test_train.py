@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -650,6 +651,109 @@ def test_training_leaves_the_global_random_state_alone(store, tmp_path):
     torch.manual_seed(123)
     trainer(store, tmp_path, init=unet()).fit()
     assert torch.equal(torch.rand(4), expected)
+
+
+# A run that goes on otherwise.
+
+
+@pytest.mark.parametrize("cut", [None, 7], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("change", [{}, {"log_every": 5, "check_every": 6}, {"ema_gamma": 6.94}])
+def test_a_run_that_is_made_longer_is_the_one_that_was_as_long_from_its_start(
+    store, tmp_path, monkeypatch, change, cut
+):
+    """To the bit, from its last checkpoint; and every log is of the steps since the one before."""
+    longer = replace(SHORT, epochs=3, **change)
+    first = replace(longer, epochs=SHORT.epochs, log_every=3, check_every=4)
+    whole = trainer(store, tmp_path / "whole", longer)
+    whole.fit()
+    with monkeypatch.context() as patch:
+        if cut:
+            stop_at(patch, cut)
+        with pytest.raises(Interrupted) if cut else contextlib.nullcontext():
+            trainer(store, tmp_path / "cut", first).fit()
+    resumed, steps = trainer(store, tmp_path / "cut", longer), []
+    advance = resumed._advance
+    monkeypatch.setattr(resumed, "_advance", lambda: (steps.append(resumed.step), advance()))
+    resumed.fit()
+    assert steps == [*range(cut or 12, 24)]
+    assert_same_bits(whole, resumed)
+    assert read_json(tmp_path / "cut" / "run.json") == whole.run
+    losses = [
+        [(m["step"], m["loss"]) for m in lines(tmp_path / out) if "loss" in m and m["step"] > 15]
+        for out in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_log_at_another_interval_is_the_mean_since_the_last_one(store, tmp_path):
+    """The short run ends, and logs, at step 12; the next log, of every fifth, has three steps."""
+    trainer(store, tmp_path, replace(SHORT, lr=1e-12)).fit()
+    run = trainer(store, tmp_path, replace(SHORT, lr=1e-12, epochs=2, log_every=5))
+    run.fit()
+    losses = {m["step"]: m["loss"] for m in lines(tmp_path) if "loss" in m}
+    assert losses[15] == pytest.approx(losses[12], rel=0.2)
+
+
+def test_a_cosine_follows_the_new_length_and_says_so(store, tmp_path, caplog):
+    config = replace(SHORT, decay="cosine")
+    trainer(store, tmp_path, config).fit()
+    run = trainer(store, tmp_path, replace(config, epochs=3))
+    with caplog.at_level("INFO", logger="ds"):
+        run.fit()
+    assert "(train.epochs: 3, not 1.5); the learning rate falls along the new length" in caplog.text
+    rates = {m["step"]: m["lr"] for m in lines(tmp_path) if "lr" in m}
+    assert rates[18] == pytest.approx(SHORT.lr * (1 + math.cos(math.pi * 18 / 24)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 1}, r"at step 12 already, train\.epochs 1 ends it at step 8; give more epochs"),
+        ({"snapshot_every": 4}, r"train\.snapshot_every was 0 when this run began"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_and_changes_nothing(
+    store, tmp_path, change, named
+):
+    trainer(store, tmp_path).fit()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match=named):
+        trainer(store, tmp_path, replace(SHORT, **change)).fit()
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_a_run_made_shorter_to_where_it_was_interrupted_is_checked_there(
+    store, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Interrupted):
+            trainer(store, tmp_path).fit()
+    trainer(store, tmp_path, replace(SHORT, epochs=7 / 8)).fit()
+    assert [m["step"] for m in lines(tmp_path) if "best" in m] == [4, 7]
+
+
+def test_snapshots_can_be_given_up(store, tmp_path):
+    trainer(store, tmp_path, replace(SHORT, snapshot_every=4)).fit()
+    run = trainer(store, tmp_path, replace(SHORT, epochs=2))
+    run.fit()
+    assert run.step == 16
+
+
+def test_the_identity_of_a_run_is_what_makes_it_another_one(store, tmp_path):
+    def identity(**change):
+        return trainer(store, tmp_path, replace(SHORT, **change)).identity
+
+    same = {"epochs": 3, "log_every": 7, "check_every": 9, "snapshot_every": 2}
+    assert {identity(**{name: value}) for name, value in same.items()} == {identity()}
+    other = {
+        "batch_size": 64, "lr": 2e-2, "warmup_steps": 1, "decay": "cosine", "betas": (0.9, 0.9),
+        "eps": 1e-7, "optimizer": "adamw", "weight_decay": 0.1, "max_norm": 1.0, "ema_decay": 0.6,
+        "ema_gamma": 1.0, "shuffle_window": 64, "precision": "bfloat16", "seed": 1,
+    }  # fmt: skip
+    assert len({identity(), *(identity(**{n: v}) for n, v in other.items())}) == 1 + len(other)
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields == {*same, *other, "recompute_norms"}
 
 
 # What is refused, and what is kept.

@@ -98,6 +98,7 @@ class Distill:
             held_out_loss=trainer.best_loss,
             version=ds.__version__,
             commit=doctor.commit(),
+            run=trainer.identity,
         )
         say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
 

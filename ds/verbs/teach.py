@@ -45,11 +45,14 @@ class Teach:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             start = self.method.denoiser(self.net.build())
-        net = Trainer(
+        trainer = Trainer(
             self.method, start, Images(images), Images(images, seed=1), run_folder(self.out),
             self.train, device=self.machine.use(), progress=watched(),
-        ).fit()  # fmt: skip
+        )  # fmt: skip
+        net = trainer.fit()
         solver, grid = self.solve.build(self.method.schedule)
         teacher = Teacher(self.method.denoiser(net), solver, grid)
-        teacher.save_pretrained(self.out, version=ds.__version__, commit=doctor.commit())
+        teacher.save_pretrained(
+            self.out, version=ds.__version__, commit=doctor.commit(), run=trainer.identity
+        )
         say(f"teacher: {self.out}")
