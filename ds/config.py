@@ -2,12 +2,29 @@
 
 A value carries the name of its type: {"type": "ds.schedule.LinearBeta", "num_steps": 1000, ...}.
 Reading accepts dataclasses inside ds and nothing else, so a file cannot name code to run.
+
+What JSON may hold is said by types, those of a dataclass's fields or a TypedDict for a file, and
+`mismatch` holds one against the other.
 """
 
 import dataclasses
 import importlib
+import math
+import re
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 
 def to_json(value: Any) -> Any:
@@ -27,7 +44,8 @@ def to_json(value: Any) -> Any:
 def from_json(data: Any) -> Any:
     """Rebuild what to_json described; lists come back as tuples.
 
-    Raises ValueError for a type outside ds, an unknown field or a missing one.
+    Raises ValueError for a type outside ds, an unknown field or a missing one, and for a value of
+    another type than the field's.
     """
     if isinstance(data, list):
         return tuple(from_json(v) for v in data)
@@ -35,6 +53,9 @@ def from_json(data: Any) -> Any:
         return data
     fields = {name: from_json(v) for name, v in data.items() if name != "type"}
     cls = _dataclass(data.get("type"))
+    for name, kind in _hints(cls).items():
+        if name in fields and (found := mismatch(fields[name], kind, name)):
+            raise ValueError(f"configuration of {data['type']}: {found}")
     try:
         return cls(**fields)
     except TypeError as error:
@@ -50,6 +71,143 @@ def difference(a: Any, b: Any, at: str = "") -> str | None:
                 return found
         return None
     return None if a == b else f"{at}: {_short(a)}, not {_short(b)}"
+
+
+class Between(NamedTuple):
+    """Annotates a number with its bounds, or a list or text with those of its length."""
+
+    least: float
+    most: float = math.inf
+
+    def accepts(self, value: Any) -> bool:
+        return (
+            self.least
+            <= (len(value) if isinstance(value, list | tuple | str) else value)
+            <= self.most
+        )
+
+    def __str__(self) -> str:
+        return f"at least {self.least}" + (
+            f" and at most {self.most}" if self.most < math.inf else ""
+        )
+
+
+class Matching(NamedTuple):
+    """Annotates text with the pattern all of it has, and the words for it."""
+
+    pattern: str
+    words: str
+
+    def accepts(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.words
+
+
+Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
+# Of a file in a directory: no path leads elsewhere by it.
+FileName = Annotated[str, Matching(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", "a plain file name")]
+_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null",
+    list: "a list", tuple: "a list", dict: "fields by name",
+}  # fmt: skip
+
+
+def checked(data: Any, kind: Any, where: Any) -> Any:
+    """Return JSON that is of a type; ValueError names its place and the first thing that is not."""
+    if found := mismatch(data, kind):
+        raise ValueError(f"{where}: {found}")
+    return data
+
+
+def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
+    """Say where a value is not of a type, as "path must be a number, not 'x'"; None if it is.
+
+    Types are those of fields: plain ones, lists, tuples, dicts, unions, literals, classes, a
+    TypedDict, whose names are all that there may be, and any of them Annotated with bounds. A bool
+    is no number, a whole number will do for a real one, and text for a path.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return None
+    if origin is Annotated:
+        broken = (rule for rule in args[1:] if isinstance(rule, Between | Matching))
+        return mismatch(value, args[0], at) or next(
+            (_not(at, str(rule), value) for rule in broken if not rule.accepts(value)), None
+        )
+    if origin in (Union, UnionType):
+        fits = any(mismatch(value, one, at) is None for one in args)
+        return None if fits else _not(at, _words(kind), value)
+    if origin is Literal:
+        fits = any(type(value) is type(one) and value == one for one in args)
+        return None if fits else _not(at, _words(kind), value)
+    if is_typeddict(kind):
+        return _fields_mismatch(value, kind, at)
+    if not _is_a(value, origin or kind):
+        return _not(at, _words(kind), value)
+    if origin is dict:
+        return _first(mismatch(v, args[1], _join(at, name)) for name, v in value.items())
+    if origin in (list, tuple) and args:
+        if origin is tuple and args[-1] is not ...:
+            if len(value) != len(args):
+                return _not(at, f"a list of {len(args)}", value)
+            return _first(mismatch(v, a, at) for v, a in zip(value, args, strict=True))
+        return _first(mismatch(v, args[0], f"{at}[{i}]") for i, v in enumerate(value))
+    return None
+
+
+def _fields_mismatch(value: Any, kind: Any, at: str) -> str | None:
+    if not isinstance(value, dict):
+        return _not(at, _WORDS[dict], value)
+    hints = _hints(kind)
+    for name in sorted(kind.__required_keys__ - {*value}):
+        return f"{_join(at, name)} is missing"
+    for name in value:
+        if name not in hints:
+            return f"{_join(at, _short(repr(name)))} is no field of it"
+    return _first(mismatch(v, hints[name], _join(at, name)) for name, v in value.items())
+
+
+def _first(found: Any) -> str | None:
+    return next((one for one in found if one), None)
+
+
+def _join(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name
+
+
+def _not(at: str, words: str, value: Any) -> str:
+    return f"{at} must be {words}, not {_short(repr(value))}".lstrip()
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_words, get_args(kind)))
+    if get_origin(kind) is Annotated:
+        base, *rules = get_args(kind)
+        return next((str(rule) for rule in rules if isinstance(rule, Matching)), _words(base))
+    plain = get_origin(kind) or kind
+    return _WORDS.get(plain) or f"a {plain.__name__}"
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (int, bool):
+        return type(value) is kind
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, (str, Path) if kind is Path else kind)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    names = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else hints
+    return {name: kind for name, kind in hints.items() if name in names}
 
 
 def _short(value: Any) -> str:

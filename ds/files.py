@@ -2,19 +2,25 @@
 
 Everything is written under a temporary name, flushed to the disk and renamed, so a name either
 holds the whole of the new content or the whole of the old.
+
+Only regular files are read, and none before its size was looked at. Three things can be wrong with
+one, and each is told as what it is: it is another kind of thing or damaged (ValueError), or it
+could not be read, which says nothing about it (OSError or RuntimeError).
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -100,21 +106,216 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; ValueError names the file if it is not JSON, FileNotFoundError if it is absent."""
+def read_json(path: Path, *, finite: bool = True) -> Any:
+    """Read JSON as `parse_json` does; FileNotFoundError if the file is absent."""
+    return parse_json(read_bytes(path), path, finite=finite)
+
+
+def parse_json(content: bytes, where: Any, *, finite: bool = True) -> Any:
+    """Return what JSON says, in UTF-8; ValueError names its place if it is not plain JSON.
+
+    Plain are names that occur once, text that UTF-8 can hold, whole numbers of 64 bits, nesting of
+    32 levels at most, and numbers that are finite, unless they need not be.
+    """
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        data = json.loads(
+            content.decode(), object_pairs_hook=_once, parse_int=_whole, parse_float=_real,
+            parse_constant=_refused if finite else None,
+        )  # fmt: skip
+        _check_plain(data)
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON (too deeply nested)") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return fields
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+        raise ValueError(f"{digits[:20]}... is a number of more than 64 bits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return float(digits)
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_plain(data: Any, depth: int = 0) -> None:
+    if isinstance(data, str) and not data.isascii():
+        data.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    elif isinstance(data, list | dict):
+        if depth == 32:
+            raise ValueError("too deeply nested")
+        for part in data if isinstance(data, list) else (*data, *data.values()):
+            _check_plain(part, depth + 1)
+
+
+SEAL = "checksum"
+
+
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields for JSON with one more, by which `unsealed` knows that none has changed."""
+    return {**fields, SEAL: _checksum(fields)}
+
+
+def unsealed(data: Any, where: Any, *, required: bool = False) -> dict[str, Any]:
+    """Return the fields that were sealed, without the seal.
+
+    Raises ValueError naming the place if they are no fields, or not those that were sealed. Fields
+    without a seal are taken as they are, unless it is required: who changes a file by hand removes
+    it.
+    """
+    fields = {**by_name(data, where)}
+    seal = fields.pop(SEAL, None)
+    if seal is None and not required:
+        return fields
+    if seal != _checksum(fields):
+        instead = "" if required else f'; if that was meant, remove "{SEAL}" from it'
+        raise ValueError(
+            f"{where}: damaged, or changed by hand: its {SEAL} is not that of its content; put a "
+            f"copy of it back{instead}"
+        )
+    return fields
+
+
+def read_sealed(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """Read the fields of a JSON file that was sealed; see `unsealed`."""
+    return unsealed(read_json(path, finite=finite), path)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def by_name(data: Any, where: Any) -> dict[str, Any]:
+    """Return JSON that is fields by name; ValueError if it is anything else."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: holds a {type(data).__name__}, not fields by name")
+    return data
+
+
+MOST_JSON = 64 << 20  # bytes: the manifest of 800,000 shards
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def present(path: Path) -> bool:
+    """Say whether a name is taken, be it by a link to nothing."""
+    return os.path.lexists(path)
+
+
+def regular(path: Path) -> os.stat_result:
+    """Return the facts of a regular file, or of one that a link leads to.
+
+    Raises ValueError that says what is there instead, FileNotFoundError if it is nothing.
+    """
+    try:
+        return _regular(path, os.stat(path))
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise ValueError(f"{path}: a link to nothing; a file is needed") from None
+        raise
+
+
+def _regular(path: Path, found: os.stat_result) -> os.stat_result:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{path}: {_KINDS.get(kind, 'no file')}; a regular file is needed")
+    return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file to read its bytes; see `regular`. An OSError in the block names it."""
+    regular(path)  # before it is opened, which a device may take for an order
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        _regular(path, os.fstat(descriptor))  # not what took its place meanwhile
+        try:
+            yield file
+        except OSError as error:
+            if error.errno and error.filename is None:
+                error.filename = str(path)
+            raise
+
+
+def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
+    """Read a file of so many bytes at most; ValueError if it is larger, or no regular file."""
+    with opened(path) as file:
+        content = file.read(most + 1)
+    return small(content, path, most)
+
+
+def small(content: bytes, where: Any, most: int = MOST_JSON) -> bytes:
+    """Return the content of a file, of which one byte more than allowed was read at most."""
+    if len(content) > most:
+        raise ValueError(f"{where}: larger than {most:,} bytes, which what belongs here never is")
+    return content
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def whole(where: Any, kind: str) -> Iterator[None]:
+    """Make whatever a library raises on a damaged file one ValueError: it is no whole `kind`.
+
+    What failed in the machine, such as a lack of memory, is no sign of damage: RuntimeError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise unjudged(where, error) from None
+        raise ValueError(f"{where}: not a whole {kind} ({first_line(error)})") from None
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Say whether it is the machine that failed, and not what it was given."""
+    if isinstance(error, OSError):
+        return bool(error.errno)  # libraries raise others for what they cannot read
+    text = str(error).lower()
+    lacks = ("out of memory", "allocate memory", "cuda error")
+    return isinstance(error, MemoryError) or any(words in text for words in lacks)
+
+
+def unjudged(where: Any, error: Exception) -> RuntimeError:
+    """Return the error for what could not be read, which says nothing about what is there."""
+    return RuntimeError(
+        f"{where}: could not be read ({first_line(error)}); nothing was found wrong with it, try "
+        f"again"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, or what it is where it says nothing, in one short line."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class Interrupted(Exception):
