@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.autograd import forward_ad
+
+from ds.ops._takes import PLAIN, make_check
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...] | None]
 DEVICES = ("cpu", "cuda")
@@ -17,6 +19,8 @@ DEVICES = ("cpu", "cuda")
 _library = torch.library.Library("ds", "DEF")
 _ops: list["Op"] = []
 _forced: str | None = os.environ.get("DS_BACKEND") or None
+# What goes to an op as it is: all else, such as a number of NumPy's, PyTorch converts.
+_USUAL = PLAIN | {int, float, bool, type(None), list, torch.dtype}
 
 
 class Unsupported(Exception):
@@ -36,12 +40,13 @@ class Row(NamedTuple):
 class Op:
     """`torch.ops.ds.<name>`: define it by its schema and reference, then add backends, best first.
 
-    The reference is plain PyTorch, runs everywhere and comes last. With `fake` the op is opaque to
-    torch.compile and autograd, and `fake` gives the outputs' metadata; without it they see through
-    the op to the PyTorch functions that its backends call.
+    `takes` says which arguments fit (ds/ops/_takes.py), and that is checked before any backend is
+    called, from wherever. The reference is plain PyTorch, runs everywhere and comes last. With
+    `fake` the op is opaque to torch.compile and autograd, and `fake` gives the outputs' metadata;
+    without it they see through the op to the PyTorch functions that its backends call.
     """
 
-    def __init__(self, schema: str, reference: Kernel, fake: Kernel | None = None):
+    def __init__(self, schema: str, takes: str, reference: Kernel, fake: Kernel | None = None):
         self.name = schema.partition("(")[0]
         self._loaders: dict[tuple[str, str], Callable[[], Kernel]] = {}
         self._reference = reference
@@ -50,11 +55,18 @@ class Op:
         _library.define(schema)
         key = "CompositeExplicitAutograd" if fake else "CompositeImplicitAutograd"
         _library.impl(self.name, self._run, key)
-        if fake:
-            torch.library.register_fake(f"ds::{self.name}", fake, lib=_library)
         self._dispatched = getattr(torch.ops.ds, self.name)
-        arguments = self._dispatched.default._schema.arguments
-        self._defaults = [argument.default_value for argument in arguments]
+        schema = self._dispatched.default._schema
+        self._defaults = [argument.default_value for argument in schema.arguments]
+        self.check = make_check(schema, takes, fake=False)
+        if fake:
+            check = make_check(schema, takes, fake=True)
+
+            def checked(*args):
+                check(*args)
+                return fake(*args)
+
+            torch.library.register_fake(f"ds::{self.name}", checked, lib=_library)
         _ops.append(self)
 
     def __call__(self, *args):
@@ -110,12 +122,12 @@ class Op:
             rows.append(Row(self.name, device, name, status, missing.get(name, "")))
         return rows
 
-    def _run(self, x: Tensor, *args):
-        reason = ""
-        chain = self._chains.get((x.device.type, _forced)) or self._chain(x.device.type)
-        for _, kernel in chain:
+    def _run(self, *args):
+        self.check(*args)
+        reason, device = "", args[0].device.type
+        for _, kernel in self._chains.get((device, _forced)) or self._chain(device):
             try:
-                return kernel(x, *args)
+                return kernel(*args)
             except Unsupported as error:
                 reason = str(error)
         raise RuntimeError(f"{self.name}: backend {_forced!r} was asked for, but {reason}")
@@ -158,13 +170,14 @@ class Op:
 
 
 def _watched(args: tuple) -> bool:
-    """Say whether a mode, a transform, a tracer or a kind of tensor wants to see calls of ops."""
+    """Say whether a mode, a transform, a tracer or a kind of argument wants to see calls of ops."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._functorch.peek_interpreter_stack()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in args)
+        or forward_ad._current_level >= 0
+        or not _USUAL.issuperset(map(type, args))
     )
 
 

@@ -46,41 +46,16 @@ def adam_step(
     Raises:
         ValueError: lists that do not fit each other, or a number out of its range.
     """
-    lists = {
-        "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
-        "averages": averages, "copies": copies,
-    }  # fmt: skip
-    _check_lists(lists, step.device)
-    for name, scalar in (("step", step), ("lr", lr)):
-        if scalar.shape != () or scalar.dtype != torch.float32 or scalar.device != step.device:
-            raise ValueError(
-                f"adam_step: {name} must be a float32 tensor of no dimensions on {step.device}, not"
-                f" {scalar.dtype} of shape {list(scalar.shape)} on {scalar.device}"
-            )
-    for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("ema_decay", ema_decay)):
-        if not 0 <= value < 1:
-            raise ValueError(f"adam_step: {name} must lie in [0, 1), not {value}")
-    if not max_norm > 0:
-        raise ValueError(f"adam_step: max_norm must be above 0, not {max_norm}")
+    lists = params, grads, exp_avgs, exp_avg_sqs, averages, copies
     step.add_(1)
-    return torch.ops.ds.adam_step(
-        step, lr, *map(list, lists.values()),
-        *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
-    )  # fmt: skip
-
-
-def _check_lists(lists: dict[str, Sequence[Tensor]], device: torch.device) -> None:
-    shapes = [tensor.shape for tensor in lists["params"]]
-    for name, tensors in lists.items():
-        fewer = name in ("averages", "copies") and len(tensors) < len(shapes)
-        if len(tensors) != len(shapes) and not fewer:
-            raise ValueError(f"adam_step: {len(tensors)} {name} for {len(shapes)} params")
-        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=not fewer)):
-            if tensor.shape != shape or tensor.device != device:
-                raise ValueError(
-                    f"adam_step: {name}[{i}] must be {list(shape)} on {device}, as params[{i}] and"
-                    f" step are, not {list(tensor.shape)} on {tensor.device}"
-                )
+    try:
+        return torch.ops.ds.adam_step(
+            step, lr, *map(list, lists),
+            *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
+        )  # fmt: skip
+    except (TypeError, ValueError):  # no step was taken
+        step.sub_(1)
+        raise
 
 
 def reference(
@@ -140,6 +115,20 @@ _op = Op(
     " Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] averages,"
     " Tensor(e!)[] copies, float beta1, float beta2, float eps, float weight_decay,"
     " bool decoupled, float ema_decay, float max_norm) -> Tensor",
+    """
+    step [] float32
+    lr [] float32
+    params floating
+    grads like params floating
+    exp_avgs like params floating
+    exp_avg_sqs like params floating
+    averages like first params floating
+    copies like first params floating
+    0 <= beta1 < 1 : betas[0] must lie in [0, 1), not {beta1}
+    0 <= beta2 < 1 : betas[1] must lie in [0, 1), not {beta2}
+    0 <= ema_decay < 1 : ema_decay must lie in [0, 1), not {ema_decay}
+    max_norm > 0 : max_norm must be above 0, not {max_norm}
+    """,
     reference,
     fake,
 )

@@ -20,7 +20,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    _check("attention", q, k, v)
     return op(q, k, v)
 
 
@@ -36,34 +35,7 @@ def attention_residual(
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    _check("attention_residual", q, k, v)
-    images, heads, tokens, width = q.shape
-    channels = heads * width if weight is None else weight.shape[0]
-    shapes = {
-        "weight": (weight, [channels, heads * width]),
-        "bias": (bias, [channels]),
-        "residual": (residual, [images, tokens, channels]),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and list(tensor.shape) != shape:
-            found = list(tensor.shape)
-            raise ValueError(f"attention_residual: {name} must be {shape}, not of shape {found}")
-    if residual.dtype != q.dtype:
-        raise ValueError(
-            f"attention_residual: residual must be {q.dtype} as q, k and v, not {residual.dtype}"
-        )
     return residual_op(q, k, v, weight, bias, residual)
-
-
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or q.shape[3] < 1:
-        raise ValueError(f"{name}: q must be [N, heads, T, D], not of shape {list(q.shape)}")
-    if not q.shape == k.shape == v.shape:
-        shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        raise ValueError(f"{name}: q, k and v must have one shape, not {shapes}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        dtypes = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        raise ValueError(f"{name}: q, k and v must have one floating dtype, not {dtypes}")
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +47,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # The backends of both ops are made of differentiable PyTorch functions, or leave what needs a
 # gradient to the next one: the ops need no gradient of their own.
-op = Op("attention(Tensor q, Tensor k, Tensor v) -> Tensor", reference)
+_TAKES = """
+    q [N, heads, T, D] floating
+    k [N, heads, T, D] of q
+    v [N, heads, T, D] of q
+    D >= 1 : q must be [N, heads, T, D] with D of 1 or more, not of shape {list(q.shape)}
+"""
+op = Op("attention(Tensor q, Tensor k, Tensor v) -> Tensor", _TAKES, reference)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -139,7 +117,14 @@ def _with_residual(heads: Tensor, weight: Tensor | None, bias: Tensor, residual:
     return F.linear(together, weight.to(heads.dtype), bias) + residual
 
 
-residual_op = Op("attention_residual" + _ARGUMENTS, reference_residual)
+_TAKES_RESIDUAL = f"""
+    {_TAKES}
+    weight [O, heads * D] floating
+    C = heads * D if weight is None else O
+    bias [C] floating
+    residual [N, T, C] of q
+"""
+residual_op = Op("attention_residual" + _ARGUMENTS, _TAKES_RESIDUAL, reference_residual)
 
 
 @residual_op.backend("triton", "cuda")
@@ -160,8 +145,12 @@ def _():
 # The compiler sees through the op to what its backends call, and takes this call as it is.
 @torch.library.custom_op("ds::attention_residual_triton", mutates_args=(), schema=_ARGUMENTS)
 def _triton(q, k, v, weight, bias, residual):
+    residual_op.check(q, k, v, weight, bias, residual)
+    kernels = triton_kernels("attention")
+    if reason := kernels.refusal(q, weight):
+        raise ValueError(f"attention_residual_triton: {reason}")
     with torch.cuda.device_of(q):
-        return triton_kernels("attention").attention_residual(q, k, v, weight, bias, residual)
+        return kernels.attention_residual(q, k, v, weight, bias, residual)
 
 
 @_triton.register_fake

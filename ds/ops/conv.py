@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ds.ops._op import Op, Unsupported, triton_kernels
 from ds.ops.float8 import FLOAT8, check_converts
-from ds.ops.group_norm_silu import check_affine
 from ds.ops.group_norm_silu import reference as reference_of_norm
 
 
@@ -60,7 +59,6 @@ def conv(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    _check("conv", x, weight, bias, residual, stride, scale)
     return _op(x, weight, bias, residual, stride, scale)
 
 
@@ -85,78 +83,10 @@ def conv_group_norm_silu(
     Raises:
         ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
-    name = "conv_group_norm_silu"
-    if x.dtype == FLOAT8:
-        raise ValueError(f"{name}: x must not be {FLOAT8}; use conv, and the norm after it")
-    shape = _check(name, x, weight, bias, residual, stride, None, norm_weight, norm_bias)
-    check_affine(name, shape[1], norm_weight, norm_bias, groups)
     normed, y = _norm_op(
         x, weight, bias, residual, stride, norm_weight, norm_bias, groups, eps, silu, keep
     )
     return normed, y if keep else None
-
-
-def _check(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-    scale: Tensor | None,
-    *norm: Tensor,
-) -> list[int]:
-    """Raise for what does not fit; return the shape of the result."""
-    kernels = (1, 1), (2, 2), (3, 3)
-    if weight.dim() != 4 or tuple(weight.shape[2:]) not in kernels:
-        raise ValueError(
-            f"{name}: weight must be [O, C, 1, 1], [O, C, 3, 3] or [4 O, C, 2, 2], not of shape "
-            f"{list(weight.shape)}"
-        )
-    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}: x must be [N, C, H, W] with the weight's {weight.shape[1]} channels, not of "
-            f"shape {list(x.shape)}"
-        )
-    if stride not in (1, 2) or (stride == 2 and weight.shape[2] != 3):
-        raise ValueError(
-            f"{name}: stride must be 1, or 2 for a 3x3 weight, not {stride} for "
-            f"{weight.shape[2]}x{weight.shape[3]}"
-        )
-    if weight.shape[2] == 2 and len(weight) % 4:
-        raise ValueError(f"{name}: rows of a 2x2 weight must be 4 O, not {len(weight)}")
-    if min(x.shape[1:]) < 1 or min(x.shape[2:]) < stride or not len(weight):
-        raise ValueError(
-            f"{name}: x must have channels and at least {stride} x {stride} pixels, and weight "
-            f"rows, not shapes {list(x.shape)} and {list(weight.shape)}"
-        )
-    shape = _shape(x, weight, stride)
-    if bias is not None and list(bias.shape) not in (shape[1:2], shape[:2]):
-        raise ValueError(
-            f"{name}: bias must be {shape[1:2]} or {shape[:2]}, not of shape {list(bias.shape)}"
-        )
-    if residual is not None and list(residual.shape) != shape:
-        raise ValueError(f"{name}: residual must be {shape}, not of shape {list(residual.shape)}")
-    narrow = x.dtype == FLOAT8
-    dtypes = {x.dtype, weight.dtype, *([] if narrow or residual is None else [residual.dtype])}
-    if len(dtypes) > 1 or not x.is_floating_point():
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(
-            f"{name}: x, weight and residual must have one floating dtype, not {found}"
-        )
-    if narrow and residual is not None and residual.dtype != torch.bfloat16:
-        raise ValueError(
-            f"{name}: residual must be torch.bfloat16 where x is {FLOAT8}, not {residual.dtype}"
-        )
-    if narrow != (scale is not None) or (narrow and scale.shape != weight.shape[:1]):
-        found = "none" if scale is None else f"one of shape {list(scale.shape)} for {x.dtype}"
-        raise ValueError(
-            f"{name}: scale must be {list(weight.shape[:1])} for x of {FLOAT8} only, not {found}"
-        )
-    for parameter in (bias, scale, *norm):
-        if parameter is not None and not parameter.is_floating_point():
-            raise ValueError(f"{name}: parameters must be floating point, not {parameter.dtype}")
-    return shape
 
 
 def _shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
@@ -212,9 +142,34 @@ def fake(x, weight, bias, residual, stride, scale=None):
     return x.new_empty((images, height, width, out), dtype=_made(x)).permute(0, 3, 1, 2)
 
 
+_TAKES = """
+    weight [R, I, K, L] of x
+    K == L and K in (1, 2, 3) : weight must be [O, C, 1, 1], [O, C, 3, 3] or [4 O, C, 2, 2], not \
+of shape {list(weight.shape)}
+    I == C : x must be [N, C, H, W] with the weight's {I} channels, not of shape {list(x.shape)}
+    stride == 1 or (stride == 2 and K == 3) : stride must be 1, or 2 for a 3x3 weight, not \
+{stride} for {K}x{K}
+    K != 2 or R % 4 == 0 : rows of a 2x2 weight must be 4 O, not {R}
+    min(R, C) >= 1 and min(H, W) >= stride : x must have channels and at least {stride} x {stride} \
+pixels, and weight rows, not shapes {list(x.shape)} and {list(weight.shape)}
+    O = R // 4 if K == 2 else R
+    Y = 2 * H if K == 2 else H // stride
+    X = 2 * W if K == 2 else W // stride
+    bias [O] or [N, O] floating
+"""
 _op = Op(
     "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride,"
     " Tensor? scale=None) -> Tensor",
+    f"""
+    x [N, C, H, W] floating or float8
+    {_TAKES}
+    residual [N, O, Y, X] result of x
+    scale is not None or x.dtype not in DTYPES["float8"] : scale must be [{{R}}] \
+for x of {{x.dtype}}
+    scale is None or x.dtype in DTYPES["float8"] : scale is for x of torch.float8_e4m3fn only, \
+not for {{x.dtype}}
+    scale [R] floating
+    """,
     reference,
     fake,
 )
@@ -229,6 +184,7 @@ def _():
             check_converts(x.device)
         arguments = _arguments(kernels, x, weight, bias, residual, stride)
         with torch.cuda.device_of(x):
+            scale = None if scale is None else scale.contiguous()
             return kernels.conv(*arguments, scale).permute(0, 3, 1, 2)
 
     return launch
@@ -287,6 +243,14 @@ _norm_op = Op(
     "conv_group_norm_silu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride,"
     " Tensor norm_weight, Tensor norm_bias, int groups, float eps, bool silu, bool keep)"
     " -> (Tensor, Tensor)",
+    f"""
+    x [N, C, H, W] floating
+    {_TAKES}
+    residual [N, O, Y, X] of x
+    norm_weight [O] floating
+    norm_bias [O] floating
+    groups >= 1 and O % groups == 0 : channels ({{O}}) must be a multiple of groups ({{groups}})
+    """,
     reference_norm,
     fake_norm,
 )

@@ -69,9 +69,23 @@ def fake_backward(dy, x, weight, wanted):
     )
 
 
-_op = Op("conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference, fake)
+_TAKES = """
+    x [N, C, H, W] floating
+    weight [O, C, 3, 3] of x
+"""
+_op = Op(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    f"{_TAKES} bias [O] of x",
+    reference,
+    fake,
+)
 _backward = Op(
     "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, bool[] wanted) -> (Tensor, Tensor)",
+    f"""
+    {_TAKES}
+    dy [N, O, H, W] of x
+    len(wanted) == 2 : wanted must be 2 values, not {{len(wanted)}}
+    """,
     reference_backward,
     fake_backward,
 )

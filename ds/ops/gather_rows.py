@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op
-from ds.ops.noise import check_indices
 
 
 def gather_rows(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -19,16 +18,6 @@ def gather_rows(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: there is no part, their shapes or dtypes differ, or an index is outside.
     """
-    check_indices("gather_rows", indices)
-    kinds = {(part.dtype, part.shape[1:]) for part in parts}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"gather_rows: parts must have one dtype and shape of a row, not {len(kinds)} of them"
-        )
-    last = sum(_counts(parts)) - 1
-    for index in map(int, indices.aminmax()) if indices.numel() else ():
-        if not 0 <= index <= last:
-            raise ValueError(f"gather_rows: indices must lie in 0 .. {last}, not {index}")
     return _op(indices, [*parts])
 
 
@@ -38,6 +27,8 @@ def _counts(parts: Sequence[Tensor]) -> list[int]:
 
 def reference(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """Go through the parts and take from each what lies in it."""
+    for index in map(int, indices.aminmax()) if indices.numel() else ():
+        _check_index(index, sum(_counts(parts)))
     rows, start = fake(indices, parts), 0
     for part in parts:
         here = ((indices >= start) & (indices < start + len(part))).nonzero().squeeze(1)
@@ -46,11 +37,25 @@ def reference(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return rows
 
 
+def _check_index(index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise ValueError(f"gather_rows: indices must lie in 0 .. {count - 1}, not {index}")
+
+
 def fake(indices, parts):
     return parts[0].new_empty(indices.shape[0], *parts[0].shape[1:])
 
 
-_op = Op("gather_rows(Tensor indices, Tensor[] parts) -> Tensor", reference, fake)
+_op = Op(
+    "gather_rows(Tensor indices, Tensor[] parts) -> Tensor",
+    """
+    indices [N] int64
+    parts [_, ...] of parts
+    len(parts) >= 1 : needs at least one part
+    """,
+    reference,
+    fake,
+)
 
 
 @_op.backend("cpu", "cpu")
@@ -61,11 +66,13 @@ def _():
         indices, parts = indices.contiguous(), [part.contiguous() for part in parts]
         rows, count = fake(indices, parts), len(parts)
         addresses = (ctypes.c_void_p * count)(*(part.data_ptr() for part in parts))
-        starts = (ctypes.c_int64 * count)(0, *accumulate(_counts(parts[:-1])))
+        starts = (ctypes.c_int64 * (count + 1))(0, *accumulate(_counts(parts)))
         row_bytes = rows.element_size() * rows.shape[1:].numel()
-        kernel(
+        wrong = kernel(
             indices.data_ptr(), addresses, starts, rows.data_ptr(), rows.shape[0], count, row_bytes
         )
+        if wrong >= 0:
+            _check_index(int(indices[wrong]), starts[count])
         return rows
 
     return launch

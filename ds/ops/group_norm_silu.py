@@ -49,7 +49,7 @@ def group_norm_silu(
     Raises:
         ValueError: a shape or dtype does not fit, or the channels are no multiple of groups.
     """
-    shift = _check("group_norm_silu", x, weight, bias, groups, shift, residual, skip)
+    shift = _shift_of_images(x, shift)
     if float8:
         return forward_float8(x, weight, bias, groups, eps, shift, residual, skip, False)[0]
     return forward(x, weight, bias, groups, eps, True, shift, residual, skip)[0]
@@ -83,7 +83,7 @@ def merge_group_norm_silu(
         raise ValueError(f"{name}: needs shift, residual or skip, or there is nothing to merge")
     if float8 and not silu:
         raise ValueError(f"{name}: float8 is for norms with silu, which was False")
-    shift = _check(name, x, weight, bias, groups, shift, residual, skip)
+    shift = _shift_of_images(x, shift)
     if float8:
         return forward_float8(x, weight, bias, groups, eps, shift, residual, skip, True)
     y, _, _, merged = forward(x, weight, bias, groups, eps, silu, shift, residual, skip, True)
@@ -92,63 +92,12 @@ def merge_group_norm_silu(
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
     """Normalize groups of channels, scale and shift channels: group_norm_silu without the SiLU."""
-    _check("group_norm", x, weight, bias, groups)
     return forward(x, weight, bias, groups, eps, False)[0]
 
 
-def _check(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> Tensor | None:
-    """Raise for what does not fit; return shift as [N, C]."""
-    if x.dim() < 2:
-        raise ValueError(f"{name}: x must be [N, C, ...], not of shape {list(x.shape)}")
-    images, channels, *pixels = x.shape
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{name}: residual must be of the shape of x, {list(x.shape)}, "
-            f"not {list(residual.shape)}"
-        )
-    if skip is not None and [*skip.shape[:1], *skip.shape[2:]] != [images, *pixels]:
-        raise ValueError(
-            f"{name}: skip must have the shape of x, {list(x.shape)}, but for the channels, "
-            f"not {list(skip.shape)}"
-        )
-    for label, tensor in (("residual", residual), ("skip", skip)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: {label} must be {x.dtype} as x is, not {tensor.dtype}")
-    if shift is not None and list(shift.shape) not in ([channels], [images, channels]):
-        raise ValueError(
-            f"{name}: shift must be [{channels}] or [{images}, {channels}], one value a channel "
-            f"of x, not of shape {list(shift.shape)}"
-        )
-    shift = shift if shift is None else shift.expand(images, channels)
-    channels += 0 if skip is None else skip.shape[1]
-    check_affine(name, channels, weight, bias, groups)
-    floats = {"x": x, "weight": weight, "bias": bias, "shift": shift}
-    dtypes = {label: tensor.dtype for label, tensor in floats.items() if tensor is not None}
-    if not all(dtype.is_floating_point for dtype in dtypes.values()):
-        found = ", ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
-        raise ValueError(f"{name}: all must be floating point, not {found}")
-    return shift
-
-
-def check_affine(name: str, channels: int, weight: Tensor, bias: Tensor, groups: int) -> None:
-    """Raise for parameters that do not fit the channels."""
-    if groups < 1 or channels < 1 or channels % groups:
-        raise ValueError(f"{name}: channels ({channels}) must be a multiple of groups ({groups})")
-    for label, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise ValueError(
-                f"{name}: {label} must be [{channels}], one value a channel, "
-                f"not of shape {list(tensor.shape)}"
-            )
+def _shift_of_images(x: Tensor, shift: Tensor | None) -> Tensor | None:
+    """Return shift as [N, C], where it is [C]; the op sees to the rest."""
+    return shift.expand(len(x), -1) if shift is not None and shift.dim() == 1 else shift
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -238,10 +187,21 @@ def fake(x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=Non
     return y, statistic, torch.empty_like(statistic), merged
 
 
+_TAKES = """
+    x [N, C, ...] floating
+    shift [N, C] floating
+    residual [N, C, ...] of x
+    skip [N, S, ...] of x
+    groups >= 1 and C + S >= 1 and (C + S) % groups == 0 : channels ({C + S}) must be a multiple \
+of groups ({groups})
+    weight [C + S] floating
+    bias [C + S] floating
+"""
 forward = Op(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu,"
     " Tensor? shift=None, Tensor? residual=None, Tensor? skip=None, bool keep=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    _TAKES,
     reference,
     fake,
 )
@@ -257,8 +217,8 @@ def _():
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
         images, channels, pixels = _sizes(x)
         y = torch.empty_like(x)
-        mean = torch.empty((images, groups))
-        rstd = torch.empty((images, groups))
+        mean = x.new_empty((images, groups), dtype=torch.float32)
+        rstd = torch.empty_like(mean)
         error = kernel(
             x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
             y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
@@ -505,6 +465,24 @@ backward = Op(
     "group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
     " Tensor rstd, int groups, bool silu, int split, Tensor? shift=None, Tensor? residual=None,"
     " Tensor? skip=None, Tensor? grad_merged=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    """
+    x [N, C, ...] floating
+    residual [N, C, ...] of x
+    skip [N, S, ...] of x
+    grad [N, C + S, ...] floating
+    grad_merged [N, C + S, ...] floating
+    weight [C + S] floating
+    bias [C + S] floating
+    groups >= 1 and C + S >= 1 and (C + S) % groups == 0 : channels ({C + S}) must be a multiple \
+of groups ({groups})
+    mean [N, groups] wide of x
+    rstd [N, groups] wide of x
+    grad_merged is None or residual is skip is None : where there is grad_merged, x is what was \
+merged, without residual and skip
+    0 <= split <= C and (split == C or grad_merged is not None) : split must be the channels of x \
+before it was merged, not {split} of {C}
+    shift [N, split] floating
+    """,
     reference_backward,
     fake_backward,
 )
@@ -521,7 +499,8 @@ def _():
         images, channels, pixels = _sizes(x)
         w, b = weight.float().contiguous(), bias.float().contiguous()
         d_x, d_weight, d_bias = torch.empty_like(x), torch.empty_like(w), torch.empty_like(b)
-        rows = torch.empty((2, images, channels), dtype=torch.float64)
+        rows = x.new_empty((2, images, channels), dtype=torch.float64)
+        mean, rstd = mean.contiguous(), rstd.contiguous()
         error = kernel(
             grad.data_ptr(), x.data_ptr(), w.data_ptr(), b.data_ptr(),
             mean.data_ptr(), rstd.data_ptr(),
@@ -548,6 +527,7 @@ def _():
         parts = _shift_rows(shift), _maybe_rows(residual), _maybe_rows(skip)
         if grad_merged is not None:
             grad_merged = _rows(grad_merged.to(x.dtype))
+        mean, rstd = mean.contiguous(), rstd.contiguous()
         with torch.cuda.device_of(x):
             d_x, d_weight, d_bias, d_shift, d_skip = kernels.group_norm_silu_backward(
                 _rows(grad.to(x.dtype)), _rows(x), weight, bias, mean, rstd, groups, silu, split,
@@ -633,6 +613,7 @@ def fake_float8(x, weight, bias, groups, eps, *parts):
 forward_float8 = Op(
     "group_norm_silu_float8(Tensor x, Tensor weight, Tensor bias, int groups, float eps,"
     " Tensor? shift, Tensor? residual, Tensor? skip, bool keep) -> (Tensor, Tensor)",
+    _TAKES,
     reference_float8,
     fake_float8,
 )

@@ -37,22 +37,12 @@ def noise(
     Raises:
         ValueError: the seed is out of range, indices are of another kind, or dtype is not floating.
     """
-    check_indices("noise", indices)
     if not dtype.is_floating_point:
         raise ValueError(f"noise: dtype must be floating point, not {dtype}")
     shape = tuple(shape)
     bits = signed("noise", "seed", seed)
     z = _op(indices, bits, math.prod(shape), dtype)
     return z.view(len(indices), *shape)
-
-
-def check_indices(name: str, indices: Tensor) -> None:
-    """Raise ValueError for indices that are not a 1-D int64 tensor."""
-    if indices.dtype != torch.int64 or indices.dim() != 1:
-        raise ValueError(
-            f"{name}: indices must be a 1-D int64 tensor, not {indices.dtype} with "
-            f"{indices.dim()} dimensions"
-        )
 
 
 def signed(name: str, what: str, value: int) -> int:
@@ -107,7 +97,16 @@ def fake(indices, seed, size, dtype):
     return indices.new_empty((indices.shape[0], size), dtype=dtype)
 
 
-_op = Op("noise(Tensor indices, int seed, int size, ScalarType dtype) -> Tensor", reference, fake)
+_op = Op(
+    "noise(Tensor indices, int seed, int size, ScalarType dtype) -> Tensor",
+    """
+    indices [N] int64
+    size >= 0 : size must be 0 or more, not {size}
+    dtype.is_floating_point : dtype must be floating point, not {dtype}
+    """,
+    reference,
+    fake,
+)
 
 
 @_op.backend("cpu", "cpu")
@@ -118,7 +117,7 @@ def _():
         if dtype not in (torch.float32, torch.bfloat16):
             raise Unsupported(f"it makes float32 or bfloat16, not {dtype}")
         indices = indices.contiguous()
-        z = torch.empty((len(indices), size), dtype=dtype)
+        z = fake(indices, seed, size, dtype)
         narrow = dtype == torch.bfloat16
         error = kernel(indices.data_ptr(), z.data_ptr(), seed, len(indices), size, narrow)
         _native.check("noise", error)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported, triton_kernels
-from ds.ops.noise import check_indices, signed
+from ds.ops.noise import signed
 from ds.ops.quantize import dequantize
 
 
@@ -20,18 +20,6 @@ def prepare_batch(
     Raises:
         ValueError: a shape or dtype does not fit, or the seed is out of range.
     """
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(
-            f"prepare_batch: images must be uint8 [N, H, W, C], not {images.dtype} of shape "
-            f"{list(images.shape)}"
-        )
-    check_indices("prepare_batch", indices)
-    if len(indices) != len(images):
-        raise ValueError(
-            f"prepare_batch: {len(images)} images need as many indices, not {len(indices)}"
-        )
-    if not dtype.is_floating_point:
-        raise ValueError(f"prepare_batch: dtype must be floating point, not {dtype}")
     bits = signed("prepare_batch", "seed", seed)
     return _op(images, indices, bits, dtype)
 
@@ -56,6 +44,11 @@ def fake(images, indices, seed, dtype):
 
 _op = Op(
     "prepare_batch(Tensor images, Tensor indices, int seed, ScalarType dtype) -> (Tensor, Tensor)",
+    """
+    images [N, H, W, C] uint8
+    indices [N] int64
+    dtype.is_floating_point : dtype must be floating point, not {dtype}
+    """,
     reference,
     fake,
 )

@@ -27,11 +27,6 @@ def quantize(x: Tensor, rounding: Rounding = "round") -> Tensor:
         raise ValueError(
             f"quantize: rounding must be one of {', '.join(get_args(Rounding))}, not {rounding!r}"
         )
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"quantize: x must be floating point [N, C, ...], not {x.dtype} of shape "
-            f"{list(x.shape)}"
-        )
     return _op(x, rounding == "floor")
 
 
@@ -54,7 +49,7 @@ def fake(x, floor):
     return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8)
 
 
-_op = Op("quantize(Tensor x, bool floor) -> Tensor", reference, fake)
+_op = Op("quantize(Tensor x, bool floor) -> Tensor", "x [N, C, ...] floating", reference, fake)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -72,7 +67,7 @@ def _():
         if not narrow and x.dtype != torch.float32:
             raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
         x = _dense(x)
-        levels = torch.empty((len(x), *x.shape[2:], x.shape[1]), dtype=torch.uint8)
+        levels = fake(x, floor)
         images, channels, pixels = len(x), x.shape[1], x.shape[2:].numel()
         error = kernel(
             x.data_ptr(), levels.data_ptr(), images, channels, pixels,

@@ -28,23 +28,6 @@ def solver_update(
         ValueError: a shape or dtype does not fit, or a gradient is asked for.
     """
     tensors = [x, *terms, *([] if copy is None else [copy])]
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"solver_update: x must be float32 or float64, not {x.dtype}")
-    if any(t.shape != x.shape or not t.is_floating_point() for t in tensors):
-        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors[1:])
-        raise ValueError(
-            f"solver_update: terms and copy must be floating point {list(x.shape)}, as x, not "
-            f"{found}"
-        )
-    if table.dim() != 2 or table.shape[1] != 1 + len(terms) or not table.is_floating_point():
-        raise ValueError(
-            f"solver_update: table must be floating point [steps, {1 + len(terms)}], a column for "
-            f"x and for each term, not {table.dtype} {list(table.shape)}"
-        )
-    if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"solver_update: step must be one int32 or int64, not {step.dtype} {list(step.shape)}"
-        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("solver_update: it has no gradient; call it under torch.no_grad()")
     _op(x, list(terms), table, step, copy)
@@ -78,6 +61,14 @@ def fake(x, terms, table, step, copy):
 _op = Op(
     "solver_update(Tensor(a!) x, Tensor[] terms, Tensor table, Tensor step, Tensor(b!)? copy)"
     " -> ()",
+    """
+    x [...] float32 or float64
+    terms [...] floating
+    table [steps, 1 + len(terms)] floating
+    step int32 or int64
+    step.numel() == 1 : step must be one number, not of shape {list(step.shape)}
+    copy [...] floating
+    """,
     reference,
     fake,
 )

@@ -57,28 +57,6 @@ def winograd_conv(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    if x.dim() != 4 or weight.dim() != 4 or [*weight.shape[::2]] != [36, x.shape[1]]:
-        raise ValueError(
-            f"winograd_conv: x must be [N, C, H, W] and weight [36, O / P, C, P], not of shapes "
-            f"{list(x.shape)} and {list(weight.shape)}"
-        )
-    images, _, h, w = x.shape
-    out = _channels(weight)
-    image = [images, out, h << doubled, w << doubled]
-    shapes = {"bias": (bias, [out]), "residual": (residual, image)}
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and list(tensor.shape) != shape:
-            found = list(tensor.shape)
-            raise ValueError(f"winograd_conv: {name} must be {shape}, not of shape {found}")
-    if not x.is_floating_point():
-        raise ValueError(f"winograd_conv: x must be of a floating dtype, not {x.dtype}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dtypes = {"weight": (weight, wide), "bias": (bias, wide), "residual": (residual, x.dtype)}
-    for name, (tensor, dtype) in dtypes.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(
-                f"winograd_conv: {name} must be {dtype} for x of {x.dtype}, not {tensor.dtype}"
-            )
     return _op(x, weight, bias, residual, doubled)
 
 
@@ -161,6 +139,12 @@ def fake(x, weight, bias, residual, doubled):
 _op = Op(
     "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool doubled)"
     " -> Tensor",
+    """
+    x [N, C, H, W] floating
+    weight [36, B, C, P] wide of x
+    bias [B * P] wide of x
+    residual [N, B * P, H << doubled, W << doubled] of x
+    """,
     reference,
     fake,
 )

@@ -88,25 +88,25 @@ def test_errors_name_what_does_not_fit():
         rate = torch.tensor(0.1) if rate is None else rate
         ds.ops.adam_step(*tensors, step=torch.zeros(()), lr=rate, **changed)
 
-    with pytest.raises(ValueError, match="adam_step: 2 grads for 1 params"):
+    with pytest.raises(ValueError, match=r"adam_step: 2 grads for 1 params"):
         step(grads=(4, 4))
-    with pytest.raises(ValueError, match="adam_step: 2 averages for 1 params"):
+    with pytest.raises(ValueError, match=r"adam_step: 2 averages for 1 params"):
         step(averages=[torch.zeros(4), torch.zeros(4)])
-    with pytest.raises(ValueError, match=r"grads\[1\] must be \[5\] on cpu, .* not \[4\] on cpu"):
+    with pytest.raises(
+        ValueError, match=r"grads\[1\] must be \[5\] as params\[1\] is, not .*\[4\]"
+    ):
         step(params=(4, 5), grads=(4, 4))
-    with pytest.raises(ValueError, match=r"averages\[0\] must be \[4\] on cpu, .* on meta"):
+    with pytest.raises(ValueError, match=r"averages\[0\] must be on cpu as step is, not on meta"):
         step(averages=[torch.zeros(4, device="meta")])
     with pytest.raises(ValueError, match=r"averages\[0\] must be \[4\]"):
         step(averages=[torch.zeros(3)])
-    with pytest.raises(
-        ValueError, match=r"lr must be a float32 tensor of no dimensions on cpu, .*\[1\]"
-    ):
+    with pytest.raises(ValueError, match=r"lr must be \[\], not of shape \[1\]"):
         step(rate=torch.zeros(1))
     with pytest.raises(ValueError, match=r"betas\[1\] must lie in \[0, 1\), not 1.0"):
         step(betas=(0.9, 1.0))
     with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), not -1"):
         step(ema_decay=-1)
-    with pytest.raises(ValueError, match="max_norm must be above 0, not nan"):
+    with pytest.raises(ValueError, match=r"max_norm must be above 0, not nan"):
         step(max_norm=math.nan)
 
 

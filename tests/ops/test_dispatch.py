@@ -20,7 +20,10 @@ from ds.ops._op import Op, Unsupported
 @pytest.fixture(scope="module")
 def op() -> Iterator[Op]:
     """An op that says which backend ran: fast takes float32 only, and broken never loads."""
-    op = Op("test_dispatch(Tensor x) -> Tensor", lambda x: x + 1, lambda x: torch.empty_like(x))
+    op = Op(
+        "test_dispatch(Tensor x) -> Tensor", "x [...] floating",
+        lambda x: x + 1, lambda x: torch.empty_like(x),
+    )  # fmt: skip
 
     @op.backend("broken", "cpu")
     def _():

@@ -165,7 +165,7 @@ def test_errors_name_what_does_not_fit():
         ValueError, match="quantize: rounding must be one of round, floor, not 'up'"
     ):
         ds.ops.quantize(torch.zeros(1, 1), "up")
-    with pytest.raises(ValueError, match=r"quantize: x must be floating point \[N, C, ...\]"):
+    with pytest.raises(ValueError, match=r"quantize: x must be floating point .* not torch.int64"):
         ds.ops.quantize(torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"not torch.float32 of shape \[3\]"):
+    with pytest.raises(ValueError, match=r"x must be \[N, C, ...\], not of shape \[3\]"):
         ds.ops.quantize(torch.zeros(3))

@@ -192,11 +192,11 @@ def test_errors_name_what_does_not_fit():
     step = torch.tensor(0)
     with pytest.raises(ValueError, match=r"x must be float32 or float64, not torch.bfloat16"):
         ds.ops.solver_update(x.bfloat16(), terms, table, step)
-    with pytest.raises(ValueError, match=r"must be floating point \[2, 3, 4, 5\], as x, not .*20"):
+    with pytest.raises(ValueError, match=r"terms\[0\] must be \[2, 3, 4, 5\], not .*20"):
         ds.ops.solver_update(x, [terms[0].flatten(2)], table, step)
-    with pytest.raises(ValueError, match=r"table must be floating point \[steps, 3\], a column"):
+    with pytest.raises(ValueError, match=r"table must be \[5, 3\], not of shape \[5, 2\]"):
         ds.ops.solver_update(x, [*terms, *terms], table, step)
-    with pytest.raises(ValueError, match=r"step must be one int32 or int64, not torch.float32"):
+    with pytest.raises(ValueError, match=r"step must be int32 or int64, not torch.float32"):
         ds.ops.solver_update(x, terms, table, step.float())
-    with pytest.raises(ValueError, match="has no gradient; call it under"):
+    with pytest.raises(ValueError, match=r"has no gradient; call it under"):
         ds.ops.solver_update(x, [terms[0].requires_grad_()], table, step)
