@@ -37,8 +37,8 @@ def cpu_library() -> ctypes.CDLL:
         ImportError: the library was not built, or does not load; the text says why.
     """
     lib = _load("cpu")
-    lib.ds_gather_rows.argtypes = [*[_POINTER] * 4, *[_INT] * 3]
-    lib.ds_gather_rows.restype = _INT
+    lib.ds_gather_rows.argtypes = [*[_POINTER] * 4, *[_INT] * 3, _POINTER]
+    lib.ds_gather_rows.restype = None
     lib.ds_group_norm_silu.argtypes = [*[_POINTER] * 6, *[_INT] * 4, _DOUBLE, *[_BOOL] * 3]
     lib.ds_group_norm_silu_backward.argtypes = [*[_POINTER] * 10, *[_INT] * 4, *[_BOOL] * 3]
     lib.ds_noise.argtypes = [*[_POINTER] * 2, *[_INT] * 3, _BOOL]

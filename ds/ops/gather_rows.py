@@ -68,11 +68,13 @@ def _():
         addresses = (ctypes.c_void_p * count)(*(part.data_ptr() for part in parts))
         starts = (ctypes.c_int64 * (count + 1))(0, *accumulate(_counts(parts)))
         row_bytes = rows.element_size() * rows.shape[1:].numel()
-        wrong = kernel(
-            indices.data_ptr(), addresses, starts, rows.data_ptr(), rows.shape[0], count, row_bytes
-        )
-        if wrong >= 0:
-            _check_index(int(indices[wrong]), starts[count])
+        outside = ctypes.c_int64(-1)
+        kernel(
+            indices.data_ptr(), addresses, starts, rows.data_ptr(), rows.shape[0], count, row_bytes,
+            ctypes.byref(outside),
+        )  # fmt: skip
+        if outside.value >= 0:
+            _check_index(int(indices[outside.value]), starts[count])
         return rows
 
     return launch
