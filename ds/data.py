@@ -185,6 +185,14 @@ def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
     return {"x0": x0, "noise": z, "index": indices}
 
 
+def check_rows(rows: int, batch_size: int) -> None:
+    """Raise ValueError for a batch that so many rows cannot fill."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if rows < batch_size:
+        raise ValueError(f"batch_size ({batch_size}) exceeds the {rows} training rows")
+
+
 class Batches:
     """Shuffled batches without end: batches.at(step). Every epoch has its own order.
 
@@ -205,10 +213,7 @@ class Batches:
         window: int = 0,
         part: range | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if len(source) < batch_size:
-            raise ValueError(f"batch_size ({batch_size}) exceeds the {len(source)} training rows")
+        check_rows(len(source), batch_size)
         self.source, self.batch_size, self.seed, self.window = source, batch_size, seed, window
         self.part = range(batch_size) if part is None else part
         self.per_epoch = len(source) // batch_size

@@ -30,6 +30,8 @@ def load(
     it. Raises ValueError, naming the file, for whatever is missing, damaged or of another kind.
     """
     if checkpoint.is_ours(path):
+        if "image_size" in overrides:
+            raise ValueError(f"{path}: tells the size of its images itself; leave image_size out")
         model = _OURS[checkpoint.kind(path, tuple(_OURS))](path)
     else:
         model = _adopt(read(path, image_size=overrides.pop("image_size", None)))

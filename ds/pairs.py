@@ -83,14 +83,15 @@ def generate_pairs(
     the disk is too small or the teacher returns numbers that are not finite, and Interrupted after
     SIGINT or SIGTERM, when all finished shards are safe.
     """
-    _check(count, batch_size, shard_size, quantizer, teacher.shape)
-    path = _path(teacher, precision, engine)
-    manifest = _manifest(teacher, count, seed, shard_size, quantizer) | path
-    plan = _Plan.open(place(out), manifest)
+    where = place(out)
+    manifest = prepare(
+        teacher, where, count, seed=seed, batch_size=batch_size, shard_size=shard_size,
+        quantizer=quantizer, precision=precision, engine=engine,
+    )  # fmt: skip
+    plan = _Plan.open(where, manifest)
     if missing := plan.missing():
         total = sum(len(plan.indices(i)) for i in missing)
-        _check_disk(plan, total)
-        sampler = _sampler(teacher, batch_size, path)
+        sampler = _sampler(teacher, batch_size, manifest)
         log.info(f"{plan.place}: {estimate(sampler, total, quantizer, price)[0]}")
         with (
             deferred_signals() as stop,
@@ -100,6 +101,20 @@ def generate_pairs(
             _write_missing(plan, sampler, shown, stop)
     plan.finish()
     return PairStore(out)
+
+
+def prepare(
+    teacher: Teacher, where: AbstractPlace, count: int, *, seed: int, batch_size: int | None,
+    shard_size: int, quantizer: Quantizer, precision: Precision | None, engine: bool | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Raise what generate_pairs raises before its work, and write nothing; return the manifest."""
+    _check(count, batch_size, shard_size, quantizer, teacher.shape)
+    manifest = _manifest(teacher, count, seed, shard_size, quantizer)
+    manifest |= _path(teacher, precision, engine)
+    there = where.read_json(MANIFEST) if MANIFEST in where.names() else None
+    plan = _Plan(where, _agreed(where, manifest, there))
+    _check_disk(plan, sum(len(plan.indices(i)) for i in plan.missing()))
+    return manifest
 
 
 def _check(
@@ -429,6 +444,28 @@ def _map(path: Path, rows: int) -> Tensor:
     return images
 
 
+def _agreed(
+    where: AbstractPlace, manifest: dict[str, Any], there: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return a manifest with what has grown into it, by the one that is there; ValueError if that
+    is of another store."""
+    if there is None:
+        if any(name.startswith("images-") for name in where.names()):
+            raise ValueError(f"{where}: has shards but no {MANIFEST}; use another name")
+        return manifest
+    if not isinstance(there, dict):
+        raise ValueError(f"{where}/{MANIFEST}: not the manifest of a pair store")
+    grown_from, old = there.get("grown_from", []), there.get("count")
+    if isinstance(old, int) and old < manifest["count"]:
+        grown_from = [*grown_from, old]
+        there = there | {"grown_from": grown_from, "count": manifest["count"]}
+    wanted = manifest | {"grown_from": grown_from}
+    known = {name: there.get(name) for name in wanted if name != "version"}
+    if found := difference(known, {name: wanted[name] for name in known}):
+        raise ValueError(f"{where}: holds a store made otherwise ({found}); use another name")
+    return wanted
+
+
 class _Plan:
     """The files a store consists of, from its manifest, and how one shard comes to be."""
 
@@ -449,27 +486,14 @@ class _Plan:
         """
         place.prepare()
         with place.locked():
-            names = place.names()
-            if MANIFEST not in names:
-                if any(name.startswith("images-") for name in names):
-                    raise ValueError(f"{place}: has shards but no {MANIFEST}; use another name")
+            there = place.read_json(MANIFEST) if MANIFEST in place.names() else None
+            wanted = _agreed(place, manifest, there)
+            if there is None:
                 place.write_json(MANIFEST, manifest, once=True)
-            there = place.read_json(MANIFEST)
-            if not isinstance(there, dict):
-                raise ValueError(f"{place}/{MANIFEST}: not the manifest of a pair store")
-            grown_from, old = there.get("grown_from", []), there.get("count")
-            grows = isinstance(old, int) and old < manifest["count"]
-            if grows:
-                grown_from = [*grown_from, old]
-                there |= {"grown_from": grown_from, "count": manifest["count"]}
-            wanted = manifest | {"grown_from": grown_from}
-            known = {name: there.get(name) for name in wanted if name != "version"}
-            if found := difference(known, {name: wanted[name] for name in known}):
-                raise ValueError(
-                    f"{place}: holds a store made otherwise ({found}); use another name"
-                )
-            if grows:
-                place.write_json(MANIFEST, there)
+                wanted = _agreed(place, manifest, there := place.read_json(MANIFEST))
+            if there["count"] < wanted["count"]:
+                grown = {name: wanted[name] for name in ("count", "grown_from")}
+                place.write_json(MANIFEST, there | grown)
         return cls(place, wanted)
 
     @property

@@ -183,7 +183,8 @@ class Directory(AbstractPlace):
                 temporary.unlink(missing_ok=True)
 
     def free(self) -> float:
-        return shutil.disk_usage(self.path).free
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
 
 
 def _is_at(file: Any, path: Path) -> bool:

@@ -132,6 +132,19 @@ class Runtime:
             )
 
 
+def check_shares(config: TrainConfig, runtime: Runtime, device: torch.device) -> None:
+    """Raise ValueError for what these processes, on this device, cannot do with each batch."""
+    if runtime.reduce == "bfloat16" and device.type != "cuda":
+        raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {device.type}")
+    if runtime.shard and ranks.world() == 1:
+        raise ValueError("runtime.shard needs more than one process; start them with torchrun")
+    if config.batch_size % (parts := ranks.world() * runtime.accumulate):
+        raise ValueError(
+            f"train.batch_size ({config.batch_size}) must be a multiple of {parts}: "
+            f"{ranks.world()} processes, runtime.accumulate {runtime.accumulate}"
+        )
+
+
 class Trainer:
     """Train what a method creates, in a directory that can be resumed to the same bits.
 
@@ -174,18 +187,10 @@ class Trainer:
         self.method, self.config, self.out = method, config, Path(out)
         self.runtime, self.held_out = runtime or Runtime(), held_out
         self.progress = progress and ranks.is_first()
-        if self.runtime.reduce == "bfloat16" and self.device.type != "cuda":
-            raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {self.device.type}")
-        if self.runtime.shard and ranks.world() == 1:
-            raise ValueError("runtime.shard needs more than one process; start them with torchrun")
+        check_shares(config, self.runtime, self.device)
         if self.runtime.evaluate_every and evaluate is None:
             raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")
         self.evaluate = evaluate
-        if config.batch_size % (parts := ranks.world() * self.runtime.accumulate):
-            raise ValueError(
-                f"train.batch_size ({config.batch_size}) must be a multiple of {parts}: "
-                f"{ranks.world()} processes, runtime.accumulate {self.runtime.accumulate}"
-            )
         self.batches = Batches(
             source, config.batch_size, config.seed, window=config.shuffle_window,
             part=ranks.share(config.batch_size),
@@ -200,6 +205,7 @@ class Trainer:
             "source": source.fingerprint(),
             "held_out": held_out.fingerprint(),
         }
+        self._check_shape(init)
         self.modules = method.init(init).to(self.device)
         for module in self.modules.values():  # what does not learn has no dropout either
             module.train(any(p.requires_grad for p in module.parameters()))
@@ -218,6 +224,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
         self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
+
+    def _check_shape(self, init: Denoiser) -> None:
+        (row,) = self._held_out_batch(range(1))["x0"]
+        if row.shape != init.shape:
+            raise ValueError(
+                f"the network makes samples of the shape {list(init.shape)}, the rows to train on "
+                f"are {list(row.shape)}"
+            )
 
     @property
     def identity(self) -> str:
@@ -492,6 +506,11 @@ class Trainer:
         """Write what is run, or check that the directory holds the same run."""
         if not (self.out / RUN).exists():
             write_json(self.out / RUN, self.run)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if the directory holds another run, or one that cannot go on so."""
+        if not (self.out / RUN).exists():
             return
         there = read_json(self.out / RUN)
         if found := difference(_fixed(there), _fixed(self.run)):

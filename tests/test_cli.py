@@ -32,7 +32,7 @@ PAIRS = (
 )  # fmt: skip
 DISTILL = ("--held-out", "32", "--train.epochs", "3", "--train.check-every", "2")
 JUDGE = ("--runtime.evaluate-every", "4", "--judge.extractor", "pixels", "--judge.count", "64")
-EVALUATE = ("--count", "128", "--held-out", "32", "--extractor", "pixels")
+EVALUATE = ("--count", "128", "--extractor", "pixels")
 
 
 def run_chain(home: Path) -> None:
@@ -54,7 +54,7 @@ def run_chain(home: Path) -> None:
         ),
         ("sample", student, "--out", str(home / "sheet.png"), "--indices", "0-8"),
         ("sample", teacher, "--out", str(home / "images.npy"), "--indices", "0-4", "--seed", "4"),
-        ("evaluate", student, "--store", store, *EVALUATE),
+        ("evaluate", student, "--store", store, "--held-out", "32", *EVALUATE),
     ):
         assert main([*args]) == 0, args
 
@@ -239,16 +239,108 @@ def test_the_help_of_a_verb_names_its_options(verb, capsys):
         assert option in said.out, option
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_dry_run_prints_json_and_does_nothing(verb, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main([*commands()[verb], "--dry-run"]) == 0
+DRY = {
+    "demo": ["demo", "--out", "new"],
+    "doctor": ["doctor"],
+    "teach": ["teach", "digits", "--out", "new"],
+    "pairs": ["pairs", "digits", "--teacher", "teacher", "--out", "new"],
+    "info": ["pairs", "info", "pairs"],
+    "verify": ["pairs", "verify", "pairs", "--teacher", "teacher"],
+    "export": ["pairs", "export", "pairs", "new"],
+    "distill": ["distill", "digits", "--teacher", "teacher", "--store", "pairs", "--out", "new",
+                "--held-out", "32"],
+    "sample": ["sample", "teacher", "--out", "new.png"],
+    "evaluate": ["evaluate", "student", "--extractor", "pixels", "--out", "new.json"],
+    "convert": ["convert", "student", "new"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", DRY.values(), ids=DRY)
+def test_a_dry_run_prints_json_and_does_nothing(command, capsys, home):
+    before = tree(home)
+    assert main([*command, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["type"].startswith("ds.verbs.")
-    assert not list(tmp_path.iterdir())
+    assert tree(home) == before
 
 
-def test_a_dry_run_shows_the_options_in_force(capsys):
-    assert main(["distill", "cifar10", "--train.batch-size", "256", "--dry-run"]) == 0
+WRONG = {  # what a run of it finds wrong before its work
+    "teach": ["--net.image-size", "16"],
+    "pairs": ["--teacher", "nowhere"],
+    "info": ["nowhere"],
+    "verify": ["--teacher", "nowhere"],
+    "export": ["--per-archive", "0"],
+    "distill": ["--method.t", "1000"],
+    "sample": ["--out", "new.bmp"],
+    "evaluate": ["--reference", "nowhere"],
+    "convert": ["--to", "diffusers"],
+}
+
+
+@pytest.mark.parametrize("verb", WRONG)
+def test_a_dry_run_says_what_a_run_would_find_wrong(verb, capsys, home):
+    command = DRY[verb][: 2 if verb == "info" else None]
+    before, lines = tree(home), []
+    for dry in ([], ["--dry-run"]):
+        lines.append(refused(capsys, *command, *WRONG[verb], *dry))
+    assert lines[0] == lines[1]
+    assert tree(home) == before
+
+
+IDLE = [  # a verb, what is set beside the option, the option and a value
+    ("doctor", "", "--images 4"),
+    ("doctor", "", "--device cuda"),
+    ("doctor", "", "--tflops 1"),
+    ("doctor", "--plan cifar10", "--multiprocessors 8"),
+    ("doctor", "--plan cifar10", "--json"),
+    ("teach", "--solve.grid uniform", "--solve.top 9"),
+    ("teach", "--train.ema-gamma 6.9", "--train.ema-decay 0.9"),
+    ("pairs", "", "--plan-noises 4"),
+    ("pairs", "--solve.grid uniform", "--solve.top=9"),
+    ("verify of a store", "", "--recompute 2"),
+    ("verify of a store", "", "--threads 1"),
+    ("sample", "--out x.npy", "--scale 2"),
+    ("evaluate", "", "--held-out 8"),
+    ("evaluate", "", "--inception-weights x"),
+    ("convert", "", "--image-size 8"),
+    ("distill", "", "--reuse 2"),
+    ("distill", "", "--pool 2"),
+    ("distill", "", "--judge.count 9"),
+    ("distill", "--runtime.evaluate-every 2", "--judge.inception-weights x"),
+    ("distill", "--runtime.loader resident", "--runtime.prefetch 3"),
+    ("distill", "--runtime.compile no", "--runtime.compile_cache x"),
+    ("distill", "", "--pairs.count 12288"),  # the preset's own
+    ("distill", "", "--pairs.seed 9"),
+    ("distill", "--online", "--pairs.seed 9"),
+    ("distill", "", "--pairs.shard-size 9"),
+    ("distill", "", "--pairs.quantizer floor"),
+    ("distill", "", "--precision bfloat16"),
+    ("distill", "", "--pairs.precision bfloat16"),
+    ("distill", "", "--pairs.engine False"),
+    ("distill", "", "--solve.steps 6"),
+    ("distill", "", "--solve.solver heun"),
+    ("distill", "", "--solve.top 700"),
+]
+DRY["verify of a store"] = ["pairs", "verify", "pairs"]
+
+
+@pytest.mark.parametrize(("verb", "beside", "option"), IDLE, ids=map(" ".join, IDLE))
+def test_an_option_that_cannot_take_effect_is_refused(verb, beside, option, home, capsys):
+    before = tree(home)
+    line = refused(capsys, *DRY[verb], *beside.split(), *option.split())
+    assert "has no effect" in line
+    assert re.split("[ =]", option)[0].replace("_", "-").replace("--no-", "--") in line
+    assert tree(home) == before
+
+
+def test_options_that_are_those_of_a_finished_store_are_accepted(home):
+    same = ("--pairs.seed", "0", "--pairs.quantizer", "round", "--precision", "float32")
+    assert main([*DRY["distill"], *PAIRS, *same, "--dry-run"]) == 0
+
+
+def test_a_dry_run_shows_the_options_in_force(home, capsys):
+    there = ("--teacher", "teacher", "--store", "none", "--out", "new")
+    options = ("--train.batch-size", "256", "--pairs.count", "512", "--threads", "1")
+    assert main(["distill", "cifar10", *there, *options, "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["train"]["batch_size"], shown["train"]["lr"]) == (256, 2e-4)
     assert shown["method"]["loss_type"] == "l1"
@@ -480,7 +572,7 @@ def test_a_flipped_byte_in_a_store_is_found_by_verify(home, capsys):
 def test_a_store_is_verified_with_the_teacher_that_made_it(home, capsys):
     assert main(["pairs", "verify", "pairs", "--teacher", "teacher", "--recompute", "3"]) == 0
     assert "160 of them as they were written" in capsys.readouterr().out
-    line = refused(capsys, "pairs", "verify", "pairs", "--recompute", "0")
+    line = refused(capsys, "pairs", "verify", "pairs", "--teacher", "teacher", "--recompute", "0")
     assert "recompute must be at least 1, not 0" in line
 
 

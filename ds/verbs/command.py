@@ -39,6 +39,7 @@ def run(verb: str, args: list[str]) -> None:
     logging.getLogger("ds").setLevel(logging.INFO)
     dry = "--dry-run" in args
     args = [arg for arg in args if arg != "--dry-run"]
+    given = {_option(arg) for arg in args if arg.startswith("--")}
     if verb == "pairs" and args and args[0] in OF_STORES:
         task = _parse(OF_STORES[args[0]], args[1:], f"dstudent pairs {args[0]}")
     elif verb in PER_PRESET:
@@ -49,10 +50,13 @@ def run(verb: str, args: list[str]) -> None:
         task = _parse(PLAIN[verb], args, f"dstudent {verb}")
     if dry:
         print(json.dumps(to_json(task), indent=2))
-        if isinstance(task, MakePairs | Distill) and task.teacher.exists():
-            log.info(task.budget())
-    else:
-        task.run()
+    task.refuse_idle(given)
+    task.run(dry=dry)
+
+
+def _option(arg: str) -> str:
+    """Return the name of an option as Verb.idle has it: "--no-online" is "online"."""
+    return arg.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
 
 
 def _preset_name(verb: str, args: list[str]) -> tuple[str, list[str]]:

@@ -1,20 +1,22 @@
 """dstudent convert: a model in another format."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ds import export
+from ds import checkpoint, export
 from ds.load import load
 from ds.nets.convert import to_diffusers
 from ds.sample import Student, Teacher
-from ds.verbs.options import Model, say
+from ds.verbs.options import Model, Verb, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(Verb):
     """Write a teacher or a student in another format.
 
     SOURCE is anything that `dstudent sample` takes. A student can also become a torch.export
@@ -26,22 +28,29 @@ class Convert:
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
     image_size: int = 0  # for a file that does not tell it
 
-    def run(self) -> None:
+    def idle(self) -> dict[str, str]:
+        tells = {"image-size": f"on {self.source}, which tells its own"}
+        return tells if checkpoint.is_ours(self.source) else {}
+
+    def prepare(self) -> Callable[[], None]:
         size = {"image_size": self.image_size} if self.image_size else {}
         model = load(self.source, **size)
+        if self.to == "diffusers" and isinstance(model, Student):
+            raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
+        if self.to in ("pt2", "onnx") and isinstance(model, Teacher):
+            raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
+        return partial(self._write, model)
+
+    def _write(self, model: Teacher | Student) -> None:
         if self.to == "ours":
             model.save_pretrained(self.out)
         elif self.to == "diffusers":
             self._to_diffusers(model)
-        elif isinstance(model, Teacher):
-            raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
         else:
             {"pt2": export.to_program, "onnx": export.to_onnx}[self.to](model, self.out)
         say(f"{model.kind}: {self.out}")
 
-    def _to_diffusers(self, model: Teacher | Student) -> None:
-        if isinstance(model, Student):
-            raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
+    def _to_diffusers(self, model: Teacher) -> None:
         denoiser = model.denoiser
         to_diffusers(
             self.out, model.net.config, model.net.state_dict(), denoiser.schedule,

@@ -1,16 +1,20 @@
 """dstudent demo: the whole chain on scanned digits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from ds.verbs.options import Verb
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Verb):
     """Teach, make pairs, distil, sample and evaluate on scanned digits; write a report."""
 
     out: Path = Path("runs/demo")
 
-    def run(self) -> None:
+    def prepare(self) -> Callable[[], None]:
         from ds.demo import demo
 
-        demo(self.out)
+        return partial(demo, self.out)

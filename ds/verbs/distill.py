@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,31 +13,44 @@ from torch import nn
 import ds
 from ds import budget, doctor, pairs, ranks
 from ds.checkpoint import fingerprint
-from ds.config import from_json
-from ds.data import AbstractSource, Generated, Pairs
+from ds.config import from_json, to_json
+from ds.data import AbstractSource, Generated, Pairs, check_rows
 from ds.evaluation import evaluate, figures
 from ds.load import load_teacher
 from ds.methods import DenoisingStudent
 from ds.pairs import PairStore
 from ds.philox import noise
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.ranks import is_first, joined
+from ds.ranks import is_first
 from ds.sample import Student, Teacher
-from ds.train import Runtime, TrainConfig, Trainer, autocast
+from ds.train import Runtime, TrainConfig, Trainer, autocast, check_shares
 from ds.verbs.evaluate import Judge
-from ds.verbs.options import Here, Price, at_least, home_of, run_folder, say, watched
+from ds.verbs.options import (
+    Here,
+    Price,
+    Verb,
+    at_least,
+    home_of,
+    run_folder,
+    say,
+    solve_idle,
+    train_idle,
+    watched,
+)
 from ds.verbs.pairs import MakePairs
 
 log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(Verb):
     """Train a student that makes in one network call what the teacher makes in many.
 
     This is the whole recipe: where the store is not finished, its pairs are made first, as
     `dstudent pairs` makes them. What all of it takes is said before it starts.
     """
+
+    shared: ClassVar = True
 
     teacher: Path
     store: str  # a directory, or a URL such as s3://bucket/folder
@@ -60,34 +75,79 @@ class Distill:
             pairs=p.pairs, solve=p.solve, method=p.method, train=p.train, machine=p.machine,
         )  # fmt: skip
 
-    def run(self) -> None:
-        with joined():
-            self._run()
+    def idle(self) -> dict[str, str]:
+        r, idle = self.runtime, solve_idle(self.solve) | train_idle(self.train)
+        if not self.online:
+            idle |= dict.fromkeys(("reuse", "pool"), "without --online")
+        judge = self.judge.idle()
+        if not r.evaluate_every:
+            names = (name.replace("_", "-") for name in vars(self.judge))
+            judge = dict.fromkeys(names, "without --runtime.evaluate-every")
+        idle |= {f"judge.{name}": reason for name, reason in judge.items()}
+        if r.loader == "resident":
+            idle["runtime.prefetch"] = "with --runtime.loader resident, which reads nothing ahead"
+        if r.compile == "no":
+            idle["runtime.compile-cache"] = "with --runtime.compile no"
+        return idle | self._made_otherwise()
 
-    def _run(self) -> None:
+    def _made_otherwise(self) -> dict[str, str]:
+        """Return the options that say of a finished store what it is not."""
+        if not pairs.is_finished(self.store):
+            return {}
+        p, there = self.pairs, PairStore(self.store).manifest
+        wanted = {
+            "pairs.count": (p.count, there["count"] - p.held_out),
+            "pairs.seed": (p.seed, there["seed"]),
+            "pairs.shard-size": (p.shard_size, there["shard_size"]),
+            "pairs.quantizer": (p.quantizer, there["quantizer"]),
+            "pairs.precision": (p.precision, there.get("precision", p.precision)),
+            "pairs.engine": (p.engine, there.get("engine", p.engine)),
+        }
+        if self.online:  # those that are not kept are made with these
+            wanted = {n: v for n, v in wanted.items() if n in ("pairs.seed", "pairs.quantizer")}
+        found = {
+            name: there for name, (asked, there) in wanted.items() if asked not in (None, there)
+        }
+        where = f"on {self.store}, which is finished and has"
+        idle = {name: f"{where} {value}" for name, value in found.items()}
+        solver, grid = self.solve.build(load_teacher(self.teacher).denoiser.schedule)
+        if to_json(solver) != there["solver"]:
+            idle["solve.solver"] = f"{where} {from_json(there['solver'])}"
+        if list(grid) != there["grid"]:
+            times = f"{len(there['grid'])} times from {there['grid'][0]} to {there['grid'][-1]}"
+            idle |= dict.fromkeys(("solve.grid", "solve.steps", "solve.top"), f"{where} {times}")
+        return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
+
+    def prepare(self) -> Callable[[], None]:
         at_least(0, price=self.price)
         at_least(1, held_out=self.pairs.held_out, reuse=self.reuse, pool=self.pool)
+        device = self.machine.use()
         teacher = load_teacher(self.teacher)
+        teacher.denoiser.schedule.check(self.method.t)
+        check_shares(self.train, self.runtime, device)
+        judge = self._judge(device) if self.runtime.evaluate_every else None
+        if pairs.is_finished(self.store):
+            trainer = self._trainer(teacher, device, judge)
+            trainer.check()
+            return partial(self._work, lambda: trainer)
+        batch = self.train.batch_size
+        check_rows(self.pool * batch if self.online else self.pairs.count, batch)
+        making = self._maker().making(self._kept())
+
+        def made() -> Trainer:
+            making()
+            return self._trainer(teacher, device, judge)
+
+        return partial(self._work, made)
+
+    def _work(self, made: Callable[[], Trainer]) -> None:
         if is_first():
             log.info(self.budget())
-        if not pairs.is_finished(self.store):
-            self._maker().make(self._kept())
-        store = PairStore(self.store)
-        if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
-            raise ValueError(
-                f"{self.store}: was made by another teacher than {self.teacher}; give that one"
-            )
-        source, train = self._source(store)
-        device = self.machine.use()
-        trainer = Trainer(
-            self.method, teacher.denoiser, source, Pairs(store, range(self.pairs.held_out)),
-            run_folder(self.out), train, device=device, runtime=self.runtime,
-            evaluate=self._evaluate(device) if self.runtime.evaluate_every else None,
-            progress=watched(),
-        )  # fmt: skip
+        trainer = made()
         student = Student(trainer.fit(), self.method)
         if not is_first():
             return
+        store = trainer.held_out.store
         student.save_pretrained(
             self.out,
             teacher_sha256=store.manifest["teacher"]["sha256"],
@@ -101,6 +161,22 @@ class Distill:
             run=trainer.identity,
         )
         say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
+
+    def _trainer(
+        self, teacher: Teacher, device: torch.device, judge: Callable[[nn.Module], Any] | None
+    ) -> Trainer:
+        """Return the run on the pairs of the finished store."""
+        store = PairStore(self.store)
+        if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
+            raise ValueError(
+                f"{self.store}: was made by another teacher than {self.teacher}; give that one"
+            )
+        source, train = self._source(store)
+        return Trainer(
+            self.method, teacher.denoiser, source, Pairs(store, range(self.pairs.held_out)),
+            run_folder(self.out), train, device=device, runtime=self.runtime, evaluate=judge,
+            progress=watched(),
+        )  # fmt: skip
 
     def _maker(self) -> MakePairs:
         return MakePairs(
@@ -155,7 +231,7 @@ class Distill:
             f"total: about {budget.cost(total, self.price)}, on {ranks.world()} of this device",
         ])  # fmt: skip
 
-    def _evaluate(self, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
+    def _judge(self, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
         """Return what makes figures of a network; it knows how the student samples with it."""
         reference, extractor = self.judge.build(device)
 

@@ -1,6 +1,7 @@
 """dstudent doctor: what runs here, and what a network's plan is."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,11 @@ import torch
 from ds import doctor
 from ds.engine import Place, Plan
 from ds.presets import PRESETS
-from ds.verbs.options import say
+from ds.verbs.options import Verb, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor:
+class Doctor(Verb):
     """Report what this machine has and which implementation of each operation runs here."""
 
     json: bool = False  # for machines
@@ -23,14 +24,24 @@ class Doctor:
     tflops: float = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
     gbs: float = 3350.0
 
-    def run(self) -> None:
+    def prepare(self) -> Callable[[], None]:
         if self.plan:
-            say(self._plan())
-            return
-        report = doctor.report()
-        print(json.dumps(report, indent=2) if self.json else doctor.text(report))
+            self._check_plan()
+            return lambda: say(self._plan())
+        return self._report
 
-    def _plan(self) -> str:
+    def idle(self) -> dict[str, str]:
+        if not self.plan:
+            of_plans = ("images", "device", "multiprocessors", "tflops", "gbs")
+            return dict.fromkeys(of_plans, "without --plan")
+        cpu = {} if self.device == "cuda" else {"multiprocessors": "without --device cuda"}
+        return {"json": "with --plan", **cpu}
+
+    def _report(self) -> None:
+        report = doctor.report()
+        say(json.dumps(report, indent=2) if self.json else doctor.text(report))
+
+    def _check_plan(self) -> None:
         if self.plan not in PRESETS:
             raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
         for option in ("images", "multiprocessors", "tflops", "gbs"):
@@ -38,6 +49,8 @@ class Doctor:
                 raise ValueError(f"doctor: {option} must be above 0, not {getattr(self, option)}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
+
+    def _plan(self) -> str:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         place = Place(torch.device(self.device), dtype, self.images)
         with torch.device("meta"):

@@ -1,9 +1,11 @@
 """dstudent evaluate: how good a model's images are."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -16,8 +18,9 @@ from ds.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.load import load
 from ds.pairs import PairStore
 from ds.presets import Machine
-from ds.ranks import is_first, joined
-from ds.verbs.options import Here, Model
+from ds.ranks import is_first
+from ds.sample import Student, Teacher
+from ds.verbs.options import Here, Model, Verb, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,11 @@ class Judge:
     extractor: Literal["digits", "pixels", "inception"] = "digits"
     inception_weights: Path | None = None
     count: int = 4096  # images to draw
+
+    def idle(self) -> dict[str, str]:
+        """Return the options that have no effect, and why."""
+        file = {"inception-weights": "without --extractor inception"}
+        return {} if self.extractor == "inception" else file
 
     def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
         """Return the reference and the extractor; ValueError where they cannot be had."""
@@ -44,8 +52,10 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Verb):
     """Compare a model's images with real ones; write the figures and the protocol as JSON."""
+
+    shared: ClassVar = True
 
     model: Model
     judge: Annotated[Judge, tyro.conf.arg(name="")] = field(default_factory=Judge)
@@ -56,20 +66,27 @@ class Evaluate:
     out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
     machine: Here = field(default_factory=Machine)
 
-    def run(self) -> None:
-        with joined():
-            self._run()
+    def idle(self) -> dict[str, str]:
+        pairs = {} if self.store else {"held-out": "without --store"}
+        return self.judge.idle() | pairs
 
-    def _run(self) -> None:
+    def prepare(self) -> Callable[[], None]:
         device = self.machine.use()
         model = load(self.model, device=device)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
         reference, extractor = self.judge.build(device)
-        result = evaluate(
-            model, reference, extractor, n=self.judge.count, seed=self.seed,
-            batch_size=self.batch_size, held_out=held_out, out=self.out,
-        )  # fmt: skip
+        options = {
+            "n": self.judge.count, "seed": self.seed, "batch_size": self.batch_size,
+            "held_out": held_out,
+        }  # fmt: skip
+        return partial(self._evaluate, model, reference, extractor, options)
+
+    def _evaluate(
+        self, model: Teacher | Student, reference: Tensor | Moments, extractor: AbstractExtractor,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        result = evaluate(model, reference, extractor, out=self.out, **options)
         if is_first():
             if self.out is None and checkpoint.is_ours(self.model):
                 record(self.model, model, result)
-            print(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
+            say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))

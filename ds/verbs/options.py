@@ -1,17 +1,68 @@
 """Options that several verbs have, and how a verb talks to people."""
 
+import logging
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
-from ds.presets import Machine
+from ds.presets import Machine, SolveConfig
+from ds.ranks import is_first, joined
+from ds.train import TrainConfig
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
 Price = Annotated[float, tyro.conf.arg(help="dollars an hour of all that runs; 0: not known")]
+log = logging.getLogger("ds")
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
+
+
+class Verb(ABC):
+    """What one verb does. Its fields are its options."""
+
+    shared: ClassVar[bool] = False  # by the processes that torchrun starts
+
+    @abstractmethod
+    def prepare(self) -> Callable[[], None]:
+        """Find all that can be wrong before the work, and write nothing; return the work."""
+
+    def run(self, *, dry: bool = False) -> None:
+        """Do the work, or only what comes before it and say what the work will cost."""
+        with joined() if self.shared else nullcontext():
+            work = self.prepare()
+            if not dry:
+                work()
+            elif is_first() and (cost := self.budget()):
+                log.info(cost)
+
+    def budget(self) -> str:
+        """Say what the work will cost, where that is worth a word."""
+        return ""
+
+    def idle(self) -> dict[str, str]:
+        """Return the options that have no effect beside the others, and why."""
+        return {}
+
+    def refuse_idle(self, given: Iterable[str]) -> None:
+        """Raise ValueError for an option that was given and has no effect."""
+        for option, reason in self.idle().items():
+            if option in given:
+                raise ValueError(f"--{option} has no effect {reason}; leave it out")
+
+
+def solve_idle(solve: SolveConfig) -> dict[str, str]:
+    """Return what of a grid's options has no effect."""
+    uniform = {"solve.top": "with --solve.grid uniform, which has a first time of its own"}
+    return uniform if solve.grid == "uniform" else {}
+
+
+def train_idle(train: TrainConfig) -> dict[str, str]:
+    """Return what of a training's options has no effect."""
+    return {"train.ema-decay": "with --train.ema-gamma"} if train.ema_gamma else {}
 
 
 def at_least(least: float, **values: float) -> None:

@@ -1,10 +1,11 @@
 """dstudent pairs: the pairs of a teacher, and what can be done with a store of them."""
 
 import json
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,16 +15,15 @@ from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.load import load_teacher
 from ds.pairs import PairStore, generate_pairs
 from ds.philox import noise
+from ds.places import place
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first
 from ds.sample import Sampler, Teacher
-from ds.verbs.options import Here, Price, Store, at_least, home_of, say, watched
-
-log = logging.getLogger("ds")
+from ds.verbs.options import Here, Price, Store, Verb, at_least, home_of, say, solve_idle, watched
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakePairs:
+class MakePairs(Verb):
     """Run the teacher on noise and keep what it makes: the pairs a student learns from.
 
     Interrupt it when you like, and run it again to go on. Several processes may share one store,
@@ -48,26 +48,35 @@ class MakePairs:
             machine=p.machine,
         )  # fmt: skip
 
-    def run(self) -> None:
-        if self.plan:
-            self._plan()
-        else:
-            self.make(self.pairs.count + self.pairs.held_out)
+    def idle(self) -> dict[str, str]:
+        return solve_idle(self.solve) | ({} if self.plan else {"plan-noises": "without --plan"})
 
-    def make(self, count: int) -> None:
-        """Make the first so many of the pairs."""
+    def prepare(self) -> Callable[[], None]:
+        if self.plan:
+            return partial(self._plan, self.solver())
+        return self.making(self.pairs.count + self.pairs.held_out)
+
+    def making(self, count: int) -> Callable[[], None]:
+        """Find what can be wrong with the first so many of the pairs; return what makes them."""
         p, teacher = self.pairs, self.solver()
+        options = {
+            "seed": p.seed, "batch_size": p.batch_size, "shard_size": p.shard_size,
+            "quantizer": p.quantizer, "precision": p.precision, "engine": p.engine,
+        }  # fmt: skip
+        pairs.prepare(teacher, place(self.out), count, **options)
+        return partial(self._make, teacher, count, options)
+
+    def _make(self, teacher: Teacher, count: int, options: dict[str, Any]) -> None:
         store = generate_pairs(
-            teacher, self.out, count, seed=p.seed, batch_size=p.batch_size,
-            shard_size=p.shard_size, quantizer=p.quantizer, precision=p.precision,
-            engine=p.engine, price=self.price, progress=watched(),
-        )  # fmt: skip
+            teacher, self.out, count, price=self.price, progress=watched(), **options
+        )
         if is_first():
             say(f"pairs: {self.out}, {len(store):,} of them")
 
     def solver(self) -> Teacher:
         """Return the teacher with the solver that is asked for, on the device."""
         at_least(0, price=self.price)
+        at_least(1, **{"plan-noises": self.plan_noises})
         p = self.pairs
         at_least(1, **{"pairs.count": p.count, "pairs.held_out": p.held_out})
         if p.batch_size is not None:
@@ -78,6 +87,8 @@ class MakePairs:
 
     def budget(self) -> str:
         """Say what the pairs that are missing will cost."""
+        if self.plan:
+            return ""
         count = self.pairs.count + self.pairs.held_out
         return f"pairs: {self.estimate(pairs.to_make(self.out, count))[0]}"
 
@@ -89,9 +100,8 @@ class MakePairs:
         )
         return pairs.estimate(sampler, count, p.quantizer, self.price)
 
-    def _plan(self) -> None:
-        p, teacher = self.pairs, self.solver()
-        at_least(1, **{"plan-noises": self.plan_noises})
+    def _plan(self, teacher: Teacher) -> None:
+        p = self.pairs
         options = {"batch_size": p.batch_size, "precision": p.precision, "engine": p.engine}
         seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
         z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
@@ -101,17 +111,17 @@ class MakePairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsInfo:
+class PairsInfo(Verb):
     """Say what a store holds and how much of it is written."""
 
     store: Store
 
-    def run(self) -> None:
-        print(json.dumps(pairs.info(self.store), indent=2))
+    def prepare(self) -> Callable[[], None]:
+        return partial(say, json.dumps(pairs.info(self.store), indent=2))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsVerify:
+class PairsVerify(Verb):
     """Hash every shard of a store; with its teacher, also make some of the pairs again."""
 
     store: Store
@@ -119,7 +129,11 @@ class PairsVerify:
     recompute: int = 4  # pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
 
-    def run(self) -> None:
+    def idle(self) -> dict[str, str]:
+        alone = dict.fromkeys(("recompute", "device", "threads"), "without --teacher")
+        return alone if self.teacher is None else {}
+
+    def prepare(self) -> Callable[[], None]:
         if self.recompute < 1:
             raise ValueError(f"pairs verify: recompute must be at least 1, not {self.recompute}")
         store, teacher = PairStore(self.store), None
@@ -127,12 +141,15 @@ class PairsVerify:
             teacher = load_teacher(self.teacher, device=self.machine.use())
             solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
             teacher = replace(teacher, solver=solver, grid=grid)
+        return partial(self._verify, store, teacher)
+
+    def _verify(self, store: PairStore, teacher: Teacher | None) -> None:
         store.verify(teacher, self.recompute)
         say(f"pairs: {self.store}, {len(store):,} of them as they were written")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsExport:
+class PairsExport(Verb):
     """Write a store, noise and all, as archives for the loaders of other codes."""
 
     store: Store
@@ -140,9 +157,13 @@ class PairsExport:
     to: archives.Form = "webdataset"
     per_archive: int = 4096
 
-    def run(self) -> None:
+    def prepare(self) -> Callable[[], None]:
+        archives.check(self.to, self.per_archive)
+        return partial(self._export, PairStore(self.store))
+
+    def _export(self, store: PairStore) -> None:
         paths = archives.export(
-            PairStore(self.store), self.out, self.to, per_archive=self.per_archive,
+            store, self.out, self.to, per_archive=self.per_archive,
             progress=watched(),
         )  # fmt: skip
         say(f"archives: {self.out}, {len(paths)} of them")

@@ -1,6 +1,8 @@
 """dstudent sample: images of a model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ds.images import check_name, save
@@ -8,11 +10,11 @@ from ds.load import load
 from ds.philox import noise
 from ds.presets import Machine
 from ds.sample import Precision, Sampler, great_circle
-from ds.verbs.options import Here, Model, say
+from ds.verbs.options import Here, Model, Verb, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Verb):
     """Draw images from a teacher or a student, or a path between two of them.
 
     The name of `out` says what is written: a .png is one sheet, a .gif an animation, an .npy or
@@ -29,7 +31,11 @@ class Sample:
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     machine: Here = field(default_factory=Machine)
 
-    def run(self) -> None:
+    def idle(self) -> dict[str, str]:
+        array = {"scale": "on an array; it is for pictures"}
+        return array if self.out.suffix in (".npy", ".npz") else {}
+
+    def prepare(self) -> Callable[[], None]:
         indices = _indices(self.indices)
         if self.between < 0:
             raise ValueError(f"sample: between must be at least 0, not {self.between}")
@@ -38,6 +44,10 @@ class Sample:
         check_name(self.out)
         model = load(self.model, device=self.machine.use())
         sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
+        return partial(self._draw, sampler, indices)
+
+    def _draw(self, sampler: Sampler, indices: list[int]) -> None:
+        model = sampler.model
         if self.between:
             z = noise(self.seed, indices, model.shape)
             images, columns = sampler.draw(great_circle(z, self.between)), self.between + 1

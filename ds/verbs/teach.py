@@ -1,6 +1,8 @@
 """dstudent teach: a teacher of one's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +15,20 @@ from ds.nets import UNetConfig
 from ds.presets import Machine, Preset, SolveConfig
 from ds.sample import Teacher
 from ds.train import TrainConfig, Trainer
-from ds.verbs.options import Here, home_of, run_folder, say, watched
+from ds.verbs.options import (
+    Here,
+    Verb,
+    home_of,
+    run_folder,
+    say,
+    solve_idle,
+    train_idle,
+    watched,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teach:
+class Teach(Verb):
     """Train a teacher on real images, to have one to distil."""
 
     out: Path
@@ -40,7 +51,10 @@ class Teach:
             solve=p.solve, machine=p.machine,
         )  # fmt: skip
 
-    def run(self) -> None:
+    def idle(self) -> dict[str, str]:
+        return solve_idle(self.solve) | train_idle(self.train)
+
+    def prepare(self) -> Callable[[], None]:
         images, _ = digits()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -49,9 +63,11 @@ class Teach:
             self.method, start, Images(images), Images(images, seed=1), run_folder(self.out),
             self.train, device=self.machine.use(), progress=watched(),
         )  # fmt: skip
-        net = trainer.fit()
-        solver, grid = self.solve.build(self.method.schedule)
-        teacher = Teacher(self.method.denoiser(net), solver, grid)
+        trainer.check()
+        return partial(self._train, trainer, Teacher(start, *self.solve.build(start.schedule)))
+
+    def _train(self, trainer: Trainer, start: Teacher) -> None:
+        teacher = start.using(trainer.fit())
         teacher.save_pretrained(
             self.out, version=ds.__version__, commit=doctor.commit(), run=trainer.identity
         )

@@ -178,7 +178,9 @@ def _config(file: Path, image_size: int | None) -> UNetConfig:
     _check(fields, "down_block_types", _list_of(_text), "a list of names", file)
 
     widths, types = fields["block_out_channels"], fields["down_block_types"]
-    size = image_size or fields["sample_size"]
+    size = fields["sample_size"]
+    if image_size not in (None, size):
+        raise ValueError(f"{file}: its network draws {size} pixels, image_size is {image_size}")
     with naming(file):
         config = UNetConfig(
             image_size=size,
