@@ -42,7 +42,7 @@ class _Rows(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         shard, place = divmod(int(row), self.source.store.manifest["shard_size"])
-        return self.source.store._shards[shard][place].clone(), int(row)
+        return self.source.store.shard(shard)[place].clone(), int(row)
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:

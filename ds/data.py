@@ -19,6 +19,7 @@ from ds.checkpoint import fingerprint
 from ds.config import to_json
 from ds.pairs import PairStore, quantize
 from ds.philox import noise
+from ds.rows import as_indices
 from ds.sample import Sampler, Teacher
 
 Batch = dict[str, Tensor]
@@ -65,7 +66,10 @@ class Pairs(AbstractSource):
     def __init__(self, store: PairStore, rows: range | None = None):
         self.store = store
         self.rows = range(len(store)) if rows is None else rows
-        if not self.rows or not (self.rows[0] >= 0 and self.rows[-1] < len(store)):
+        if not isinstance(self.rows, range):
+            raise ValueError(f"Pairs: rows must be a range, not a {type(rows).__name__}")
+        ends = [*self.rows[:1], *self.rows[-1:]]
+        if not ends or min(ends) < 0 or max(ends) >= len(store):
             raise ValueError(f"Pairs: {self.rows} is not within the store's {len(store)} pairs")
 
     def __len__(self) -> int:
@@ -75,7 +79,7 @@ class Pairs(AbstractSource):
         return self.store.images(self.indices(rows, rows))
 
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
-        return torch.as_tensor(rows) * self.rows.step + self.rows.start
+        return as_indices("Pairs", rows, len(self)) * self.rows.step + self.rows.start
 
     def prepare(self, images: Tensor, indices: Tensor) -> Batch:
         return _prepared(images, indices, self.store.seed)

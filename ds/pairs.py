@@ -17,10 +17,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds
-from ds import budget, ops
+from ds import budget
 from ds.checkpoint import describe, fingerprint
-from ds.config import difference, to_json
-from ds.files import Interrupted, deferred_signals
+from ds.config import Between, Sha256, checked, difference, mismatch, to_json
+from ds.files import Interrupted, deferred_signals, sealed, unsealed
 from ds.images import to_float, to_uint8
 from ds.philox import noise
 from ds.places import AbstractPlace, Put, claim_of, place
+from ds.rows import Row, Rows, as_indices
 from ds.sample import (
     Precision,
     Sampler,
@@ -49,9 +51,45 @@ from ds.sample import (
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
 Quantizer = Literal["round", "floor", "float16", "float32"]
-_NEEDED = {
-    "teacher", "solver", "grid", "seed", "count", "grown_from", "shape", "quantizer", "shard_size",
-}  # fmt: skip
+IMAGES = ("round", "floor")  # the quantizers that make uint8
+MOST_SHARDS = 500_000  # whose hashes fit a manifest
+Whole = Annotated[int, Between(1)]
+
+
+class _Teacher(TypedDict):
+    sha256: Sha256
+    net: Any
+    schedule: Any
+    prediction: str
+
+
+class _Later(TypedDict, total=False):
+    """What a finished store has as well, and one of today."""
+
+    sha256: list[Sha256 | None]  # of the shards; None for one that is not finished
+    engine: bool
+    loop: bool
+    precision: Precision
+    device: str
+
+
+class Manifest(_Later):
+    """The fields of a manifest."""
+
+    format: Literal["denoising-student/pairs/1"]
+    version: str
+    teacher: _Teacher
+    solver: dict[str, Any]
+    grid: Annotated[list[Annotated[int, Between(0)]], Between(1)]
+    noise: Literal["philox4x32-10, Box-Muller"]
+    seed: Annotated[int, Between(0, 2**64 - 1)]
+    count: Whole
+    grown_from: list[Whole]
+    shape: Annotated[list[Whole], Between(1)]
+    quantizer: Quantizer
+    shard_size: Whole
+
+
 log = logging.getLogger("ds")
 
 
@@ -111,7 +149,8 @@ def prepare(
     _check(count, batch_size, shard_size, quantizer, teacher.shape)
     manifest = _manifest(teacher, count, seed, shard_size, quantizer)
     manifest |= _path(teacher, precision, engine)
-    there = where.read_json(MANIFEST) if MANIFEST in where.names() else None
+    _check_manifest(manifest, "generate_pairs")
+    there = _read_manifest(where) if MANIFEST in where.names() else None
     plan = _Plan(where, _agreed(where, manifest, there))
     _check_disk(plan, sum(len(plan.indices(i)) for i in plan.missing()))
     return manifest
@@ -128,7 +167,7 @@ def _check(
             f"generate_pairs: quantizer must be one of {', '.join(get_args(Quantizer))}, "
             f"not {quantizer!r}"
         )
-    if quantizer in ("round", "floor") and len(shape) != 3:
+    if quantizer in IMAGES and len(shape) != 3:
         raise ValueError(
             f"generate_pairs: {quantizer!r} stores images [C, H, W]; samples of the shape "
             f"{list(shape)} need quantizer='float32'"
@@ -257,7 +296,7 @@ def quantize(x: Tensor, quantizer: Quantizer) -> np.ndarray:
             "generate_pairs: the teacher returned numbers that are not finite; check its weights "
             "and its precision"
         )
-    if quantizer in ("round", "floor"):
+    if quantizer in IMAGES:
         return to_uint8(x, quantizer).cpu().numpy()
     return x.movedim(1, -1).to(getattr(torch, quantizer)).cpu().numpy()
 
@@ -307,40 +346,52 @@ def _check_disk(plan: "_Plan", pairs: int) -> None:
 class PairStore:
     """A finished store of pairs, in a directory or at a URL, read by index.
 
-    Raises ValueError for a place that has no store, or one that is not finished or lacks a shard.
-    The shards are mapped into memory, not read; `verify` reads them all. Those of a bucket are
-    copied to this machine first; see ds.places.Bucket.
+    Raises ValueError for a place that has no store, or one that is not finished, lacks a shard or
+    has one of another size. The shards are mapped into memory when they are first read, and hashed
+    then, unless `check` is off; `verify` reads them all. Those of a bucket are copied to this
+    machine first; see ds.places.Bucket. A store is pickled as its path.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, check: bool = True):
         where = place(path)
-        self.path = where.path
+        self.path, self.check = where.path, check
+        self._again = Path(path).absolute() if isinstance(self.path, Path) else path
         self.manifest = _read_manifest(where)
         plan = self._plan = _Plan(where, self.manifest)
         if missing := plan.missing():
             raise ValueError(
-                f"{self.path}: {len(missing)} of {plan.shards} shards are missing; run the same "
+                f"{where}: {len(missing)} of {plan.shards} shards are missing; run the same "
                 f"`dstudent pairs` again to write them"
             )
         if not plan.finished:
-            raise ValueError(f"{self.path}: not finished; run the same `dstudent pairs` again")
+            raise ValueError(f"{where}: not finished; run the same `dstudent pairs` again")
         self.shape = tuple(self.manifest["shape"])
         self.seed = self.manifest["seed"]
         names = map(plan.name, range(plan.shards))
-        files = where.local(dict(zip(names, self.manifest["sha256"], strict=True)))
-        self._shards = [_map(file, len(plan.indices(i))) for i, file in enumerate(files)]
+        hashes = dict(zip(names, self.manifest["sha256"], strict=True))
+        self._rows = Rows(where, hashes, plan.starts, plan.row, check=check)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(PairStore, check=self.check), (self._again,)
 
     def __len__(self) -> int:
         return self.manifest["count"]
 
     @torch.no_grad()  # which lets the op go past PyTorch's dispatcher
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return the stored images at `indices`: uint8 [N, H, W, C], or floats [N, *shape]."""
-        return ops.gather_rows(torch.as_tensor(indices, dtype=torch.int64), self._shards)
+        """Return the stored images at `indices`: uint8 [N, H, W, C], or floats [N, *shape].
+
+        Raises ValueError for what is no index of the store, and for a damaged shard.
+        """
+        return self._rows.read(as_indices("images", indices, len(self)))
+
+    def shard(self, number: int) -> Tensor:
+        """Return the images of a shard, mapped, as long as its file keeps its size."""
+        return self._rows.shard(number)
 
     def noise(self, indices: Sequence[int] | Tensor, *, device="cpu") -> Tensor:
         """Return the noise the images came from, float32 [N, *shape], made anew from the seed."""
-        return noise(self.seed, indices, self.shape, device=device)
+        return noise(self.seed, as_indices("noise", indices, len(self)), self.shape, device=device)
 
     def targets(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the images as floats, about [-1, 1], [N, *shape]."""
@@ -358,17 +409,11 @@ class PairStore:
         A recomputed image may differ by one grey level where batching rounds differently. Raises
         ValueError naming the first shard or pair that is wrong.
         """
-        for i, expected in enumerate(self.manifest["sha256"]):
-            name = self._plan.name(i)
-            if self._plan.place.sha256(name) != expected:
-                raise ValueError(
-                    f"{self.path}/{name}: wrong checksum; delete this file and run the same "
-                    f"`dstudent pairs` to write it again"
-                )
+        self._rows.verify()
         if teacher is None:
             return
         if fingerprint(teacher.denoiser) != self.manifest["teacher"]["sha256"]:
-            raise ValueError(f"{self.path}: made by another teacher than the one given")
+            raise ValueError(f"{self._plan.place}: made by another teacher than the one given")
         last = len(self) - 1
         picks = sorted({i * last // max(recompute - 1, 1) for i in range(recompute)})
         usual = {"engine": None, "loop": None, "precision": "float32"}  # of a store that is older
@@ -381,7 +426,7 @@ class PairStore:
         for i, error in zip(picks, errors.tolist(), strict=True):
             if error > allowed:
                 raise ValueError(
-                    f"{self.path}: pair {i} is not what this teacher makes of its noise "
+                    f"{self._plan.place}: pair {i} is not what this teacher makes of its noise "
                     f"(off by {error:g})"
                 )
 
@@ -413,35 +458,34 @@ def info(path: str | Path) -> dict[str, Any]:
 
 
 def _read_manifest(where: AbstractPlace) -> dict[str, Any]:
-    """Read the manifest of a store, checked for what is needed of it."""
+    """Read the manifest of a store, without its seal, checked for all that it must be."""
     try:
-        manifest = where.read_json(MANIFEST)
+        data = where.read_json(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{where}: not a pair store, it has no {MANIFEST}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{where}/{MANIFEST}: not the manifest of a pair store")
-    if lost := _NEEDED - {*manifest}:
-        raise ValueError(f"{where}/{MANIFEST}: damaged, it lacks {', '.join(sorted(lost))}")
+    file = f"{where}/{MANIFEST}"
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{file}: not the manifest of a pair store")
+    return _check_manifest(unsealed(data, file, required=True), file)
+
+
+def _check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
+    """Return a manifest; ValueError naming its file and the first thing that cannot be."""
+    checked(manifest, Manifest, file)
+    if any(t <= s for t, s in pairwise(manifest["grid"])):
+        raise ValueError(f"{file}: grid must fall, not {manifest['grid']}")
+    counts = [0, *manifest["grown_from"], manifest["count"]]
+    if any(a >= b for a, b in pairwise(counts)):
+        raise ValueError(f"{file}: grown_from must rise to count, not {counts[1:]}")
+    shards = sum(-(-(b - a) // manifest["shard_size"]) for a, b in pairwise(counts))
+    if not len(manifest.get("sha256", [])) <= shards <= MOST_SHARDS:
+        raise ValueError(
+            f"{file}: has {len(manifest.get('sha256', []))} hashes for {shards:,} shards; there "
+            f"are {MOST_SHARDS:,} at most"
+        )
+    if manifest["quantizer"] in IMAGES and len(manifest["shape"]) != 3:
+        raise ValueError(f"{file}: shape must be [C, H, W], not {manifest['shape']}")
     return manifest
-
-
-def _map(path: Path, rows: int) -> Tensor:
-    """Map a shard into memory after checking its size, and keep no file open for it.
-
-    np.load would keep one, of which a process is often allowed 1,024.
-    """
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-        content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-        images = content[start:].view(getattr(torch, dtype.name)).view(shape)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it and make it again") from None
-    if len(images) != rows:
-        raise ValueError(f"{path}: holds {len(images)} pairs, not {rows}; delete it")
-    return images
 
 
 def _agreed(
@@ -453,10 +497,8 @@ def _agreed(
         if any(name.startswith("images-") for name in where.names()):
             raise ValueError(f"{where}: has shards but no {MANIFEST}; use another name")
         return manifest
-    if not isinstance(there, dict):
-        raise ValueError(f"{where}/{MANIFEST}: not the manifest of a pair store")
-    grown_from, old = there.get("grown_from", []), there.get("count")
-    if isinstance(old, int) and old < manifest["count"]:
+    grown_from, old = there["grown_from"], there["count"]
+    if old < manifest["count"]:
         grown_from = [*grown_from, old]
         there = there | {"grown_from": grown_from, "count": manifest["count"]}
     wanted = manifest | {"grown_from": grown_from}
@@ -486,19 +528,25 @@ class _Plan:
         """
         place.prepare()
         with place.locked():
-            there = place.read_json(MANIFEST) if MANIFEST in place.names() else None
+            there = _read_manifest(place) if MANIFEST in place.names() else None
             wanted = _agreed(place, manifest, there)
             if there is None:
-                place.write_json(MANIFEST, manifest, once=True)
-                wanted = _agreed(place, manifest, there := place.read_json(MANIFEST))
+                place.write_json(MANIFEST, sealed(manifest), once=True)
+                wanted = _agreed(place, manifest, there := _read_manifest(place))
             if there["count"] < wanted["count"]:
                 grown = {name: wanted[name] for name in ("count", "grown_from")}
-                place.write_json(MANIFEST, there | grown)
+                place.write_json(MANIFEST, sealed(there | grown))
         return cls(place, wanted)
 
     @property
     def bytes_per_pair(self) -> int:
-        return _bytes(self.manifest["shape"], self.manifest["quantizer"])
+        return self.row.bytes
+
+    @property
+    def row(self) -> Row:
+        """What is kept of a pair."""
+        (c, *rest), quantizer = self.manifest["shape"], self.manifest["quantizer"]
+        return Row((*rest, c), torch.uint8 if quantizer in IMAGES else getattr(torch, quantizer))
 
     @property
     def finished(self) -> bool:
@@ -534,21 +582,32 @@ class _Plan:
             names = self.place.names()
             new = {i: f for i in range(self.shards) if (f := self._digest(i)) in names}
             found = {i: digest for i, f in new.items() if (digest := self._read(f))}
-            manifest = self.place.read_json(MANIFEST)
-            hashes = manifest.get("sha256", [])
-            hashes += [None] * (self.shards - len(hashes))
-            if found:
-                hashes = [found.get(i, old) for i, old in enumerate(hashes)]
-                self.place.write_json(MANIFEST, {**manifest, "sha256": hashes})
+            manifest = _read_manifest(self.place)
+            old = manifest.get("sha256", [])
+            hashes = [found.get(i, h) for i, h in enumerate([*old, *[None] * self.shards])]
+            hashes = [h or self._lost(i, names) for i, h in enumerate(hashes[: self.shards])]
+            if hashes != old:
+                self.place.write_json(MANIFEST, sealed({**manifest, "sha256": hashes}))
             claims = names & {claim_of(self.name(i)) for i in range(self.shards)}
             for name in (*new.values(), *claims):  # claims of the dead
                 self.place.remove(name)
 
     def _read(self, name: str) -> str | None:
         try:
-            return self.place.read(name).decode()
+            digest = self.place.read(name).decode(errors="replace")
         except FileNotFoundError:
             return None
+        return None if mismatch(digest, Sha256) else digest
+
+    def _lost(self, shard: int, names: set[str]) -> str | None:
+        """Hash a shard whose hash is gone, which its writer wrote before it."""
+        if self.name(shard) not in names:
+            return None
+        log.warning(
+            "%s/%s: its hash was lost, and it is taken as it is; `dstudent pairs verify --teacher` "
+            "makes some of its pairs again", self.place, self.name(shard),
+        )  # fmt: skip
+        return self.place.sha256(self.name(shard))
 
     def _digest(self, shard: int) -> str:
         return self.name(shard).removesuffix(".npy") + ".sha256"

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from abc import ABC, abstractmethod
@@ -23,7 +24,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ds.files import locked, replacing, sha256, sync
+from ds.files import (
+    MOST_JSON,
+    locked,
+    parse_json,
+    read_bytes,
+    regular,
+    replacing,
+    sha256,
+    small,
+    sync,
+)
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
 STALE = 300.0  # seconds without one, after which others take it over
@@ -38,14 +49,21 @@ def place(where: str | Path) -> "AbstractPlace":
     return Bucket(str(where)) if "://" in str(where) else Directory(Path(where))
 
 
+def redacted(text: object) -> str:
+    """Return text without what its URLs have before an @ or after a ?, passwords and tokens."""
+    hidden = re.sub(r"(://)[^/\s]*@", r"\1***@", str(text))
+    return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", hidden)
+
+
 class AbstractPlace(ABC):
     """Files under plain names, each of them whole or absent."""
 
     path: Path | str
     pause: ClassVar[float]  # seconds between two looks for what others write
+    caches: ClassVar[bool]  # whether what is read is a copy on this machine
 
     def __str__(self) -> str:
-        return str(self.path)
+        return redacted(self.path)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -61,7 +79,10 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Return the content of a file; FileNotFoundError if it is absent."""
+        """Return the content of a file, of no more than MOST_JSON bytes.
+
+        Raises ValueError if it is larger, FileNotFoundError if it is absent.
+        """
 
     @abstractmethod
     def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
@@ -83,6 +104,17 @@ class AbstractPlace(ABC):
         """Return where on this machine the named files are, which have these hashes."""
 
     @abstractmethod
+    def restore(self, name: str, digest: str) -> None:
+        """Bring back what `local` said of a file that is damaged; ValueError if it cannot."""
+
+    def wrong(self, name: str) -> str:
+        """Return what to say about a file that has not the hash it should have."""
+        return (
+            f"{self}/{name}: wrong checksum; delete it and run the same `dstudent pairs` to write "
+            f"it again"
+        )
+
+    @abstractmethod
     def locked(self) -> AbstractContextManager[None]:
         """Hold the place alone, as far as it can be held."""
 
@@ -95,11 +127,8 @@ class AbstractPlace(ABC):
         """Return the bytes that can still be written."""
 
     def read_json(self, name: str) -> Any:
-        """Read JSON; ValueError names the file if it is not JSON."""
-        try:
-            return json.loads(self.read(name).decode())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self}/{name}: not valid JSON ({error})") from None
+        """Read JSON as ds.files.parse_json does."""
+        return parse_json(self.read(name), f"{self}/{name}")
 
     def write_json(self, name: str, data: Any, *, once: bool = False) -> None:
         """Write JSON as `write` writes bytes."""
@@ -115,6 +144,7 @@ class Directory(AbstractPlace):
     """A directory of a file system with locks: a local disk, or NFS from version 4."""
 
     pause: ClassVar = 0.1
+    caches: ClassVar = False
 
     def __init__(self, path: Path):
         self.path = path
@@ -126,10 +156,10 @@ class Directory(AbstractPlace):
         return {*os.listdir(self.path)} if self.path.is_dir() else set()
 
     def size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
+        return regular(self.path / name).st_size
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return read_bytes(self.path / name)
 
     def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
         if once and (self.path / name).exists():
@@ -145,7 +175,10 @@ class Directory(AbstractPlace):
         return sha256(self.path / name)
 
     def local(self, hashes: dict[str, str]) -> list[Path]:
-        return [self.path / name for name in hashes]
+        return [self.path.absolute() / name for name in hashes]
+
+    def restore(self, name: str, digest: str) -> None:
+        raise ValueError(self.wrong(name))
 
     def locked(self) -> AbstractContextManager[None]:
         return locked(self.path, wait=True)
@@ -203,6 +236,7 @@ class Bucket(AbstractPlace):
     """
 
     pause: ClassVar = 5.0
+    caches: ClassVar = True
 
     def __init__(self, url: str):
         import fsspec
@@ -212,19 +246,25 @@ class Bucket(AbstractPlace):
             self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
         except ImportError as error:
             raise ValueError(
-                f"{url}: {error}; pip install 'denoising-student[remote]' brings s3fs"
+                f"{self}: {error}; pip install 'denoising-student[remote]' brings s3fs"
             ) from None
-        except ValueError as error:
-            raise ValueError(f"{url}: {error}") from None
+        except Exception as error:  # every protocol has its own
+            raise ValueError(f"{self}: {self._said(error)}") from None
 
     def _do(self, call: str, name: str, *args: Any, **options: Any) -> Any:
         """Call the file system; what is no OSError of it, as missing credentials, becomes one."""
         try:
             return getattr(self._fs, call)(f"{self._root}/{name}".rstrip("/"), *args, **options)
-        except OSError:
-            raise
+        except OSError as error:
+            if (said := self._said(error)) == str(error):
+                raise
+            raise type(error)(said) from None
         except Exception as error:
-            raise OSError(f"{self}: {error}") from None
+            raise OSError(f"{self}: {self._said(error)}") from None
+
+    def _said(self, error: Exception) -> str:
+        """Return what an error says, without the secrets of the URL."""
+        return redacted(str(error).replace(self.path, str(self)))
 
     def prepare(self) -> None:
         """Do nothing: a folder is there when something is in it."""
@@ -240,7 +280,7 @@ class Bucket(AbstractPlace):
         return self._do("size", name)
 
     def read(self, name: str) -> bytes:
-        return self._do("cat_file", name)
+        return small(self._do("cat_file", name, start=0, end=MOST_JSON + 1), f"{self}/{name}")
 
     def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
         try:
@@ -261,24 +301,25 @@ class Bucket(AbstractPlace):
         return digest.hexdigest()
 
     def local(self, hashes: dict[str, str]) -> list[Path]:
-        default = Path.home() / ".cache" / "denoising-student"
-        cache = Path(os.environ.get("DS_CACHE", default))
-        cache.mkdir(parents=True, exist_ok=True)
-        kept = {name: cache / f"{digest}.npy" for name, digest in hashes.items()}
-        with locked(cache, wait=True):
+        kept = {name: self._kept(digest) for name, digest in hashes.items()}
+        with locked(_cache(), wait=True):
             for name, path in kept.items():
                 if not path.exists():
                     self._fetch(name, hashes[name], path)
         return [*kept.values()]
 
+    def restore(self, name: str, digest: str) -> None:
+        with locked(_cache(), wait=True):
+            self._fetch(name, digest, self._kept(digest))
+
+    def _kept(self, digest: str) -> Path:
+        return _cache() / f"{digest}.npy"
+
     def _fetch(self, name: str, digest: str, path: Path) -> None:
         with replacing(path) as temporary:
             self._do("get_file", name, str(temporary))
             if sha256(temporary) != digest:
-                raise ValueError(
-                    f"{self}/{name}: wrong checksum; delete it and run the same `dstudent pairs` "
-                    f"to write it again"
-                )
+                raise ValueError(self.wrong(name))
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold nothing: what is done under a lock must be harmless to do twice."""
@@ -317,3 +358,14 @@ class Bucket(AbstractPlace):
 
     def free(self) -> float:
         return float("inf")
+
+
+def _cache() -> Path:
+    """Return the directory on this machine that keeps what was read of buckets."""
+    try:
+        path = os.environ.get("DS_CACHE") or Path.home() / ".cache" / "denoising-student"
+    except RuntimeError:  # no home, as that of a user without a name
+        raise ValueError("there is no home directory; set DS_CACHE to a directory") from None
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,7 +1,6 @@
 """The pair store: right content, whoever writes it, and nothing lost whatever happens."""
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from ds import pairs, places
 from ds.analytic import Gaussian, GaussianMixture
 from ds.checkpoint import fingerprint
 from ds.config import to_json
+from ds.files import read_sealed, sealed, write_json
 from ds.images import to_uint8
 from ds.nets import UNetConfig
 
@@ -122,7 +122,7 @@ def test_an_open_store_keeps_no_file_open(tmp_path):
     """A process is often allowed 1,024 of them, and a store may have more shards."""
     before = os.listdir("/dev/fd")
     store = make(tmp_path / "s")
-    assert len(store._shards) == 3
+    assert len(all_images(store)) == COUNT
     assert os.listdir("/dev/fd") == before
 
 
@@ -132,7 +132,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
         hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted((tmp_path / "s").glob("images-*.npy"))
     ]
-    assert manifest == json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest == read_sealed(tmp_path / "s" / "manifest.json")
     assert manifest == {
         "format": "denoising-student/pairs/1",
         "version": ds.__version__,
@@ -272,7 +272,7 @@ def test_a_larger_count_adds_shards_and_leaves_the_old_ones(tmp_path, monkeypatc
     make(tmp_path / "grown", count=41)
     grown = make(tmp_path / "grown", count=100)
     assert torch.equal(all_images(grown), all_images(once))
-    assert [len(s) for s in grown._shards] == [16, 16, 8, 1, 16, 16, 16, 11]
+    assert [len(grown.shard(i)) for i in range(8)] == [16, 16, 8, 1, 16, 16, 16, 11]
     assert before.items() <= {f.name: f.stat().st_mtime_ns for f in grown.path.iterdir()}.items()
     grown.verify(GAUSSIAN)
     rows = [99, 0, 40, 39, 41, 40]
@@ -375,9 +375,22 @@ def test_an_unfinished_store_is_not_read(tmp_path):
 def test_a_store_without_its_hashes_is_not_read(tmp_path):
     store = make(tmp_path / "s")
     manifest = {k: v for k, v in store.manifest.items() if k != "sha256"}
-    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "s" / "manifest.json", sealed(manifest))
     with pytest.raises(ValueError, match="not finished"):
         ds.PairStore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "no text"])
+def test_a_shard_whose_hash_was_lost_is_taken_as_it_is_and_said(tmp_path, caplog, how):
+    """Else the store would be unfinished for ever: the shard is there, so nobody makes it again."""
+    manifest = make(tmp_path / "s").manifest
+    lost = manifest | {"sha256": [manifest["sha256"][0], None, manifest["sha256"][2]]}
+    write_json(tmp_path / "s" / "manifest.json", sealed(lost))
+    if how != "gone":
+        content = b"\xff" * 64 if how == "no text" else manifest["sha256"][1][:-1].encode()
+        (tmp_path / "s" / "images-00001.sha256").write_bytes(content)
+    assert make(tmp_path / "s").manifest == manifest
+    assert "images-00001.npy: its hash was lost" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not an array"])

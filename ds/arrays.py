@@ -1,0 +1,100 @@
+"""NumPy's files, .npy and .npz, and zip files: what they claim is held against their size first."""
+
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from ds.files import opened, whole
+
+UNPACKED, PACKED_BY = 1 << 30, 32  # bytes, and times the file: what is more than both is refused
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class Header(NamedTuple):
+    """What an .npy file holds. It is read up to where the numbers begin, and holds all of them."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+
+def read_header(file: BinaryIO, size: int, where: Path | str) -> Header:
+    """Read the header of an array in a file of so many bytes.
+
+    Raises ValueError unless these are numbers, all of them, and nothing else.
+    """
+    with whole(where, "NumPy array"):
+        header = Header(*_HEADERS[np.lib.format.read_magic(file)](file))
+        held, shape = size - file.tell(), list(header.shape)
+    if header.dtype.kind not in "buifc" or min(shape, default=0) < 0:
+        raise ValueError(f"{where}: an array of {header.dtype} {shape}; numbers are needed")
+    if (claimed := math.prod(shape) * header.dtype.itemsize) != held:
+        raise ValueError(
+            f"{where}: damaged, {header.dtype} {shape} are {claimed:,} bytes, it has {held:,}"
+        )
+    return header
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file by name, or the one of an .npy file under no name.
+
+    Raises ValueError naming the file for what is damaged, or unpacks to absurdly much.
+    """
+    with opened(path) as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return {"": _read(file, os.fstat(file.fileno()).st_size, path)}
+        with unpacked(file, path) as archive:
+            return {
+                info.filename.removesuffix(".npy"): _member(archive, info, path)
+                for info in archive.infolist()
+            }
+
+
+def unpacked(file: BinaryIO, where: Path | str) -> zipfile.ZipFile:
+    """Open a zip file; ValueError if it is damaged, or would unpack to absurdly much."""
+    size = os.fstat(file.fileno()).st_size
+    with whole(where, "zip file"):
+        archive = zipfile.ZipFile(file)
+    total = sum(info.file_size for info in archive.infolist())
+    if total > max(UNPACKED, PACKED_BY * size):
+        raise ValueError(f"{where}: would unpack from {size:,} to {total:,} bytes; refused")
+    return archive
+
+
+def check_zip(file: BinaryIO, where: Path | str) -> None:
+    """Hold every member of a zip file against its checksum; ValueError if one is damaged."""
+    with unpacked(file, where) as archive:
+        with whole(where, "zip file"):
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{where}: damaged, {damaged} has a wrong checksum")
+    file.seek(0)
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    where = f"{path}: {info.filename}"
+    with whole(where, "zip file"):
+        member = archive.open(info)
+    with member:
+        return _read(member, info.file_size, where)
+
+
+def _read(file: BinaryIO, size: int, where: Path | str) -> np.ndarray:
+    header = read_header(file, size, where)
+    with whole(where, "NumPy array"):
+        array = np.empty(header.shape, header.dtype, order="F" if header.fortran else "C")
+        left = memoryview(array.reshape(-1, order="A").view(np.uint8))
+        while left:
+            if not (count := file.readinto(left)):
+                raise EOFError("it ends too early")
+            left = left[count:]
+        file.read(1)  # at the end of a zip's member its checksum is looked at
+    return array
