@@ -15,10 +15,8 @@ seconds. Exits with 1 if anything differs.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,9 @@ from pathlib import Path
 from shlex import split
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from ds.__main__ import main
+from tests.processes import Started, Two
+
 TEACH = split("--net.channels 8 --net.norm-groups 4 --train.epochs 1 --train.warmup-steps 5")
 PAIRS = split(
     "--pairs.count 1472 --pairs.held-out 64 --pairs.shard-size 64 --pairs.batch-size 64 "
@@ -37,33 +37,12 @@ PAIRS = split(
 DISTILL = split("--held-out 64 --train.epochs 4 --train.check-every 9 --train.log-every 5")
 
 
-def start(*args: str | Path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ds", *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+def start(*args: str | Path) -> Started:
+    return Started(main, [*map(str, args)])
 
 
-class Two:
-    """A command in two processes that share it, to be handled as one is."""
-
-    def __init__(self, *args: str | Path):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        self.both = [start(*args, **meeting, RANK=number) for number in ("0", "1")]
-
-    def communicate(self, timeout: float | None = None) -> tuple[None, str]:
-        return None, "".join(process.communicate(timeout=timeout)[1] for process in self.both)
-
-    def kill(self) -> None:
-        for process in self.both:
-            process.kill()
-
-    @property
-    def returncode(self) -> int:
-        return max(abs(process.returncode) for process in self.both)
+def start_two(*args: str | Path) -> Two:
+    return Two(main, [*map(str, args)])
 
 
 def seconds(*args: str | Path, start: Callable[..., Any] = start) -> float:
@@ -227,7 +206,7 @@ def kill(kills: int, seed: int = 0, *, compiled: bool = False, shard: bool = Fal
             "distill",
             lambda out: ["distill", "digits", *there, "--out", out / "student", *DISTILL],
             ["student", "student-run", "student-run/samples"], run_state, home, kills, draw,
-            Two if shard else start,
+            start_two if shard else start,
         )  # fmt: skip
     return equal
 

@@ -7,8 +7,6 @@ it, sharded and not.
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +21,13 @@ from ds.files import Interrupted
 from ds.methods import DenoisingStudent
 from ds.shard import blocks, local, whole
 from ds.train import Runtime, Trainer
+from tests.processes import Two
 from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, unet
 from tests.test_train_ranks import Telling, curve
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
+# At a rate where a rounding stays one for six steps.
+QUIET = replace(SHORT, lr=1e-3, epochs=6 / 8, check_every=3)
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,19 @@ class Followed(DenoisingStudent):
 
 JOBS = {
     "whole": (DenoisingStudent(), QUIET, Runtime()),
-    "clipped": (DenoisingStudent(), replace(QUIET, max_norm=0.05), Runtime(accumulate=2)),
+    "followed": (Followed(), replace(QUIET, max_norm=0.05), Runtime(accumulate=2)),
     "kept": (
         DenoisingStudent(),
-        replace(QUIET, optimizer="adamw", weight_decay=0.1, snapshot_every=6, recompute_norms=True),
-        Runtime(evaluate_every=6),
+        replace(QUIET, optimizer="adamw", weight_decay=0.1, snapshot_every=3, recompute_norms=True),
+        Runtime(evaluate_every=3),
     ),
-    "followed": (Followed(), QUIET, Runtime()),
     "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), Runtime()),
     "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), Runtime()),
 }
 
 
 def make(home: Path, out: Path, name: str, *, sharded: bool, **options) -> Trainer:
-    """A run of 12 steps, whose 3 held-out batches are not as many for every process."""
+    """A run of 6 steps, whose 3 held-out batches are not as many for every process."""
     method, config, runtime = JOBS[name]
     store = ds.PairStore(home / "store")
     return Trainer(
@@ -94,9 +92,9 @@ def finish(run: Trainer) -> None:
 
 
 def stop(run: Trainer) -> None:
-    """Tell one process to stop while step 7 is taken."""
-    run.method = Telling(run)
-    with pytest.raises(Interrupted, match="interrupted at step 7 of 12, which is saved"):
+    """Tell one process to stop while step 4 is taken."""
+    run.method = Telling(run, 4)
+    with pytest.raises(Interrupted, match="interrupted at step 4 of 6, which is saved"):
         run.fit()
 
 
@@ -135,10 +133,15 @@ def work(home: Path, stage: str) -> None:
 
 def launch(home: Path, stage: str) -> str:
     """Let two processes do a stage; return what they say of a failure, nothing if there is none."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = [sys.executable, *launcher, "-m", "tests.test_shard", str(home), stage]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stderr if done.returncode else ""
+    two = Two(stage_of, home, stage)
+    _, said = two.communicate(timeout=240)
+    return said if two.returncode else ""
+
+
+def stage_of(home: Path, stage: str) -> None:
+    torch.set_num_threads(1)
+    with ranks.joined():
+        work(home, stage)
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +215,10 @@ def test_snapshots_and_evaluations_are_of_whole_averages(home):
 
 
 def test_a_kill_while_shards_are_written_leaves_the_last_checkpoint(resumed):
-    """Which is that of step 4; the run goes on from it to the bits of an undisturbed one."""
-    assert '"step": 4,' in (resumed / "dead" / "checkpoint" / resume.NUMBERS).read_text()
+    """Which is that of step 3; the run goes on from it to the bits of an undisturbed one."""
+    assert '"step": 3,' in (resumed / "dead" / "checkpoint" / resume.NUMBERS).read_text()
     assert not (resumed / "killed" / ".checkpoint.tmp").exists()
-    assert '"step": 12,' in (resumed / "killed" / "checkpoint" / resume.NUMBERS).read_text()
+    assert '"step": 6,' in (resumed / "killed" / "checkpoint" / resume.NUMBERS).read_text()
     killed, undisturbed = learnt(resumed / "killed"), learnt(folder(resumed, "whole", True))
     for kind in ("now", "ema", "best"):
         assert all(torch.equal(w, undisturbed[kind][name]) for name, w in killed[kind].items())
@@ -250,9 +253,3 @@ def test_one_process_has_nothing_to_share_out(home, tmp_path):
 def test_cuda_graphs_are_refused_with_shards():
     with pytest.raises(ValueError, match=r"must be no or yes with runtime\.shard, not cuda_graphs"):
         Runtime(shard=True, compile="cuda_graphs")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with ranks.joined():
-        work(Path(sys.argv[1]), sys.argv[2])
