@@ -60,9 +60,9 @@ def store(folder) -> ds.PairStore:
     return mixture.make_pairs(folder / "pairs", 50_000)
 
 
-def test_a_student_of_4000_steps_passes(folder, store):
+def test_a_student_passes(folder, store):
     assert len(store) == 60_000
-    assert verdict(mixture.main(folder)) == PASSED
+    assert verdict(mixture.main(folder, steps=1000)) == PASSED
 
 
 class Shuffled(ds.Pairs):
@@ -76,10 +76,9 @@ class Shuffled(ds.Pairs):
         return f"shuffled {super().fingerprint()}"
 
 
-@pytest.mark.parametrize(("source", "expected"), [(ds.Pairs, PASSED), (Shuffled, FAILED)])
-def test_a_student_of_1000_steps_passes_with_right_pairs_only(folder, store, source, expected):
-    student = mixture.train(store, folder / source.__name__, 1000, source)
-    assert verdict(mixture.judge(store, student.sample)) == expected
+def test_a_student_of_wrong_pairs_fails(folder, store):
+    student = mixture.train(store, folder / "shuffled", 1000, Shuffled)
+    assert verdict(mixture.judge(store, student.sample)) == FAILED
 
 
 def test_the_noise_itself_fails(store):
