@@ -14,24 +14,13 @@ from ds.evaluation import evaluate
 from ds.features import Pixels
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
+from tests.processes import Two
 
 CONFIG = UNetConfig(
     image_size=8, in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1,
     attention_resolutions=(4,), norm_groups=4,
 )  # fmt: skip
 TIMES = "seconds_per_1000_images"
-SCRIPT = """
-import json, sys
-import ds
-from ds import ranks
-from ds.data import digits
-from ds.evaluation import evaluate
-from ds.features import Pixels
-with ranks.joined():
-    student = ds.load_student(sys.argv[1])
-    result = evaluate(student, digits()[0][:301], Pixels(), n=101, batch_size=16)
-    open(f"{sys.argv[2]}.{int(ranks.is_first())}.json", "w").write(json.dumps(result))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +43,29 @@ def alone(student: Path, batch_size: int) -> dict:
     return {k: v for k, v in result.items() if k not in (TIMES, "protocol")}
 
 
-def torchrun(folder: Path, *arguments: str) -> None:
-    """Run a script or a module in two processes."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launcher, *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def shared(student: Path, out: Path) -> None:
+    with ranks.joined():
+        model = ds.load_student(student)
+        result = evaluate(model, ds.data.digits()[0][:301], Pixels(), n=101, batch_size=16)
+        out.with_suffix(f".{int(ranks.is_first())}").write_text(json.dumps(result))
 
 
 def test_the_verb_evaluate_runs_in_two_processes(student, tmp_path):
     # torchrun reads what comes after the module too, and takes shortened names for its own.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ds")
     options = ("--count", "101", "--batch-size", "16", "--extractor", "pixels", "--out", "e.json")
-    torchrun(tmp_path, "-m", "ds", "evaluate", str(student), *options)
+    command = [sys.executable, *launcher, "evaluate", str(student), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "e.json").read_text())
     assert figures["protocol"]["n"] == 101
 
 
 def test_two_processes_find_what_one_does(student, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun(tmp_path, "script.py", str(student), "result")
-    first, second = (json.loads((tmp_path / f"result.{i}.json").read_text()) for i in (1, 0))
+    two = Two(shared, student, tmp_path / "result")
+    _, said = two.communicate(timeout=120)
+    assert two.returncode == 0, said
+    first, second = (json.loads((tmp_path / f"result.{i}").read_text()) for i in (1, 0))
     expected = alone(student, 16)
     # Each process draws in batches of its own, and a pixel on an edge may round the other way.
     assert {k: first[k] for k in expected} == pytest.approx(expected, rel=1e-6)
