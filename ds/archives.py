@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds.config import difference
-from ds.files import locked, read_json, replacing, write_json
+from ds.files import locked, present, read_sealed, replacing, sealed, write_json
 from ds.pairs import PairStore
 
 SOURCE = "source.json"
@@ -74,11 +74,11 @@ def check(form: str, per_archive: int) -> None:
 
 def _claim(out: Path, source: dict) -> None:
     """Note in a directory what its archives are of, or check that it is this."""
-    if not (out / SOURCE).exists():
+    if not present(out / SOURCE):
         if any(file for suffix, _ in _WRITERS.values() for file in out.glob(f"*{suffix}")):
             raise ValueError(f"{out}: has archives but no {SOURCE}; use another name")
-        write_json(out / SOURCE, source)
-    elif found := difference(read_json(out / SOURCE), source):
+        write_json(out / SOURCE, sealed(source))
+    elif found := difference(read_sealed(out / SOURCE), source):
         raise ValueError(f"{out}: holds archives of something else ({found}); use another name")
 
 

@@ -1,14 +1,15 @@
-"""NumPy's files, .npy and .npz, and zip files: what they claim is held against their size first."""
+"""Arrays and tensors in other people's files: what they claim is held against their size first."""
 
 import math
 import os
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 
-from ds.files import opened, whole
+from ds.files import is_of_the_machine, opened, unjudged, whole
 
 UNPACKED, PACKED_BY = 1 << 30, 32  # bytes, and times the file: what is more than both is refused
 _HEADERS = {
@@ -42,41 +43,63 @@ def read_header(file: BinaryIO, size: int, where: Path | str) -> Header:
     return header
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *wanted: str) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file by name, or the one of an .npy file under no name.
 
-    Raises ValueError naming the file for what is damaged, or unpacks to absurdly much.
+    Where some of those that are wanted are there, no others are read. Raises ValueError naming the
+    file for what is damaged, or unpacks to absurdly much.
     """
     with opened(path) as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
             return {"": _read(file, os.fstat(file.fileno()).st_size, path)}
-        with unpacked(file, path) as archive:
-            return {
-                info.filename.removesuffix(".npy"): _member(archive, info, path)
-                for info in archive.infolist()
-            }
+        with unpacked(file, path, "zip file") as archive:
+            there = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            names = [name for name in wanted if name in there] or there
+            return {name: _member(archive, there[name], path) for name in names}
 
 
-def unpacked(file: BinaryIO, where: Path | str) -> zipfile.ZipFile:
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Read what torch.save wrote, if it is plain tensors in plain containers; run nothing.
+
+    Raises ValueError naming the file for anything else, and for one whose checksums are wrong;
+    files of before 2020 have none.
+    """
+    kind = "PyTorch file of plain tensors; nothing in it was run"
+    with opened(path) as file:
+        if file.read(4) == b"PK\x03\x04":
+            check_zip(file, path, kind)
+        file.seek(0)
+        try:
+            return torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # which one depends on the bytes
+            if is_of_the_machine(error):
+                raise unjudged(path, error) from None
+            raise ValueError(f"{path}: not a whole {kind}") from None
+
+
+def check_zip(file: BinaryIO, where: Path | str, kind: str) -> None:
+    """Hold every member of a zip file against its checksum; ValueError if one is damaged."""
+    with unpacked(file, where, kind) as archive:
+        with whole(where, kind):
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{where}: damaged, {damaged} in it has a wrong checksum")
+
+
+def unpacked(file: BinaryIO, where: Path | str, kind: str) -> zipfile.ZipFile:
     """Open a zip file; ValueError if it is damaged, or would unpack to absurdly much."""
-    size = os.fstat(file.fileno()).st_size
-    with whole(where, "zip file"):
+    with whole(where, kind):
         archive = zipfile.ZipFile(file)
-    total = sum(info.file_size for info in archive.infolist())
-    if total > max(UNPACKED, PACKED_BY * size):
-        raise ValueError(f"{where}: would unpack from {size:,} to {total:,} bytes; refused")
+    check_unpacked(sum(info.file_size for info in archive.infolist()), file, where)
     return archive
 
 
-def check_zip(file: BinaryIO, where: Path | str) -> None:
-    """Hold every member of a zip file against its checksum; ValueError if one is damaged."""
-    with unpacked(file, where) as archive:
-        with whole(where, "zip file"):
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{where}: damaged, {damaged} has a wrong checksum")
-    file.seek(0)
+def check_unpacked(total: int, file: BinaryIO, where: Path | str) -> None:
+    """Raise ValueError if a file claims to hold absurdly many bytes for its size."""
+    size = os.fstat(file.fileno()).st_size
+    if total > max(UNPACKED, PACKED_BY * size):
+        raise ValueError(f"{where}: would unpack from {size:,} to {total:,} bytes; refused")
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:

@@ -1,14 +1,15 @@
 """A directory for a network: config.json, model.safetensors and a README.md for people.
 
-config.json holds the configuration, where it came from, and the SHA-256 of the weights, so a
-damaged or mixed-up directory is noticed. Nothing in it can run code.
+config.json holds the configuration, where it came from, the SHA-256 of the weights and a checksum
+of itself, so a damaged or mixed-up directory is noticed; who edits it removes that checksum.
+Nothing in it can run code.
 """
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,15 +17,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ds
-from ds.config import from_json, to_json
+from ds.config import Sha256, checked, from_json, to_json
 from ds.denoiser import Denoiser
-from ds.files import read_json, recover, replacing, replacing_directory, sha256, write_json
+from ds.files import (
+    present,
+    read_json,
+    read_sealed,
+    recover,
+    regular,
+    replacing,
+    replacing_directory,
+    sealed,
+    sha256,
+    whole,
+    write_json,
+)
 from ds.nets.base import AbstractNetConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 T = TypeVar("T")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _Config(TypedDict, total=False):
+    """The fields of config.json; `entry` says which of them are missing."""
+
+    format: str
+    version: str
+    net: Any
+    sha256: Sha256
+    schedule: Any
+    prediction: Any
+    solver: Any
+    grid: list[int]
+    method: Any
+    provenance: dict[str, Any]
 
 
 def write(path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: str) -> None:
@@ -43,14 +72,15 @@ def write(path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, c
         head = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
         net_config = to_json(rebuildable(net))
         digest = sha256(folder / WEIGHTS)
-        write_json(folder / CONFIG, {**head, "net": net_config, "sha256": digest, **config})
+        about = {**head, "net": net_config, "sha256": digest, **config}
+        write_json(folder / CONFIG, sealed(about))
         (folder / CARD).write_text(card)
 
 
 def annotate(path: str | Path, provenance: dict[str, Any], card: str) -> None:
     """Replace the provenance and the card of a directory, and nothing else in it."""
     path = Path(path)
-    write_json(path / CONFIG, {**_read_config(path), "provenance": provenance})
+    write_json(path / CONFIG, sealed({**_read_config(path), "provenance": provenance}))
     with replacing(path / CARD) as temporary:
         temporary.write_text(card)
 
@@ -64,6 +94,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
     path = Path(path)
     config = _read_config(path)
     _check_kind(path, config, (kind,))
+    checked(config, _Config, path / CONFIG)
     weights = _read_weights(path / WEIGHTS, config.get("sha256"))
     with naming(path):
         net = entry(config, "net", AbstractNetConfig).build()
@@ -75,7 +106,7 @@ def is_ours(path: str | Path) -> bool:
     """Say whether a directory's config.json is one that `write` wrote, of whatever kind."""
     recover(Path(path))
     file = Path(path) / CONFIG
-    if not file.is_file():
+    if not present(file):
         return False
     config = read_json(file)
     return isinstance(config, dict) and str(config.get("format")).startswith("denoising-student/")
@@ -106,7 +137,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Copy weights into a network; every tensor is used once, has its shape, and is finite.
 
-    Raises ValueError naming the first wrong key and, for a shape, both shapes.
+    Raises ValueError naming the first wrong key and, for a shape, both shapes, or one whose dtype
+    is not floating where the network's is.
     """
     expected = net.state_dict()
     for name, w in expected.items():
@@ -116,6 +148,10 @@ def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> Non
             raise ValueError(
                 f"{where}: the weight {name} has the shape {list(weights[name].shape)}, "
                 f"the network needs {list(w.shape)}"
+            )
+        if weights[name].dtype not in (FLOATS if w.is_floating_point() else (w.dtype,)):
+            raise ValueError(
+                f"{where}: the weight {name} is {weights[name].dtype}, the network needs {w.dtype}"
             )
     for name in weights:
         if name not in expected:
@@ -154,10 +190,15 @@ def fingerprint(denoiser: Denoiser) -> str:
     about = (describe(denoiser.net), to_json(denoiser.schedule), denoiser.prediction)
     digest.update(repr(about).encode())
     for name, w in sorted(_state(denoiser.net).items()):
-        bits = w.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(f"{name} {w.dtype} {list(w.shape)}".encode())
-        digest.update(bits.numpy().tobytes())
+        hash_weight(digest, name, w)
     return digest.hexdigest()
+
+
+def hash_weight(digest: Any, name: str, w: Tensor) -> None:
+    """Add a weight to a hash: its name, dtype, shape and bits."""
+    bits = w.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(f"{name} {w.dtype} {list(w.shape)}".encode())
+    digest.update(bits.numpy().tobytes())
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
@@ -166,12 +207,9 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not (path / CONFIG).is_file():
+    if not present(path / CONFIG):
         raise ValueError(f"{path}: no model here, it has no {CONFIG}")
-    config = read_json(path / CONFIG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG}: not the configuration of a model")
-    return config
+    return read_sealed(path / CONFIG)
 
 
 def _check_kind(path: Path, config: dict[str, Any], expected: tuple[str, ...]) -> str:
@@ -185,13 +223,13 @@ def _check_kind(path: Path, config: dict[str, Any], expected: tuple[str, ...]) -
 
 
 def _read_weights(path: Path, digest: Any) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not present(path):
         raise ValueError(f"{path}: the weights are missing")
-    try:
+    regular(path)
+    found = sha256(path)  # which also shows that it can be read
+    with whole(path, "safetensors file"):
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    if sha256(path) != digest:
+    if found != digest:
         raise ValueError(
             f"{path}: its SHA-256 is not the one in {CONFIG}; the file is damaged or from "
             f"elsewhere, copy the directory again"

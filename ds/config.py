@@ -70,7 +70,7 @@ def difference(a: Any, b: Any, at: str = "") -> str | None:
             if found := difference(a.get(name), b.get(name), where):
                 return found
         return None
-    return None if a == b else f"{at}: {_short(a)}, not {_short(b)}"
+    return None if a == b else f"{at}: {short(a)}, not {short(b)}"
 
 
 class Between(NamedTuple):
@@ -165,7 +165,7 @@ def _fields_mismatch(value: Any, kind: Any, at: str) -> str | None:
         return f"{_join(at, name)} is missing"
     for name in value:
         if name not in hints:
-            return f"{_join(at, _short(repr(name)))} is no field of it"
+            return f"{_join(at, short(repr(name)))} is no field of it"
     return _first(mismatch(v, hints[name], _join(at, name)) for name, v in value.items())
 
 
@@ -178,7 +178,7 @@ def _join(at: str, name: str) -> str:
 
 
 def _not(at: str, words: str, value: Any) -> str:
-    return f"{at} must be {words}, not {_short(repr(value))}".lstrip()
+    return f"{at} must be {words}, not {short(repr(value))}".lstrip()
 
 
 def _words(kind: Any) -> str:
@@ -210,7 +210,8 @@ def _hints(cls: type) -> dict[str, Any]:
     return {name: kind for name, kind in hints.items() if name in names}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return what a value looks like, cut to 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

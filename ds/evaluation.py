@@ -3,8 +3,7 @@
 import hashlib
 import math
 import time
-import zipfile
-import zlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ from torch import Tensor
 
 import ds
 from ds import checkpoint
+from ds.arrays import read_arrays
 from ds.data import Pairs, digits
 from ds.features import AbstractExtractor, Inception
-from ds.files import sha256, write_json
+from ds.files import opened, sha256, whole, write_json
 from ds.images import Rounding
 from ds.metrics import (
     frechet_distance,
@@ -170,20 +170,15 @@ def read_reference(name: str) -> Tensor | Moments:
     try:
         if path.is_dir():
             return _read_folder(path)
-        data = np.load(path, allow_pickle=False)
-        if isinstance(data, np.ndarray):
-            arrays = {"images": data}
-        else:
-            arrays = {key: data[key] for key in data.files}
+        arrays = read_arrays(path, "images", "mu", "sigma")
         if arrays.keys() >= {"mu", "sigma"}:
-            mean, covariance = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
-            if covariance.shape != (len(mean), len(mean)):
-                raise ValueError(f"sigma is {list(covariance.shape)}, mu {list(mean.shape)}")
-            return Moments(mean, covariance, sha256(path))
-        (array,) = [arrays["images"]] if "images" in arrays else arrays.values()
+            return _moments(arrays["mu"], arrays["sigma"], sha256(path))
+        if len(arrays) != 1 and "images" not in arrays:
+            raise ValueError(f"it holds {len(arrays)} arrays, none of them called images")
+        array = arrays["images"] if "images" in arrays else next(iter(arrays.values()))
         images = torch.from_numpy(array)
         _check_images(images, images)
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{name}: no reference; give `digits`, a directory of images, an .npy or .npz of uint8 "
             f"images, or an .npz with mu and sigma ({error})"
@@ -191,25 +186,44 @@ def read_reference(name: str) -> Tensor | Moments:
     return images
 
 
+def _moments(mu: np.ndarray, sigma: np.ndarray, digest: str) -> Moments:
+    floats = mu.dtype.kind == sigma.dtype.kind == "f"
+    if not floats or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"mu is {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} {list(sigma.shape)}; needed "
+            f"are floats [D] and [D, D]"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("mu or sigma is not finite")
+    return Moments(*(torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma)), digest)
+
+
 def _read_folder(path: Path) -> Tensor:
     """Return the images of a directory and those below it, in the order of their names."""
-    from PIL import Image
-
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"no {' or '.join(IMAGE_SUFFIXES)} file is there")
     images = []
     for file in files:
-        with Image.open(file) as image:
-            image = image if image.mode == "L" else image.convert("RGB")
-            pixels = torch.from_numpy(np.array(image))
-        images.append(pixels.reshape(*pixels.shape[:2], -1))
+        images.append(_read_image(file))
         if images[-1].shape != images[0].shape:
             raise ValueError(
                 f"{file.name} is {list(images[-1].shape)}, {files[0].name} is "
                 f"{list(images[0].shape)}; bring all to one size first"
             )
     return torch.stack(images)
+
+
+def _read_image(path: Path) -> Tensor:
+    """Return an image, uint8 [H, W, 1 or 3]; ValueError for one of absurdly many pixels."""
+    from PIL import Image
+
+    # Which is an error, and which a warning, is a matter of how many.
+    with opened(path) as file, whole(path, "image"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1)
 
 
 def _pair_error(sampler: Sampler, pairs: Pairs) -> dict[str, float]:

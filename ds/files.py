@@ -295,8 +295,14 @@ def whole(where: Any, kind: str) -> Iterator[None]:
         raise ValueError(f"{where}: not a whole {kind} ({first_line(error)})") from None
 
 
+class Unread(RuntimeError):
+    """What could not be read, which says nothing about what is there."""
+
+
 def is_of_the_machine(error: Exception) -> bool:
     """Say whether it is the machine that failed, and not what it was given."""
+    if isinstance(error, Unread):
+        return True
     if isinstance(error, OSError):
         return bool(error.errno)  # libraries raise others for what they cannot read
     text = str(error).lower()
@@ -304,9 +310,11 @@ def is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in lacks)
 
 
-def unjudged(where: Any, error: Exception) -> RuntimeError:
-    """Return the error for what could not be read, which says nothing about what is there."""
-    return RuntimeError(
+def unjudged(where: Any, error: Exception) -> Unread:
+    """Return the error for what the machine could not read."""
+    if isinstance(error, Unread):
+        return error
+    return Unread(
         f"{where}: could not be read ({first_line(error)}); nothing was found wrong with it, try "
         f"again"
     )

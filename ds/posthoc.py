@@ -9,6 +9,7 @@ to the function of another average, in the least-squares sense, follow from inne
 Karras et al. 2024, arXiv:2312.02696, section 3.2 and appendix C.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds.files import replacing
+from ds.checkpoint import hash_weight
+from ds.files import regular, replacing, whole
 
 FOLDER = "snapshots"
 LENGTHS = (0.05, 0.10)  # of the averages that are tracked
@@ -43,9 +45,10 @@ def write_snapshot(run: Path, step: int, tracked: list[nn.Module]) -> None:
         for i, net in enumerate(tracked)
         for name, w in net.state_dict().items()
     }
+    about = {"sha256": _hash(step, weights)}
     with replacing(run / FOLDER / f"step-{step:07d}.safetensors") as path:
         try:
-            save_file(weights, path)
+            save_file(weights, path, about)
         except SafetensorError as error:
             raise RuntimeError(f"{path}: could not be written ({error})") from None
 
@@ -64,27 +67,45 @@ def post_hoc_ema(run: str | Path, length: float) -> dict[str, Tensor]:
     files = sorted(folder.glob("step-*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no snapshots are here; train with train.snapshot_every")
-    steps = [int(file.stem.removeprefix("step-")) for file in files]
+    steps = [_step(file) for file in files]
     kept = [(step, gamma_of(tracked)) for step in steps for tracked in LENGTHS]
     factors = _factors(kept, (steps[-1], gamma_of(length))).reshape(len(files), -1)
     total: dict[str, Tensor] = {}
     for file, row in zip(files, factors.tolist(), strict=True):
-        try:
+        regular(file)
+        with whole(file, "snapshot"):
             _add(total, file, row)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole snapshot ({error})") from None
     return {name: w.float() if w.is_floating_point() else w for name, w in total.items()}
+
+
+def _step(file: Path) -> int:
+    if not (number := file.stem.removeprefix("step-")).isdecimal():
+        raise ValueError(f"{file}: not the name of a snapshot, which is step-0000001 or the like")
+    return int(number)
 
 
 def _add(total: dict[str, Tensor], file: Path, factors: list[float]) -> None:
     """Add the averages of a snapshot, each with its factor, in float64."""
     with safe_open(file, "pt") as snapshot:
-        for key in snapshot.keys():  # noqa: SIM118 (it is no dictionary)
-            number, _, name = key.partition(".")
-            w = snapshot.get_tensor(key)
-            if w.is_floating_point():
-                w = w.double() * factors[int(number)] + total.get(name, 0)
-            total[name] = w
+        weights = {key: snapshot.get_tensor(key) for key in snapshot.keys()}  # noqa: SIM118
+        about = snapshot.metadata() or {}
+    if about.get("sha256") != _hash(_step(file), weights):
+        raise ValueError("its checksum is not that of its weights, or it has another step's name")
+    names = {key.partition(".")[2] for key in weights}
+    if total and names != total.keys():
+        raise ValueError("it is of another network than those before it")
+    for key, w in weights.items():
+        number, _, name = key.partition(".")
+        if w.is_floating_point():
+            w = w.double() * factors[int(number)] + total.get(name, 0)
+        total[name] = w
+
+
+def _hash(step: int, weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"step {step}".encode())
+    for name, w in sorted(weights.items()):
+        hash_weight(digest, name, w)
+    return digest.hexdigest()
 
 
 def _factors(kept: list[tuple[int, float]], wanted: tuple[int, float]) -> np.ndarray:

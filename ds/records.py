@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds.files import replacing
+from ds.files import opened, parse_json, present, replacing
 
 METRICS = "metrics.jsonl"
+LONGEST = 1 << 20  # bytes of a line
+log = logging.getLogger("ds")
 
 
 class Records:
@@ -53,10 +57,34 @@ class Records:
             self.project.finish()
 
     def _trim(self) -> None:
-        if not self.path.exists():
+        if not present(self.path):
             return
-        whole = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-        with replacing(self.path) as temporary:
-            temporary.write_text(
-                "".join(line for line in whole if json.loads(line)["step"] <= self.step)
-            )
+        with replacing(self.path) as temporary, open(temporary, "wb") as file:
+            file.writelines(line for line, note in _lines(self.path) if note["step"] <= self.step)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return what was noted in a run: figures by name, and their step. A line that is damaged is
+    left out, and the log says which."""
+    return [note for _, note in _lines(run / METRICS)]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the whole lines of a file of notes, and what they say."""
+    with opened(path) as file:
+        number = 0
+        while line := file.readline(LONGEST):
+            number += 1
+            if note := _note(line):
+                yield line, note
+            elif line.endswith(b"\n"):  # a last one without an end was being written
+                log.warning("%s: line %d is damaged, and left out", path, number)
+
+
+def _note(line: bytes) -> dict[str, Any] | None:
+    try:
+        note = parse_json(line, METRICS, finite=False)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(note, dict) and type(note.get("step")) is int
+    return note if whole else None

@@ -1,7 +1,6 @@
 """A page a person wants to look at: pictures side by side, the loss, a table."""
 
 import base64
-import json
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ds.files import replacing
 from ds.images import tile
+from ds.records import read_metrics
 
 _PAPER, _INK, _ACCENT = "#fbfaf7", "#23272e", "#b4442a"
 
@@ -50,7 +50,7 @@ def draw(strips: dict[str, Tensor], run: Path, path: Path) -> None:
 
 
 def _draw_loss(axis: Any, run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run)
     train = [(m["step"], m["loss"]) for m in lines if "loss" in m]
     held_out = [(m["step"], m["held_out_loss"]) for m in lines if "held_out_loss" in m]
     axis.plot(*zip(*train, strict=True), color=_INK, lw=1, label="training")

@@ -3,16 +3,18 @@
 Processes that hold the same write one file; processes that hold shards write a directory, each its
 own: safetensors by torch.distributed.checkpoint, and JSON for what is no more than a number. Either
 can be read into a run of any number of processes, sharded or not, and runs no code.
+
+Nothing is read that its checksums do not vouch for, those that a file of torch.save has, or the
+hashes of the shards in the JSON beside them. So what fails later is not damage.
 """
 
-import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -28,16 +30,34 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ds import ranks
-from ds.files import read_json, recover, replacing, replacing_directory, unfinished, write_json
+from ds.arrays import load_tensors
+from ds.config import Sha256, checked
+from ds.files import (
+    first_line,
+    is_of_the_machine,
+    present,
+    read_sealed,
+    recover,
+    regular,
+    replacing,
+    replacing_directory,
+    sealed,
+    sha256,
+    unfinished,
+    unjudged,
+    write_json,
+)
 
 FILE = "checkpoint.pt"
 FOLDER = "checkpoint"
 NUMBERS = "numbers.json"
-# What reading, and load_state_dict, raise for what is not a whole checkpoint of this run.
-_DAMAGE = (
-    RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError,
-    CheckpointException,
-)  # fmt: skip
+
+
+class _Noted(TypedDict):
+    """What is written beside shards."""
+
+    numbers: dict[str, Any]
+    files: dict[str, Sha256]
 
 
 class Checkpoint:
@@ -81,20 +101,28 @@ class Checkpoint:
             raise RuntimeError(f"{self.folder}: not written ({_reason(error)})") from None
 
     def load(self, run: Stateful) -> None:
-        """Give a run the state that was saved last, if any; ValueError if it is damaged."""
+        """Give a run the state that was saved last, if any.
+
+        Raises ValueError if it is damaged or of another run, RuntimeError if it could not be read.
+        """
         ranks.from_first(lambda: recover(self.folder))
-        found = self._found()
-        if not found:
+        if not (found := self._found()):
             return
         # A kill between the first checkpoint of one kind and the end of the other leaves both.
-        path = max(found, key=lambda path: path.stat().st_mtime_ns)
-        try:
-            run.load_state_dict(self._read(path, run.state_dict()))
-        except _DAMAGE as error:
-            path = self.file if path == self.file else self.folder
-            raise ValueError(
-                f"{path}: damaged ({_reason(error)}); delete it to start over"
-            ) from None
+        path = max(found, key=lambda path: regular(path).st_mtime_ns)
+        state = run.state_dict()
+        where = self.file if path == self.file else self.folder
+        with _judged(where, "damaged ({}); delete it to start over"):
+            if path == self.file:
+                saved = load_tensors(path, "cpu" if self.sharded else self.device)
+            else:
+                saved = ranks.from_first(self._vouched)
+        with _judged(where, "not of this run ({}); move it away to start over"):
+            if path != self.file:
+                saved = self._filled(state, saved)
+            elif self.sharded:
+                saved = _shared_out(saved, state)
+            run.load_state_dict(saved)
 
     def exists(self) -> bool:
         """Say whether anything was saved."""
@@ -102,26 +130,44 @@ class Checkpoint:
         return bool(self._found())
 
     def _found(self) -> list[Path]:
-        return [path for path in (self.file, self.folder / NUMBERS) if path.exists()]
+        found = [path for path in (self.file, self.folder / NUMBERS) if present(path)]
+        if not found and present(self.folder):
+            raise ValueError(
+                f"{self.folder}: damaged ({NUMBERS} is missing); delete it to start over"
+            )
+        return found
 
-    def _read(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
-        """Return what is saved; the tensors of a sharded state, or from a directory, are filled."""
+    def _filled(self, state: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+        """Fill the tensors of a state with what is saved in a directory; return that state."""
         tensors, _ = _parts(state)
-        if path == self.file:
-            device = "cpu" if self.sharded else self.device
-            saved = torch.load(path, map_location=device, weights_only=True)
-            if not self.sharded:
-                return saved
-            full, numbers = _parts(saved)
-            for name, tensor in tensors.items():
-                tensor.copy_(_share(full[name], tensor))
-        else:
-            with warnings.catch_warnings():  # that one process alone reads
-                warnings.simplefilter("ignore", UserWarning)
-                reader = HuggingFaceStorageReader(str(self.folder))
-                dcp.load(tensors, storage_reader=reader, process_group=self.group)
-            numbers = read_json(path)
+        with warnings.catch_warnings():  # that one process alone reads
+            warnings.simplefilter("ignore", UserWarning)
+            reader = HuggingFaceStorageReader(str(self.folder))
+            dcp.load(tensors, storage_reader=reader, process_group=self.group)
         return _mapped(lambda name, x: x if name in tensors else _like(x, numbers[name]), state)
+
+    def _vouched(self) -> dict[str, Any]:
+        """Hold the shards against their hashes; return the numbers that are with them."""
+        noted = checked(read_sealed(self.folder / NUMBERS, finite=False), _Noted, NUMBERS)
+        there = {file.name: file for file in self.folder.glob("*.safetensors")}
+        if other := sorted(there.keys() ^ noted["files"].keys()):
+            raise ValueError(f"{other[0]} is missing, or not one of its files")
+        for name, file in there.items():
+            if sha256(file) != noted["files"][name]:
+                raise ValueError(f"{name} has a wrong checksum")
+        return noted["numbers"]
+
+
+@contextmanager
+def _judged(where: Path, words: str) -> Iterator[None]:
+    """Say in these words what is wrong with a checkpoint, unless it is the machine that failed."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+        if is_of_the_machine(reason):
+            raise unjudged(where, reason) from None
+        raise ValueError(f"{where}: {words.format(first_line(reason))}") from None
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -133,13 +179,14 @@ class _Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list) -> list:
         """In the first process, before any writes."""
-        folder = self.opened.enter_context(replacing_directory(self.checkpoint.folder))
-        write_json(folder / NUMBERS, self.numbers)
+        self.folder = self.opened.enter_context(replacing_directory(self.checkpoint.folder))
         return super().prepare_global_plan(plans)
 
     def finish(self, metadata: Metadata, results: list) -> None:
         """In the first process, after all have written."""
         super().finish(metadata, results)
+        files = {file.name: sha256(file) for file in self.folder.glob("*.safetensors")}
+        write_json(self.folder / NUMBERS, sealed({"numbers": self.numbers, "files": files}))
         self.opened.close()
         self.checkpoint.file.unlink(missing_ok=True)
 
@@ -168,6 +215,14 @@ def _copied(_: str, leaf: Any) -> Any:
 
 def _like(old: Any, number: Any) -> Any:
     return torch.full_like(old, number) if isinstance(old, Tensor) else number
+
+
+def _shared_out(saved: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Fill the tensors of a sharded state with whole ones; return that state."""
+    tensors, (full, numbers) = _parts(state)[0], _parts(saved)
+    for name, tensor in tensors.items():
+        tensor.copy_(_share(full[name], tensor))
+    return _mapped(lambda name, x: x if name in tensors else _like(x, numbers[name]), state)
 
 
 def _share(full: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,19 @@ from tqdm import tqdm
 from ds import loader as loaders
 from ds import optim, posthoc, ranks, shard
 from ds.checkpoint import check_finite, fingerprint
-from ds.config import difference, to_json
+from ds.config import Sha256, checked, difference, to_json
 from ds.data import AbstractSource, Batch, Batches
 from ds.denoiser import Denoiser
-from ds.files import Interrupted, deferred_signals, locked, read_json, replacing, write_json
+from ds.files import (
+    Interrupted,
+    deferred_signals,
+    locked,
+    present,
+    read_sealed,
+    replacing,
+    sealed,
+    write_json,
+)
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
 from ds.nets import UNet, recompute_norms
@@ -38,6 +47,19 @@ from ds.resume import Checkpoint
 from ds.speed import flops_per_row, matmul_tflops
 
 RUN = "run.json"
+
+
+class RunFields(TypedDict):
+    """What is run, as run.json says it."""
+
+    format: Literal["denoising-student/run/1"]
+    method: dict[str, Any]
+    train: dict[str, Any]
+    init: Sha256
+    source: str
+    held_out: str
+
+
 # What of a TrainConfig leaves the path of the weights as it is: a run may go on with another one.
 CHANGEABLE = ("epochs", "snapshot_every", "recompute_norms", "log_every", "check_every")
 # What of a note is another in every run.
@@ -458,6 +480,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return what a run goes on from; its tensors are those of the run."""
         return {
+            "run": self.identity,
             "step": self.step,
             "modules": self.modules.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -472,7 +495,9 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned; ValueError if that was another run's."""
+        if saved["run"] != self.identity:
+            raise ValueError("saved by another run")
         self.step, self.best_loss = saved["step"], saved["best_loss"]
         self.logged, self.checked = saved["logged"], saved["checked"]
         self.modules.load_state_dict(saved["modules"])
@@ -504,18 +529,18 @@ class Trainer:
 
     def _claim(self) -> None:
         """Write what is run, or check that the directory holds the same run."""
-        if not (self.out / RUN).exists():
-            write_json(self.out / RUN, self.run)
+        if not present(self.out / RUN):
+            write_json(self.out / RUN, sealed(self.run))
         self.check()
 
     def check(self) -> None:
         """Raise ValueError if the directory holds another run, or one that cannot go on so."""
-        if not (self.out / RUN).exists():
+        if not present(self.out / RUN):
             return
-        there = read_json(self.out / RUN)
+        there = self._there()
         if found := difference(_fixed(there), _fixed(self.run)):
             raise ValueError(f"{self.out}: holds another run ({found}); use another directory")
-        if self.tracked and not there["train"]["snapshot_every"] and self.checkpoint.exists():
+        if self.tracked and not there["train"].get("snapshot_every") and self.checkpoint.exists():
             raise ValueError(
                 f"{self.out}: train.snapshot_every was 0 when this run began, and its averages "
                 f"begin with a run; leave it at 0 or use another directory"
@@ -523,14 +548,17 @@ class Trainer:
 
     def _change(self) -> None:
         """Note what the run goes on with, where that is another length or interval."""
-        there = read_json(self.out / RUN)
+        there = self._there()
         if found := difference(self.run, there):
             falls = self.config.decay != "none" and "train.epochs" in found
             log.info(
                 "%s: goes on otherwise (%s)%s", self.out, found,
                 "; the learning rate falls along the new length from here on" if falls else "",
             )  # fmt: skip
-            write_json(self.out / RUN, self.run)
+            write_json(self.out / RUN, sealed(self.run))
+
+    def _there(self) -> dict[str, Any]:
+        return checked(read_sealed(self.out / RUN), RunFields, self.out / RUN)
 
     def _held_out_batch(self, rows: range) -> Batch:
         source = self.held_out
@@ -543,10 +571,7 @@ class Trainer:
 
 def _fixed(run: dict[str, Any]) -> dict[str, Any]:
     """Return what a run cannot change on its way."""
-    train = run.get("train")
-    if not isinstance(train, dict):
-        return run
-    return {**run, "train": {k: v for k, v in train.items() if k not in CHANGEABLE}}
+    return {**run, "train": {k: v for k, v in run["train"].items() if k not in CHANGEABLE}}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,6 +1,7 @@
 """Averages made after a training: against the same averages taken while it ran."""
 
 import copy
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import ds
 from ds import optim, posthoc
 from ds.files import Interrupted
+from tests.test_reading import NO_FILES, no_file
 from tests.test_train import SHORT, TEACHER, stop_at, trainer
 
 STEPS, EVERY = 2000, 100
@@ -90,7 +92,35 @@ def test_what_is_no_run_with_snapshots_is_named(walked, tmp_path):
     for length in (0.0, 0.3):
         with pytest.raises(ValueError, match=rf"length must lie in 0.01 .. 0.25 .*, not {length}"):
             ds.post_hoc_ema(walked[0], length)
+
+
+@no_file
+def test_a_snapshot_that_is_no_file_is_said(tmp_path, kind):
     (tmp_path / "snapshots").mkdir()
-    (tmp_path / "snapshots" / "step-0000001.safetensors").write_bytes(b"no snapshot")
-    with pytest.raises(ValueError, match="not a whole snapshot"):
+    NO_FILES[kind](tmp_path / "snapshots" / "step-0000001.safetensors")
+    with pytest.raises(ValueError, match=f"step-0000001.safetensors: {kind}"):
+        ds.post_hoc_ema(tmp_path, 0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["step-.safetensors", "step-1e3.safetensors", "step--1.safetensors"]
+)
+def test_a_snapshot_is_known_by_its_name(walked, tmp_path, name):
+    shutil.copytree(walked[0] / "snapshots", tmp_path / "snapshots")
+    shutil.copy(tmp_path / "snapshots" / "step-0000100.safetensors", tmp_path / "snapshots" / name)
+    with pytest.raises(ValueError, match=f"{name}: not the name of a snapshot"):
+        ds.post_hoc_ema(tmp_path, 0.1)
+
+
+@pytest.mark.parametrize("content", ["no snapshot", "of another step", "of another network"])
+def test_a_snapshot_of_something_else_is_named(walked, tmp_path, content):
+    shutil.copytree(walked[0] / "snapshots", tmp_path / "snapshots")
+    file = tmp_path / "snapshots" / "step-0000200.safetensors"
+    if content == "no snapshot":
+        file.write_bytes(b"no snapshot")
+    elif content == "of another step":
+        shutil.copy(tmp_path / "snapshots" / "step-0000100.safetensors", file)
+    else:
+        posthoc.write_snapshot(tmp_path, 200, [nn.Linear(1, 1) for _ in range(2)])
+    with pytest.raises(ValueError, match=f"{file}: not a whole snapshot"):
         ds.post_hoc_ema(tmp_path, 0.1)

@@ -8,6 +8,7 @@ import pytest
 
 from ds import records
 from ds.records import Records
+from tests.test_reading import NO_FILES, no_file
 
 
 class Told(list):
@@ -55,6 +56,30 @@ def test_steps_that_are_taken_again_are_noted_again(tmp_path, monkeypatch):
     Records(tmp_path, 10, {}).note(15, loss=2.0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["step"], m["loss"]) for m in lines] == [(5, 1.0), (10, 1.0), (15, 2.0)]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\0" * 40, b"[]", b"{}", b'{"step": "5"}', b'{"step": 1.0}', b"\xff", b'{"step": 4,']
+)
+def test_a_damaged_line_is_left_out_and_said(tmp_path, monkeypatch, caplog, line):
+    """As a machine that lost its power leaves them."""
+    installed(monkeypatch)
+    first = Records(tmp_path, 0, {})
+    first.note(5, loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    first.note(10, loss=float("nan"))
+    Records(tmp_path, 10, {})
+    assert f"{tmp_path / 'metrics.jsonl'}: line 2 is damaged, and left out" in caplog.text
+    assert [note["step"] for note in records.read_metrics(tmp_path)] == [5, 10]
+
+
+@no_file
+def test_metrics_that_are_no_file_are_said(tmp_path, monkeypatch, kind):
+    installed(monkeypatch)
+    NO_FILES[kind](tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=f"metrics.jsonl: {kind}"):
+        Records(tmp_path, 0, {})
 
 
 def test_tensorboard_is_told_where_it_is_installed(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ds import resume
 from ds.resume import Checkpoint
+from tests.test_reading import NO_FILES, no_file
 
 CPU = torch.device("cpu")
 
@@ -188,29 +189,74 @@ def damage(out: Path, how: str) -> None:
         shard.unlink()
     elif how == "numbers":
         numbers.write_text("{")
+    elif how == "no numbers":
+        numbers.unlink()
     elif how == "other numbers":
         numbers.write_text(json.dumps({"step": 3}))
     else:
-        saved(out, Other(), sharded=True)
+        (folder / "another.safetensors").write_bytes(shard.read_bytes())
 
 
 class Other(Run):
     """A run of another network."""
 
-    def __init__(self):
-        super().__init__(sharded=True)
+    def __init__(self, *, sharded: bool):
+        super().__init__(sharded=sharded)
         self.state["weights"]["a.w"] = self.state["weights"]["a.w"][:, :2].clone()
 
 
 @either
 @pytest.mark.parametrize(
-    "how", ["truncated", "missing", "numbers", "other numbers", "other network"]
+    "how", ["truncated", "missing", "numbers", "no numbers", "other numbers", "another shard"]
 )
 def test_damaged_shards_are_named(tmp_path, how, sharded):
     saved(tmp_path, Run(sharded=True, step=5), sharded=True)
     damage(tmp_path, how)
     with pytest.raises(ValueError, match=r"checkpoint: damaged \(.+\); delete it to start over"):
         loaded(tmp_path, sharded=sharded)
+
+
+@pytest.mark.parametrize(("sharded", "then"), [(False, True), (True, False), (True, True)])
+def test_what_another_network_left_is_named(tmp_path, sharded, then):
+    saved(tmp_path, Other(sharded=sharded), sharded=sharded)
+    with pytest.raises(
+        ValueError, match=r"checkpoint(\.pt)?: not of this run \(.+\); move it away"
+    ):
+        loaded(tmp_path, sharded=then)
+
+
+@either
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        OSError(5, "Input/output error"),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_cannot_do_is_no_damage(tmp_path, monkeypatch, sharded, error):
+    saved(tmp_path, Run(sharded=sharded, value=0.1, step=5), sharded=sharded)
+
+    def fail(*_, **__):
+        raise error
+
+    for place in ("torch.load", "ds.resume.dcp.load"):
+        monkeypatch.setattr(place, fail)
+    with pytest.raises(RuntimeError, match=r"could not be read .* nothing was found wrong with it"):
+        loaded(tmp_path, sharded=sharded)
+    monkeypatch.undo()
+    assert loaded(tmp_path, sharded=sharded).state["step"] == 5
+
+
+@no_file
+@pytest.mark.parametrize("name", [resume.FILE, f"{resume.FOLDER}/{resume.NUMBERS}"])
+def test_a_checkpoint_that_is_no_file_is_said(tmp_path, kind, name):
+    (tmp_path / resume.FOLDER).mkdir()
+    NO_FILES[kind](tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: {kind}"):
+        loaded(tmp_path, sharded=False)
 
 
 class Bomb:

@@ -8,15 +8,16 @@ distributes as `pt_inception-2015-12-05-6726825d.pth` and torch-fidelity, by the
 `weights-inception-2015-12-05-6726825d.pth`.
 """
 
-import pickle
-import struct
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ds.arrays import load_tensors
 
 _average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 _maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
@@ -83,19 +84,6 @@ _MIXED = {  # name: input channels, pooling, chains
     "Mixed_7c": (2048, _maximum, _E),
 }
 
-# What torch.load raises for bytes that are no checkpoint depends on the bytes.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 class Inception(nn.Module):
     """Map images to the pool3 features of the FID standard. Weights are random until loaded."""
@@ -120,10 +108,7 @@ class Inception(nn.Module):
         and for one that misses a key, has another, or has one of another shape: the message
         names the first.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            raise ValueError(f"inception: {path} is not a PyTorch file of plain tensors") from error
+        state = load_tensors(Path(path))
         if not isinstance(state, Mapping):
             raise ValueError(f"inception: {path} holds a {type(state).__name__}, not named weights")
         net = cls()

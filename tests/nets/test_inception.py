@@ -298,13 +298,13 @@ def test_load_names_the_first_missing_key(weights, tmp_path):
 )
 def test_load_refuses_what_is_no_checkpoint(tmp_path, content):
     (tmp_path / "wrong.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"wrong\.pth is not a PyTorch file of plain tensors"):
+    with pytest.raises(ValueError, match=r"wrong\.pth: not a whole PyTorch file of plain tensors"):
         Inception.load(tmp_path / "wrong.pth")
 
 
 def test_load_refuses_half_a_checkpoint(path, tmp_path):
     (tmp_path / "half.pth").write_bytes(path.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match=r"half\.pth is not a PyTorch file of plain tensors"):
+    with pytest.raises(ValueError, match=r"half\.pth: not a whole PyTorch file of plain tensors"):
         Inception.load(tmp_path / "half.pth")
 
 
@@ -326,6 +326,6 @@ class Bomb:
 def test_load_runs_nothing_from_the_file(tmp_path, zipped):
     target, path = tmp_path / "proof", tmp_path / "bomb.pth"
     torch.save({"fc.bias": Bomb(str(target))}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"bomb\.pth is not a PyTorch file of plain tensors"):
+    with pytest.raises(ValueError, match=r"bomb\.pth: not a whole PyTorch file of plain tensors"):
         Inception.load(path)
     assert not target.exists()

@@ -5,6 +5,7 @@ Formats are told apart by content, never by name; tensors are read and nothing i
 
 from pathlib import Path
 
+from ds.files import opened
 from ds.nets.convert import ddpm, diffusers, keras
 from ds.nets.convert.diffusers import write as to_diffusers
 from ds.nets.convert.imported import Imported
@@ -23,10 +24,11 @@ def read(path: str | Path, *, image_size: int | None = None) -> Imported:
     path = Path(path)
     if path.is_dir():
         return diffusers.read(path, image_size)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file or directory")
-    with open(path, "rb") as file:
-        head = file.read(9)
+    try:
+        with opened(path) as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file or directory") from None
     for signature, reader in _READERS.items():
         if head.startswith(signature):
             return reader(path, image_size)

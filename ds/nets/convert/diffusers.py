@@ -14,7 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
-from ds.files import read_json, replacing_directory, sha256, sync, write_json
+from ds.config import short
+from ds.files import by_name, present, read_json, replacing_directory, sha256, sync, write_json
 from ds.nets.convert.imported import Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
 from ds.schedule import AbstractSchedule, LinearBeta
@@ -94,11 +95,11 @@ _ATTENTION = {  # ours, theirs, theirs before 2023
 
 def read(path: Path, image_size: int | None) -> Imported:
     """Read a pipeline directory, its unet/, or a bare UNet2DModel, with or without a scheduler."""
-    folder = path / "unet" if (path / "unet" / _CONFIG).is_file() else path
-    if not (folder / _CONFIG).is_file():
+    folder = path / "unet" if present(path / "unet" / _CONFIG) else path
+    if not present(folder / _CONFIG):
         raise ValueError(f"{path}: no network here, neither {_CONFIG} nor unet/{_CONFIG}")
     config = _config(folder / _CONFIG, image_size)
-    file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    file = next((folder / name for name in _WEIGHTS if present(folder / name)), None)
     if file is None:
         raise ValueError(f"{folder}: the weights are missing, {' or '.join(_WEIGHTS)}")
     weights = fit(config, named(tensors(file), file), partial(_spelling, config), file)
@@ -212,7 +213,7 @@ def _config(file: Path, image_size: int | None) -> UNetConfig:
 def _schedule(folder: Path) -> tuple[LinearBeta, str, dict[str, Any]]:
     """Return what the scheduler of a network says: schedule, prediction, and facts on sampling."""
     places = (folder / _SCHEDULER, folder.parent / "scheduler" / _SCHEDULER)
-    file = next((place for place in places if place.is_file()), None)
+    file = next((place for place in places if present(place)), None)
     if file is None:
         return LinearBeta(), "eps", {"schedule": f"assumed, there is no {_SCHEDULER}"}
     fields = {"prediction_type": "epsilon", **_json(file)}
@@ -271,10 +272,7 @@ def _spelling(config: UNetConfig, name: str, shape: Size) -> tuple[tuple[str, ..
 
 
 def _json(file: Path) -> dict[str, Any]:
-    fields = read_json(file)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: holds a {type(fields).__name__}, not fields by name")
-    return fields
+    return by_name(read_json(file), file)
 
 
 def _check(
@@ -283,7 +281,7 @@ def _check(
     """Raise ValueError unless a field is accepted; `words` say what is."""
     value = fields.get(field)
     if not accept(value):
-        raise ValueError(f"{file}: {field} is {value!r}; accepted is {words}")
+        raise ValueError(f"{file}: {field} is {short(repr(value))}; accepted is {words}")
 
 
 def _whole(value: Any) -> bool:

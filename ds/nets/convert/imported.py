@@ -1,17 +1,16 @@
 """What every reader of an outside checkpoint returns, and the one strict way to fill it."""
 
-import pickle
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Size, Tensor
 
+from ds.arrays import load_tensors
+from ds.files import opened, whole
 from ds.nets.unet import UNetConfig
 from ds.schedule import LinearBeta
 
@@ -22,23 +21,6 @@ PUBLISHED = (
     UNetConfig(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float32 holds each of them exactly
-# What torch.load and h5py raise on a file that is damaged or holds more than tensors.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
-
 # How a file spells one of our weights: the keys it may have there, and its shape under them.
 Spelling = Callable[[str, Size], tuple[tuple[str, ...], Size]]
 
@@ -67,15 +49,6 @@ def naming(where: Path) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-@contextmanager
-def whole(where: Path, kind: str) -> Iterator[None]:
-    """Make whatever reading a damaged file raises one ValueError."""
-    try:
-        yield
-    except _UNREADABLE:
-        raise ValueError(f"{where}: not a whole {kind}; nothing in it was run") from None
-
-
 def shapes(config: UNetConfig) -> dict[str, Size]:
     """Return the shape of every weight, in the order the network defines them."""
     with torch.device("meta"):
@@ -84,22 +57,29 @@ def shapes(config: UNetConfig) -> dict[str, Size]:
 
 def tensors(path: Path) -> Any:
     """Read the tensors of a safetensors or PyTorch file, whichever its bytes say; run nothing."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         safe = file.read(9)[8:] == b"{"
-    with whole(path, "safetensors file" if safe else "PyTorch file of plain tensors"):
-        if safe:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+    if not safe:
+        return load_tensors(path)
+    with whole(path, "safetensors file"):
+        return load_file(path)
 
 
 def named(value: Any, where: Path) -> dict[str, Tensor]:
-    """Return a state dict whose every entry is a tensor under a name; ValueError if it is not."""
+    """Return a state dict whose every entry is a tensor under a name; ValueError if it is not.
+
+    Tensors are no larger than what is stored of them.
+    """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: holds one {type(value).__name__}, not weights by name")
     for key, w in value.items():
         if not isinstance(key, str) or not isinstance(w, Tensor):
             raise ValueError(
                 f"{where}: holds {key!r} of the type {type(w).__name__}, not weights by name"
+            )
+        if w.layout == torch.strided and w.nbytes > w.untyped_storage().nbytes():
+            raise ValueError(
+                f"{where}: the weight {key} {list(w.shape)} is larger than what is stored of it"
             )
     return dict(value)
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ds.files import sha256
-from ds.nets.convert.imported import PUBLISHED, Imported, checked, shapes, whole
+from ds.arrays import check_unpacked
+from ds.files import opened, sha256, whole
+from ds.nets.convert.imported import PUBLISHED, Imported, checked, shapes
 from ds.nets.unet import UNetConfig
 from ds.schedule import LinearBeta
 
@@ -41,6 +42,8 @@ def read(path: Path, image_size: int | None) -> Imported:
         file = h5py.File(path)
     with file:
         layers, datasets = _contents(file, h5py.Dataset, path)
+        with opened(path) as stored:
+            check_unpacked(sum(o.nbytes for o in datasets.values()), stored, path)
         found = _listed(layers, datasets, path)
         config, order = _architecture(found, path)
         if image_size not in (None, config.image_size):
