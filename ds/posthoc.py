@@ -37,15 +37,15 @@ def gamma_of(length: float) -> float:
     return float(np.roots([1, 7, 16 - squared, 12 - squared]).real.max())
 
 
-def write_snapshot(run: Path, step: int, tracked: list[nn.Module]) -> None:
-    """Write what the averages of LENGTHS are after `step` steps."""
+def write_snapshot(run: Path, step: int, tracked: list[nn.Module], of: str = "") -> None:
+    """Write what the averages of LENGTHS are after `step` steps, and of which run they are."""
     (run / FOLDER).mkdir(exist_ok=True)
     weights = {
         f"{i}.{name}": w.cpu().contiguous()
         for i, net in enumerate(tracked)
         for name, w in net.state_dict().items()
     }
-    about = {"sha256": _hash(step, weights)}
+    about = {"made": f"{_hash(step, weights)} {of}"}
     with replacing(run / FOLDER / f"step-{step:07d}.safetensors") as path:
         try:
             save_file(weights, path, about)
@@ -71,10 +71,13 @@ def post_hoc_ema(run: str | Path, length: float) -> dict[str, Tensor]:
     kept = [(step, gamma_of(tracked)) for step in steps for tracked in LENGTHS]
     factors = _factors(kept, (steps[-1], gamma_of(length))).reshape(len(files), -1)
     total: dict[str, Tensor] = {}
+    runs: set[str] = set()
     for file, row in zip(files, factors.tolist(), strict=True):
         regular(file)
         with whole(file, "snapshot"):
-            _add(total, file, row)
+            runs.add(_add(total, file, row))
+            if len(runs) > 1:
+                raise ValueError("it is of another run than those before it")
     return {name: w.float() if w.is_floating_point() else w for name, w in total.items()}
 
 
@@ -84,12 +87,13 @@ def _step(file: Path) -> int:
     return int(number)
 
 
-def _add(total: dict[str, Tensor], file: Path, factors: list[float]) -> None:
-    """Add the averages of a snapshot, each with its factor, in float64."""
+def _add(total: dict[str, Tensor], file: Path, factors: list[float]) -> str:
+    """Add the averages of a snapshot, each with its factor, in float64; return what run's it is."""
     with safe_open(file, "pt") as snapshot:
         weights = {key: snapshot.get_tensor(key) for key in snapshot.keys()}  # noqa: SIM118
         about = snapshot.metadata() or {}
-    if about.get("sha256") != _hash(_step(file), weights):
+    digest, _, of = about.get("made", "").partition(" ")
+    if digest != _hash(_step(file), weights):
         raise ValueError("its checksum is not that of its weights, or it has another step's name")
     names = {key.partition(".")[2] for key in weights}
     if total and names != total.keys():
@@ -99,6 +103,7 @@ def _add(total: dict[str, Tensor], file: Path, factors: list[float]) -> None:
         if w.is_floating_point():
             w = w.double() * factors[int(number)] + total.get(name, 0)
         total[name] = w
+    return of
 
 
 def _hash(step: int, weights: dict[str, Tensor]) -> str:

@@ -452,7 +452,7 @@ class Trainer:
     def _snapshot(self) -> None:
         tracked = shard.whole(self.tracked)
         if ranks.is_first():
-            posthoc.write_snapshot(self.out, self.step, tracked)
+            posthoc.write_snapshot(self.out, self.step, tracked, self.identity)
 
     def _evaluate(self) -> None:
         self._note(**self.evaluate(shard.whole(self.ema)))

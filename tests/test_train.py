@@ -22,7 +22,7 @@ import ds
 from ds.analytic import Gaussian
 from ds.config import to_json
 from ds.data import Generated, Images, Pairs, digits
-from ds.files import Interrupted, locked, read_json
+from ds.files import Interrupted, locked, read_json, read_sealed
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
@@ -677,7 +677,7 @@ def test_a_run_that_is_made_longer_is_the_one_that_was_as_long_from_its_start(
     resumed.fit()
     assert steps == [*range(cut or 12, 24)]
     assert_same_bits(whole, resumed)
-    assert read_json(tmp_path / "cut" / "run.json") == whole.run
+    assert read_sealed(tmp_path / "cut" / "run.json") == whole.run
     losses = [
         [(m["step"], m["loss"]) for m in lines(tmp_path / out) if "loss" in m and m["step"] > 15]
         for out in ("whole", "cut")
