@@ -41,6 +41,19 @@ TEACHER = Gaussian(shape=(1, 4, 4)).teacher(ds.solvers.DDIM(), ds.grids.quadrati
 TRAIN = ds.TrainConfig(batch_size=4, epochs=1, warmup_steps=0, snapshot_every=1)
 
 
+class Scale(torch.nn.Module):
+    """Few weights, of many numbers each, so that most flipped bits are in a number."""
+
+    shape = (1, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 1024).reshape(64, 1, 4, 4))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.mean(0)
+
+
 class Kind(NamedTuple):
     """A file, how it is read, and one of the same kind that is of something else, if it matters."""
 
@@ -60,7 +73,7 @@ def store(path: Path | str, seed: int = 0) -> ds.PairStore:
 
 
 def trainer(folder: Path, seed: int = 0) -> Trainer:
-    init = ds.Denoiser(net(0), ds.schedule.LinearBeta())
+    init = ds.Denoiser(Scale(), ds.schedule.LinearBeta())
     pairs = ds.PairStore(folder / "store")
     rows = Pairs(pairs, range(8, 16)), Pairs(pairs, range(8))
     config = replace(TRAIN, seed=seed)
@@ -154,7 +167,7 @@ def all_kinds(root: Path, cache: Path) -> dict[str, Kind]:
         "shard": kind("store/images-00001.npy", lambda: images(a / "store")),
         "configuration": kind("s/config.json", lambda: weights(a / "s")),
         "weights": kind("s/model.safetensors", lambda: weights(a / "s")),
-        "run": kind("run/run.json", lambda: resumed(run)),
+        "run": kind("run/run.json", run._claim),
         "checkpoint": kind("run/checkpoint.pt", lambda: resumed(run)),
         "numbers": kind("shards/checkpoint/numbers.json", lambda: read_shards(a / "shards")),
         "sharded checkpoint": kind(str(shard.relative_to(a)), lambda: read_shards(a / "shards")),
