@@ -70,7 +70,9 @@ def _broken(verb: str, error: Exception) -> int:
 
 
 def _fail(reason: str) -> int:
-    print(f"dstudent: {' '.join(reason.split())}", file=sys.stderr)
+    from ds.files import redacted
+
+    print(f"dstudent: {redacted(' '.join(reason.split()))}", file=sys.stderr)
     return 2
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -324,6 +325,12 @@ def first_line(error: Exception) -> str:
     """Return what an error says, or what it is where it says nothing, in one short line."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def redacted(text: object) -> str:
+    """Return text without what its URLs have before an @ or after a ?, passwords and tokens."""
+    hidden = re.sub(r"(://)[^/\s]*@", r"\1***@", str(text))
+    return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", hidden)
 
 
 class Interrupted(Exception):

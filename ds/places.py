@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from ds.files import (
     locked,
     parse_json,
     read_bytes,
+    redacted,
     regular,
     replacing,
     sha256,
@@ -47,12 +47,6 @@ def place(where: str | Path) -> "AbstractPlace":
     Raises ValueError for a URL whose protocol is unknown, or needs a package that is missing.
     """
     return Bucket(str(where)) if "://" in str(where) else Directory(Path(where))
-
-
-def redacted(text: object) -> str:
-    """Return text without what its URLs have before an @ or after a ?, passwords and tokens."""
-    hidden = re.sub(r"(://)[^/\s]*@", r"\1***@", str(text))
-    return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", hidden)
 
 
 class AbstractPlace(ABC):

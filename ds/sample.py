@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -283,7 +284,8 @@ class Sampler:
 
     The noise of an image depends on (seed, index) alone, so any split of the indices gives the same
     images, up to the rounding of a convolution whose algorithm depends on the batch size.
-    `cold_start` has the seconds it took to plan (pack weights), compile and capture.
+    `cold_start` has the seconds it took to plan (pack weights), compile and capture. A Sampler is
+    pickled as its model and its options, and plans anew where it is unpickled.
 
     What the CIFAR-10 network was measured to reach (benchmarks/results; docs/performance.md):
 
@@ -326,6 +328,10 @@ class Sampler:
         self.device = device_of(model.net, device or "cpu")
         self.precision = precision or usual_precision(model.net)
         self.batch_size = 1 if latency else batch_size or usual_batch(model)
+        self._again = partial(
+            Sampler, model, batch_size=self.batch_size, precision=self.precision, compile=compile,
+            engine=engine, loop=loop, tune=tune, latency=latency,
+        )  # fmt: skip
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
         usual = engine is None and not compile and uses_engine(model.net, self.precision)
         check_precision(self.precision, self.device, engine or usual)
@@ -347,6 +353,10 @@ class Sampler:
         if loop or (loop is None and runs and uses_loop(model, self.device)):
             with self._timed("capture"), _tried(loop):
                 self._loop = Loop(self.model.net, Recurrence.of(model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the model and the options; plans, engines and graphs are made anew from them."""
+        return self._again, ()
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -17,6 +17,8 @@ import torch
 
 import ds
 from ds import pairs, places
+from ds.__main__ import main
+from ds.files import redacted
 from tests.test_pairs import GAUSSIAN, all_images, contents, make
 
 NUMBERS = itertools.count()
@@ -161,6 +163,80 @@ def test_a_changed_object_is_named(url, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=f"{url}/{SHARD}: wrong checksum"):
         ds.PairStore(url)
+
+
+def test_a_damaged_copy_on_this_machine_is_fetched_again(url, tmp_path):
+    """Whoever comes upon it: a store that is opened, one that reads, one that is verified."""
+    digest = make(url).manifest["sha256"][1]
+    (kept,) = (tmp_path / "cache").glob(f"{digest}.npy")
+    whole = kept.read_bytes()
+    for content in (b"", whole[:-1], whole[:-1] + b"?"):
+        for use in (all_images, ds.PairStore.verify):
+            kept.write_bytes(content)
+            use(ds.PairStore(url))
+            assert kept.read_bytes() == whole
+
+
+def test_without_a_home_the_cache_is_where_it_was_said(url, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert len(make(url)) == 40
+    monkeypatch.delenv("DS_CACHE")
+    with pytest.raises(ValueError, match="there is no home directory; set DS_CACHE"):
+        ds.PairStore(url)
+
+
+SECRETS = {
+    "s3://user:pa55@host/x": "s3://***@host/x",
+    "s3://us:er:pa@55@host/x": "s3://***@host/x",
+    "https://host/x?token=pa55&key=pa55": "https://host/x?***",
+    "https://pa55@host/x?pa55": "https://***@host/x?***",
+    "simplecache::s3://user:pa55@host/x": "simplecache::s3://***@host/x",
+    '{"out": "ftp://a:pa55@b/c", "x": 1}': '{"out": "ftp://***@b/c", "x": 1}',
+    "no (s3://a:pa55@b/c?d=pa55) here": "no (s3://***@b/c?***) here",
+    "s3://bucket/a@b/c": "s3://bucket/a@b/c",
+    "is it? user@host": "is it? user@host",
+}
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_passwords_and_tokens_of_urls_are_not_shown(text):
+    assert redacted(text) == SECRETS[text]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["pairs", "info"],
+        ["pairs", "verify"],
+        ["pairs", "digits", "--dry-run", "--out"],
+        ["distill", "digits", "--dry-run", "--store"],
+        ["pairs", "digits", "--unknown"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("scheme", ["nowhere", "memory"])
+def test_no_verb_says_them(capsys, caplog, args, scheme):
+    main([*args, f"{scheme}://user:pa55@host/x?token=pa55"])
+    said = capsys.readouterr()
+    assert "pa55" not in said.out + said.err + caplog.text
+    assert f"{scheme}://***@host/x?***" in said.out + said.err
+
+
+@pytest.mark.parametrize("call", ["cat_file", "ls"])
+@pytest.mark.parametrize("error", [OSError, PermissionError, TypeError])
+def test_no_error_says_them(monkeypatch, call, error):
+    url = "memory://user:pa55@host/x?token=pa55"
+
+    def fail(self, path, *_, **__):
+        raise error(f"cannot get {url}")
+
+    monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{call}", fail)
+    with pytest.raises(OSError) as said:
+        ds.pairs.is_finished(url) if call == "ls" else ds.PairStore(url)
+    assert "pa55" not in str(said.value) and "memory://***@host/x" in str(said.value)
 
 
 def test_an_empty_folder_is_no_store(url):

@@ -1,6 +1,7 @@
 """Sampler and the ways its images are written."""
 
 import math
+import pickle
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import ds
 from ds import analytic, grids
 from ds.checkpoint import fingerprint
 from ds.images import save, tile
+from ds.nets import UNetConfig
 from ds.sample import great_circle, uses_loop, usual_batch, usual_precision
 from ds.solvers import DDIM
 from tests.nets.test_unet import build, relative_rms
@@ -301,3 +303,17 @@ def test_another_name_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"a\.bmp: the name must end in one of \.png, \.gif"):
         save(IMAGES, tmp_path / "new" / "a.bmp")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": False}, {"precision": "bfloat16"}], ids=repr)
+def test_a_sampler_is_pickled_as_its_model_and_options(options):
+    """And so drawn from by the workers of a loader, to the same bits."""
+    model = ds.Student(UNetConfig(
+        image_size=8, in_channels=1, channels=8, channel_mult=(1,), num_res_blocks=1,
+        attention_resolutions=(), norm_groups=4,
+    ).build().eval(), ds.methods.DenoisingStudent())  # fmt: skip
+    sampler = ds.Sampler(model, batch_size=3, **options)
+    again = pickle.loads(pickle.dumps(sampler))
+    assert (again.batch_size, again.precision) == (3, sampler.precision)
+    assert type(again.model.net) is type(sampler.model.net)
+    assert torch.equal(again(0, range(5)), sampler(0, range(5)))

@@ -16,6 +16,7 @@ from ds.verbs.demo import Demo
 from ds.verbs.distill import Distill
 from ds.verbs.doctor import Doctor
 from ds.verbs.evaluate import Evaluate
+from ds.verbs.options import say
 from ds.verbs.pairs import MakePairs, PairsExport, PairsInfo, PairsVerify
 from ds.verbs.sample import Sample
 from ds.verbs.teach import Teach
@@ -49,7 +50,7 @@ def run(verb: str, args: list[str]) -> None:
     else:
         task = _parse(PLAIN[verb], args, f"dstudent {verb}")
     if dry:
-        print(json.dumps(to_json(task), indent=2))
+        say(json.dumps(to_json(task), indent=2))
     task.refuse_idle(given)
     task.run(dry=dry)
 

@@ -59,6 +59,7 @@ class Distill(Verb):
     solve: SolveConfig
     method: DenoisingStudent
     train: TrainConfig
+    check_store: bool = True  # hash every shard when it is first read
     online: bool = False  # keep the held-out pairs only; make the others while training
     reuse: int = 4  # epochs that an online pair serves
     pool: int = 64  # batches of online pairs that are made, and kept, at a time
@@ -166,7 +167,7 @@ class Distill(Verb):
         self, teacher: Teacher, device: torch.device, judge: Callable[[nn.Module], Any] | None
     ) -> Trainer:
         """Return the run on the pairs of the finished store."""
-        store = PairStore(self.store)
+        store = PairStore(self.store, check=self.check_store)
         if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"

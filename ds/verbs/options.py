@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from ds.files import redacted
 from ds.presets import Machine, SolveConfig
 from ds.ranks import is_first, joined
 from ds.train import TrainConfig
@@ -88,5 +89,5 @@ def watched() -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line, at once."""
-    print(line, flush=True)
+    """Print a line, at once, without the secrets of its URLs."""
+    print(redacted(line), flush=True)
