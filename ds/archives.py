@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds.config import difference
+from ds.config import Count, difference, require
 from ds.files import locked, present, read_sealed, replacing, sealed, write_json
 from ds.pairs import PairStore
 
@@ -46,7 +46,11 @@ def export(
     Called again after an interruption, it writes those that are missing. Raises ValueError for
     another form, or a directory that holds the archives of something else.
     """
-    check(form, per_archive)
+    if form not in get_args(Form):
+        raise ValueError(
+            f"export: the form must be one of {', '.join(get_args(Form))}, not {form!r}"
+        )
+    require("export", Count, per_archive=per_archive)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -60,16 +64,6 @@ def export(
                 with replacing(path) as temporary:
                     write(store, rows, temporary)
     return paths
-
-
-def check(form: str, per_archive: int) -> None:
-    """Raise ValueError for a form that there is not, or archives of less than a pair."""
-    if form not in get_args(Form):
-        raise ValueError(
-            f"export: the form must be one of {', '.join(get_args(Form))}, not {form!r}"
-        )
-    if per_archive < 1:
-        raise ValueError(f"export: per_archive must be at least 1, not {per_archive}")
 
 
 def _claim(out: Path, source: dict) -> None:

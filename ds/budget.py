@@ -1,7 +1,11 @@
 """What work will cost, said before it starts: time from a short measurement, disk, money."""
 
+import math
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 
 def seconds_each(work: Callable[[int], None], most: int) -> float:
@@ -21,6 +25,61 @@ def seconds_each(work: Callable[[int], None], most: int) -> float:
         if n >= most or shortest > 0.2:
             return shortest / n
         n = min(4 * n, most)
+
+
+def free_memory(device: Any = "cpu") -> float:
+    """Return the bytes of memory that this process can still have on a device, as far as is known.
+
+    On a CPU that is what the machine has available, the group of processes may have
+    (memory.max of cgroups), and the limit on the process's own addresses leaves.
+    """
+    if str(device).startswith("cuda"):
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = [_available(), _group()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = _number("/proc/self/statm")
+        free.append(max(0.0, limit - pages * resource.getpagesize()))
+    return min(free)
+
+
+def check_memory(what: str, needed: float, device: Any = "cpu") -> None:
+    """Raise ValueError for what needs more memory than there is, before it is asked for."""
+    if needed > (free := free_memory(device)):
+        raise ValueError(
+            f"{what} needs {size(needed)} of memory or more, {size(free)} are free on {device}; "
+            f"ask for less"
+        )
+
+
+def _available() -> float:
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    return math.inf
+
+
+def _group() -> float:
+    folder = "/sys/fs/cgroup"
+    cached = (line.split() for line in _lines(f"{folder}/memory.stat"))
+    given_back = sum(int(n) for name, n in cached if name in ("inactive_file", "active_file"))
+    limit = _number(f"{folder}/memory.max", math.inf)
+    return limit - _number(f"{folder}/memory.current") + given_back
+
+
+def _number(file: str, otherwise: float = 0.0) -> float:
+    words = " ".join(_lines(file)).split()
+    return float(words[0]) if words and words[0].isdecimal() else otherwise
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().splitlines()
+    except OSError:  # another system, or one without groups
+        return []
 
 
 def size(count: float) -> str:

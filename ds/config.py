@@ -74,37 +74,56 @@ def difference(a: Any, b: Any, at: str = "") -> str | None:
 
 
 class Between(NamedTuple):
-    """Annotates a number with its bounds, or a list or text with those of its length."""
+    """Annotates a number with its bounds, or a list or text with those of its length.
+
+    A bound belongs to it but at a round bracket of `ends`.
+    """
 
     least: float
     most: float = math.inf
+    ends: str = "[]"
 
     def accepts(self, value: Any) -> bool:
-        return (
-            self.least
-            <= (len(value) if isinstance(value, list | tuple | str) else value)
-            <= self.most
-        )
+        size = _size(value)
+        above = self.least < size if self.ends[0] == "(" else self.least <= size
+        return above and (size < self.most if self.ends[1] == ")" else size <= self.most)
 
-    def __str__(self) -> str:
-        return f"at least {self.least}" + (
-            f" and at most {self.most}" if self.most < math.inf else ""
-        )
+    def words(self, value: Any) -> str:
+        """Say which bound a value is beyond."""
+        if _size(value) > self.least:
+            return f"{'below' if self.ends[1] == ')' else 'at most'} {_bound(self.most)}"
+        return f"{'above' if self.ends[0] == '(' else 'at least'} {_bound(self.least)}"
+
+
+def _size(value: Any) -> float:
+    return len(value) if isinstance(value, list | tuple | str) else value
+
+
+def _bound(bound: float) -> str:
+    return f"{bound:.3g}" if isinstance(bound, float) else str(bound)
 
 
 class Matching(NamedTuple):
     """Annotates text with the pattern all of it has, and the words for it."""
 
     pattern: str
-    words: str
+    form: str
 
     def accepts(self, value: str) -> bool:
         return re.fullmatch(self.pattern, value) is not None
 
-    def __str__(self) -> str:
-        return self.words
+    def words(self, _: Any) -> str:
+        """Say what text has to be."""
+        return self.form
 
 
+# The bounds are those of 64-bit numbers, and of float32, in which such numbers end up.
+Count = Annotated[int, Between(1, 2**63 - 1)]
+Natural = Annotated[int, Between(0, 2**63 - 1)]
+Seed = Annotated[int, Between(0, 2**64 - 1)]
+Positive = Annotated[float, Between(0, 3.4e38, "(]")]
+NotNegative = Annotated[float, Between(0, 3.4e38)]
+Share = Annotated[float, Between(0, 1, "[)")]
 Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 # Of a file in a directory: no path leads elsewhere by it.
 FileName = Annotated[str, Matching(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", "a plain file name")]
@@ -121,6 +140,23 @@ def checked(data: Any, kind: Any, where: Any) -> Any:
     return data
 
 
+def check(config: Any, at: str = "") -> None:
+    """Raise ValueError for a field of a dataclass that is not of its type, or out of its bounds.
+
+    `at` goes before the field's name.
+    """
+    for name, kind in _hints(type(config)).items():
+        if found := mismatch(getattr(config, name), kind, f"{at}{name}"):
+            raise ValueError(found)
+
+
+def require(where: str, kind: Any, **values: Any) -> None:
+    """Raise ValueError for an argument that is not of a type, or out of its bounds."""
+    for name, value in values.items():
+        if found := mismatch(value, kind, name):
+            raise ValueError(f"{where}: {found}")
+
+
 def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     """Say where a value is not of a type, as "path must be a number, not 'x'"; None if it is.
 
@@ -134,11 +170,15 @@ def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     if origin is Annotated:
         broken = (rule for rule in args[1:] if isinstance(rule, Between | Matching))
         return mismatch(value, args[0], at) or next(
-            (_not(at, str(rule), value) for rule in broken if not rule.accepts(value)), None
+            (_not(at, rule.words(value), value) for rule in broken if not rule.accepts(value)), None
         )
     if origin in (Union, UnionType):
-        fits = any(mismatch(value, one, at) is None for one in args)
-        return None if fits else _not(at, _words(kind), value)
+        found = [mismatch(value, one, at) for one in args]
+        if None in found:
+            return None
+        plain = [get_origin(one) is Annotated and get_args(one)[0] for one in args]
+        near = (f for f, one in zip(found, plain, strict=True) if one and not mismatch(value, one))
+        return next(near, None) or _not(at, _words(kind), value)
     if origin is Literal:
         fits = any(type(value) is type(one) and value == one for one in args)
         return None if fits else _not(at, _words(kind), value)
@@ -188,7 +228,7 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, get_args(kind)))
     if get_origin(kind) is Annotated:
         base, *rules = get_args(kind)
-        return next((str(rule) for rule in rules if isinstance(rule, Matching)), _words(base))
+        return next((rule.form for rule in rules if isinstance(rule, Matching)), _words(base))
     plain = get_origin(kind) or kind
     return _WORDS.get(plain) or f"a {plain.__name__}"
 

@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ds import ops, ranks
+from ds.budget import check_memory
 from ds.checkpoint import fingerprint
-from ds.config import to_json
+from ds.config import Count, Natural, Seed, require, to_json
 from ds.pairs import PairStore, quantize
 from ds.philox import noise
 from ds.rows import as_indices
@@ -107,9 +109,11 @@ class Generated(AbstractSource):
         self, teacher: Teacher, rows: int, *, seed: int, first: int = 0, reuse: int = 1,
         batch_size: int | None = None, **options: Any,
     ):  # fmt: skip
-        for name, value in (("rows", rows), ("reuse", reuse)):
-            if value < 1:
-                raise ValueError(f"Generated: {name} must be at least 1, not {value}")
+        require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
+        require("Generated", Natural, first=first)
+        require("Generated", Seed, seed=seed)
+        kept = 1 if len(teacher.shape) == 3 else 4  # bytes; and once more while put together
+        check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows * prod(teacher.shape))
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
         self._sampler = Sampler(teacher, batch_size=batch_size, **options)
         self._quantizer = "round" if len(teacher.shape) == 3 else "float32"
@@ -191,8 +195,7 @@ def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
 
 def check_rows(rows: int, batch_size: int) -> None:
     """Raise ValueError for a batch that so many rows cannot fill."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    require("Batches", Count, batch_size=batch_size)
     if rows < batch_size:
         raise ValueError(f"batch_size ({batch_size}) exceeds the {rows} training rows")
 
@@ -218,6 +221,7 @@ class Batches:
         part: range | None = None,
     ):
         check_rows(len(source), batch_size)
+        require("Batches", Natural, seed=seed, window=window)
         self.source, self.batch_size, self.seed, self.window = source, batch_size, seed, window
         self.part = range(batch_size) if part is None else part
         self.per_epoch = len(source) // batch_size

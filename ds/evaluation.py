@@ -6,7 +6,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor
 import ds
 from ds import checkpoint
 from ds.arrays import read_arrays
+from ds.budget import check_memory
+from ds.config import Between, Count, Seed, require
 from ds.data import Pairs, digits
 from ds.features import AbstractExtractor, Inception
 from ds.files import opened, sha256, whole, write_json
 from ds.images import Rounding
 from ds.metrics import (
+    NEAREST,
+    SPLITS,
     frechet_distance,
     frechet_distance_from_moments,
     inception_score,
@@ -65,8 +69,13 @@ def evaluate(
 
     The Frechet distance is called "fid" only on Inception features of 50,000 images or more, and
     "frechet_distance" otherwise. Raises ValueError for images that are not uint8 or of another
-    size, for n below 2, and for held-out pairs without a model.
+    size, for an n that a figure cannot be made of or the memory cannot hold, and for held-out pairs
+    without a model.
     """
+    model = not isinstance(images_or_model, Tensor)
+    check_count(n if model else len(images_or_model), reference, extractor)
+    require("evaluate", Count, batch_size=batch_size)
+    require("evaluate", Seed, seed=seed)
     if out is not None:  # what cannot be written is better known before the work
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     figures, protocol = {}, {"version": ds.__version__, "quantizer": rounding}
@@ -75,8 +84,6 @@ def evaluate(
             raise ValueError("evaluate: held_out pairs need a model, not images it has drawn")
         n, mine = len(images_or_model), images_or_model[_slice(len(images_or_model))]
     else:
-        if n < 2:
-            raise ValueError(f"evaluate: n must be at least 2, not {n}")
         sampler = Sampler(images_or_model, batch_size=batch_size)
         # What is done once is not part of the speed, and a wrong reference is found at once.
         _check_images(sampler(seed, range(min(n, batch_size))), reference)
@@ -101,6 +108,21 @@ def evaluate(
     if out is not None and is_first():
         write_json(Path(out), result)
     return result
+
+
+def check_count(n: int, reference: Tensor | Moments, extractor: AbstractExtractor) -> None:
+    """Raise ValueError for fewer images than every figure needs, or more than the memory holds."""
+    scored = type(extractor).logits is not AbstractExtractor.logits
+    least = SPLITS if scored else NEAREST + 1 if isinstance(reference, Tensor) else 2
+    require("evaluate", Annotated[int, Between(least, 2**63 - 1)], n=n)
+    if isinstance(reference, Tensor):
+        _check_images(reference, reference)
+        require("evaluate", Annotated[int, Between(least, 2**63 - 1)], reference=len(reference))
+        width, image = extractor(reference[:2]).shape[1], reference[0].numel()
+    else:
+        width, image = len(reference.mean), 1
+    # Images, once more while they are put together, and their features in float64.
+    check_memory(f"evaluate: {n} images", n * (2 * image + 8 * width))
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
@@ -241,7 +263,7 @@ def _pair_error(sampler: Sampler, pairs: Pairs) -> dict[str, float]:
 def _check_images(images: Tensor, reference: Tensor | Moments) -> None:
     if isinstance(reference, Moments):
         reference = images
-    for what, x in (("images", images), ("reference", reference)):
+    for what, x in (("reference", reference), ("images", images)):
         if x.dtype != torch.uint8 or x.dim() != 4:
             raise ValueError(
                 f"evaluate: {what} must be uint8 [N, H, W, C], not {x.dtype} {list(x.shape)}"

@@ -6,11 +6,16 @@ The 2021 implementation visits some small times of its quadratic grid more than 
 t to t changes nothing, so a grid here lists each time once: the same endpoint for fewer calls.
 """
 
+import math
+from typing import Annotated
+
 import numpy as np
 
-from ds.schedule import AbstractSchedule
+from ds.config import Between, require
+from ds.schedule import MOST, AbstractSchedule
 
 Grid = tuple[int, ...]
+Times = Annotated[int, Between(-math.inf, MOST)]  # before the rules of each grid
 
 
 def uniform(n: int, *, num_steps: int = 1000) -> Grid:
@@ -19,6 +24,7 @@ def uniform(n: int, *, num_steps: int = 1000) -> Grid:
     Raises ValueError unless 1 <= n <= num_steps. Where n does not divide num_steps the spacing is
     rounded down and the largest times stay unvisited. Song et al. 2020, arXiv:2010.02502, D.2.
     """
+    require("uniform", int, n=n, num_steps=num_steps)
     if not 1 <= n <= num_steps:
         raise ValueError(f"uniform: n must lie between 1 and {num_steps}, not {n}")
     spacing = num_steps // n
@@ -31,6 +37,7 @@ def quadratic(n: int, *, top: int = 800) -> Grid:
     quadratic(100) has 96 times, 800 down to 0. Raises ValueError unless n >= 2 and top >= 1.
     Song et al. 2020, arXiv:2010.02502, D.2; Luhman & Luhman 2021 for CIFAR-10 and CelebA.
     """
+    require("quadratic", Times, n=n, top=top)
     if n < 2 or top < 1:
         raise ValueError(f"quadratic: need n >= 2 and top >= 1, not n = {n} and top = {top}")
     times = {int(t) for t in np.linspace(0, np.sqrt(top), n) ** 2}
@@ -63,6 +70,7 @@ def karras(n: int, schedule: AbstractSchedule, *, top: int | None = None, rho: f
 def _lam(name: str, n: int, schedule: AbstractSchedule, top: int | None) -> np.ndarray:
     """Check the arguments of a grid; return lam of the times 0 to top."""
     top = schedule.num_steps - 1 if top is None else top
+    require(name, Times, n=n, top=top)
     if n < 2 or top < 1:
         raise ValueError(f"{name}: need n >= 2 and top >= 1, not n = {n} and top = {top}")
     schedule.check(top)

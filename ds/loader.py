@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ds.budget import check_memory
+from ds.config import Natural, require
 from ds.data import Batches
 
 Kind = Literal["auto", "memory_map", "dali", "resident"]
@@ -37,6 +39,12 @@ def load(
     installed, else the memory map, and the log says which. Raises ValueError for DALI where it
     cannot be imported.
     """
+    require("loader", Natural, start=start, prefetch=prefetch)
+    if kind not in get_args(Kind):
+        raise ValueError(f"loader must be one of {', '.join(get_args(Kind))}, not {kind!r}")
+    row = batches.source.read([0]).nbytes + 8  # with its index
+    waits = 500  # bytes of what waits for a step, at least
+    check_memory(f"loader: a prefetch of {prefetch}", prefetch * (waits + len(batches.part) * row))
     if kind == "auto":
         kind = _choose(batches, device)
     if kind == "resident":

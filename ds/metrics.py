@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SPLITS = 10  # of an Inception Score
+NEAREST = 3  # neighbours that a ball of precision and recall reaches to
 _BLOCK = 2048  # rows; one block of pairs in float64 is 32 MiB
 
 
@@ -81,7 +83,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     return float(within(x) + within(y) - 2 * across)
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
     """Return the mean and the standard deviation over splits of exp(E KL(p(y|x) | p(y))).
 
     logits is [N, K]; each split is a run of consecutive rows with its own marginal p(y).
@@ -138,7 +140,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
     return float((width @ gap.square()).mean().sqrt())
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+def precision_recall(real: Tensor, fake: Tensor, k: int = NEAREST) -> PrecisionRecall:
     """Return the improved precision and recall of fake [M, D] against real [N, D].
 
     A sample is covered by a set if it lies in the ball of one of its members, which reaches to

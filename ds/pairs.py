@@ -30,8 +30,19 @@ from tqdm import tqdm
 
 import ds
 from ds import budget
+from ds.budget import check_memory
 from ds.checkpoint import describe, fingerprint
-from ds.config import Between, Sha256, checked, difference, mismatch, to_json
+from ds.config import (
+    Between,
+    Count,
+    Seed,
+    Sha256,
+    checked,
+    difference,
+    mismatch,
+    require,
+    to_json,
+)
 from ds.files import Interrupted, deferred_signals, sealed, unsealed
 from ds.images import to_float, to_uint8
 from ds.philox import noise
@@ -43,6 +54,7 @@ from ds.sample import (
     Teacher,
     check_precision,
     device_of,
+    least_memory,
     uses_engine,
     uses_loop,
     usual_precision,
@@ -53,7 +65,6 @@ MANIFEST = "manifest.json"
 Quantizer = Literal["round", "floor", "float16", "float32"]
 IMAGES = ("round", "floor")  # the quantizers that make uint8
 MOST_SHARDS = 500_000  # whose hashes fit a manifest
-Whole = Annotated[int, Between(1)]
 
 
 class _Teacher(TypedDict):
@@ -82,12 +93,12 @@ class Manifest(_Later):
     solver: dict[str, Any]
     grid: Annotated[list[Annotated[int, Between(0)]], Between(1)]
     noise: Literal["philox4x32-10, Box-Muller"]
-    seed: Annotated[int, Between(0, 2**64 - 1)]
-    count: Whole
-    grown_from: list[Whole]
-    shape: Annotated[list[Whole], Between(1)]
+    seed: Seed
+    count: Count
+    grown_from: list[Count]
+    shape: Annotated[list[Count], Between(1)]
     quantizer: Quantizer
-    shard_size: Whole
+    shard_size: Count
 
 
 log = logging.getLogger("ds")
@@ -146,7 +157,18 @@ def prepare(
     shard_size: int, quantizer: Quantizer, precision: Precision | None, engine: bool | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Raise what generate_pairs raises before its work, and write nothing; return the manifest."""
-    _check(count, batch_size, shard_size, quantizer, teacher.shape)
+    _check(count, seed, batch_size, shard_size, quantizer, engine, teacher.shape)
+    check_memory(  # as rows, as one array and as the bytes of a file
+        "generate_pairs: a shard",
+        3 * min(count, shard_size) * _bytes(teacher.shape, quantizer),
+    )
+    if batch_size is not None:
+        rows = min(batch_size, shard_size, count)
+        check_memory(
+            f"generate_pairs: a batch_size of {batch_size}",
+            rows * least_memory(teacher),
+            device_of(teacher.net),
+        )
     manifest = _manifest(teacher, count, seed, shard_size, quantizer)
     manifest |= _path(teacher, precision, engine)
     _check_manifest(manifest, "generate_pairs")
@@ -157,11 +179,13 @@ def prepare(
 
 
 def _check(
-    count: int, batch_size: int | None, shard_size: int, quantizer: str, shape: tuple[int, ...]
-) -> None:
-    for name, value in (("count", count), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"generate_pairs: {name} must be at least 1, not {value}")
+    count: int, seed: int, batch_size: int | None, shard_size: int, quantizer: str,
+    engine: bool | None, shape: tuple[int, ...],
+) -> None:  # fmt: skip
+    require("generate_pairs", Count, count=count, shard_size=shard_size)
+    require("generate_pairs", Count | None, batch_size=batch_size)
+    require("generate_pairs", Seed, seed=seed)
+    require("generate_pairs", bool | None, engine=engine)
     if quantizer not in get_args(Quantizer):
         raise ValueError(
             f"generate_pairs: quantizer must be one of {', '.join(get_args(Quantizer))}, "
@@ -409,6 +433,9 @@ class PairStore:
         A recomputed image may differ by one grey level where batching rounds differently. Raises
         ValueError naming the first shard or pair that is wrong.
         """
+        if teacher is not None:
+            most = Annotated[int, Between(1, len(self))]
+            require(f"{self._plan.place}", most, recompute=recompute)
         self._rows.verify()
         if teacher is None:
             return

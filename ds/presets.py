@@ -11,13 +11,16 @@ from typing import Annotated, Literal
 import torch
 
 from ds import grids
+from ds.config import Between, Count, Natural, Seed, check
 from ds.methods import Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.pairs import Quantizer
 from ds.sample import Precision
-from ds.schedule import AbstractSchedule
+from ds.schedule import MOST, AbstractSchedule
 from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
 from ds.train import TrainConfig
+
+THREADS = 16  # for each CPU, at most: more only wait, and too many end the process
 
 try:
     from tyro.conf import arg
@@ -31,7 +34,16 @@ class Machine:
     """Where to compute."""
 
     device: str = "auto"  # cuda where there is one, else cpu
-    threads: int = 0  # of the CPU; 0 leaves the choice to PyTorch
+    threads: Natural = 0  # of the CPU; 0 leaves the choice to PyTorch
+
+    def __post_init__(self):
+        check(self)
+        cpus = os.cpu_count() or 1
+        if self.threads > THREADS * cpus:
+            raise ValueError(
+                f"threads must be at most {THREADS} for each of the {cpus} CPUs here, "
+                f"not {self.threads}"
+            )
 
     def use(self) -> torch.device:
         """Set the number of threads of this process; return the device, ValueError if unusable."""
@@ -56,8 +68,13 @@ class SolveConfig:
         "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc"
     ] = "ddim"  # fmt: skip
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
-    steps: int = 100
-    top: int = 800  # the largest time of a grid; a uniform one has its own
+    steps: Annotated[int, Between(1, MOST)] = 100
+    top: Annotated[int, Between(1, MOST - 1)] = (
+        800  # the largest time of a grid; a uniform one has its own
+    )
+
+    def __post_init__(self):
+        check(self, "solve.")
 
     def build(self, schedule: AbstractSchedule) -> tuple[AbstractSolver, grids.Grid]:
         """Return the solver and the grid for a schedule; ValueError for a grid it cannot have."""
@@ -87,15 +104,18 @@ SOLVERS: dict[str, AbstractSolver] = {
 class PairsConfig:
     """How many pairs to train on, how many more to hold out, how to make and to keep them."""
 
-    count: int = 1_024_000
-    held_out: Annotated[int, arg(aliases=["--held-out"])] = 51_200
-    seed: int = 0
-    batch_size: int | None = None  # None: 256, on GPUs what keeps all of one busy
-    shard_size: int = 16_384
+    count: Count = 1_024_000
+    held_out: Annotated[Count, arg(aliases=["--held-out"])] = 51_200
+    seed: Seed = 0
+    batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
+    shard_size: Count = 16_384
     quantizer: Quantizer = "round"
     # None: bfloat16 on GPUs, float32 on CPUs
     precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
     engine: bool | None = None  # run the teacher through ds.engine; None: GPUs, and float32 on CPUs
+
+    def __post_init__(self):
+        check(self, "pairs.")
 
 
 @dataclass(frozen=True, kw_only=True)

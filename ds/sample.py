@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ds import checkpoint
-from ds.budget import seconds_each
-from ds.config import to_json
+from ds.budget import check_memory, seconds_each
+from ds.config import Count, Natural, Seed, require, to_json
 from ds.denoiser import Denoiser
 from ds.engine import Engine, Loop, Place, Plan, Recurrence, times
 from ds.grids import Grid
@@ -214,6 +215,26 @@ def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
     return precision == "fp8" or not narrow
 
 
+def count(indices: Sequence[int]) -> int:
+    """Return how many indices there are; a range may have more than len() can say."""
+    if isinstance(indices, range):
+        return max(0, -((indices.start - indices.stop) // indices.step))
+    return len(indices)
+
+
+def least_memory(model: Teacher | Student) -> int:
+    """Return bytes that sampling takes for each image at least, whatever runs the network.
+
+    A state, its noise prediction and its x0 are float32. The last block of a U-Net reads two maps
+    of its first width, of 2 bytes a number or more, and writes one.
+    """
+    state = 3 * 4 * math.prod(model.shape)
+    if not isinstance(model.net, UNet):
+        return state
+    c = model.net.config
+    return state + 3 * 2 * c.channels * c.channel_mult[0] * c.image_size**2
+
+
 def usual_batch(model: Teacher | Student) -> int:
     """Return how many images a Sampler takes at a time unless it is told otherwise.
 
@@ -301,9 +322,9 @@ class Sampler:
 
     .. end
 
-    Raises ValueError for a batch_size below 1, for compile and engine at once, for tf32 without
-    CUDA, for fp8 without an engine or unless the gate is open, and for a loop without an engine or
-    of a model that is no ds.engine.Recurrence.
+    Raises ValueError for a batch_size below 1 or beyond the memory, for compile and engine at once,
+    for tf32 without CUDA, for fp8 without an engine or unless the gate is open, and for a loop
+    without an engine or of a model that is no ds.engine.Recurrence.
     """
 
     def __init__(
@@ -320,8 +341,7 @@ class Sampler:
         tune: bool = False,
         latency: bool = False,
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"Sampler: batch_size must be at least 1, not {batch_size}")
+        require("Sampler", Count | None, batch_size=batch_size)
         if compile and (engine or latency):
             raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
         model.net.to(device=device, dtype=dtype)
@@ -332,6 +352,11 @@ class Sampler:
             Sampler, model, batch_size=self.batch_size, precision=self.precision, compile=compile,
             engine=engine, loop=loop, tune=tune, latency=latency,
         )  # fmt: skip
+        check_memory(
+            f"Sampler: a batch_size of {self.batch_size}",
+            self.batch_size * least_memory(model),
+            self.device,
+        )
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
         usual = engine is None and not compile and uses_engine(model.net, self.precision)
         check_precision(self.precision, self.device, engine or usual)
@@ -385,19 +410,26 @@ class Sampler:
 
         Raises ValueError for a model whose samples are no images.
         """
+        require("Sampler", Seed, seed=seed)
+        self._check_images(count(indices))
         return self._images(self.batches(seed, indices), rounding)
 
     def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
         """Return the images of given noise [N, *shape], as a call does."""
+        self._check_images(len(z))
         parts = (part.to(self.device) for part in z.split(self.batch_size))
         return self._images(map(self.sample, parts), rounding)
 
-    def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
+    def _check_images(self, number: int) -> None:
         if len(self.model.shape) != 3:
             raise ValueError(
                 f"Sampler: samples of shape {list(self.model.shape)} are no images [C, H, W]; "
                 f"use `batches`"
             )
+        # All of them, and once more while they are put together.
+        check_memory(f"Sampler: {number} images", 2 * number * math.prod(self.model.shape))
+
+    def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
         c, h, w = self.model.shape
         empty = torch.empty(0, h, w, c, dtype=torch.uint8)
         return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in batches)])
@@ -503,6 +535,9 @@ def great_circle(z: Tensor, between: int) -> Tensor:
     leave the shell on which normal noise lies. Shoemake 1985, "Animating rotation with quaternion
     curves", section 3.3.
     """
+    require("great_circle", Natural, between=between)
+    # Each in float64 and, put together, once more.
+    check_memory("great_circle: a path", 2 * 8 * (len(z) - 1) * (between + 1) * z[0].numel())
     share = torch.linspace(0, 1, between + 2, dtype=torch.float64)[:-1]
     share = share.reshape(-1, *[1] * (z.dim() - 1))
     path = []

@@ -9,11 +9,15 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ds.config import Between, Positive, check
+
 DATA = -1
+MOST = 1_000_000  # indices that a schedule may have: known ones have 50 to 4,000
 
 
 class AbstractSchedule(ABC):
@@ -60,13 +64,12 @@ class AbstractSchedule(ABC):
 class LinearBeta(AbstractSchedule):
     """Betas on a straight line, as in DDPM. Ho et al. 2020, arXiv:2006.11239, section 4."""
 
-    num_steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    num_steps: Annotated[int, Between(1, MOST)] = 1000
+    beta_start: Positive = 1e-4
+    beta_end: Positive = 0.02
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"LinearBeta: num_steps must be at least 1, not {self.num_steps}")
+        check(self, "LinearBeta: ")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"LinearBeta: need 0 < beta_start <= beta_end < 1, not {self.beta_start} and "

@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -25,7 +26,19 @@ from tqdm import tqdm
 from ds import loader as loaders
 from ds import optim, posthoc, ranks, shard
 from ds.checkpoint import check_finite, fingerprint
-from ds.config import Sha256, checked, difference, to_json
+from ds.config import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Sha256,
+    Share,
+    check,
+    checked,
+    difference,
+    require,
+    to_json,
+)
 from ds.data import AbstractSource, Batch, Batches
 from ds.denoiser import Denoiser
 from ds.files import (
@@ -76,37 +89,31 @@ class TrainConfig:
     and `recompute_norms`; whatever else is changed makes another run.
     """
 
-    batch_size: int = 512
-    epochs: float = 25
-    lr: float = 2e-4
-    warmup_steps: int = 5000
+    batch_size: Count = 512
+    epochs: Positive = 25
+    lr: Positive = 2e-4
+    warmup_steps: Natural = 5000
     decay: Literal["none", "cosine"] = "none"  # what follows the warm-up
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Positive = 1e-8
     optimizer: optim.Kind = "adam"
-    weight_decay: float = 0.0
-    max_norm: float = 0.0  # that gradients are scaled down to; 0 leaves them as they are
-    ema_decay: float = 0.995
-    ema_gamma: float = 0.0  # above 0: average over a share of the run instead, by a power function
-    snapshot_every: int = 0  # steps; above 0: keep what ds.post_hoc_ema makes other averages of
-    shuffle_window: int = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
+    weight_decay: NotNegative = 0.0
+    max_norm: NotNegative = 0.0  # that gradients are scaled down to; 0 leaves them as they are
+    ema_decay: Share = 0.995
+    ema_gamma: NotNegative = (
+        0.0  # above 0: average over a share of the run instead, by a power function
+    )
+    snapshot_every: Natural = 0  # steps; above 0: keep what ds.post_hoc_ema makes other averages of
+    shuffle_window: Natural = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
     # auto: bfloat16 on GPUs that multiply in it, else float32
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     recompute_norms: bool = False  # in backward: less memory, the same bits
-    log_every: int = 50  # steps
-    check_every: int = 2000  # steps
-    seed: int = 0
+    log_every: Count = 50  # steps
+    check_every: Count = 2000  # steps
+    seed: Natural = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "lr", "log_every", "check_every"):
-            if not 0 < getattr(self, name) < math.inf:  # which refuses NaN as well
-                raise ValueError(f"train.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_norm", "ema_gamma", "snapshot_every",
-                     "shuffle_window"):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must lie in [0, 1), not {self.ema_decay}")
+        check(self, "train.")
 
     def on(self, device: torch.device) -> "TrainConfig":
         """Return the same with what a device makes of "auto"."""
@@ -117,7 +124,6 @@ class TrainConfig:
 
 
 PAYS = 5000  # steps of a run on a GPU that save what compiling takes, a minute or two: not measured
-_LEAST = {"prefetch": 0, "accumulate": 1, "evaluate_every": 0, "stall_minutes": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,23 +131,23 @@ class Runtime:
     """How it is run, which moves results by rounding at most: a run may go on with another one."""
 
     loader: loaders.Kind = "auto"
-    prefetch: int = 2  # steps read ahead
-    accumulate: int = 1  # parts of a step's batch, one after the other, for want of memory
+    prefetch: Natural = 2  # steps read ahead
+    accumulate: Count = 1  # parts of a step's batch, one after the other, for want of memory
     # auto: yes for a U-Net on a GPU, where the run is long enough to pay for it
     compile: Literal["auto", "no", "yes", "cuda_graphs"] = "auto"
     compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
     shard: bool = False  # a part of every weight, and of what belongs to it, for each process
-    evaluate_every: int = 0  # steps, after which the average's images are compared with real ones
-    stall_minutes: float = 0.0  # without a step, after which the process ends; 0 waits for ever
+    evaluate_every: Natural = (
+        0  # steps, after which the average's images are compared with real ones
+    )
+    stall_minutes: NotNegative = (
+        0.0  # without a step, after which the process ends; 0 waits for ever
+    )
     wandb: str = ""  # a project of Weights & Biases
 
     def __post_init__(self):
-        for name, least in _LEAST.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"runtime.{name} must be at least {least}, not {getattr(self, name)}"
-                )
+        check(self, "runtime.")
         if self.compile == "cuda_graphs" and self.shard:
             raise ValueError(
                 "runtime.compile must be no or yes with runtime.shard, not cuda_graphs: a graph "
@@ -218,6 +224,7 @@ class Trainer:
             part=ranks.share(config.batch_size),
         )  # fmt: skip
         self.steps = max(1, round(config.epochs * self.batches.per_epoch))
+        require("train.epochs", Natural, indices=self.steps * config.batch_size)
         self.shape = init.shape
         self.run = {
             "format": "denoising-student/run/1",
@@ -632,7 +639,8 @@ def _watchdog(minutes: float) -> Iterator[Callable[[], None]]:
         return
 
     def alive() -> None:
-        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+        seconds = min(60 * minutes, threading.TIMEOUT_MAX)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     alive()
     try:

@@ -194,7 +194,7 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
 @pytest.mark.parametrize("option", ["plan-noises", "pairs.batch-size"])
 def test_a_plan_without_noises_is_refused(home, capsys, option):
     line = refused(capsys, *pairs_of("--plan", f"--{option}", "0"))
-    assert f"{option} must be at least 1, not 0" in line
+    assert f"{option.replace('-', '_')} must be at least 1, not 0 (see `dstudent pairs" in line
 
 
 def test_another_solver_makes_pairs_and_its_calls_are_counted(home):
@@ -566,7 +566,7 @@ def test_a_flipped_byte_in_a_store_is_found_by_verify(home, capsys):
     data[-7] ^= 4
     file.write_bytes(data)
     line = refused(capsys, "pairs", "verify", "pairs")
-    assert "images-00001.npy: wrong checksum; delete this file" in line
+    assert "images-00001.npy: wrong checksum; delete it" in line
 
 
 def test_a_store_is_verified_with_the_teacher_that_made_it(home, capsys):

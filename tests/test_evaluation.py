@@ -112,7 +112,7 @@ def test_images_that_cannot_be_compared_are_refused(images, reference, message):
 
 @pytest.mark.parametrize("n", [-1, 0, 1])
 def test_too_few_images_to_draw_are_refused(n):
-    with pytest.raises(ValueError, match=f"n must be at least 2, not {n}"):
+    with pytest.raises(ValueError, match=f"n must be at least 4, not {n}"):
         evaluate(TEACHER, REFERENCE, Pixels(), n=n)
 
 

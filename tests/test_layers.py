@@ -13,9 +13,9 @@ import ds
 ROOT = Path(ds.__file__).parent
 # A file imports from rows above its own, a folder also from itself. The command line is one thing.
 ROWS = [
-    ["kernels"],
+    ["budget", "config", "kernels"],
     ["ops"],
-    ["apex", "budget", "config", "files", "metrics", "philox", "ranks", "schedule"],
+    ["apex", "files", "metrics", "philox", "ranks", "schedule"],
     ["arrays"],
     ["grids", "images", "nets", "places"],
     ["denoiser", "engine", "resume", "rows", "shard"],

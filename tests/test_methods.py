@@ -240,7 +240,7 @@ def test_denoising_student_refuses_a_time_that_the_schedule_lacks(t):
 
 @pytest.mark.parametrize("t", [-1, -2])
 def test_denoising_student_refuses_a_time_that_is_none_of_noise(t):
-    with pytest.raises(ValueError, match=f"t must be an index of noise, not {t}"):
+    with pytest.raises(ValueError, match=f"t must be at least 0, not {t}"):
         DenoisingStudent(t=t)
 
 

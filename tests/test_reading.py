@@ -214,8 +214,8 @@ MISMATCHES = {
     "rest must be fields by name, not 1": {"rest": 1},
     "note must be text or null, not 1": {"note": 1},
     "'more' is no field of it": {"more": 1},
-    "hashes[0] must be a SHA-256 in hexadecimal or null, not 'x'": {"hashes": ["x"]},
-    "hashes[0] must be a SHA-256 in hexadecimal or null, not 'ABCD": {"hashes": ["ABCD" * 16]},
+    "hashes[0] must be a SHA-256 in hexadecimal, not 'x'": {"hashes": ["x"]},
+    "hashes[0] must be a SHA-256 in hexadecimal, not 'ABCD": {"hashes": ["ABCD" * 16]},
 }
 
 

@@ -73,7 +73,7 @@ def test_gather_refuses_a_time_beyond_the_last():
     ("arguments", "message"),
     [
         ((0,), "num_steps must be at least 1, not 0"),
-        ((10, 0.0, 0.02), "0 < beta_start"),
+        ((10, 0.0, 0.02), "beta_start must be above 0, not 0.0"),
         ((10, 0.02, 0.01), "beta_start <= beta_end"),
         ((10, 0.01, 1.0), "beta_end < 1"),
         ((10, math.nan, 0.02), "not nan"),

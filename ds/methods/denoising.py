@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ds import grids
+from ds.config import check
 from ds.denoiser import Denoiser, Prediction
 from ds.methods.base import AbstractMethod
 from ds.philox import uniform
@@ -28,6 +29,9 @@ class Denoising(AbstractMethod):
 
     schedule: LinearBeta = field(default_factory=LinearBeta)
     prediction: Prediction = "eps"
+
+    def __post_init__(self):
+        check(self, "Denoising: ")
 
     def init(self, teacher: Denoiser) -> nn.ModuleDict:
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})

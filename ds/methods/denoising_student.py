@@ -2,13 +2,15 @@
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ds.config import Between, check
 from ds.denoiser import Denoiser
 from ds.methods.base import AbstractMethod
+from ds.schedule import MOST
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class DenoisingStudent(AbstractMethod):
     feeds: ClassVar = "pairs"
 
     loss_type: Literal["l1", "l2"] = "l2"
-    t: int = 999  # the last index of the schedule, which the teacher itself may never visit
+    t: Annotated[int, Between(0, MOST - 1)] = (
+        999  # the last index of the schedule, which the teacher itself may never visit
+    )
 
     def __post_init__(self):
-        if self.t < 0:
-            raise ValueError(f"DenoisingStudent: t must be an index of noise, not {self.t}")
+        check(self, "DenoisingStudent: ")
 
     def init(self, teacher: Denoiser) -> nn.ModuleDict:
         teacher.schedule.check(self.t)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds import ops
+from ds.budget import check_memory
+from ds.config import Between, Count, Natural, Positive, Share, check
 from ds.nets.base import AbstractNetConfig
 
 
@@ -23,20 +25,27 @@ from ds.nets.base import AbstractNetConfig
 class UNetConfig(AbstractNetConfig):
     """The shape of a U-Net: channels * channel_mult[i] channels at the size image_size / 2**i."""
 
-    image_size: int = 32
-    in_channels: int = 3
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
+    image_size: Count = 32
+    in_channels: Count = 3
+    channels: Natural = 128
+    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
+    num_res_blocks: Annotated[int, Between(1, 256)] = 2  # of a level; known networks have 1 to 6
     attention_resolutions: tuple[int, ...] = (16,)
     conv_shortcut: bool = False  # 3x3 instead of 1x1 where a block changes the channels
-    dropout: float = 0.0
-    norm_groups: int = 32
-    norm_eps: float = 1e-6  # the 2021 files were made with 1e-3
+    dropout: Share = 0.0
+    norm_groups: Count = 32
+    norm_eps: Positive = 1e-6  # the 2021 files were made with 1e-3
 
     def build(self) -> "UNet":
-        """Make the network with freshly drawn weights."""
+        """Make the network with freshly drawn weights; ValueError where they cannot fit here."""
+        least = 4 * max(self._least_weights(), self.in_channels * self.image_size**2)
+        check_memory(f"a U-Net of {self.channels} x {self.channel_mult} channels", least)
         return UNet(self)
+
+    def _least_weights(self) -> int:
+        """Return how many weights the 3x3 convolutions have at least, without making one."""
+        blocks = 18 * (2 * self.num_res_blocks + 1)
+        return blocks * sum((self.channels * mult) ** 2 for mult in self.channel_mult)
 
     @property
     def temb_channels(self) -> int:
@@ -44,24 +53,13 @@ class UNetConfig(AbstractNetConfig):
         return 4 * self.channels
 
     def __post_init__(self):
-        for name in ("image_size", "in_channels", "num_res_blocks", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"UNetConfig: {name} must be at least 1, not {getattr(self, name)}"
-                )
+        check(self, "UNetConfig: ")
         if self.channels < 4 or self.channels % 2:  # half sines, half cosines, two of each or more
             raise ValueError(
                 f"UNetConfig: channels must be even and 4 or more, not {self.channels}"
             )
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(
-                f"UNetConfig: channel_mult needs one level or more, each at least 1, "
-                f"not {self.channel_mult}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"UNetConfig: dropout must lie in [0, 1), not {self.dropout}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"UNetConfig: norm_eps must be above 0, not {self.norm_eps}")
+        if not self.channel_mult:
+            raise ValueError("UNetConfig: channel_mult needs one level or more, not ()")
         halvings = 2 ** (len(self.channel_mult) - 1)
         if self.image_size % halvings:
             raise ValueError(

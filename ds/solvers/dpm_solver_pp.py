@@ -14,6 +14,7 @@ from math import expm1
 
 from torch import Tensor
 
+from ds.config import check
 from ds.denoiser import Denoiser
 from ds.schedule import DATA, AbstractSchedule
 from ds.solvers.base import AbstractSolver
@@ -115,5 +116,6 @@ def _from_start(schedule: AbstractSchedule, x: Tensor, s: int, history: History)
 
 def check_order(solver: AbstractSolver, order: int) -> None:
     """Raise ValueError for an order that the solver does not have."""
+    check(solver, f"{type(solver).__name__}: ")
     if order not in (2, 3):
         raise ValueError(f"{type(solver).__name__}: the order must be 2 or 3, not {order!r}")

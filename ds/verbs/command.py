@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import logging
+import re
 import sys
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import tyro
@@ -16,7 +18,7 @@ from ds.verbs.demo import Demo
 from ds.verbs.distill import Distill
 from ds.verbs.doctor import Doctor
 from ds.verbs.evaluate import Evaluate
-from ds.verbs.options import say
+from ds.verbs.options import Verb, say
 from ds.verbs.pairs import MakePairs, PairsExport, PairsInfo, PairsVerify
 from ds.verbs.sample import Sample
 from ds.verbs.teach import Teach
@@ -40,19 +42,23 @@ def run(verb: str, args: list[str]) -> None:
     logging.getLogger("ds").setLevel(logging.INFO)
     dry = "--dry-run" in args
     args = [arg for arg in args if arg != "--dry-run"]
-    given = {_option(arg) for arg in args if arg.startswith("--")}
-    if verb == "pairs" and args and args[0] in OF_STORES:
-        task = _parse(OF_STORES[args[0]], args[1:], f"dstudent pairs {args[0]}")
-    elif verb in PER_PRESET:
-        name, args = _preset_name(verb, args)
-        default = PER_PRESET[verb].of(name, PRESETS[name]())
-        task = _parse(PER_PRESET[verb], args, f"dstudent {verb} {name}", default=default)
-    else:
-        task = _parse(PLAIN[verb], args, f"dstudent {verb}")
+    task = parse(verb, args)
     if dry:
         say(json.dumps(to_json(task), indent=2))
-    task.refuse_idle(given)
+    if given := {_option(arg) for arg in args if arg.startswith("--")}:
+        task.refuse_idle(given)
     task.run(dry=dry)
+
+
+def parse(verb: str, args: list[str]) -> Verb:
+    """Return a verb with its options."""
+    if verb == "pairs" and args and args[0] in OF_STORES:
+        return _parse(OF_STORES[args[0]], args[1:], f"dstudent pairs {args[0]}")
+    if verb in PER_PRESET:
+        name, args = _preset_name(verb, args)
+        default = PER_PRESET[verb].of(name, PRESETS[name]())
+        return _parse(PER_PRESET[verb], args, f"dstudent {verb} {name}", default=default)
+    return _parse(PLAIN[verb], args, f"dstudent {verb}")
 
 
 def _option(arg: str) -> str:
@@ -80,7 +86,13 @@ def _parse(task: Any, args: list[str], prog: str, **default: Any) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-    boxed = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-    rules = (i for i, line in enumerate(boxed) if line.startswith(("─", "For full helptext")))
-    reason = " ".join(boxed[: next(rules, None)]) or said.getvalue()
-    raise ValueError(f"{reason} (see `{prog} --help`)")
+    # A title, the reason, a rule and advice, in a box where the terminal can draw one.
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
+    lines = dropwhile(_is_rule, lines)
+    reason = " ".join(takewhile(lambda x: not _is_rule(x) and "full helptext" not in x, lines))
+    reason = re.sub(r"^Error parsing \w+: ", "", reason)
+    raise ValueError(f"{reason or said.getvalue()} (see `{prog} --help`)")
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─- ")

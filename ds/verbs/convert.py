@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ds import checkpoint, export
+from ds.config import Natural
 from ds.load import load
 from ds.nets.convert import to_diffusers
 from ds.sample import Student, Teacher
@@ -26,7 +27,7 @@ class Convert(Verb):
     source: Model
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
-    image_size: int = 0  # for a file that does not tell it
+    image_size: Natural = 0  # for a file that does not tell it
 
     def idle(self) -> dict[str, str]:
         tells = {"image-size": f"on {self.source}, which tells its own"}

@@ -13,7 +13,7 @@ from torch import nn
 import ds
 from ds import budget, doctor, pairs, ranks
 from ds.checkpoint import fingerprint
-from ds.config import from_json, to_json
+from ds.config import Count, from_json, to_json
 from ds.data import AbstractSource, Generated, Pairs, check_rows
 from ds.evaluation import evaluate, figures
 from ds.load import load_teacher
@@ -29,7 +29,6 @@ from ds.verbs.options import (
     Here,
     Price,
     Verb,
-    at_least,
     home_of,
     run_folder,
     say,
@@ -61,8 +60,8 @@ class Distill(Verb):
     train: TrainConfig
     check_store: bool = True  # hash every shard when it is first read
     online: bool = False  # keep the held-out pairs only; make the others while training
-    reuse: int = 4  # epochs that an online pair serves
-    pool: int = 64  # batches of online pairs that are made, and kept, at a time
+    reuse: Count = 4  # epochs that an online pair serves
+    pool: Count = 64  # batches of online pairs that are made, and kept, at a time
     price: Price = 0.0
     runtime: Runtime = field(default_factory=Runtime)
     judge: Judge = field(default_factory=Judge)  # of --runtime.evaluate-every
@@ -120,8 +119,6 @@ class Distill(Verb):
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
     def prepare(self) -> Callable[[], None]:
-        at_least(0, price=self.price)
-        at_least(1, held_out=self.pairs.held_out, reuse=self.reuse, pool=self.pool)
         device = self.machine.use()
         teacher = load_teacher(self.teacher)
         teacher.denoiser.schedule.check(self.method.t)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ds import doctor
+from ds.config import Count, Positive
 from ds.engine import Place, Plan
 from ds.presets import PRESETS
 from ds.verbs.options import Verb, say
@@ -18,11 +19,11 @@ class Doctor(Verb):
 
     json: bool = False  # for machines
     plan: str = ""  # a preset, whose network's plan is printed instead
-    images: int = 256  # of the plan
+    images: Count = 256  # of the plan
     device: str = "cpu"  # of the plan; it need not be here
-    multiprocessors: int = 132  # of a cuda device, as an H100 has them
-    tflops: float = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
-    gbs: float = 3350.0
+    multiprocessors: Count = 132  # of a cuda device, as an H100 has them
+    tflops: Positive = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
+    gbs: Positive = 3350.0
 
     def prepare(self) -> Callable[[], None]:
         if self.plan:
@@ -44,9 +45,6 @@ class Doctor(Verb):
     def _check_plan(self) -> None:
         if self.plan not in PRESETS:
             raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
-        for option in ("images", "multiprocessors", "tflops", "gbs"):
-            if not getattr(self, option) > 0:
-                raise ValueError(f"doctor: {option} must be above 0, not {getattr(self, option)}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
 

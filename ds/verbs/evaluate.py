@@ -12,8 +12,9 @@ import tyro
 from torch import Tensor
 
 from ds import checkpoint
+from ds.config import Count, Seed, check
 from ds.data import Pairs
-from ds.evaluation import Moments, evaluate, read_reference, record
+from ds.evaluation import Moments, check_count, evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.load import load
 from ds.pairs import PairStore
@@ -30,7 +31,10 @@ class Judge:
     reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
     extractor: Literal["digits", "pixels", "inception"] = "digits"
     inception_weights: Path | None = None
-    count: int = 4096  # images to draw
+    count: Count = 4096  # images to draw
+
+    def __post_init__(self):
+        check(self)
 
     def idle(self) -> dict[str, str]:
         """Return the options that have no effect, and why."""
@@ -39,9 +43,9 @@ class Judge:
 
     def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
         """Return the reference and the extractor; ValueError where they cannot be had."""
-        if self.count < 2:
-            raise ValueError(f"evaluate: count must be at least 2, not {self.count}")
-        return read_reference(self.reference), self._extractor(device)
+        reference, extractor = read_reference(self.reference), self._extractor(device)
+        check_count(self.count, reference, extractor)
+        return reference, extractor
 
     def _extractor(self, device: torch.device) -> AbstractExtractor:
         if self.extractor == "inception":
@@ -60,9 +64,9 @@ class Evaluate(Verb):
     model: Model
     judge: Annotated[Judge, tyro.conf.arg(name="")] = field(default_factory=Judge)
     store: str | None = None  # pairs whose first `held_out` the model is held against
-    held_out: int = 1024
-    seed: int = 1
-    batch_size: int = 256
+    held_out: Count = 1024
+    seed: Seed = 1
+    batch_size: Count = 256
     out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
     machine: Here = field(default_factory=Machine)
 

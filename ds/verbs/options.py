@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from ds.config import NotNegative, check
 from ds.files import redacted
 from ds.presets import Machine, SolveConfig
 from ds.ranks import is_first, joined
@@ -17,7 +18,7 @@ from ds.train import TrainConfig
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
-Price = Annotated[float, tyro.conf.arg(help="dollars an hour of all that runs; 0: not known")]
+Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour of all that runs; 0: not known")]
 log = logging.getLogger("ds")
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
 
@@ -26,6 +27,9 @@ class Verb(ABC):
     """What one verb does. Its fields are its options."""
 
     shared: ClassVar[bool] = False  # by the processes that torchrun starts
+
+    def __post_init__(self):
+        check(self)
 
     @abstractmethod
     def prepare(self) -> Callable[[], None]:
@@ -64,13 +68,6 @@ def solve_idle(solve: SolveConfig) -> dict[str, str]:
 def train_idle(train: TrainConfig) -> dict[str, str]:
     """Return what of a training's options has no effect."""
     return {"train.ema-decay": "with --train.ema-gamma"} if train.ema_gamma else {}
-
-
-def at_least(least: float, **values: float) -> None:
-    """Raise ValueError for an option below the least, or one that is no number."""
-    for option, value in values.items():
-        if not least <= value < float("inf"):
-            raise ValueError(f"{option} must be at least {least}, not {value}")
 
 
 def home_of(name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from ds import archives, pairs
-from ds.config import from_json
+from ds.config import Count, from_json
 from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.load import load_teacher
 from ds.pairs import PairStore, generate_pairs
@@ -19,7 +19,7 @@ from ds.places import place
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first
 from ds.sample import Sampler, Teacher
-from ds.verbs.options import Here, Price, Store, Verb, at_least, home_of, say, solve_idle, watched
+from ds.verbs.options import Here, Price, Store, Verb, home_of, say, solve_idle, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class MakePairs(Verb):
     pairs: PairsConfig
     solve: SolveConfig
     plan: bool = False  # make no pairs; measure how many network calls they need
-    plan_noises: int = 16  # to measure it on
+    plan_noises: Count = 16  # to measure it on
     price: Price = 0.0
     machine: Here = field(default_factory=Machine)
 
@@ -75,12 +75,6 @@ class MakePairs(Verb):
 
     def solver(self) -> Teacher:
         """Return the teacher with the solver that is asked for, on the device."""
-        at_least(0, price=self.price)
-        at_least(1, **{"plan-noises": self.plan_noises})
-        p = self.pairs
-        at_least(1, **{"pairs.count": p.count, "pairs.held_out": p.held_out})
-        if p.batch_size is not None:
-            at_least(1, **{"pairs.batch-size": p.batch_size})
         teacher = load_teacher(self.teacher, device=self.machine.use())
         solver, grid = self.solve.build(teacher.denoiser.schedule)
         return replace(teacher, solver=solver, grid=grid)
@@ -126,7 +120,7 @@ class PairsVerify(Verb):
 
     store: Store
     teacher: Path | None = None
-    recompute: int = 4  # pairs to make again, spread over the store
+    recompute: Count = 4  # pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
@@ -134,8 +128,6 @@ class PairsVerify(Verb):
         return alone if self.teacher is None else {}
 
     def prepare(self) -> Callable[[], None]:
-        if self.recompute < 1:
-            raise ValueError(f"pairs verify: recompute must be at least 1, not {self.recompute}")
         store, teacher = PairStore(self.store), None
         if self.teacher is not None:
             teacher = load_teacher(self.teacher, device=self.machine.use())
@@ -155,10 +147,9 @@ class PairsExport(Verb):
     store: Store
     out: Annotated[Path, tyro.conf.Positional]
     to: archives.Form = "webdataset"
-    per_archive: int = 4096
+    per_archive: Count = 4096
 
     def prepare(self) -> Callable[[], None]:
-        archives.check(self.to, self.per_archive)
         return partial(self._export, PairStore(self.store))
 
     def _export(self, store: PairStore) -> None:

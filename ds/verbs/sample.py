@@ -1,16 +1,46 @@
 """dstudent sample: images of a model."""
 
-from collections.abc import Callable
+from bisect import bisect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
+from math import prod
 from pathlib import Path
+from typing import Any
 
+from ds.budget import check_memory
+from ds.config import Count, Natural, Seed
 from ds.images import check_name, save
 from ds.load import load
 from ds.philox import noise
 from ds.presets import Machine
-from ds.sample import Precision, Sampler, great_circle
+from ds.sample import Precision, Sampler, count, great_circle
 from ds.verbs.options import Here, Model, Verb, say
+
+
+class Ranges(Sequence):
+    """Ranges of whole numbers, one after another, however long they are."""
+
+    def __init__(self, parts: Iterable[range]):
+        self.parts = [part for part in parts if part]
+        self.ends = [*accumulate(map(count, self.parts))]
+
+    @property
+    def count(self) -> int:
+        """How many there are, which may be more than len() can say."""
+        return self.ends[-1] if self.ends else 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(self.count))]
+        if not 0 <= at < self.count:
+            raise IndexError(at)
+        part = bisect(self.ends, at)
+        return self.parts[part][at - self.ends[part]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +53,11 @@ class Sample(Verb):
 
     model: Model
     out: Path = Path("samples.png")
-    seed: int = 0
+    seed: Seed = 0
     indices: str = "0-63"  # of the noise: numbers and ranges, such as 3,7,100-199
-    between: int = 0  # images on the way from each index to the next, along a great circle
-    scale: int = 0  # pixels of a picture for each of the image; 0 makes small images larger
-    batch_size: int | None = None  # None: 256, on GPUs what keeps all of one busy
+    between: Natural = 0  # images on the way from each index to the next, along a great circle
+    scale: Natural = 0  # pixels of a picture for each of the image; 0 makes small images larger
+    batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     machine: Here = field(default_factory=Machine)
 
@@ -37,16 +67,25 @@ class Sample(Verb):
 
     def prepare(self) -> Callable[[], None]:
         indices = _indices(self.indices)
-        if self.between < 0:
-            raise ValueError(f"sample: between must be at least 0, not {self.between}")
-        if self.between and len(indices) < 2:
+        if self.between and indices.count < 2:
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         check_name(self.out)
         model = load(self.model, device=self.machine.use())
+        self._check_size(indices.count, model.shape)
         sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
         return partial(self._draw, sampler, indices)
 
-    def _draw(self, sampler: Sampler, indices: list[int]) -> None:
+    def _check_size(self, count: int, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for more images than fit the memory, each pixel scaled."""
+        many = (count - 1) * (self.between + 1) + 1
+        if self.out.suffix in (".npy", ".npz"):
+            check_memory(f"sample: {many} images", 2 * many * prod(shape))
+        elif not self.out.suffix:  # a picture at a time
+            check_memory(f"sample: {many} images", (many + self.scale**2) * prod(shape))
+        else:
+            check_memory(f"sample: pictures of {many} images", many * self.scale**2 * prod(shape))
+
+    def _draw(self, sampler: Sampler, indices: Ranges) -> None:
         model = sampler.model
         if self.between:
             z = noise(self.seed, indices, model.shape)
@@ -58,14 +97,17 @@ class Sample(Verb):
         say(f"samples: {self.out}, {len(images)} images, {model.nfe} network calls each")
 
 
-def _indices(text: str) -> list[int]:
+def _indices(text: str) -> Ranges:
     """Read numbers and ranges: "3,7,100-199" has 102 of them."""
-    indices: list[int] = []
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"indices {text!r}: {part!r} is no number and no range such as 0-63")
-        indices += range(int(first), int(last or first) + 1)
-    if not indices:
+        if max(len(first), len(last)) > 20 or int(last or first) >= 2**64:
+            raise ValueError(f"indices {text!r}: {part!r} is beyond the 64 bits of an index")
+        ranges.append(range(int(first), int(last or first) + 1))
+    found = Ranges(ranges)
+    if not found.count:
         raise ValueError(f"indices {text!r} are none")
-    return indices
+    return found

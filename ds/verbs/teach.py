@@ -9,6 +9,7 @@ import torch
 
 import ds
 from ds import doctor
+from ds.config import Seed
 from ds.data import Images, digits
 from ds.methods import Denoising
 from ds.nets import UNetConfig
@@ -36,7 +37,7 @@ class Teach(Verb):
     method: Denoising
     train: TrainConfig
     solve: SolveConfig
-    seed: int = 0  # of the first weights
+    seed: Seed = 0  # of the first weights
     machine: Here = field(default_factory=Machine)
 
     @classmethod
