@@ -12,17 +12,19 @@ space of a store, which keeps no noise.
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ds import targets
 from ds.config import Count, difference, require
 from ds.files import locked, present, read_sealed, replacing, sealed, write_json
 from ds.pairs import PairStore
@@ -39,22 +41,20 @@ def export(
     form: Form = "webdataset",
     *,
     per_archive: int = 4096,
+    force: bool = False,
     progress: bool = False,
 ) -> list[Path]:
     """Write the archives 000000.tar (or .tfrecord), 000001.tar, ... of so many pairs each.
 
     Called again after an interruption, it writes those that are missing. Raises ValueError for
-    another form, or a directory that holds the archives of something else.
+    another form, for a place that cannot be written to, that overlaps with the store or holds
+    something else, and for archives of something else: with `force`, they give way.
     """
-    if form not in get_args(Form):
-        raise ValueError(
-            f"export: the form must be one of {', '.join(get_args(Form))}, not {form!r}"
-        )
-    require("export", Count, per_archive=per_archive)
+    about = check(store, out, form, per_archive, force=force)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        _claim(out, {"form": form, "store": store.sha256, "per_archive": per_archive})
+        _claim(out, about)
         starts = range(0, len(store), per_archive)
         suffix, write = _WRITERS[form]
         paths = [out / f"{number:06d}{suffix}" for number in range(len(starts))]
@@ -66,14 +66,52 @@ def export(
     return paths
 
 
-def _claim(out: Path, source: dict) -> None:
-    """Note in a directory what its archives are of, or check that it is this."""
-    if not present(out / SOURCE):
-        if any(file for suffix, _ in _WRITERS.values() for file in out.glob(f"*{suffix}")):
-            raise ValueError(f"{out}: has archives but no {SOURCE}; use another name")
-        write_json(out / SOURCE, sealed(source))
-    elif found := difference(read_sealed(out / SOURCE), source):
-        raise ValueError(f"{out}: holds archives of something else ({found}); use another name")
+def check(
+    store: PairStore, out: str | Path, form: Form, per_archive: int, *, force: bool = False
+) -> dict[str, Any]:
+    """Raise what `export` raises before its work; return what is noted of the archives."""
+    if form not in get_args(Form):
+        raise ValueError(
+            f"export: the form must be one of {', '.join(get_args(Form))}, not {form!r}"
+        )
+    require("export", Count, per_archive=per_archive)
+    about = {
+        "form": form, "store": store.sha256, "per_archive": per_archive,
+        "archives": -(-len(store) // per_archive),
+    }  # fmt: skip
+    where = targets.kept(out, "directory of archives", SOURCE, apart=[store.path])
+    if found := difference(_said(where) or about, about):
+        if not force:
+            raise ValueError(
+                f"{out}: holds archives of something else ({found}); use another name, or force "
+                f"(--force)"
+            )
+        targets.directory(out, "directory of archives", _ours, force=True)
+    return about
+
+
+def _said(folder: Path) -> dict[str, Any] | None:
+    """Return what a directory says of its archives, if it does."""
+    file = folder / SOURCE
+    return read_sealed(file) if present(file) else None
+
+
+def _ours(folder: Path) -> targets.Ours | None:
+    about = _said(folder) or {}
+    count, (suffix, _) = about.get("archives"), _WRITERS.get(about.get("form"), ("", None))
+    if not isinstance(count, int) or not suffix:
+        return None
+    return lambda name: name == SOURCE or targets.numbered(name, suffix, count)
+
+
+def _claim(out: Path, about: dict[str, Any]) -> None:
+    """Note in a directory what its archives are of, once those of something else are gone."""
+    if _said(out) == about:
+        return
+    ours = _ours(out) or (lambda name: False)
+    for name in filter(ours, {*os.listdir(out)} - {SOURCE}):
+        (out / name).unlink()
+    write_json(out / SOURCE, sealed(about))
 
 
 def _parts(rows: range) -> Iterator[range]:

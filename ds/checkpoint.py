@@ -6,26 +6,27 @@ Nothing in it can run code.
 """
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import ds
+from ds import targets
 from ds.config import Sha256, checked, from_json, to_json
 from ds.denoiser import Denoiser
 from ds.files import (
+    by_name,
     present,
     read_json,
     read_sealed,
     recover,
     regular,
-    replacing,
     replacing_directory,
     sealed,
     sha256,
@@ -37,6 +38,8 @@ from ds.nets.base import AbstractNetConfig
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+METRICS = "metrics.json"
+Card = Callable[[str, dict[str, Any]], str]  # the text for a name and a provenance
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,35 +57,98 @@ class _Config(TypedDict, total=False):
     grid: list[int]
     method: Any
     provenance: dict[str, Any]
+    card: Sha256
 
 
-def write(path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: str) -> None:
-    """Write a network with its configuration; an existing directory is replaced as a whole.
+def write(
+    path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: Card, *,
+    force: bool = False,
+) -> None:  # fmt: skip
+    """Write a network with its configuration and the card for a name and a provenance.
 
     Raises ValueError for a network that has no configuration in ds to rebuild it from, or with a
-    weight that is not finite.
+    weight that is not finite, and as `target` does. What the same run made before is written again;
+    notes of other verbs on the same weights stay.
     """
     weights = {name: w.detach().cpu().contiguous() for name, w in _state(net).items()}
     check_finite(weights, str(path))
-    with replacing_directory(Path(path)) as folder:
-        try:
-            save_file(weights, folder / WEIGHTS)
-        except SafetensorError as error:
-            raise RuntimeError(f"{path}: the weights could not be written ({error})") from None
-        head = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
-        net_config = to_json(rebuildable(net))
-        digest = sha256(folder / WEIGHTS)
-        about = {**head, "net": net_config, "sha256": digest, **config}
-        write_json(folder / CONFIG, sealed(about))
-        (folder / CARD).write_text(card)
+    head = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
+    head["net"] = to_json(rebuildable(net))
+    where, old = target(path, force=force, run=config["provenance"].get("run"))
+    old = [name for name in old if force or name != METRICS]
+    content = save(weights)
+    head["sha256"] = hashlib.sha256(content).hexdigest()
+    if old and not force and (before := _read_config(where))["sha256"] == head["sha256"]:
+        config = {**config, "provenance": before["provenance"] | config["provenance"]}
+    with replacing_directory(where, old) as folder:
+        (folder / WEIGHTS).write_bytes(content)
+        _describe(folder, {**head, **config}, card, where)
 
 
-def annotate(path: str | Path, provenance: dict[str, Any], card: str) -> None:
-    """Replace the provenance and the card of a directory, and nothing else in it."""
-    path = Path(path)
-    write_json(path / CONFIG, sealed({**_read_config(path), "provenance": provenance}))
-    with replacing(path / CARD) as temporary:
-        temporary.write_text(card)
+def target(
+    path: str | Path, *, force: bool = False, run: str | None = None, apart: targets.Inputs = ()
+) -> tuple[Path, list[str]]:
+    """Return where `write` writes, and what gives way to it there; see ds.targets.
+
+    Raises ValueError for a directory that holds something, unless that is a model of the same run
+    or, with `force`, a model and nothing else.
+    """
+    where = Path(os.path.realpath(path))
+    again = run is not None and is_ours(where) and run_of(where) == run
+    return targets.directory(path, "model", _ours, force=force, again=again, apart=apart)
+
+
+def annotate(path: str | Path, provenance: dict[str, Any], card: Card, result: Any) -> None:
+    """Replace the provenance, the figures and the card of a directory, and nothing else in it."""
+    where, old = annotated(path)
+    with replacing_directory(where, old) as folder:
+        write_json(folder / METRICS, result)
+        _describe(folder, {**_read_config(where), "provenance": provenance}, card, where)
+
+
+def annotated(path: str | Path) -> tuple[Path, list[str]]:
+    """Return the directory that `annotate` would write to, and what gives way to it there.
+
+    Raises ValueError if it cannot be written to, or has other figures than ours.
+    """
+    where, old = targets.directory(path, "model", _ours, again=True)
+    if METRICS not in old and (where / METRICS).exists():
+        raise ValueError(f"{where / METRICS}: holds no figures of ours; move it")
+    return where, [name for name in old if name != WEIGHTS]
+
+
+def _describe(folder: Path, config: dict[str, Any], card: Card, where: Path) -> None:
+    """Write the configuration and the card of a directory, unless people have written on that."""
+    text = card(where.name, config["provenance"]).encode(errors="backslashreplace")
+    if not (where / CARD).exists() or _ours(where)(CARD):
+        (folder / CARD).write_bytes(text)
+        config = {**config, "card": hashlib.sha256(text).hexdigest()}
+    write_json(folder / CONFIG, sealed(config))
+
+
+def _ours(folder: Path) -> targets.Ours | None:
+    """Return which names in a model's directory are ours: a card that was changed is not."""
+    if not is_ours(folder):
+        return None
+    names = {CONFIG, WEIGHTS, METRICS, CARD}
+    written, found = _read_config(folder).get("card"), folder / CARD
+    if written and found.exists() and sha256(found) != written:
+        names -= {CARD}
+    if not _holds_figures(folder / METRICS):
+        names -= {METRICS}
+    return names.__contains__
+
+
+def _holds_figures(file: Path) -> bool:
+    try:
+        return "protocol" in by_name(read_json(file), file)
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def run_of(path: Path) -> str | None:
+    """Return the identity of the run that made what is in a directory of ours."""
+    return _read_config(path).get("provenance", {}).get("run")
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds import presets, verbs
+from ds import presets, targets, verbs
 from ds.data import Pairs, digits
 from ds.evaluation import evaluate, record, split_floor
 from ds.features import Digits
@@ -25,9 +25,14 @@ log = logging.getLogger("ds")
 def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str, Any]]:
     """Run the verbs one after another in `out` and write report.html and report.png there.
 
-    What an earlier, interrupted demo finished is kept. Returns the figures of each model.
+    What an earlier, interrupted demo finished is kept. Returns the figures of each model. Raises
+    ValueError for a directory that holds anything but a demo.
     """
     begin = time.perf_counter()
+    out = targets.kept(out, "demo", targets.MARK)
+    if targets.marked(out, "demo") is None:
+        out.mkdir(parents=True, exist_ok=True)
+        targets.mark(out, "demo")
     preset = preset or presets.digits()
     places = {name: out / name for name in ("teacher", "pairs", "student")}
     for title, task in _tasks(preset, places):
@@ -74,7 +79,7 @@ def _figures(
     figures = {}
     for name, model in models.items():
         out = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-        figures[name] = evaluate(model, real, extractor, held_out=held_out, out=out)
+        figures[name] = evaluate(model, real, extractor, held_out=held_out, out=out, force=True)
         if isinstance(model, Student):
             record(places["student"], model, figures[name])
     return {**figures, "real digits, 1,500 to 297": {"frechet_distance": floor}}
@@ -105,7 +110,7 @@ def _write(
     strips = {name: Sampler(model)(2, range(count)) for name, model in models.items()}
     real, _ = digits()
     strips["real digits"] = real[:count]
-    draw(strips, places["student"].with_name("student-run"), out / "report.png")
+    draw(strips, places["student"].with_name("student-run"), out / "report.png", force=True)
     teacher, student = list(figures.values())[:2]
     write_page(
         out / "report.html",
@@ -125,4 +130,5 @@ def _write(
             f"On held-out noise the student is {student['pair_rms']:.3f} from its teacher (root "
             f"mean square in units of [-1, 1]), R2 = {student['pair_r2']:.3f}.",
         ],
+        force=True,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ds
-from ds import checkpoint
+from ds import checkpoint, targets
 from ds.arrays import read_arrays
 from ds.budget import check_memory
 from ds.config import Between, Count, Seed, require
@@ -57,6 +57,7 @@ def evaluate(
     rounding: Rounding = "round",
     held_out: Pairs | None = None,
     out: str | Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Compare generated images with real ones; return the figures and how they were obtained.
 
@@ -69,15 +70,16 @@ def evaluate(
 
     The Frechet distance is called "fid" only on Inception features of 50,000 images or more, and
     "frechet_distance" otherwise. Raises ValueError for images that are not uint8 or of another
-    size, for an n that a figure cannot be made of or the memory cannot hold, and for held-out pairs
-    without a model.
+    size, for an n that a figure cannot be made of or the memory cannot hold, for held-out pairs
+    without a model, and for an `out` that cannot be written to or, without `force`, is taken.
     """
     model = not isinstance(images_or_model, Tensor)
     check_count(n if model else len(images_or_model), reference, extractor)
     require("evaluate", Count, batch_size=batch_size)
     require("evaluate", Seed, seed=seed)
-    if out is not None:  # what cannot be written is better known before the work
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    if out is not None and is_first():  # what cannot be written is better known before the work
+        store = held_out and held_out.store.path
+        out = targets.file(out, force=force, apart=[store])
     figures, protocol = {}, {"version": ds.__version__, "quantizer": rounding}
     if isinstance(images_or_model, Tensor):
         if held_out is not None:
@@ -106,7 +108,7 @@ def evaluate(
     about = {"name": extractor.name, "sha256": extractor.sha256, "dim": made.shape[1]}
     result = {**figures, "protocol": {**protocol, "n": n, "extractor": about}}
     if out is not None and is_first():
-        write_json(Path(out), result)
+        write_json(out, result, force=force)
     return result
 
 
@@ -136,8 +138,7 @@ def record(path: str | Path, model: Teacher | Student, result: dict[str, Any]) -
     known = {k: f"{v:.4g}" for k, v in figures(result).items()}
     known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
     noted = replace(model, provenance=model.provenance | known)
-    checkpoint.annotate(path, noted.provenance, noted.card(Path(path).name))
-    write_json(Path(path) / "metrics.json", result)
+    checkpoint.annotate(path, noted.provenance, noted.card_of, result)
 
 
 def _slice(n: int) -> slice:

@@ -1,11 +1,13 @@
 """Students for programs that do not have this library: torch.export and ONNX."""
 
+import io
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds import targets
 from ds.files import replacing
 from ds.ops.group_norm_silu import merge
 from ds.sample import Student
@@ -13,21 +15,26 @@ from ds.sample import Student
 BATCH = torch.export.Dim("batch", min=1, max=65536)
 
 
-def to_program(student: Student, path: str | Path) -> None:
+def to_program(student: Student, path: str | Path, *, force: bool = False) -> None:
     """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
 
     Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else.
+    Raises ValueError for a place that cannot be written to or, without `force`, that is taken.
     """
-    program = _exported(student)
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    where = targets.file(path, force=force)
+    content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
+    torch.export.save(_exported(student), content)
+    with replacing(where, force=force) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
-def to_onnx(student: Student, path: str | Path) -> None:
+def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     """Write an ONNX model of the same function, with the input "noise" and the output "samples".
 
-    Raises RuntimeError where the packages it takes are not installed.
+    Raises RuntimeError where the packages it takes are not installed, and ValueError for a place
+    that cannot be written to or, without `force`, that is taken.
     """
+    where = targets.file(path, force=force)
     try:
         import onnxscript  # noqa: F401
     except ImportError:
@@ -35,7 +42,7 @@ def to_onnx(student: Student, path: str | Path) -> None:
     program = torch.onnx.export(
         _exported(student), input_names=["noise"], output_names=["samples"], verbose=False
     )
-    with replacing(Path(path)) as temporary:
+    with replacing(where, force=force) as temporary:
         program.save(temporary)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ds import ops
+from ds import ops, targets
 from ds.files import replacing, replacing_directory
 from ds.ops.quantize import Rounding
 
@@ -45,27 +45,31 @@ def save_png(image: Tensor, path: Path, *, scale: int = 1) -> None:
     _picture(image, scale).save(path, format="PNG")
 
 
-def save(images: Tensor, path: Path, *, columns: int | None = None, scale: int = 1) -> None:
+def save(
+    images: Tensor, path: str | Path, *, columns: int | None = None, scale: int = 1,
+    force: bool = False,
+) -> None:  # fmt: skip
     """Write uint8 images [N, H, W, C] in the form that the name asks for.
 
     .png is one sheet of them with `columns` (as square as can be by default), .gif an animation
     there and back, .npy an array, .npz an array called "images", and a name without a suffix a
     directory of PNGs called 000000.png and so on. `scale` enlarges the pixels of pictures. Raises
-    ValueError for another name.
+    ValueError for another name, and as `target` does.
     """
-    check_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.suffix:
-        with replacing_directory(path) as folder:
+    suffix = Path(path).suffix
+    where, old = target(path, force=force)
+    if not suffix:
+        with replacing_directory(where, old) as folder:
             for i, image in enumerate(images):
                 save_png(image, folder / f"{i:06d}.png", scale=scale)
+            targets.mark(folder, "images", count=len(images))
         return
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        if path.suffix == ".npy":
+    with replacing(where, force=force) as temporary, open(temporary, "wb") as file:
+        if suffix == ".npy":
             np.save(file, images.numpy())
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             np.savez_compressed(file, images=images.numpy())
-        elif path.suffix == ".png":
+        elif suffix == ".png":
             sheet = tile(images, columns or math.ceil(len(images) ** 0.5))
             _picture(sheet, scale).save(file, format="PNG")
         else:
@@ -75,11 +79,28 @@ def save(images: Tensor, path: Path, *, columns: int | None = None, scale: int =
             )
 
 
-def check_name(path: Path) -> None:
-    """Raise ValueError for a name that `save` would not know what to write to."""
-    if path.suffix not in SUFFIXES:
+def target(
+    path: str | Path, *, force: bool = False, apart: targets.Inputs = ()
+) -> tuple[Path, list[str]]:
+    """Return where `save` writes, and what gives way to it there; see ds.targets.
+
+    Raises ValueError for a name it would not know what to write to, and for a file or a directory
+    that is there; with `force` only for what `save` has not made.
+    """
+    if Path(path).suffix not in SUFFIXES:
         known = ", ".join(s for s in SUFFIXES if s)
         raise ValueError(f"{path}: the name must end in one of {known}, or in none for a directory")
+    if Path(path).suffix:
+        return targets.file(path, force=force, apart=apart), []
+    return targets.directory(path, "directory of images", _ours, force=force, apart=apart)
+
+
+def _ours(folder: Path) -> targets.Ours | None:
+    about = targets.marked(folder, "images")
+    count = about and about.get("count")
+    if not isinstance(count, int):
+        return None
+    return lambda name: name == targets.MARK or targets.numbered(name, ".png", count)
 
 
 def _picture(image: Tensor, scale: int) -> Any:

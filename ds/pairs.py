@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds
-from ds import budget
+from ds import budget, targets
 from ds.budget import check_memory
 from ds.checkpoint import describe, fingerprint
 from ds.config import (
@@ -172,6 +172,7 @@ def prepare(
     manifest = _manifest(teacher, count, seed, shard_size, quantizer)
     manifest |= _path(teacher, precision, engine)
     _check_manifest(manifest, "generate_pairs")
+    where.check("pair store", MANIFEST)
     there = _read_manifest(where) if MANIFEST in where.names() else None
     plan = _Plan(where, _agreed(where, manifest, there))
     _check_disk(plan, sum(len(plan.indices(i)) for i in plan.missing()))
@@ -235,6 +236,11 @@ def estimate(
 
 def _bytes(shape: Sequence[int], quantizer: Quantizer) -> int:
     return math.prod(shape) * {"float16": 2, "float32": 4}.get(quantizer, 1)
+
+
+def check_target(path: str | Path, *, apart: targets.Inputs = ()) -> None:
+    """Raise ValueError for a place where no store can be, or that overlaps with an input."""
+    place(path).check("pair store", MANIFEST, apart=apart)
 
 
 def is_finished(path: str | Path) -> bool:
@@ -521,8 +527,6 @@ def _agreed(
     """Return a manifest with what has grown into it, by the one that is there; ValueError if that
     is of another store."""
     if there is None:
-        if any(name.startswith("images-") for name in where.names()):
-            raise ValueError(f"{where}: has shards but no {MANIFEST}; use another name")
         return manifest
     grown_from, old = there["grown_from"], there["count"]
     if old < manifest["count"]:

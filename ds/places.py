@@ -23,17 +23,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ds import targets
 from ds.files import (
     MOST_JSON,
+    is_at,
     locked,
+    open_own,
     parse_json,
     read_bytes,
+    recover,
     redacted,
     regular,
     replacing,
     sha256,
     small,
-    sync,
 )
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
@@ -58,6 +61,10 @@ class AbstractPlace(ABC):
 
     def __str__(self) -> str:
         return redacted(self.path)
+
+    @abstractmethod
+    def check(self, kind: str, sign: str, *, apart: targets.Inputs = ()) -> None:
+        """Raise ValueError where it cannot be written to; see ds.targets.kept."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -143,8 +150,12 @@ class Directory(AbstractPlace):
     def __init__(self, path: Path):
         self.path = path
 
+    def check(self, kind: str, sign: str, *, apart: targets.Inputs = ()) -> None:
+        targets.kept(self.path, kind, sign, apart=apart)
+
     def prepare(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        recover(self.path)
 
     def names(self) -> set[str]:
         return {*os.listdir(self.path)} if self.path.is_dir() else set()
@@ -158,7 +169,7 @@ class Directory(AbstractPlace):
     def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
         if once and (self.path / name).exists():
             return False
-        with replacing(self.path / name) as temporary:
+        with replacing(self.path / name, sweep=False) as temporary:
             temporary.write_bytes(content)
         return True
 
@@ -181,45 +192,28 @@ class Directory(AbstractPlace):
     def claim(self, name: str) -> Iterator[Put | None]:
         """Yield what writes a file, or None if it is there or another process is at work on it.
 
-        The claim is a lock on the temporary file. A temporary file that was renamed or dropped by
-        another process between being opened and being locked here is left alone.
+        The claim is a lock on a file beside it, which holds nothing. One that another process has
+        removed between its being opened and its being locked here is left alone.
         """
-        target, temporary = self.path / name, self.path / claim_of(name)
-        with open(temporary, "ab") as file:
+        claim = self.path / claim_of(name)
+        with open(open_own(claim, os.O_RDWR | os.O_CREAT), "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
                 return
-            if not _is_at(file, temporary):
+            if not is_at(file.fileno(), claim):
                 yield None
                 return
-
-            def put(content: bytes) -> bool:
-                file.truncate(0)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.rename(temporary, target)
-                sync(self.path)
-                return True
-
             try:
-                yield None if target.exists() else put
+                there = os.path.lexists(self.path / name)
+                yield None if there else lambda content: self.write(name, content)
             finally:
-                temporary.unlink(missing_ok=True)
+                claim.unlink(missing_ok=True)
 
     def free(self) -> float:
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(there).free
-
-
-def _is_at(file: Any, path: Path) -> bool:
-    """Say whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 class Bucket(AbstractPlace):
@@ -259,6 +253,14 @@ class Bucket(AbstractPlace):
     def _said(self, error: Exception) -> str:
         """Return what an error says, without the secrets of the URL."""
         return redacted(str(error).replace(self.path, str(self)))
+
+    def check(self, kind: str, sign: str, *, apart: targets.Inputs = ()) -> None:
+        """Raise ValueError for a folder that holds something else."""
+        names = self.names()
+        if names and sign not in names:
+            raise ValueError(
+                f"{self}: holds {min(names)}, and is no {kind} of ours; use another name"
+            )
 
     def prepare(self) -> None:
         """Do nothing: a folder is there when something is in it."""

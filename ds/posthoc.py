@@ -13,12 +13,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ds.checkpoint import hash_weight
-from ds.files import regular, replacing, whole
+from ds.files import regular, replacing, subfolder, whole
 
 FOLDER = "snapshots"
 LENGTHS = (0.05, 0.10)  # of the averages that are tracked
@@ -39,18 +39,14 @@ def gamma_of(length: float) -> float:
 
 def write_snapshot(run: Path, step: int, tracked: list[nn.Module], of: str = "") -> None:
     """Write what the averages of LENGTHS are after `step` steps, and of which run they are."""
-    (run / FOLDER).mkdir(exist_ok=True)
     weights = {
         f"{i}.{name}": w.cpu().contiguous()
         for i, net in enumerate(tracked)
         for name, w in net.state_dict().items()
     }
     about = {"made": f"{_hash(step, weights)} {of}"}
-    with replacing(run / FOLDER / f"step-{step:07d}.safetensors") as path:
-        try:
-            save_file(weights, path, about)
-        except SafetensorError as error:
-            raise RuntimeError(f"{path}: could not be written ({error})") from None
+    with replacing(subfolder(run / FOLDER) / f"step-{step:07d}.safetensors") as path:
+        path.write_bytes(save(weights, about))
 
 
 def post_hoc_ema(run: str | Path, length: float) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds.files import opened, parse_json, present, replacing
+from ds.files import open_own, opened, parse_json, present, replacing
 
 METRICS = "metrics.jsonl"
 LONGEST = 1 << 20  # bytes of a line
@@ -41,7 +42,7 @@ class Records:
 
     def note(self, step: int, **figures: float) -> None:
         """Write the figures of a step down."""
-        with open(self.path, "a") as file:
+        with open(open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         if self.board is not None:
             for name, value in figures.items():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ds import targets
 from ds.files import replacing
 from ds.images import tile
 from ds.records import read_metrics
@@ -21,11 +22,13 @@ class Row(NamedTuple):
     cells: tuple[str, ...]
 
 
-def draw(strips: dict[str, Tensor], run: Path, path: Path) -> None:
+def draw(strips: dict[str, Tensor], run: Path, path: Path, *, force: bool = False) -> None:
     """Write a PNG: a strip of uint8 images [N, H, W, 1] under each title, then the loss of a run.
 
-    Strips have the same number of images, and images above one another belong together.
+    Strips have the same number of images, and images above one another belong together. Raises
+    ValueError for a place that cannot be written to or, without `force`, that is taken.
     """
+    where = targets.file(path, force=force)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,7 +47,7 @@ def draw(strips: dict[str, Tensor], run: Path, path: Path) -> None:
             axis.set_title(title, loc="left", fontsize=11)
             axis.set_axis_off()
         _draw_loss(axes[-1], run)
-        with replacing(path) as temporary:
+        with replacing(where, force=force) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         plt.close(figure)
 
@@ -65,9 +68,13 @@ def _draw_loss(axis: Any, run: Path) -> None:
 
 def write_page(
     path: Path, title: str, lead: str, picture: Path, columns: tuple[str, ...], rows: list[Row],
-    notes: list[str],
+    notes: list[str], *, force: bool = False,
 ) -> None:  # fmt: skip
-    """Write one HTML file that needs no other: the picture is inside."""
+    """Write one HTML file that needs no other: the picture is inside.
+
+    Raises ValueError for a place that cannot be written to or, without `force`, that is taken.
+    """
+    where = targets.file(path, force=force, apart=[picture])
     image = base64.b64encode(picture.read_bytes()).decode()
     head = "".join(f"<th>{escape(c)}</th>" for c in ("", *columns))
     body = "".join(
@@ -99,7 +106,7 @@ li {{ font-size: 15px; }}
 <ul>{items}</ul>
 </html>
 """
-    with replacing(path) as temporary:
+    with replacing(where, force=force) as temporary:
         temporary.write_text(html)
 
 

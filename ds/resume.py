@@ -8,11 +8,11 @@ Nothing is read that its checksums do not vouch for, those that a file of torch.
 hashes of the shards in the JSON beside them. So what fails later is not damage.
 """
 
-import shutil
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -43,7 +43,6 @@ from ds.files import (
     replacing_directory,
     sealed,
     sha256,
-    unfinished,
     unjudged,
     write_json,
 )
@@ -80,8 +79,9 @@ class Checkpoint:
         self.close()
         if self.sharded:
             tensors, numbers = _parts(state)
+            self.writer = _Writer(self, numbers)
             self.pending = dcp.async_save(
-                tensors, storage_writer=_Writer(self, numbers), process_group=self.group
+                tensors, storage_writer=self.writer, process_group=self.group
             )
         elif ranks.is_first():
             self.pending = self.thread.submit(self._write, _mapped(_copied, state))
@@ -89,7 +89,15 @@ class Checkpoint:
     def _write(self, state: dict[str, Any]) -> None:
         with replacing(self.file) as path:
             torch.save(state, path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in sorted(self._parts(), key=NUMBERS.__ne__):  # without which none is read
+            (self.folder / name).unlink()
+        with suppress(OSError):  # there is none, or something in it that is not ours
+            self.folder.rmdir()
+
+    def _parts(self) -> list[str]:
+        """Return the names of the files in the directory of a sharded checkpoint that are ours."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return [name for name in names if name == NUMBERS or name.endswith(".safetensors")]
 
     def close(self) -> None:
         """Wait until what was saved is on the disk; RuntimeError or OSError if it could not be."""
@@ -98,6 +106,8 @@ class Checkpoint:
             if pending:
                 pending.result()
         except CheckpointException as error:
+            with suppress(CheckpointException):
+                self.writer.opened.__exit__(type(error), error, None)
             raise RuntimeError(f"{self.folder}: not written ({_reason(error)})") from None
 
     def load(self, run: Stateful) -> None:
@@ -174,13 +184,10 @@ class _Writer(HuggingFaceStorageWriter):
     """Writes shards to a temporary directory, which gets its name when all have been written."""
 
     def __init__(self, checkpoint: Checkpoint, numbers: dict[str, Any]):
-        super().__init__(str(unfinished(checkpoint.folder)), save_distributed=True)
         self.checkpoint, self.numbers, self.opened = checkpoint, numbers, ExitStack()
-
-    def prepare_global_plan(self, plans: list) -> list:
-        """In the first process, before any writes."""
-        self.folder = self.opened.enter_context(replacing_directory(self.checkpoint.folder))
-        return super().prepare_global_plan(plans)
+        new = replacing_directory(checkpoint.folder, checkpoint._parts())
+        self.folder = ranks.from_first(lambda: self.opened.enter_context(new))
+        super().__init__(str(self.folder), save_distributed=True)
 
     def finish(self, metadata: Metadata, results: list) -> None:
         """In the first process, after all have written."""

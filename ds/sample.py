@@ -1,6 +1,7 @@
 """Draw samples: a teacher's loop, a student's single call, and batches of either."""
 
 import copy
+import json
 import logging
 import math
 import os
@@ -109,21 +110,28 @@ class Teacher:
         return _card(
             f"# A teacher for denoising-student\n\n"
             f"{describe_shape(self.shape)}, {self.nfe} network calls a sample.",
-            f'ds.load_teacher("{name}")',
+            f"ds.load_teacher({json.dumps(name, ensure_ascii=False)})",
             self.provenance,
         )
 
-    def save_pretrained(self, path: str | Path, **provenance: Any) -> None:
-        """Write a directory that ds.load_teacher reads; provenance goes into config.json too."""
-        teacher = replace(self, provenance=self.provenance | provenance)
+    def card_of(self, name: str, provenance: dict[str, Any]) -> str:
+        """Return the text of a model card for a directory of this name and this provenance."""
+        return replace(self, provenance=provenance).card(name)
+
+    def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
+        """Write a directory that ds.load_teacher reads; provenance goes into config.json too.
+
+        Raises ValueError for a place that cannot be written to or that holds something: with
+        `force`, another model gives way.
+        """
         about = {
             "schedule": to_json(self.denoiser.schedule),
             "prediction": self.denoiser.prediction,
             "solver": to_json(self.solver),
             "grid": list(self.grid),
-            "provenance": teacher.provenance,
+            "provenance": self.provenance | provenance,
         }
-        checkpoint.write(path, self.kind, about, self.net, teacher.card(Path(path).name))
+        checkpoint.write(path, self.kind, about, self.net, self.card_of, force=force)
 
 
 def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) -> Engine:
@@ -180,18 +188,23 @@ class Student:
             f"{describe_shape(self.shape)}, one network call a sample, "
             f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
             f"Method: {type(self.method).__name__}.",
-            f'ds.load_student("{name}")',
+            f"ds.load_student({json.dumps(name, ensure_ascii=False)})",
             self.provenance,
         )
 
-    def save_pretrained(self, path: str | Path, **provenance: Any) -> None:
+    def card_of(self, name: str, provenance: dict[str, Any]) -> str:
+        """Return the text of a model card for a directory of this name and this provenance."""
+        return replace(self, provenance=provenance).card(name)
+
+    def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
         """Write a directory that ds.load_student reads, with a model card.
 
-        `provenance` (teacher and store hashes, figures) goes into config.json and the card.
+        `provenance` (teacher and store hashes, figures) goes into config.json and the card. Raises
+        ValueError for a place that cannot be written to or that holds something: with `force`,
+        another model gives way.
         """
-        student = replace(self, provenance=self.provenance | provenance)
-        about = {"method": to_json(self.method), "provenance": student.provenance}
-        checkpoint.write(path, self.kind, about, self.net, student.card(Path(path).name))
+        about = {"method": to_json(self.method), "provenance": self.provenance | provenance}
+        checkpoint.write(path, self.kind, about, self.net, self.card_of, force=force)
 
 
 def _card(head: str, load: str, provenance: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ds import loader as loaders
-from ds import optim, posthoc, ranks, shard
+from ds import optim, posthoc, ranks, shard, targets
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import (
     Count,
@@ -49,6 +49,7 @@ from ds.files import (
     read_sealed,
     replacing,
     sealed,
+    subfolder,
     write_json,
 )
 from ds.images import save_png, tile, to_uint8
@@ -283,8 +284,10 @@ class Trainer:
         Raises Interrupted after SIGINT or SIGTERM, when a checkpoint of that step is saved, and
         RuntimeError when the loss or a weight is no longer finite; the last good checkpoint stays.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
         first = ranks.is_first()
+        if first:
+            self.check()
+            self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
             self._resume()
             self.loss = _shared(_Loss(self.method, self.called), self.runtime, self._compiles())
@@ -471,8 +474,7 @@ class Trainer:
             return
         z = noise(self.config.seed, range(64), self.shape, device=self.device)
         sheet = tile(to_uint8(self.method.sample(average, z)), columns=8)
-        (self.out / "samples").mkdir(exist_ok=True)
-        with replacing(self.out / "samples" / f"step-{self.step:07d}.png") as path:
+        with replacing(subfolder(self.out / "samples") / f"step-{self.step:07d}.png") as path:
             save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))
 
     def _note(self, **figures: float) -> None:
@@ -541,7 +543,11 @@ class Trainer:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if the directory holds another run, or one that cannot go on so."""
+        """Raise ValueError if the directory holds another run, or one that cannot go on so.
+
+        It must be one that can be written to, too, and hold a run or nothing.
+        """
+        targets.kept(self.out, "run", RUN)
         if not present(self.out / RUN):
             return
         there = self._there()

@@ -117,8 +117,18 @@ def test_archives_of_something_else_are_left_alone(store, tmp_path):
     with pytest.raises(ValueError, match="per_archive: 4096, not 7"):
         archives.export(store, tmp_path / "w", per_archive=7)
     (tmp_path / "w" / archives.SOURCE).unlink()
-    with pytest.raises(ValueError, match="has archives but no"):
+    with pytest.raises(ValueError, match=r"holds 000000\.tar, and is no directory of archives"):
         archives.export(store, tmp_path / "w")
+
+
+def test_archives_of_something_else_give_way_if_they_must(store, tmp_path):
+    many = archives.export(store, tmp_path / "w", per_archive=7)
+    (one,) = archives.export(store, tmp_path / "w", force=True)
+    assert len(many) > 1 and [*tmp_path.glob("w/*.tar")] == [one]
+    (tmp_path / "w" / "000000.idx").touch()
+    archives.export(store, tmp_path / "w", force=True)
+    with pytest.raises(ValueError, match=r"holds 000000\.idx, which is not ours"):
+        archives.export(store, tmp_path / "w", per_archive=7, force=True)
 
 
 def test_unknown_forms_and_sizes_are_refused(store, tmp_path):

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from torch import nn
 import ds
 from ds import checkpoint, grids
 from ds.denoiser import Denoiser
-from ds.files import replacing_directory, sha256
+from ds.files import sha256
 from ds.load import load
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
@@ -140,10 +138,61 @@ def test_provenance_is_kept_in_the_configuration_and_the_card(tmp_path):
     assert "| teacher_sha256 | abc |" in (tmp_path / "s/README.md").read_text()
 
 
-def test_saving_again_replaces_the_directory_as_a_whole(folder):
-    (folder / "stray").touch()
-    student().save_pretrained(folder)
-    assert ds.load_student(folder).kind == "student" and not (folder / "stray").exists()
+def test_a_model_gives_way_to_another_if_it_must(folder):
+    (folder / "metrics.json").write_text('{"protocol": {}}')
+    with pytest.raises(ValueError, match=r"holds a model already; .* force"):
+        student().save_pretrained(folder)
+    student().save_pretrained(folder, force=True)
+    assert ds.load_student(folder).kind == "student" and not (folder / "metrics.json").exists()
+
+
+def test_a_model_of_the_same_run_takes_its_place_beside_what_was_added(folder):
+    teacher().save_pretrained(folder.parent / "t", run="a")
+    note(folder.parent / "t", "mine")
+    for same in (True, False):
+        again = teacher()
+        if not same:
+            again.net.conv_in.bias.data.add_(1)
+        again.save_pretrained(folder.parent / "t", run="a")
+        assert note(folder.parent / "t") == "mine"
+        assert_same_weights(ds.load_teacher(folder.parent / "t").net, again.net)
+    with pytest.raises(ValueError, match="holds a model already"):
+        teacher().save_pretrained(folder.parent / "t", run="b")
+
+
+def test_what_was_measured_stays_while_the_weights_do(folder):
+    path = folder.parent / "t"
+    teacher().save_pretrained(path, run="a")
+    checkpoint.annotate(path, {"run": "a", "kid": "3"}, teacher().card_of, {"protocol": {}})
+    teacher().save_pretrained(path, run="a", commit="new")
+    assert ds.load_teacher(path).provenance == {"run": "a", "kid": "3", "commit": "new"}
+    assert "| kid | 3 |" in (path / "README.md").read_text()
+    changed = teacher()
+    changed.net.conv_in.bias.data.add_(1)
+    changed.save_pretrained(path, run="a")
+    assert ds.load_teacher(path).provenance == {"run": "a"}
+    assert (path / "metrics.json").exists()
+
+
+def test_a_card_that_somebody_has_written_on_is_left_alone(folder):
+    (folder / "README.md").write_text("by hand")
+    checkpoint.annotate(folder, {"kid": "3"}, teacher().card_of, {"protocol": {}})
+    assert (folder / "README.md").read_text() == "by hand"
+    assert ds.load_teacher(folder).provenance == {"kid": "3"}
+    with pytest.raises(ValueError, match=r"holds README\.md, which is not ours"):
+        teacher().save_pretrained(folder, force=True)
+
+
+def test_figures_of_somebody_else_are_left_alone(folder):
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no figures of ours"):
+        checkpoint.annotated(folder)
+
+
+def note(folder, text=None):
+    if text:
+        (folder / "notes").write_text(text)
+    return (folder / "notes").read_text()
 
 
 class RunsCode:
@@ -279,43 +328,6 @@ def test_a_network_ds_cannot_rebuild_is_not_saved_over_another(folder):
     with pytest.raises(ValueError, match="Linear cannot be saved"):
         foreign.save_pretrained(folder)
     assert_same_weights(ds.load_teacher(folder).net, build())
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from ds.files import replacing_directory
-
-rename, count = os.rename, 0
-
-def dying(source, target):
-    global count
-    count += 1
-    if count == 2:
-        os._exit(9)
-    rename(source, target)
-
-os.rename = dying
-with replacing_directory(Path(sys.argv[1])) as folder:
-    (folder / "content").write_text("new")
-"""
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "content").write_text("old")
-    assert subprocess.run([sys.executable, "-c", KILLED, path]).returncode == 9
-    assert not path.exists()  # the moment between the renames was hit
-    with pytest.raises(KeyboardInterrupt), replacing_directory(path):
-        raise KeyboardInterrupt  # the next write fails as well
-    assert (path / "content").read_text() == "old"
-
-
-def test_a_reader_finds_what_a_kill_left_under_another_name(folder):
-    assert subprocess.run([sys.executable, "-c", KILLED, folder]).returncode == 9
-    assert not folder.exists()
-    assert load(folder).grid == teacher().grid
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,18 @@ def run_chain(home: Path) -> None:
             *DISTILL,
             *JUDGE,
         ),
-        ("sample", student, "--out", str(home / "sheet.png"), "--indices", "0-8"),
-        ("sample", teacher, "--out", str(home / "images.npy"), "--indices", "0-4", "--seed", "4"),
+        ("sample", student, "--out", str(home / "sheet.png"), "--indices", "0-8", "--force"),
+        (
+            "sample",
+            teacher,
+            "--out",
+            str(home / "images.npy"),
+            "--indices",
+            "0-4",
+            "--seed",
+            "4",
+            "--force",
+        ),
         ("evaluate", student, "--store", store, "--held-out", "32", *EVALUATE),
     ):
         assert main([*args]) == 0, args

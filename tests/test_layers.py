@@ -16,7 +16,7 @@ ROWS = [
     ["budget", "config", "kernels"],
     ["ops"],
     ["apex", "files", "metrics", "philox", "ranks", "schedule"],
-    ["arrays"],
+    ["arrays", "targets"],
     ["grids", "images", "nets", "places"],
     ["denoiser", "engine", "resume", "rows", "shard"],
     ["checkpoint", "solvers"],

@@ -173,10 +173,13 @@ def test_of_both_kinds_the_newer_one_counts(tmp_path, newer):
     assert loaded(tmp_path, sharded=False).state["step"] == 1 + newer
 
 
-def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+def test_what_somebody_put_beside_shards_stays(tmp_path):
     saved(tmp_path, Run(sharded=True, step=5), sharded=True)
-    (tmp_path / resume.FOLDER).rename(tmp_path / f".{resume.FOLDER}.old")
-    assert loaded(tmp_path, sharded=True).state["step"] == 5
+    (tmp_path / resume.FOLDER / "notes").touch()
+    for step, sharded in ((6, True), (7, False)):
+        saved(tmp_path, Run(sharded=sharded, step=step), sharded=sharded)
+        assert loaded(tmp_path, sharded=sharded).state["step"] == step
+    assert [f.name for f in (tmp_path / resume.FOLDER).iterdir()] == ["notes"]
 
 
 def damage(out: Path, how: str) -> None:

@@ -157,7 +157,7 @@ def home(tmp_path_factory) -> Path:
 def resumed(home) -> Path:
     """The same folder, where a run was killed, and has gone on as have others that were cut."""
     assert launch(home, "die")
-    assert (home / "killed" / ".checkpoint.tmp").exists(), "it was killed while writing"
+    assert [*(home / "killed").rglob(".ds-*")], "it was killed while writing"
     shutil.copytree(home / "killed", home / "dead")
     shutil.copytree(folder(home, "cut", False), home / "replicated-then-sharded")
     shutil.copytree(folder(home, "cut", True), home / "sharded-then-replicated")
@@ -217,7 +217,7 @@ def test_snapshots_and_evaluations_are_of_whole_averages(home):
 def test_a_kill_while_shards_are_written_leaves_the_last_checkpoint(resumed):
     """Which is that of step 3; the run goes on from it to the bits of an undisturbed one."""
     assert '"step": 3,' in (resumed / "dead" / "checkpoint" / resume.NUMBERS).read_text()
-    assert not (resumed / "killed" / ".checkpoint.tmp").exists()
+    assert not [*(resumed / "killed").rglob(".ds-*")]
     assert '"step": 6,' in (resumed / "killed" / "checkpoint" / resume.NUMBERS).read_text()
     killed, undisturbed = learnt(resumed / "killed"), learnt(folder(resumed, "whole", True))
     for kind in ("now", "ema", "best"):

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ds import checkpoint, export
+from ds import checkpoint, export, targets
 from ds.config import Natural
 from ds.load import load
-from ds.nets.convert import to_diffusers
+from ds.nets.convert import diffusers, to_diffusers
 from ds.sample import Student, Teacher
 from ds.verbs.options import Model, Verb, say
 
@@ -28,12 +28,14 @@ class Convert(Verb):
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
     image_size: Natural = 0  # for a file that does not tell it
+    force: bool = False  # replace what an earlier `convert` has written there
 
     def idle(self) -> dict[str, str]:
         tells = {"image-size": f"on {self.source}, which tells its own"}
         return tells if checkpoint.is_ours(self.source) else {}
 
     def prepare(self) -> Callable[[], None]:
+        _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
         size = {"image_size": self.image_size} if self.image_size else {}
         model = load(self.source, **size)
         if self.to == "diffusers" and isinstance(model, Student):
@@ -44,16 +46,25 @@ class Convert(Verb):
 
     def _write(self, model: Teacher | Student) -> None:
         if self.to == "ours":
-            model.save_pretrained(self.out)
+            model.save_pretrained(self.out, force=self.force)
         elif self.to == "diffusers":
             self._to_diffusers(model)
         else:
-            {"pt2": export.to_program, "onnx": export.to_onnx}[self.to](model, self.out)
+            write = {"pt2": export.to_program, "onnx": export.to_onnx}[self.to]
+            write(model, self.out, force=self.force)
         say(f"{model.kind}: {self.out}")
 
     def _to_diffusers(self, model: Teacher) -> None:
         denoiser = model.denoiser
         to_diffusers(
             self.out, model.net.config, model.net.state_dict(), denoiser.schedule,
-            denoiser.prediction,
+            denoiser.prediction, force=self.force,
         )  # fmt: skip
+
+
+_TARGETS = {
+    "ours": checkpoint.target,
+    "diffusers": diffusers.target,
+    "pt2": targets.file,
+    "onnx": targets.file,
+}

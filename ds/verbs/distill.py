@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ds
-from ds import budget, doctor, pairs, ranks
+from ds import budget, checkpoint, doctor, pairs, ranks
 from ds.checkpoint import fingerprint
 from ds.config import Count, from_json, to_json
 from ds.data import AbstractSource, Generated, Pairs, check_rows
@@ -29,6 +29,7 @@ from ds.verbs.options import (
     Here,
     Price,
     Verb,
+    check_outputs,
     home_of,
     run_folder,
     say,
@@ -62,6 +63,7 @@ class Distill(Verb):
     online: bool = False  # keep the held-out pairs only; make the others while training
     reuse: Count = 4  # epochs that an online pair serves
     pool: Count = 64  # batches of online pairs that are made, and kept, at a time
+    force: bool = False  # replace a student of another run
     price: Price = 0.0
     runtime: Runtime = field(default_factory=Runtime)
     judge: Judge = field(default_factory=Judge)  # of --runtime.evaluate-every
@@ -119,6 +121,10 @@ class Distill(Verb):
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
     def prepare(self) -> Callable[[], None]:
+        if is_first():
+            check_outputs(
+                self.out, force=self.force, apart=[self.teacher, self.store, *self.judge.files()]
+            )
         device = self.machine.use()
         teacher = load_teacher(self.teacher)
         teacher.denoiser.schedule.check(self.method.t)
@@ -127,6 +133,8 @@ class Distill(Verb):
         if pairs.is_finished(self.store):
             trainer = self._trainer(teacher, device, judge)
             trainer.check()
+            if is_first():
+                checkpoint.target(self.out, force=self.force, run=trainer.identity)
             return partial(self._work, lambda: trainer)
         batch = self.train.batch_size
         check_rows(self.pool * batch if self.online else self.pairs.count, batch)
@@ -142,12 +150,15 @@ class Distill(Verb):
         if is_first():
             log.info(self.budget())
         trainer = made()
+        if is_first():
+            checkpoint.target(self.out, force=self.force, run=trainer.identity)
         student = Student(trainer.fit(), self.method)
         if not is_first():
             return
         store = trainer.held_out.store
         student.save_pretrained(
             self.out,
+            force=self.force,
             teacher_sha256=store.manifest["teacher"]["sha256"],
             pairs_sha256=store.sha256,
             pairs=self._pairs_seen(store, trainer.steps),

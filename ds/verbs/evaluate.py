@@ -11,11 +11,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from ds import checkpoint
+from ds import checkpoint, targets
 from ds.config import Count, Seed, check
 from ds.data import Pairs
 from ds.evaluation import Moments, check_count, evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.files import write_json
 from ds.load import load
 from ds.pairs import PairStore
 from ds.presets import Machine
@@ -40,6 +41,11 @@ class Judge:
         """Return the options that have no effect, and why."""
         file = {"inception-weights": "without --extractor inception"}
         return {} if self.extractor == "inception" else file
+
+    def files(self) -> list[Path | str | None]:
+        """Return what is read."""
+        named = [] if self.reference == "digits" else [self.reference]
+        return [self.inception_weights, *named]
 
     def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
         """Return the reference and the extractor; ValueError where they cannot be had."""
@@ -68,13 +74,19 @@ class Evaluate(Verb):
     seed: Seed = 1
     batch_size: Count = 256
     out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
+    force: bool = False  # replace the file `out`
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
         pairs = {} if self.store else {"held-out": "without --store"}
-        return self.judge.idle() | pairs
+        force = (
+            {} if self.out else {"force": "without --out: figures in MODEL give way to new ones"}
+        )
+        return self.judge.idle() | pairs | force
 
     def prepare(self) -> Callable[[], None]:
+        if is_first():
+            self._target()
         device = self.machine.use()
         model = load(self.model, device=device)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
@@ -89,8 +101,19 @@ class Evaluate(Verb):
         self, model: Teacher | Student, reference: Tensor | Moments, extractor: AbstractExtractor,
         options: dict[str, Any],
     ) -> None:  # fmt: skip
-        result = evaluate(model, reference, extractor, out=self.out, **options)
+        result = evaluate(model, reference, extractor, **options)
         if is_first():
-            if self.out is None and checkpoint.is_ours(self.model):
-                record(self.model, model, result)
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
+            if self.out is not None:
+                write_json(self._target(), result, force=self.force)
+            elif checkpoint.is_ours(self.model):
+                record(self.model, model, result)
+
+    def _target(self) -> Path:
+        """Return where the figures go; ValueError where they cannot be written."""
+        if self.out is not None:
+            read = [self.model, self.store, *self.judge.files()]
+            return targets.file(self.out, force=self.force, apart=read)
+        if checkpoint.is_ours(self.model):
+            checkpoint.annotated(self.model)
+        return self.model

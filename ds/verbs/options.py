@@ -10,11 +10,12 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from ds import checkpoint, targets
 from ds.config import NotNegative, check
 from ds.files import redacted
 from ds.presets import Machine, SolveConfig
 from ds.ranks import is_first, joined
-from ds.train import TrainConfig
+from ds.train import RUN, TrainConfig
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
@@ -73,6 +74,16 @@ def train_idle(train: TrainConfig) -> dict[str, str]:
 def home_of(name: str) -> Path:
     """Return where the results of a preset go by default."""
     return Path("runs") / name
+
+
+def check_outputs(out: Path, *, force: bool = False, apart: targets.Inputs = ()) -> None:
+    """Raise ValueError where a model, or the run that makes it, cannot be written.
+
+    A model that is there must be of the run beside it, which the run itself is held against later.
+    """
+    run = targets.kept(run_folder(out), "run", RUN, apart=apart)
+    model = checkpoint.is_ours(out) and (run / RUN).exists()
+    checkpoint.target(out, force=force, run=checkpoint.run_of(out) if model else None, apart=apart)
 
 
 def run_folder(out: Path) -> Path:

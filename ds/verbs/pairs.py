@@ -58,6 +58,7 @@ class MakePairs(Verb):
 
     def making(self, count: int) -> Callable[[], None]:
         """Find what can be wrong with the first so many of the pairs; return what makes them."""
+        pairs.check_target(self.out, apart=[self.teacher])
         p, teacher = self.pairs, self.solver()
         options = {
             "seed": p.seed, "batch_size": p.batch_size, "shard_size": p.shard_size,
@@ -148,13 +149,16 @@ class PairsExport(Verb):
     out: Annotated[Path, tyro.conf.Positional]
     to: archives.Form = "webdataset"
     per_archive: Count = 4096
+    force: bool = False  # replace archives of something else
 
     def prepare(self) -> Callable[[], None]:
-        return partial(self._export, PairStore(self.store))
+        store = PairStore(self.store)
+        archives.check(store, self.out, self.to, self.per_archive, force=self.force)
+        return partial(self._export, store)
 
     def _export(self, store: PairStore) -> None:
         paths = archives.export(
-            store, self.out, self.to, per_archive=self.per_archive,
+            store, self.out, self.to, per_archive=self.per_archive, force=self.force,
             progress=watched(),
         )  # fmt: skip
         say(f"archives: {self.out}, {len(paths)} of them")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ds.budget import check_memory
 from ds.config import Count, Natural, Seed
-from ds.images import check_name, save
+from ds.images import save, target
 from ds.load import load
 from ds.philox import noise
 from ds.presets import Machine
@@ -59,6 +59,7 @@ class Sample(Verb):
     scale: Natural = 0  # pixels of a picture for each of the image; 0 makes small images larger
     batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
+    force: bool = False  # replace what an earlier `sample` has written there
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
@@ -69,7 +70,7 @@ class Sample(Verb):
         indices = _indices(self.indices)
         if self.between and indices.count < 2:
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
-        check_name(self.out)
+        target(self.out, force=self.force, apart=[self.model])
         model = load(self.model, device=self.machine.use())
         self._check_size(indices.count, model.shape)
         sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
@@ -93,7 +94,7 @@ class Sample(Verb):
         else:
             images, columns = sampler(self.seed, indices), None
         scale = self.scale or max(1, 64 // images.shape[1])
-        save(images, self.out, columns=columns, scale=scale)
+        save(images, self.out, columns=columns, scale=scale, force=self.force)
         say(f"samples: {self.out}, {len(images)} images, {model.nfe} network calls each")
 
 

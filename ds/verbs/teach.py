@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import ds
-from ds import doctor
+from ds import checkpoint, doctor
 from ds.config import Seed
 from ds.data import Images, digits
 from ds.methods import Denoising
@@ -19,6 +19,7 @@ from ds.train import TrainConfig, Trainer
 from ds.verbs.options import (
     Here,
     Verb,
+    check_outputs,
     home_of,
     run_folder,
     say,
@@ -38,6 +39,7 @@ class Teach(Verb):
     train: TrainConfig
     solve: SolveConfig
     seed: Seed = 0  # of the first weights
+    force: bool = False  # replace a teacher of another run
     machine: Here = field(default_factory=Machine)
 
     @classmethod
@@ -56,6 +58,7 @@ class Teach(Verb):
         return solve_idle(self.solve) | train_idle(self.train)
 
     def prepare(self) -> Callable[[], None]:
+        check_outputs(self.out, force=self.force)
         images, _ = digits()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -65,11 +68,13 @@ class Teach(Verb):
             self.train, device=self.machine.use(), progress=watched(),
         )  # fmt: skip
         trainer.check()
+        checkpoint.target(self.out, force=self.force, run=trainer.identity)
         return partial(self._train, trainer, Teacher(start, *self.solve.build(start.schedule)))
 
     def _train(self, trainer: Trainer, start: Teacher) -> None:
         teacher = start.using(trainer.fit())
         teacher.save_pretrained(
-            self.out, version=ds.__version__, commit=doctor.commit(), run=trainer.identity
-        )
+            self.out, force=self.force, version=ds.__version__, commit=doctor.commit(),
+            run=trainer.identity,
+        )  # fmt: skip
         say(f"teacher: {self.out}")

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Size, Tensor
 
+from ds import targets
 from ds.config import short
-from ds.files import by_name, present, read_json, replacing_directory, sha256, sync, write_json
+from ds.files import by_name, present, read_json, replacing_directory, sha256, write_json
 from ds.nets.convert.imported import Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
 from ds.schedule import AbstractSchedule, LinearBeta
@@ -23,6 +24,10 @@ from ds.schedule import AbstractSchedule, LinearBeta
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_INDEX = "model_index.json"
+_WRITTEN = {
+    _INDEX, f"scheduler/{_SCHEDULER}", f"unet/{_CONFIG}", f"unet/{_WEIGHTS[0]}", targets.MARK,
+}  # fmt: skip
 
 # The fields of a UNet2DModel that all our networks share.
 _SHARED = {
@@ -114,19 +119,23 @@ def write(
     weights: Mapping[str, Tensor],
     schedule: AbstractSchedule,
     prediction: str = "eps",
+    *,
+    force: bool = False,
 ) -> None:
-    """Write a pipeline directory that diffusers' DDIMPipeline loads; an existing one is replaced.
+    """Write a pipeline directory that diffusers' DDIMPipeline loads.
 
     Weights come under our names and are saved as float32. The scheduler visits the times of
     ds.grids.uniform and does not clip, as ds.solvers.DDIM. Raises ValueError for what diffusers
-    has no words for: 3x3 shortcuts, another schedule than LinearBeta, another prediction.
+    has no words for: 3x3 shortcuts, another schedule than LinearBeta, another prediction. It also
+    does for a place that cannot be written to or is taken; `force` replaces what `write` has made.
     """
     path = Path(path)
+    where, old = target(path, force=force)
     if config.conv_shortcut:
         raise ValueError(f"{path}: a UNet2DModel has 1x1 shortcuts, and conv_shortcut is True")
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
     files = {
-        "model_index.json": {
+        _INDEX: {
             "_class_name": "DDIMPipeline",
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
@@ -138,12 +147,24 @@ def write(
     for name, w in weights.items():
         keys, shape = _spelling(config, name, w.shape)
         spelled[keys[0]] = w.reshape(shape)
-    with replacing_directory(path) as folder:
+    with replacing_directory(where, old) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_json(folder / name, content)
-        save_file(spelled, folder / "unet" / _WEIGHTS[0], metadata={"format": "pt"})
-        sync(folder / "unet" / _WEIGHTS[0])
+        content = save(spelled, metadata={"format": "pt"})
+        (folder / "unet" / _WEIGHTS[0]).write_bytes(content)
+        targets.mark(folder, "diffusers")
+
+
+def target(
+    path: str | Path, *, force: bool = False, apart: targets.Inputs = ()
+) -> tuple[Path, list[str]]:
+    """Return where `write` writes, and what gives way to it there; see ds.targets."""
+    return targets.directory(path, "diffusers export", _ours, force=force, apart=apart)
+
+
+def _ours(folder: Path) -> targets.Ours | None:
+    return _WRITTEN.__contains__ if targets.marked(folder, "diffusers") else None
 
 
 def _fields(config: UNetConfig) -> dict[str, Any]:
