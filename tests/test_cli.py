@@ -462,6 +462,7 @@ def weights(change) -> None:
     save_file(tensors, file)
     about = json.loads(config.read_text())
     about["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    del about["checksum"]
     config.write_text(json.dumps(about))
 
 
@@ -517,7 +518,9 @@ def damage_type():
     """A configuration that names code to run."""
     config = Path("teacher/config.json")
     about = json.loads(config.read_text())
-    config.write_text(json.dumps({**about, "net": {"type": "os.system", "command": "true"}}))
+    about["net"] = {"type": "os.system", "command": "true"}
+    del about["checksum"]
+    config.write_text(json.dumps(about))
 
 
 DAMAGE = {
