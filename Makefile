@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
+.PHONY: help demo test asan check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
 	doctor clean
 
 help:
@@ -18,6 +18,25 @@ demo: $(VENV)/.installed ## teacher, pairs, student, report on scanned digits, i
 
 test: $(VENV)/.test ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Built without optimization, which takes a quarter of the time, and one test asks for fused products.
+# PyTorch throws C++ exceptions, which the sanitizer only sees if it was given libstdc++ at the start.
+asan: $(VENV)/.test ## the C++ kernels under sanitizers: the ops' tests, and any calls for a minute
+	cmake -S . -B build/asan -G Ninja -D DS_LIBRARY=cpu -D CMAKE_BUILD_TYPE=None \
+		-D CMAKE_CXX_FLAGS="-O0 -g1 $(SANITIZERS)" >/dev/null
+	cmake --build build/asan
+	$(SANITIZED_PYTHON) -m tests.fuzz --seconds 60 --log build/asan/last-call || \
+		{ cat build/asan/last-call; false; }
+	$(SANITIZED_PYTHON) -m pytest -q -p tests.sanitized $(SANITIZED_TESTS) \
+		--deselect tests/ops/test_group_norm_silu.py::test_silu_over_its_whole_range
+
+SANITIZERS = -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED_PYTHON = DS_SANITIZED=build/asan OMP_NUM_THREADS=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python
+SANITIZED_TESTS = $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows group_norm_silu noise \
+	prepare_batch quantize solver_update winograd conv3x3))
 
 check: fmt lint test ## what a change must pass
 

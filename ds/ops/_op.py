@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ds.ops._takes import PLAIN, make_check
 
@@ -56,11 +55,11 @@ class Op:
         key = "CompositeExplicitAutograd" if fake else "CompositeImplicitAutograd"
         _library.impl(self.name, self._run, key)
         self._dispatched = getattr(torch.ops.ds, self.name)
-        schema = self._dispatched.default._schema
-        self._defaults = [argument.default_value for argument in schema.arguments]
-        self.check = make_check(schema, takes, fake=False)
+        self.schema, self.takes = self._dispatched.default._schema, takes
+        self._defaults = [argument.default_value for argument in self.schema.arguments]
+        self.check = make_check(self.schema, takes, fake=False)
         if fake:
-            check = make_check(schema, takes, fake=True)
+            check = make_check(self.schema, takes, fake=True)
 
             def checked(*args):
                 check(*args)
@@ -176,7 +175,6 @@ def _watched(args: tuple) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._functorch.peek_interpreter_stack()
-        or forward_ad._current_level >= 0
         or not _USUAL.issuperset(map(type, args))
     )
 

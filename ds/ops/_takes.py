@@ -7,6 +7,7 @@
     step int32 or int64                 any shape
     parts [_, ...] of parts             each of a list; _ is any size
     grads like params floating          a list as long as another, and shape for shape;
+    moments like params of params       dtype for dtype as well;
     copies like first params floating   or shorter
     O = R // 4 if K == 2 else R         a size that follows from others
     C % groups == 0 : C ({C}) must be a multiple of groups ({groups})   what must hold, or the error
@@ -33,13 +34,20 @@ DTYPES = {
     "float8": {torch.float8_e4m3fn},
     **{str(dtype)[6:]: {dtype} for dtype in _NAMED},
 }
-_SCALARS = {"int": "int", "float": "(int, float)", "bool": "bool", "List[bool]": "list"}
+# Of a scalar of the schema: what it is called, and whether it is that.
+_SCALARS = {
+    "int": ("an int of 64 bits", "isinstance({0}, int) and -(2**63) <= {0} < 2**63"),
+    "float": ("a float", "isinstance({0}, float) or isinstance({0}, int) and abs({0}) < 2**53"),
+    "bool": ("a bool", "isinstance({0}, bool)"),
+    "List[bool]": ("a list", "isinstance({0}, list)"),
+    "ScalarType": ("a torch.dtype", "isinstance({0}, torch.dtype)"),
+}
 # Whether a glance will do: it is dense and its memory is there, and its numbers are what is in it.
 _USUAL = (
     "{0}.__class__ not in PLAIN"
     " or {0}.nbytes + {0}.storage_offset() * {0}.itemsize <= {0}.untyped_storage().nbytes()"
     " and ({0}.is_contiguous() or {0}.is_contiguous(memory_format=torch.channels_last))"
-    " and not {0}.is_neg()"
+    " and not ({0}.is_neg() or {0}._is_zerotensor())"
 )
 
 
@@ -74,7 +82,8 @@ class _Writer:
     def lines(self, takes: str) -> Iterator[str]:
         for name, kind in self.kinds.items():
             if kind in _SCALARS and not self.fake:
-                yield self._fail(f"not isinstance({name}, {_SCALARS[kind]})", "kind", name)
+                called, fits = _SCALARS[kind]
+                yield self._fail(f"not ({fits.format(name)})", "kind", name, repr(called))
         for line in filter(None, map(str.strip, takes.splitlines())):
             rule, _, complaint = line.partition(" : ")
             if complaint:
@@ -111,7 +120,7 @@ class _Writer:
 
     def _list(self, name: str, rule: str) -> Iterator[str]:
         x, label = f"{name}_i", f"f'{name}[{{i}}]'"
-        yield self._fail(f"not isinstance({name}, (list, tuple))", "kind", name)
+        yield self._fail(f"not isinstance({name}, (list, tuple))", "kind", name, "'a list'")
         like = re.match(r"like (first )?(\w+) ", rule)
         if like is None:
             yield f"for i, {x} in enumerate({name}):"
@@ -127,7 +136,7 @@ class _Writer:
         yield "    " + self._fail(differs, "shape", x, wanted, label=label)
 
     def _tensor(self, x: str, label: str, rule: str, written: bool) -> Iterator[str]:
-        yield self._fail(f"not isinstance({x}, Tensor)", "kind", x, label=label)
+        yield self._fail(f"not isinstance({x}, Tensor)", "kind", x, "'a tensor'", label=label)
         if not self.leader:
             self.leader = x
             yield f"device = {x}.device"
@@ -152,7 +161,9 @@ class _Writer:
             yield self._fail(f"{x}_dtype not in of_{x}", "dtype", x, words, label=label)
             return
         wanted = f"{other}_dtype"
-        if x == f"{other}_i":
+        if x != f"{other}_i" and self.in_list and self._listed(other):
+            wanted, words = f"{other}_i.dtype", f"f'{{{other}_i.dtype}} as {other}[{{i}}] is'"
+        elif x == f"{other}_i":
             yield f"if i == 0: {wanted} = {x}.dtype"
             words = f"f'{{{wanted}}} as {other}[0] is'"
         elif kind := kind.strip():
@@ -232,8 +243,9 @@ def described(shapes: list[str], values: dict[str, Any]) -> str:
     return " or ".join(f"[{text}]" for text in texts)
 
 
-def raise_kind(op: str, name: str, value: Any) -> NoReturn:
-    raise TypeError(f"{op}: {name} must not be of type {type(value).__name__}")
+def raise_kind(op: str, name: str, value: Any, kind: str) -> NoReturn:
+    found = repr(value) if isinstance(value, (int, float)) else type(value).__name__
+    raise TypeError(f"{op}: {name} must be {kind}, not {found}")
 
 
 def raise_count(op: str, name: str, tensors: list, other: str, others: list) -> NoReturn:
@@ -258,8 +270,8 @@ def raise_shape(op: str, name: str, x: Tensor, accepted: str) -> NoReturn:
 
 def raise_if_unfit(op: str, name: str, x: Tensor, written: bool) -> None:
     """Take the closer look at a tensor that is not dense, or not all there."""
-    if x.is_neg():
-        raise ValueError(f"{op}: {name} is a view with another sign; use its resolve_neg()")
+    if x.is_neg() or x._is_zerotensor():
+        raise ValueError(f"{op}: {name} is not what is in its memory; give its clone()")
     held, needed = x.untyped_storage().nbytes(), _reach(x)
     if needed > held:
         raise ValueError(
@@ -274,6 +286,17 @@ def raise_if_unfit(op: str, name: str, x: Tensor, written: bool) -> None:
                 f"shape {list(x.shape)} with strides {list(x.stride())} do"
             )
         reached += (size - 1) * stride
+
+
+def check_places(op: str, **tensors: Tensor | None) -> None:
+    """Raise for what PyTorch's kernels do not look at: other devices, memory that is not there."""
+    plain = {name: x for name, x in tensors.items() if type(x) in PLAIN}
+    for name, x in plain.items():
+        first = next(iter(plain))
+        if x.device != plain[first].device:
+            raise_device(op, name, x, plain[first].device, first)
+        if x.layout is torch.strided:
+            raise_if_unfit(op, name, x, written=False)
 
 
 def _reach(x: Tensor) -> int:

@@ -47,15 +47,14 @@ def adam_step(
         ValueError: lists that do not fit each other, or a number out of its range.
     """
     lists = params, grads, exp_avgs, exp_avg_sqs, averages, copies
+    arguments = (
+        step, lr, *map(list, lists),
+        *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        _op.check(*arguments)  # before the step is counted
     step.add_(1)
-    try:
-        return torch.ops.ds.adam_step(
-            step, lr, *map(list, lists),
-            *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
-        )  # fmt: skip
-    except (TypeError, ValueError):  # no step was taken
-        step.sub_(1)
-        raise
+    return torch.ops.ds.adam_step(*arguments)
 
 
 def reference(
@@ -120,8 +119,8 @@ _op = Op(
     lr [] float32
     params floating
     grads like params floating
-    exp_avgs like params floating
-    exp_avg_sqs like params floating
+    exp_avgs like params of params
+    exp_avg_sqs like params of params
     averages like first params floating
     copies like first params floating
     0 <= beta1 < 1 : betas[0] must lie in [0, 1), not {beta1}

@@ -164,11 +164,11 @@ _op = Op(
     x [N, C, H, W] floating or float8
     {_TAKES}
     residual [N, O, Y, X] result of x
+    scale [R] floating
     scale is not None or x.dtype not in DTYPES["float8"] : scale must be [{{R}}] \
 for x of {{x.dtype}}
     scale is None or x.dtype in DTYPES["float8"] : scale is for x of torch.float8_e4m3fn only, \
 not for {{x.dtype}}
-    scale [R] floating
     """,
     reference,
     fake,

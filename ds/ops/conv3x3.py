@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported
+from ds.ops._takes import check_places
 from ds.ops.winograd import PANEL, pays, winograd_conv
 
 _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
@@ -18,18 +19,24 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     It is F.conv2d, and in exact arithmetic the same. Float32 on a CPU takes a quarter of the
     multiplications, in forward and in both gradients, where N, H and W make tiles of 4 x 4 pixels
-    enough and C and O are multiples of 16. Raises what F.conv2d raises.
+    enough and C and O are multiples of 16. Raises what F.conv2d
+    raises, and ValueError for tensors of several devices or without their memory.
 
     Lavin & Gray 2016, arXiv:1509.09308; the points are those of winograd_conv.
     """
     if _pays(x, weight, bias):
         return _op(x, weight, bias)
+    if not torch.compiler.is_compiling():
+        check_places("conv3x3", x=x, weight=weight, bias=bias)
     return F.conv2d(x, weight, bias, padding=1)
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether tiles are quicker; not for what does not fit, of which F.conv2d says why."""
-    kinds = {(t.device.type, t.dtype) for t in (x, weight, bias) if t is not None}
+    given = [t for t in (x, weight, bias) if t is not None]
+    if not all(isinstance(t, Tensor) for t in given):
+        return False
+    kinds = {(t.device.type, t.dtype) for t in given}
     if kinds != {("cpu", torch.float32)} or torch.is_autocast_enabled("cpu"):
         return False
     # Programs that are exported have PyTorch's own ops only. PyTorch 2.11 calls compiling so too.
@@ -72,6 +79,8 @@ def fake_backward(dy, x, weight, wanted):
 _TAKES = """
     x [N, C, H, W] floating
     weight [O, C, 3, 3] of x
+    min(O, C, H, W) >= 1 : x and weight must have channels and pixels, not shapes {list(x.shape)} \
+and {list(weight.shape)}
 """
 _op = Op(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

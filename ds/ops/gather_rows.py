@@ -52,6 +52,7 @@ _op = Op(
     indices [N] int64
     parts [_, ...] of parts
     len(parts) >= 1 : needs at least one part
+    not parts[0].is_quantized : parts must not be quantized
     """,
     reference,
     fake,

@@ -97,7 +97,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float 
 
 def _shift_of_images(x: Tensor, shift: Tensor | None) -> Tensor | None:
     """Return shift as [N, C], where it is [C]; the op sees to the rest."""
-    return shift.expand(len(x), -1) if shift is not None and shift.dim() == 1 else shift
+    return shift.expand(len(x), -1) if isinstance(shift, Tensor) and shift.dim() == 1 else shift
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -360,15 +360,25 @@ def _():
     def launch(x, weight, bias, groups, eps, silu, *parts):
         x, kept = _merged(x, *parts)
         y, mean, rstd = torch.ops.aten.native_group_norm(
-            *_widened(x.dtype, x, weight, bias), *_sizes(x), groups, eps
+            _pixels(x), *_parameters(x, weight, bias), *_sizes(x), groups, eps
         )
         return _like(F.silu(y) if silu else y, x), mean, rstd, kept
 
     return launch
 
 
-def _widened(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(_wide(dtype)) for tensor in tensors]
+def _pixels(x: Tensor) -> Tensor:
+    """Return a dense tensor as PyTorch's kernels take it: wide, with the usual strides."""
+    x = x.to(_wide(x.dtype))
+    if x.is_contiguous():
+        return x
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (channels * height * width, 1, width * channels, channels))
+
+
+def _parameters(x: Tensor, *values: Tensor) -> list[Tensor]:
+    """Return what has no pixels as PyTorch's kernels take it, which do not look at its strides."""
+    return [value.to(_wide(x.dtype)).contiguous() for value in values]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -435,7 +445,7 @@ def _split(
         d_merged = d_merged + grad_merged
     d_shift = x.new_empty(0)
     if shift is not None:
-        sums = d_merged[:, :split].flatten(2).sum(2, dtype=_wide(x.dtype))
+        sums = d_merged[:, :split, None].flatten(2).sum(2, dtype=_wide(x.dtype))
         d_shift = sums.to(shift.dtype)
     if split == x.shape[1]:
         return _like(d_merged, x), d_shift, x.new_empty(0)
@@ -548,7 +558,8 @@ def _():
 def _():
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, *parts):
         dense = _merged_again(x, *parts)
-        x, grad, w, b = _widened(dense.dtype, dense, _like(grad, dense), weight, bias)
+        x, grad = _pixels(dense), _pixels(_like(grad, dense))
+        w, b, mean, rstd = _parameters(dense, weight, bias, mean, rstd)
         if silu:
             scale = w.view(groups, -1) * rstd[..., None]  # [N, groups, C / groups]
             shift = b.view(groups, -1) - mean[..., None] * scale
@@ -588,6 +599,8 @@ def _gradient(ctx, grad, _mean, _rstd, grad_merged):
     d_x, d_weight, d_bias, d_shift, d_skip = backward(
         grad, x, weight, bias, mean, rstd, ctx.groups, ctx.silu, ctx.split, *parts
     )
+    if ctx.split == weight.shape[0]:
+        d_skip = d_x[:, :0]  # of a skip without channels
     gradients = zip((d_shift, d_x, d_skip), ctx.given, strict=True)
     d_parts = [gradient if given else None for gradient, given in gradients]
     return d_x, d_weight, d_bias, None, None, None, *d_parts, None

@@ -37,8 +37,6 @@ def noise(
     Raises:
         ValueError: the seed is out of range, indices are of another kind, or dtype is not floating.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"noise: dtype must be floating point, not {dtype}")
     shape = tuple(shape)
     bits = signed("noise", "seed", seed)
     z = _op(indices, bits, math.prod(shape), dtype)

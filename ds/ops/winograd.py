@@ -142,6 +142,7 @@ _op = Op(
     """
     x [N, C, H, W] floating
     weight [36, B, C, P] wide of x
+    min(C, H, W) >= 1 : x must have channels and pixels, not shape {list(x.shape)}
     bias [B * P] wide of x
     residual [N, B * P, H << doubled, W << doubled] of x
     """,
