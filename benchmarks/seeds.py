@@ -48,8 +48,8 @@ def compare(runs: Path, seeds: int) -> None:
                 "distill", "digits", "--teacher", teacher, "--store", pairs, "--out", out,
                 "--train.seed", seed, *options, start=start,
             )  # fmt: skip
-            _dstudent("evaluate", out, "--out", out / "figures.json")
-            found[name].append(read_json(out / "figures.json")["frechet_distance"])
+            _dstudent("evaluate", out)
+            found[name].append(read_json(out / "metrics.json")["frechet_distance"])
             print(name, seed, found[name][-1], flush=True)
     write_json(PATH, {"commit": git("rev-parse", "HEAD"), "frechet_distance": found})
 

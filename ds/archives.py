@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ds import targets
 from ds.config import Count, difference, require
-from ds.files import locked, present, read_sealed, replacing, sealed, write_json
+from ds.files import check_plain, locked, present, read_sealed, replacing, sealed, write_json
 from ds.pairs import PairStore
 
 SOURCE = "source.json"
@@ -59,6 +59,7 @@ def export(
         suffix, write = _WRITERS[form]
         paths = [out / f"{number:06d}{suffix}" for number in range(len(starts))]
         for path, start in tqdm([*zip(paths, starts, strict=True)], disable=not progress):
+            check_plain(path)
             if not path.exists():
                 rows = range(start, min(start + per_archive, len(store)))
                 with replacing(path) as temporary:

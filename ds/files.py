@@ -43,7 +43,7 @@ def replacing(path: Path, *, force: bool = True, sweep: bool = True) -> Iterator
     has the name by then. Without `sweep`, what the dead left beside it is left to another call.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staging(path.parent, sweep=sweep) as stage:
+    with _naming(path), staging(path.parent, sweep=sweep) as stage:
         yield stage / NEW
         _settle(stage)
         check_plain(path)
@@ -66,7 +66,7 @@ def replacing_directory(path: Path, old: Collection[str] = ()) -> Iterator[Path]
     there = path.is_dir()
     if not there:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with staging(path if there else path.parent) as stage:
+    with _naming(path), staging(path if there else path.parent) as stage:
         (stage / NEW).mkdir()
         yield stage / NEW
         _settle(stage)
@@ -80,6 +80,17 @@ def replacing_directory(path: Path, old: Collection[str] = ()) -> Iterator[Path]
                     raise
                 raise _meanwhile(path) from None
             sync(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Make what the system says of a place in the making, or of none, name what is made."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and (not error.filename or ".ds-" in str(error.filename)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds.files import open_own, opened, parse_json, present, replacing
+from ds.files import open_own, opened, parse_json, present, replacing, subfolder
 
 METRICS = "metrics.jsonl"
 LONGEST = 1 << 20  # bytes of a line
@@ -37,6 +37,7 @@ class Records:
                 raise ValueError("runtime.wandb: wandb is not installed: pip install wandb")
             from wandb import init
 
+            subfolder(out / "wandb")
             name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
             self.project = init(project=wandb, dir=out, id=name, resume="allow", config=run)
 

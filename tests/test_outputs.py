@@ -1,7 +1,9 @@
 """What is written, and where: everything that writes, at every kind of place."""
 
 import os
+import resource
 import shutil
+import signal
 import socket
 import stat
 from collections.abc import Callable
@@ -210,6 +212,17 @@ QUICK = [name for name, w in WRITERS.items() if not w.slow]
 every = pytest.mark.parametrize("name", WRITERS)
 
 
+def forked(work: Callable[[], Any]) -> int:
+    """Do something in a child; return how it ended."""
+    if not (child := os.fork()):
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def tree(folder: Path) -> dict[str, Any]:
     """Return all that is in a directory: files by content, others by their mode, links by goal."""
     found: dict[str, Any] = {}
@@ -333,17 +346,15 @@ REFUSED = {
 
 @every
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("force", [False, True], ids=["", "forced"])
-def test_what_is_not_ours_is_left_alone(name, kind, force, home, tmp_path):
+def test_what_is_not_ours_is_left_alone(name, kind, home, tmp_path):
     """Before any work, by one line that names it; a file gives way to a file, if it is forced."""
     writer = WRITERS[name]
     out = REFUSED[kind](tmp_path / f"out{writer.suffix}")
-    if (force and not writer.forces) or (force and kind == "a file" and writer.suffix):
-        return
-    with untouched(tmp_path, home), pytest.raises((ValueError, OSError)) as refusal:
-        writer(home, out, force)
-    assert len(str(refusal.value).splitlines()) == 1
-    assert out.name in str(refusal.value) or "thesis" in str(refusal.value)
+    for force in {False, writer.forces and not (kind == "a file" and writer.suffix)}:
+        with untouched(tmp_path, home), pytest.raises((ValueError, OSError)) as refusal:
+            writer(home, out, force)
+        assert len(str(refusal.value).splitlines()) == 1
+        assert out.name in str(refusal.value) or "thesis" in str(refusal.value)
 
 
 def test_devices_stay_what_they_are(home):
@@ -374,16 +385,16 @@ def linked(source: Path) -> Path:
 
 @pytest.mark.parametrize("name", [n for n, w in WRITERS.items() if w.reads])
 @pytest.mark.parametrize("kind", OVERLAPS)
-@pytest.mark.parametrize("force", [False, True], ids=["", "forced"])
-def test_an_input_is_not_written_over(name, kind, force, home, tmp_path):
+def test_an_input_is_not_written_over(name, kind, home, tmp_path):
     writer = WRITERS[name]
     there = shutil.copytree(home, tmp_path / "in")
     out = OVERLAPS[kind](there / writer.reads)
     if writer.suffix and kind.startswith(("within", "deep", "the input, by detours")):
         out = out.with_suffix(writer.suffix)
-    with untouched(there), pytest.raises(ValueError) as refusal:
-        writer(there, out, force and writer.forces)
-    assert len(str(refusal.value).splitlines()) == 1
+    for force in {False, writer.forces}:
+        with untouched(there), pytest.raises(ValueError) as refusal:
+            writer(there, out, force)
+        assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_a_run_is_not_written_over_what_it_reads(home, tmp_path):
@@ -408,17 +419,11 @@ def _empty(out: Path) -> Path:
 
 
 def _link(out: Path) -> Path:
-    real = out.with_name("real") / out.name
-    real.parent.mkdir()
-    if out.suffix:
-        return (
-            (out.parent / "link").with_suffix("") / out.name
-            if out.parent.joinpath("link").symlink_to("real")
-            else out.parent / "link" / out.name
-        )
+    """A link to a directory; of a file, to the one it is in."""
+    link, real = out.with_name("link"), out.with_name("real")
     real.mkdir()
-    out.symlink_to(real)
-    return out
+    link.symlink_to(real)
+    return link / out.name if out.suffix else link
 
 
 def _by_detours(out: Path) -> Path:
@@ -467,8 +472,6 @@ def made(writer: Writer, out: Path) -> None:
 def test_every_place_that_cp_takes_is_taken(name, kind, home, tmp_path):
     writer = WRITERS[name]
     out = ACCEPTED[kind](tmp_path / f"out{writer.suffix}")
-    if kind == "the longest name" and name in ("teach", "distill"):
-        return
     try:
         writer(home, out)
         made(writer, out)
@@ -502,3 +505,72 @@ def test_everything_has_the_permissions_of_the_umask_and_is_made_again(name, hom
                 writer(home, out, True)
     finally:
         os.umask(before)
+
+
+PLANTS = {
+    "generate_pairs": (
+        ".lock", "manifest.json", "images-00000.npy", "images-00000.npy.tmp", "images-00000.sha256",
+    ),
+    "archives.export": (".lock", "source.json", "000000.tar"),
+    "Trainer": (
+        ".lock", "run.json", "metrics.jsonl", "checkpoint.pt", "samples",
+        "samples/step-0000002.png",
+    ),
+    "save_pretrained": ("config.json", "model.safetensors", "README.md", "metrics.json"),
+    "images.save": (targets.MARK, "000000.png"),
+    "to_diffusers": (targets.MARK, "unet", "unet/config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "planted"), [(n, p) for n, all in PLANTS.items() for p in all])
+def test_no_link_in_a_directory_of_ours_is_written_through(name, planted, home, tmp_path):
+    """To a file of ours or of somebody, or to a directory; in what is whole, and what is begun."""
+    writer = WRITERS[name]
+    for whole in (True, False):
+        out, aim = tmp_path / f"out-{whole}", tmp_path / f"aim-{whole}"
+        writer(home, out)
+        if not whole:
+            for file in [f for f in out.rglob("*") if f.is_file()]:
+                if file.name not in ("manifest.json", "source.json", "run.json", "config.json"):
+                    file.unlink()
+        if (out / planted).exists():
+            (out / planted).rename(aim)
+        elif planted != "images-00000.npy.tmp" and whole:
+            aim.write_text("years")
+        else:
+            (aim / "gone").mkdir(parents=True)
+        (out / planted).symlink_to(aim)
+        with _like(aim):
+            try:
+                writer(home, out, writer.forces)
+            except (ValueError, OSError) as refusal:
+                assert len(str(refusal).splitlines()) == 1
+            else:
+                assert whole and writer.goes_on  # where nothing was to be written
+
+
+@contextmanager
+def _like(path: Path):
+    """What a path leads to is the same afterwards."""
+    before = tree(path.parent)[path.name] if path.is_file() else tree(path)
+    yield
+    assert before == (tree(path.parent)[path.name] if path.is_file() else tree(path))
+
+
+EXPORTS = [name for name in WRITERS if name.startswith(("sample", "convert", "evaluate"))]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_disk_that_is_full_is_one_line_and_leaves_what_was_there(name, home, tmp_path):
+    """Which names the place, not what is made beside it."""
+    writer, out = WRITERS[name], tmp_path / f"out{WRITERS[name].suffix}"
+    writer(home, out)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+        with pytest.raises(ValueError, match=rf"^dstudent: .*File too large: '{out}[^:]*'$"):
+            writer(home, out, True)
+
+    with untouched(tmp_path):
+        assert forked(fill) == 0
