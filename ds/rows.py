@@ -21,6 +21,7 @@ from ds.files import opened, regular, sha256, unjudged
 from ds.places import AbstractPlace
 
 MAPPED = 4096  # shards at a time
+FEW = 256  # shards of which a batch may need every one
 _HEADER = range(64, 1025, 64)  # bytes that the header of an .npy file may take
 
 
@@ -55,6 +56,7 @@ class Rows:
         self._files = [*map(str, where.local(hashes))]
         self._judged: set[int] = set()  # shards whose hash was right
         self._sizes: dict[int, int] = {}  # bytes of the files that are mapped
+        self._all: list[Tensor] = []  # shards, once all of a few have been asked for together
         self.shard = lru_cache(MAPPED)(self._map)
         for number in range(len(self._files)):
             self._check_size(number)
@@ -64,6 +66,8 @@ class Rows:
 
     def read(self, indices: Tensor) -> Tensor:
         """Return rows by their indices, int64 [N], which lie within: [N, *shape]."""
+        if self._all and self._cut(range(len(self._all))) is None:
+            return ops.gather_rows(indices, self._all)
         shards = np.searchsorted(self._starts, indices.numpy(), side="right") - 1
         touched = np.bincount(shards).nonzero()[0]
         if not 0 < len(touched) <= MAPPED:
@@ -72,19 +76,28 @@ class Rows:
                 here = torch.from_numpy((shards >= group[0]) & (shards <= group[-1]))
                 rows[here] = self.read(indices[here])
             return rows
-        parts = [self._whole(shard) for shard in touched.tolist()]
+        parts = self._parts(touched.tolist())
         if len(parts) == len(self._counts):
+            self._all = parts if len(parts) <= FEW else []
             return ops.gather_rows(indices, parts)
         counts, moved = self._counts[touched], np.empty(len(self._counts), np.int64)
         moved[touched] = self._starts[touched] - (np.cumsum(counts) - counts)
         return ops.gather_rows(indices - torch.from_numpy(moved[shards]), parts)
 
-    def _whole(self, number: int) -> Tensor:
-        """Return a shard whose file is still as large as its map."""
-        part = self.shard(number)
-        if os.stat(self._files[number]).st_size < self._sizes[number]:
-            self._check_size(number)
-        return part
+    def _parts(self, numbers: list[int]) -> list[Tensor]:
+        """Return shards whose files are as large as their maps."""
+        parts = [self.shard(number) for number in numbers]
+        while (cut := self._cut(numbers)) is not None:
+            self._check_size(cut)  # says so, or brings it back
+            self.shard.cache_clear()
+            self._all = []
+            parts = [self.shard(number) for number in numbers]
+        return parts
+
+    def _cut(self, numbers: Iterable[int]) -> int | None:
+        """Return a shard whose file has become shorter since it was mapped, if there is one."""
+        files, sizes, stat = self._files, self._sizes, os.stat
+        return next((n for n in numbers if stat(files[n]).st_size < sizes[n]), None)
 
     def verify(self) -> None:
         """Hash every shard, and what a bucket's cache has of it; ValueError names a wrong one."""
@@ -107,7 +120,8 @@ class Rows:
             if found != Header(shape, False, np.dtype(str(self._row.dtype).removeprefix("torch."))):
                 raise ValueError(
                     f"{path}: damaged, it holds {found.dtype} {list(found.shape)}, not "
-                    f"{self._row.dtype} {list(shape)} row by row; delete it and make it again"
+                    f"{self._row.dtype} {list(shape)} row by row; delete it and run the same "
+                    f"`dstudent pairs` to write it again"
                 )
             try:
                 content = torch.from_file(str(path), size=size, dtype=torch.uint8)
@@ -127,8 +141,8 @@ class Rows:
             return
         if not self._where.caches:
             raise ValueError(
-                f"{path}: damaged, {size:,} bytes do not hold {rows} pairs; delete it and make it "
-                f"again"
+                f"{path}: damaged, {size:,} bytes do not hold {rows} pairs; delete it and run the "
+                f"same `dstudent pairs` to write it again"
             )
         self._where.restore(self._names[number], self._hashes[number])
 
