@@ -8,12 +8,14 @@ that we make has a file in it that says what it is, and so which names in it are
 import os
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ds.files import check_plain, is_stage, kind_of, read_json, recover, staging, write_json
 
 MARK = ".denoising-student.json"  # in a directory that has no other file to say what it is
+MOUNTS = Path("/proc/self/mountinfo")
 Ours = Callable[[str], bool]  # whether a relative name in a directory is one of ours
 Inputs = Iterable[str | Path | None]
 
@@ -30,7 +32,7 @@ def file(path: str | Path, *, force: bool = False, apart: Inputs = ()) -> Path:
         raise ValueError(f"{path}: is {kind_of(about.st_mode)}; give the name of a file")
     if about and not force:
         raise ValueError(f"{path}: is there already; use another name, or force (--force)")
-    if about and os.path.ismount(where):
+    if about and _is_mounted(where):
         raise ValueError(f"{path}: is a mount point, which nothing can replace; use another name")
     if about and not _may_replace(where, about):
         raise ValueError(f"{path}: is another user's, in a directory where only they replace it")
@@ -160,7 +162,7 @@ def _names(folder: Path) -> list[str]:
 
 def _check_apart(path: str | Path, where: Path, apart: Inputs) -> None:
     for given in apart:
-        if given is None or "://" in str(given) or not os.path.exists(given):
+        if given is None or "://" in str(given):
             continue
         source = Path(os.path.realpath(given))
         if _within(where, source) or _within(source, where):
@@ -171,9 +173,18 @@ def _check_apart(path: str | Path, where: Path, apart: Inputs) -> None:
 
 def _within(path: Path, folder: Path) -> bool:
     """Say whether a path is a file or a directory, or below it, under whatever name."""
-    if not folder.exists():
-        return False
-    return any(step.exists() and step.samefile(folder) for step in (path, *path.parents))
+    steps = (path, *path.parents)
+    there = folder.exists()
+    return folder in steps or (there and any(s.exists() and s.samefile(folder) for s in steps))
+
+
+def _is_mounted(where: Path) -> bool:
+    """Say whether a file is mounted in its place, as containers do, be it from the same disk."""
+    named = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in str(where))
+    with suppress(FileNotFoundError):
+        mounts = MOUNTS.read_text(errors="surrogateescape")
+        return any(line.split(" ")[4] == named for line in mounts.splitlines())
+    return False
 
 
 def _may_replace(where: Path, about: os.stat_result) -> bool:

@@ -365,6 +365,23 @@ def test_devices_stay_what_they_are(home):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_give_way_is_known_before_the_work(name, home, tmp_path, monkeypatch):
+    """One that is mounted, or another user's in a directory with the sticky bit."""
+    writer, out = WRITERS[name], tmp_path / f"o ut{WRITERS[name].suffix}"
+    out.write_text("years")
+    with monkeypatch.context() as patch:
+        place = str(out).replace(" ", "\\040")
+        (tmp_path / "mounts").write_text(f"1 2 8:1 /x {place} rw - ext4 /dev/sda rw\n")
+        patch.setattr(targets, "MOUNTS", tmp_path / "mounts")
+        with untouched(tmp_path), pytest.raises(ValueError, match="is a mount point"):
+            writer(home, out, True)
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with untouched(tmp_path), pytest.raises(ValueError, match="is another user's"):
+        writer(home, out, True)
+
+
 OVERLAPS = {
     "the input": lambda source: source,
     "the directory of the input": lambda source: source.parent,
@@ -406,6 +423,14 @@ def test_a_run_is_not_written_over_what_it_reads(home, tmp_path):
         with untouched(there), pytest.raises(ValueError, match="x-run"):
             verb(*line)(there, there / "x", True)
         (there / "x-run").rename(there / read)
+
+
+def test_a_student_is_not_to_be_where_its_pairs_will_be(home, tmp_path):
+    """What is not there yet is found to be the same, too, before pairs are made."""
+    for store, out in (("x", "x"), ("x/pairs", "x"), ("x", "x/student"), ("x-run", "x")):
+        line = [w.replace("HOME/store", str(tmp_path / store)) for w in DISTILL]
+        with untouched(tmp_path), pytest.raises(ValueError, match="which is read"):
+            verb(*line)(home, tmp_path / out)
 
 
 def _absent(out: Path) -> Path:

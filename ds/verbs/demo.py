@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ds import targets
 from ds.verbs.options import Verb
 
 
@@ -17,4 +18,5 @@ class Demo(Verb):
     def prepare(self) -> Callable[[], None]:
         from ds.demo import demo
 
+        targets.kept(self.out, "demo", targets.MARK)
         return partial(demo, self.out)
