@@ -161,7 +161,7 @@ class GaussianMixture(AbstractData):
     def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
         (dim,) = self.shape
         z = noise(seed, indices, (dim + 1,))
-        edges = torch.tensor(self.weights).cumsum(0)
+        edges = torch.tensor(self.weights, dtype=torch.float32, device="cpu").cumsum(0)
         # The last element decides the mode: its normal distribution function is uniform.
         mode = torch.bucketize(torch.special.ndtr(z[:, dim]), edges[:-1])
         return self.centres(z)[mode] + self.std * z[:, :dim]
@@ -182,7 +182,9 @@ class GaussianMixture(AbstractData):
         linear where the mixture decides and logarithmic far away.
         """
         scale, dtype = self.std, x.dtype
-        stops = torch.linspace(math.asinh(sigma / alpha / scale), 0, steps + 1, dtype=torch.float64)
+        stops = torch.linspace(
+            math.asinh(sigma / alpha / scale), 0, steps + 1, dtype=torch.float64, device="cpu"
+        )
         y = x.double() / alpha
 
         def slope(u: float, y: Tensor) -> Tensor:  # dy/du with r = scale * sinh(u)

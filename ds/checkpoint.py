@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import ds
 from ds import targets
+from ds.ambient import without_ambient
 from ds.config import Sha256, checked, from_json, to_json
 from ds.denoiser import Denoiser
 from ds.files import (
@@ -151,6 +152,7 @@ def run_of(path: Path) -> str | None:
     return _read_config(path).get("provenance", {}).get("run")
 
 
+@without_ambient()
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
     """Read what `write` wrote; return the configuration and the network, on the CPU, in eval mode.
 
@@ -163,7 +165,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
     checked(config, _Config, path / CONFIG)
     weights = _read_weights(path / WEIGHTS, config.get("sha256"))
     with naming(path):
-        net = entry(config, "net", AbstractNetConfig).build()
+        net = entry(config, "net", AbstractNetConfig).build().to(torch.float32)
     load_strictly(net, weights, str(path / WEIGHTS))
     return config, net.eval()
 

@@ -117,7 +117,7 @@ class Generated(AbstractSource):
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
         self._sampler = Sampler(teacher, batch_size=batch_size, **options)
         self._quantizer = "round" if len(teacher.shape) == 3 else "float32"
-        self._pool, self._number = torch.empty(0), -1
+        self._pool, self._number = torch.empty(0, dtype=torch.float32, device="cpu"), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
             f"{self._sampler.batch_size} at a time, {options}"
@@ -127,7 +127,7 @@ class Generated(AbstractSource):
         return self.rows
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        return torch.empty(len(rows), 0, dtype=torch.uint8)
+        return torch.empty(len(rows), 0, dtype=torch.uint8, device="cpu")
 
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
         pools = torch.as_tensor(draws) // (self.rows * self.reuse)

@@ -55,7 +55,7 @@ class Denoiser:
         """
         if isinstance(t, int):
             alpha, sigma = self.schedule.at(t)
-            t = torch.full((x_t.shape[0],), t, device=x_t.device)
+            t = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         else:
             alpha, sigma = self.schedule.gather(t, x_t)
         out = self.net(x_t, t)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ds
 from ds import checkpoint, targets
+from ds.ambient import without_ambient
 from ds.arrays import read_arrays
 from ds.budget import check_memory
 from ds.config import Between, Count, Seed, require
@@ -46,6 +47,7 @@ class Moments(NamedTuple):
     sha256: str
 
 
+@without_ambient()
 def evaluate(
     images_or_model: Tensor | Teacher | Student,
     reference: Tensor | Moments,

@@ -58,7 +58,9 @@ class _OneCall(nn.Module):
 
 @torch.no_grad()
 def _exported(student: Student) -> torch.export.ExportedProgram:
-    z = torch.zeros(2, *student.shape, device=next(student.net.parameters()).device)
+    z = torch.zeros(
+        2, *student.shape, dtype=torch.float32, device=next(student.net.parameters()).device
+    )
     module = _OneCall(student).eval()
     program = torch.export.export(module, (z,), dynamic_shapes=({0: BATCH},))
     return program.run_decompositions(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds.ambient import without_ambient
 from ds.data import digits
 from ds.files import sha256
 from ds.images import to_float
@@ -95,11 +96,11 @@ class Digits(AbstractExtractor):
 class _Classifier(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
-        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
-        self.dense = nn.Linear(256, 64)
-        self.head = nn.Linear(64, 10)
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1, dtype=torch.float32)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1, dtype=torch.float32)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, dtype=torch.float32)
+        self.dense = nn.Linear(256, 64, dtype=torch.float32)
+        self.head = nn.Linear(64, 10, dtype=torch.float32)
 
     def features(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(F.silu(self.conv2(F.silu(self.conv1(x)))), 2)
@@ -111,6 +112,7 @@ class _Classifier(nn.Module):
 
 
 @cache
+@without_ambient(grad=True)
 def _train_classifier(epochs: int = 30, batch_size: int = 64, lr: float = 2e-3) -> _Classifier:
     images, labels = digits()
     x = to_float(images)
@@ -122,10 +124,12 @@ def _train_classifier(epochs: int = 30, batch_size: int = 64, lr: float = 2e-3) 
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=draw).split(batch_size):
+        order = torch.randperm(len(x), generator=draw, dtype=torch.int64, device="cpu")
+        for rows in order.split(batch_size):
             if len(rows) < batch_size:
                 continue
-            noisy = x[rows] + 0.1 * torch.randn(x[rows].shape, generator=draw)
+            noise = torch.randn(x[rows].shape, generator=draw, dtype=torch.float32, device="cpu")
+            noisy = x[rows] + 0.1 * noise
             loss = F.cross_entropy(net(noisy), labels[rows])
             optimizer.zero_grad()
             loss.backward()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds import checkpoint, grids
+from ds.ambient import without_ambient
 from ds.denoiser import Denoiser
 from ds.grids import Grid
 from ds.methods import AbstractMethod, DenoisingStudent
@@ -89,9 +90,10 @@ def _adopt(found: Imported) -> Teacher | Student:
     return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
 
 
+@without_ambient()
 def _built(found: Imported) -> nn.Module:
     with torch.device("meta"):
-        net = found.config.build()
+        net = found.config.build().to(torch.float32)
     net = net.to_empty(device="cpu")
     net.load_state_dict(found.weights)
     return net.to(memory_format=torch.channels_last).eval()

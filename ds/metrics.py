@@ -127,14 +127,19 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
     if projections < 1:
         raise ValueError(f"sliced_wasserstein: projections must be at least 1, not {projections}")
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
+    directions = torch.randn(
+        x.shape[1], projections, generator=generator, dtype=torch.float64, device="cpu"
+    )
     directions = (directions / directions.norm(dim=0)).to(x.device)
     x, y = (x @ directions).sort(0).values, (y @ directions).sort(0).values
     # Both quantile functions are steps; `level` holds where either one jumps, in units of 1/(NM),
     # as integers, so that no rounding can pair the wrong samples.
     n, m = len(x), len(y)
-    level = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
-    level = level.to(x.device)
+    steps = (
+        torch.arange(1, count + 1, dtype=torch.int64, device="cpu") * other
+        for count, other in ((n, m), (m, n))
+    )
+    level = torch.cat([*steps]).unique().to(x.device)
     width = level.diff(prepend=level.new_zeros(1)).double() / (n * m)
     gap = x[(level - 1) // m] - y[(level - 1) // n]  # [levels, projections]
     return float((width @ gap.square()).mean().sqrt())

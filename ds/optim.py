@@ -31,7 +31,8 @@ class Adam(torch.optim.Optimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"ema_decay": 0.0})
         (group,) = self.param_groups
-        group["step"] = torch.zeros((), device=group["params"][0].device)
+        params = group["params"]
+        group["step"] = torch.zeros((), dtype=torch.float32, device=params[0].device)
         for param in group["params"]:
             self.state[param] = {name: torch.zeros_like(param) for name in ("mean", "square")}
         if max_norm < math.inf and _sharded(group["params"]):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import ds
 from ds import budget, targets
+from ds.ambient import without_ambient
 from ds.budget import check_memory
 from ds.checkpoint import describe, fingerprint
 from ds.config import (
@@ -104,6 +105,7 @@ class Manifest(_Later):
 log = logging.getLogger("ds")
 
 
+@without_ambient()
 def generate_pairs(
     teacher: Teacher,
     out: str | Path,

@@ -32,7 +32,7 @@ def noise(
     """
     if not isinstance(indices, Tensor):
         bits = [signed("noise", "index", operator.index(i)) for i in indices]
-        indices = torch.tensor(bits, dtype=torch.int64)
+        indices = torch.tensor(bits, dtype=torch.int64, device="cpu")
     return ops.noise(operator.index(seed), indices.to(device), shape, dtype)
 
 

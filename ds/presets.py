@@ -54,7 +54,7 @@ class Machine:
             gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             return gpu if torch.cuda.is_available() else torch.device("cpu")
         try:
-            return torch.empty(0, device=self.device).device
+            return torch.empty(0, dtype=torch.uint8, device=self.device).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None

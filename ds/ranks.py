@@ -53,8 +53,9 @@ def gather(rows: Tensor) -> Tensor:
     """Return the rows [N_r, ...] of all processes in order of rank, on the CPU, everywhere."""
     if not dist.is_initialized():
         return rows.cpu()
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
+    mine = torch.tensor([len(rows)], dtype=torch.int64, device="cpu")
+    counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, mine)
     most = max(int(c) for c in counts)
     padded = rows.new_zeros((most, *rows.shape[1:]), device="cpu")
     padded[: len(rows)] = rows.cpu()
@@ -65,14 +66,14 @@ def gather(rows: Tensor) -> Tensor:
 
 def total(value: float) -> float:
     """Return the sum over all processes, in order of rank, everywhere."""
-    return sum(gather(torch.tensor([value], dtype=torch.float64)).tolist())
+    return sum(gather(torch.tensor([value], dtype=torch.float64, device="cpu")).tolist())
 
 
 def largest(value: int) -> int:
     """Return the largest value that any process has, everywhere."""
     if not dist.is_initialized():
         return value
-    found = torch.tensor(value)
+    found = torch.tensor(value, dtype=torch.int64, device="cpu")
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 

@@ -71,7 +71,7 @@ class Rows:
         shards = np.searchsorted(self._starts, indices.numpy(), side="right") - 1
         touched = np.bincount(shards).nonzero()[0]
         if not 0 < len(touched) <= MAPPED:
-            rows = torch.empty(len(indices), *self._row.shape, dtype=self._row.dtype)
+            rows = self._row.new_empty(len(indices), *self._row.shape)
             for group in (touched[i : i + MAPPED] for i in range(0, len(touched), MAPPED)):
                 here = torch.from_numpy((shards >= group[0]) & (shards <= group[-1]))
                 rows[here] = self.read(indices[here])
@@ -161,7 +161,8 @@ def as_indices(what: str, indices: Sequence[int] | Tensor, count: int) -> Tensor
         if not 0 <= index < count:
             raise ValueError(f"{what}: indices must lie in 0 .. {count - 1}, not {index}")
     if isinstance(indices, range):
-        return torch.arange(indices.start, indices.stop, indices.step, dtype=torch.int64)
+        bounds = indices.start, indices.stop, indices.step
+        return torch.arange(*bounds, dtype=torch.int64, device="cpu")
     return torch.from_numpy(indices.astype(np.int64, copy=False))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ds import checkpoint
+from ds.ambient import without_ambient
 from ds.budget import check_memory, seconds_each
 from ds.config import Count, Natural, Seed, require, to_json
 from ds.denoiser import Denoiser
@@ -340,6 +341,7 @@ class Sampler:
     without an engine or of a model that is no ds.engine.Recurrence.
     """
 
+    @without_ambient()
     def __init__(
         self,
         model: Teacher | Student,
@@ -384,7 +386,10 @@ class Sampler:
         if compile:
             with self._timed("compile"):
                 self.model = self.model.compile()
-                self.model.call(torch.zeros(self.batch_size, *model.shape, device=self.device))
+                z = torch.zeros(
+                    self.batch_size, *model.shape, dtype=torch.float32, device=self.device
+                )
+                self.model.call(z)
         runs = isinstance(self.model.net, Engine)
         if loop and not runs:
             raise ValueError("Sampler: loop needs an engine, and so a U-Net")
@@ -444,7 +449,7 @@ class Sampler:
 
     def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
         c, h, w = self.model.shape
-        empty = torch.empty(0, h, w, c, dtype=torch.uint8)
+        empty = torch.empty(0, h, w, c, dtype=torch.uint8, device="cpu")
         return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in batches)])
 
     def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
@@ -453,6 +458,7 @@ class Sampler:
             part = indices[start : start + self.batch_size]
             yield self.sample(noise(seed, part, self.model.shape, device=self.device))
 
+    @without_ambient()
     def seconds_each(self) -> float:
         """Measure how long an image takes, by a few network calls."""
         if self._loop is not None:
@@ -469,6 +475,7 @@ class Sampler:
 
         return seconds_each(work, self.batch_size) * self.model.nfe
 
+    @without_ambient()
     def sample(self, z: Tensor) -> Tensor:
         """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1]."""
         with _tf32(self.precision == "tf32"):
@@ -537,7 +544,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 def _latency(model: Teacher | Student) -> float:
     """Return how long a network call for one image takes."""
-    z = torch.zeros(1, *model.shape)
+    z = torch.zeros(1, *model.shape, dtype=torch.float32, device="cpu")
     return seconds_each(lambda _: model.call(z), 1)
 
 
@@ -551,7 +558,7 @@ def great_circle(z: Tensor, between: int) -> Tensor:
     require("great_circle", Natural, between=between)
     # Each in float64 and, put together, once more.
     check_memory("great_circle: a path", 2 * 8 * (len(z) - 1) * (between + 1) * z[0].numel())
-    share = torch.linspace(0, 1, between + 2, dtype=torch.float64)[:-1]
+    share = torch.linspace(0, 1, between + 2, dtype=torch.float64, device=z.device)[:-1]
     share = share.reshape(-1, *[1] * (z.dim() - 1))
     path = []
     for a, b in pairwise(z.double()):

@@ -77,7 +77,9 @@ class LinearBeta(AbstractSchedule):
             )
 
     def alphas_bar(self) -> Tensor:
-        betas = torch.linspace(self.beta_start, self.beta_end, self.num_steps, dtype=torch.float64)
+        betas = torch.linspace(
+            self.beta_start, self.beta_end, self.num_steps, dtype=torch.float64, device="cpu"
+        )
         return torch.cumprod(1 - betas, dim=0)  # Eq. 4
 
 
@@ -87,8 +89,10 @@ def _table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept serves training as well
 def _made_table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
-    data = torch.ones(1, dtype=torch.float64)  # the row of DATA, before those of 0 and onwards
+    # The row of DATA, before those of 0 and onwards.
+    data = torch.ones(1, dtype=torch.float64, device="cpu")
     return torch.cat([data, schedule.alphas_bar()]).to(device)
 
 

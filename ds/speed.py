@@ -54,7 +54,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) ->
 
     In float32 this is float32, while cuDNN's convolutions may take TF32 and so be faster.
     """
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ds import loader as loaders
 from ds import optim, posthoc, ranks, shard, targets
+from ds.ambient import without_ambient
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import (
     Count,
@@ -193,6 +194,7 @@ class Trainer:
     single process, cannot do what `runtime` asks for.
     """
 
+    @without_ambient(grad=True)
     def __init__(
         self,
         method: AbstractMethod,
@@ -252,7 +254,8 @@ class Trainer:
         self.step = self.logged = self.checked = 0  # steps: now, of the last log, of the last check
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.running = torch.zeros((), device=self.device)  # sum of the losses since the last log
+        # The sum of the losses since the last log.
+        self.running = torch.zeros((), dtype=torch.float32, device=self.device)
         self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
 
     def _check_shape(self, init: Denoiser) -> None:
@@ -278,6 +281,7 @@ class Trainer:
             eps=c.eps, weight_decay=c.weight_decay, max_norm=c.max_norm or math.inf,
         )  # fmt: skip
 
+    @without_ambient(grad=True)
     def fit(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one; return the best average.
 

@@ -15,7 +15,7 @@ ROOT = Path(ds.__file__).parent
 ROWS = [
     ["budget", "config", "kernels"],
     ["ops"],
-    ["apex", "files", "metrics", "philox", "ranks", "schedule"],
+    ["ambient", "apex", "files", "metrics", "philox", "ranks", "schedule"],
     ["arrays", "targets"],
     ["grids", "images", "nets", "places"],
     ["denoiser", "engine", "resume", "rows", "shard"],

@@ -46,7 +46,7 @@ class _Recorder(nn.Module):
 def times(model: Model) -> tuple[int, ...]:
     """Return the times at which a model calls its network, in order."""
     recorder = _Recorder()
-    model.using(recorder).sample(torch.zeros(1, *model.shape, dtype=torch.float64))
+    model.using(recorder).sample(torch.zeros(1, *model.shape, dtype=torch.float64, device="cpu"))
     return tuple(recorder.times)
 
 
@@ -80,16 +80,16 @@ class Recurrence:
         """
         count = len(times(model))
         # Numbers of which each stands for the noise or an output: what comes out are coefficients.
-        x = _states(model, torch.eye(count + 1, dtype=torch.float64))
+        x = _states(model, torch.eye(count + 1, dtype=torch.float64, device="cpu"))
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(count + 1, 64, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(count + 1, 64, generator=generator, dtype=torch.float64, device="cpu")
         drawn *= 1e3  # so that what clips does
         if not _near(_states(model, drawn), x @ drawn):
             raise ValueError(
                 "a loop needs samples that are linear in the noise and in what the network "
                 "returns; this model does something else with them"
             )
-        h = torch.eye(count + 1, dtype=torch.float64)[1:]
+        h = torch.eye(count + 1, dtype=torch.float64, device="cpu")[1:]
         for memory in range(1, count + 1):
             rows = [_coefficients(x, h, i, memory) for i in range(count)]
             if all(row is not None for row in rows):

@@ -1,5 +1,6 @@
 """A plan: the forward pass of a U-Net for images of its size, as a flat list of calls."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class _Writer:
     def __init__(self, net: UNet):
         self.steps: list[Step] = []
         self.names = {layer: name for name, layer in net.named_modules()}
-        ends = torch.tensor([b.conv1.out_channels for b in blocks(net).values()]).cumsum(0).tolist()
+        ends = list(itertools.accumulate(b.conv1.out_channels for b in blocks(net).values()))
         spans = zip([0, *ends], ends, strict=False)
         self.columns = dict(
             zip(blocks(net).values(), (slice(*span) for span in spans), strict=True)

@@ -46,4 +46,4 @@ class DenoisingStudent(AbstractMethod):
     def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor:
         if nfe != 1:
             raise ValueError(f"DenoisingStudent: makes an image in 1 network call, not {nfe}")
-        return z - net(z, torch.full((z.shape[0],), self.t, device=z.device))
+        return z - net(z, torch.full((z.shape[0],), self.t, dtype=torch.int64, device=z.device))

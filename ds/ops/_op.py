@@ -48,7 +48,7 @@ class Op:
     def __init__(self, schema: str, takes: str, reference: Kernel, fake: Kernel | None = None):
         self.name = schema.partition("(")[0]
         self._loaders: dict[tuple[str, str], Callable[[], Kernel]] = {}
-        self._reference = reference
+        self._reference, self._opaque = reference, fake is not None
         self._chains: dict[tuple[str, str | None], list[tuple[str, Kernel]]] = {}
         self._function: type[torch.autograd.Function] | None = None
         _library.define(schema)
@@ -123,7 +123,14 @@ class Op:
 
     def _run(self, *args):
         self.check(*args)
-        reason, device = "", args[0].device.type
+        device = args[0].device.type
+        if self._opaque and device in DEVICES and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # dtypes are those that it is given
+                return self._compute(device, args)
+        return self._compute(device, args)
+
+    def _compute(self, device: str, args: tuple):
+        reason = ""
         for _, kernel in self._chains.get((device, _forced)) or self._chain(device):
             try:
                 return kernel(*args)

@@ -87,7 +87,7 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def _counters(indices: Tensor, blocks: int) -> tuple[Tensor, ...]:
     indices = indices[:, None]
-    block = torch.arange(blocks, device=indices.device).expand(len(indices), -1)
+    block = torch.arange(blocks, dtype=torch.int64, device=indices.device).expand(len(indices), -1)
     return block, torch.zeros_like(block), indices & _MASK, (indices >> 32) & _MASK
 
 

@@ -1,6 +1,7 @@
 """A 3x3 convolution by Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -87,13 +88,12 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
     A row of B^T is the polynomial that is 0 at all other finite points, of G what divides by its
     value there: interpolation of the product of two polynomials (Toom and Cook).
     """
-    b, g, a = torch.zeros(3, 6, 6, dtype=torch.float64)
+    b, g, a = torch.zeros(3, 6, 6, dtype=torch.float64, device="cpu")
     for k, point in enumerate(POINTS):
         others = [other for other in POINTS if other != point]
-        powers = torch.tensor(point, dtype=torch.float64) ** torch.arange(6)
+        powers = point ** torch.arange(6, dtype=torch.float64, device="cpu")
         b[k] = _polynomial(others)
-        value = torch.tensor([point - other for other in others], dtype=torch.float64).prod()
-        g[k] = powers / value
+        g[k] = powers / math.prod(point - other for other in others)
         a[k] = powers
     b[5] = _polynomial(POINTS)
     g[5, 2] = a[5, 3] = 1
@@ -102,7 +102,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 def _polynomial(roots: tuple[float, ...] | list[float]) -> Tensor:
     """Return the six coefficients of a polynomial of at most degree 5, lowest first."""
-    coefficients = torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    coefficients = torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64, device="cpu")
     for root in roots:
         coefficients = coefficients.roll(1) - root * coefficients
     return coefficients

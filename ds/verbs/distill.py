@@ -257,7 +257,7 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
     modules = method.init(teacher.denoiser)
     most = max(1, train.batch_size // ranks.world())
     z = noise(0, range(most), teacher.shape, device=device)
-    batch = {"x0": z, "noise": z, "index": torch.arange(most, device=device)}
+    batch = {"x0": z, "noise": z, "index": torch.arange(most, dtype=torch.int64, device=device)}
 
     def work(n: int) -> None:
         with autocast(device, train.on(device).precision):
