@@ -1,8 +1,10 @@
 """The command line, `dstudent VERB`. Nothing heavy is imported until a verb needs it."""
 
+import contextlib
+import io
 import os
-import signal
 import sys
+from typing import Any
 
 USAGE = """usage: dstudent VERB [PRESET] [OPTIONS]
 
@@ -28,36 +30,97 @@ VERBS = ("demo", "doctor", "teach", "pairs", "distill", "sample", "evaluate", "c
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, or 2 after one line on standard error."""
-    args = sys.argv[1:] if argv is None else argv
+    """Run one command; return the exit code: 0, or 2 after one line on standard error.
+
+    Without `argv` this is all that the process does, and no signal is heard after it.
+    """
+    from ds import signals  # before whatever takes time
+
+    with signals.listening(last=argv is None):
+        try:
+            if argv is None:
+                _open_streams()
+            return _run(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt as error:
+            _fail(signals.AGAIN)
+            return signals.code_of(getattr(error, "number", 0))
+        except OSError as error:
+            return _fail(f"standard output: {error.strerror}")
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(USAGE, end="", flush=True)
         return 0
     if args[0] == "--version":
         import ds
 
-        print(f"dstudent {ds.__version__}")
+        print(f"dstudent {ds.__version__}", flush=True)
         return 0
     if args[0] not in VERBS:
         return _fail(f"no verb {args[0]!r}; the verbs are {', '.join(VERBS)}")
+    try:
+        os.getcwd()
+    except OSError as error:  # MKL ends a process that has none
+        return _fail(f"the working directory is gone ({error.strerror}); change to another one")
     # Read when torch is imported. Threads that sleep while they wait cost a little on free cores;
     # those that spin take the time of whatever else runs there, and of each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from ds import signals
+
     try:
         from ds import verbs
-        from ds.files import Interrupted
     except (ImportError, OSError) as error:
         return _broken(args[0], error)
     try:
+        signals.listen(signals.while_working)
         verbs.run(args[0], args[1:])
-    except Interrupted as error:
-        code = _fail(str(error))
-        return 0 if error.number == signal.SIGTERM else code  # a scheduler got what it asked for
+    except signals.Interrupted as error:
+        _fail(str(error))
+        return signals.code_of(error.number)
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to go on")
     return 0
+
+
+class _Stream(io.FileIO):
+    """A standard stream; once nobody reads it, what is written is dropped, and the work goes on.
+
+    That something else is wrong, as a full disk, is told once.
+    """
+
+    lost = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return len(data) if self.lost else super().write(data)
+        except OSError as error:
+            self.lost = True
+            if not isinstance(error, BrokenPipeError):
+                raise
+            return len(data)
+
+
+def _open_streams() -> None:
+    """Give the process standard streams that take whatever is written, closed ones among them.
+
+    A file that is opened would else get the number of a closed one, and what is written to it.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        raw = _Stream(number, "w", closefd=False)
+        lines = raw.isatty() or number == 2
+        text = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=lines
+        )
+        setattr(sys, name, text)
 
 
 def _broken(verb: str, error: Exception) -> int:
@@ -70,9 +133,8 @@ def _broken(verb: str, error: Exception) -> int:
 
 
 def _fail(reason: str) -> int:
-    from ds.files import redacted
-
-    print(f"dstudent: {redacted(' '.join(reason.split()))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a full disk, where it is a file
+        print(f"dstudent: {' '.join(reason.split())}", file=sys.stderr, flush=True)
     return 2
 
 

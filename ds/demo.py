@@ -14,6 +14,7 @@ from ds.load import load_student, load_teacher
 from ds.pairs import PairStore
 from ds.report import Row, draw, text_table, write_page
 from ds.sample import Sampler, Student, Teacher
+from ds.verbs.options import say
 
 COLUMNS = (
     "network calls", "Frechet distance", "KID", "precision", "recall", "s / 1,000 images",
@@ -50,7 +51,7 @@ def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str,
     figures = _figures(models, places, preset)
     rows = _rows(figures)
     _write(out, models, rows, figures, places, time.perf_counter() - begin)
-    print(f"\n{text_table(COLUMNS, rows)}\n\nreport: {out / 'report.html'}")
+    say(f"\n{text_table(COLUMNS, rows)}\n\nreport: {out / 'report.html'}")
     return figures
 
 

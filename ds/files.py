@@ -21,11 +21,9 @@ import math
 import os
 import re
 import shutil
-import signal
 import stat
 import tempfile
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -563,29 +561,3 @@ def redacted(text: object) -> str:
     """Return text without what its URLs have before an @ or after a ?, passwords and tokens."""
     hidden = re.sub(r"(://)[^/\s]*@", r"\1***@", str(text))
     return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", hidden)
-
-
-class Interrupted(Exception):
-    """A signal asked the work to stop; what was finished is saved."""
-
-    def __init__(self, message: str, number: int = 0):
-        super().__init__(message)
-        self.number = number  # of the signal, where that makes a difference
-
-
-@contextmanager
-def deferred_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT and SIGTERM into a question: yields a function that says which came, 0 for none.
-
-    Work between two questions is never cut in half. Outside the main thread, where Python installs
-    no handlers, the answer is always 0.
-    """
-    came: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    wanted = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in wanted}
-    try:
-        yield lambda: came[-1] if came else 0
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

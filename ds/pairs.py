@@ -16,7 +16,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, pairwise
@@ -44,7 +44,7 @@ from ds.config import (
     require,
     to_json,
 )
-from ds.files import Interrupted, deferred_signals, sealed, unsealed
+from ds.files import sealed, unsealed
 from ds.images import to_float, to_uint8
 from ds.philox import noise
 from ds.places import AbstractPlace, Put, claim_of, place
@@ -60,6 +60,7 @@ from ds.sample import (
     uses_loop,
     usual_precision,
 )
+from ds.signals import Heard, Interrupted, Stop, deferred_signals
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -131,8 +132,8 @@ def generate_pairs(
     hour, the estimate and the progress say what it costs.
 
     Raises ValueError for bad arguments or a directory that holds another store, RuntimeError if
-    the disk is too small or the teacher returns numbers that are not finite, and Interrupted after
-    SIGINT or SIGTERM, when all finished shards are safe.
+    the disk is too small or the teacher returns numbers that are not finite, and Interrupted at
+    once after SIGINT, SIGTERM, SIGUSR1 or SIGHUP; finished shards are safe.
     """
     where = place(out)
     manifest = prepare(
@@ -149,7 +150,15 @@ def generate_pairs(
             tqdm(unit=" pairs", disable=not progress, smoothing=0.05) as bar,
         ):
             shown = _Shown(bar, sampler.device, price)
-            _write_missing(plan, sampler, shown, stop)
+            try:
+                _write_missing(plan, sampler, shown, stop)
+            except Heard as heard:
+                done = plan.shards - len(plan.missing())
+                raise Interrupted(
+                    f"{plan.place}: interrupted, {done} of {plan.shards} shards are safe; run the "
+                    f"same command again to go on",
+                    heard.number,
+                ) from None
     plan.finish()
     return PairStore(out)
 
@@ -289,30 +298,30 @@ class _Shown:
         return facts
 
 
-def _write_missing(
-    plan: "_Plan", sampler: Sampler, shown: _Shown, stop: Callable[[], bool]
-) -> None:
-    """Write shards until none is missing, leaving those that another process has claimed to it."""
+def _write_missing(plan: "_Plan", sampler: Sampler, shown: _Shown, stop: Stop) -> None:
+    """Write shards until none is missing, leaving those that another process has claimed to it.
+
+    What a signal interrupts is a shard's computation, which is dropped, not its writing.
+    """
     while missing := plan.missing():
         shown.left(sum(len(plan.indices(i)) for i in missing))
         wrote = False
         for shard in missing:
             with plan.place.claim(plan.name(shard)) as put:
                 if put is not None:
-                    plan.write(shard, put, _make(plan, sampler, shard, shown, stop))
+                    with stop.at_once():
+                        images = _make(plan, sampler, shard, shown)
+                    plan.write(shard, put, images)
                     wrote = True
         if not wrote:
-            _stop_if(stop, plan)
-            time.sleep(plan.place.pause)
+            with stop.at_once():
+                time.sleep(plan.place.pause)
 
 
-def _make(
-    plan: "_Plan", sampler: Sampler, shard: int, shown: _Shown, stop: Callable[[], bool]
-) -> np.ndarray:
-    """Compute one shard; the partial result of an interrupted one is dropped."""
+def _make(plan: "_Plan", sampler: Sampler, shard: int, shown: _Shown) -> np.ndarray:
+    """Compute one shard."""
     parts = []
     for x in sampler.batches(plan.manifest["seed"], plan.indices(shard)):
-        _stop_if(stop, plan)
         parts.append(quantize(x, plan.manifest["quantizer"]))
         shown.update(len(x))
     return np.concatenate(parts)
@@ -331,15 +340,6 @@ def quantize(x: Tensor, quantizer: Quantizer) -> np.ndarray:
     if quantizer in IMAGES:
         return to_uint8(x, quantizer).cpu().numpy()
     return x.movedim(1, -1).to(getattr(torch, quantizer)).cpu().numpy()
-
-
-def _stop_if(stop: Callable[[], bool], plan: "_Plan") -> None:
-    if stop():
-        done = plan.shards - len(plan.missing())
-        raise Interrupted(
-            f"{plan.place}: interrupted, {done} of {plan.shards} shards are safe; run the same "
-            f"command again to go on"
-        )
 
 
 def _manifest(

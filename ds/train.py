@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -43,8 +43,6 @@ from ds.config import (
 from ds.data import AbstractSource, Batch, Batches
 from ds.denoiser import Denoiser
 from ds.files import (
-    Interrupted,
-    deferred_signals,
     locked,
     present,
     read_sealed,
@@ -59,6 +57,7 @@ from ds.nets import UNet, recompute_norms
 from ds.philox import noise
 from ds.records import Records
 from ds.resume import Checkpoint
+from ds.signals import Heard, Interrupted, Stop, deferred_signals
 from ds.speed import flops_per_row, matmul_tflops
 
 RUN = "run.json"
@@ -251,7 +250,8 @@ class Trainer:
         lengths = posthoc.LENGTHS if config.snapshot_every else ()
         self.tracked = nn.ModuleList(copy.deepcopy(self.ema) for _ in lengths)
         self.best_loss = float("inf")
-        self.step = self.logged = self.checked = 0  # steps: now, of the last log, of the last check
+        self.step = 0
+        self.done = dict.fromkeys(("log", "snapshot", "evaluate", "check"), 0)  # at which step last
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         # The sum of the losses since the last log.
@@ -285,14 +285,16 @@ class Trainer:
     def fit(self) -> nn.Module:
         """Train to the end, from the last checkpoint if there is one; return the best average.
 
-        Raises Interrupted after SIGINT or SIGTERM, when a checkpoint of that step is saved, and
-        RuntimeError when the loss or a weight is no longer finite; the last good checkpoint stays.
+        Raises Interrupted after SIGINT, SIGTERM, SIGUSR1 or SIGHUP, when a checkpoint of the last
+        whole step is saved, and RuntimeError when the loss or a weight is no longer finite; the
+        last good checkpoint stays.
         """
         first = ranks.is_first()
         if first:
             self.check()
             self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out) if first else nullcontext(), deferred_signals() as stop:
+            self.stop = stop
             self._resume()
             self.loss = _shared(_Loss(self.method, self.called), self.runtime, self._compiles())
             self.records = first and Records(
@@ -312,7 +314,7 @@ class Trainer:
             log.info("train: compiled, which pays in %d steps", self.steps)
         return pays
 
-    def _train(self, stop: Callable[[], int]) -> None:
+    def _train(self, stop: Stop) -> None:
         c, r = self.config, self.runtime
         bar = tqdm(
             total=self.steps * c.batch_size, initial=self.step * c.batch_size, unit=" images",
@@ -322,30 +324,43 @@ class Trainer:
         self.flops = flops_per_row(self.method, modules, self._held_out_batch(range(1)))
         self.peak = self._peak()
         self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
-        acts = {
-            lambda: self._log(bar): c.log_every, self._snapshot: c.snapshot_every,
-            self._evaluate: r.evaluate_every, self._check: c.check_every,
-        }  # fmt: skip
-        if self.step == self.steps != self.checked:  # made shorter, to where it was interrupted
-            self._check()
         self._start_clock()
         with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:
-            while self.step < self.steps:
-                self._advance()
-                alive()
-                bar.update(c.batch_size)
-                last = self.step == self.steps
-                for act, every in acts.items():
-                    if every and (self.step % every == 0 or last):
-                        act()
-                        self._start_clock()
-                if (number := ranks.largest(stop())) and not last:
-                    self._save(shard.whole(self.ema))
-                    raise Interrupted(
-                        f"{self.out}: interrupted at step {self.step} of {self.steps}, which is "
-                        f"saved; run the same command again to go on",
-                        number,
-                    )
+            try:
+                self._act(bar)  # what an interruption left undone
+                while self.step < self.steps:
+                    self._advance()
+                    alive()
+                    bar.update(c.batch_size)
+                    self._act(bar)
+                    if (number := ranks.largest(stop())) and self.step < self.steps:
+                        raise Heard(number)
+            except Heard as heard:
+                self._save(shard.whole(self.ema))
+                raise Interrupted(
+                    f"{self.out}: interrupted at step {self.step} of {self.steps}, which is "
+                    f"saved; run the same command again to go on",
+                    heard.number,
+                ) from None
+
+    def _act(self, bar: tqdm) -> None:
+        """Do what is due after this step and is not done yet."""
+        c = self.config
+        for name, every, act in (
+            ("log", c.log_every, lambda: self._log(bar)),
+            ("snapshot", c.snapshot_every, self._snapshot),
+            ("evaluate", self.runtime.evaluate_every, self._evaluate),
+            ("check", c.check_every, self._check),
+        ):
+            due = every and (self.step % every == 0 or self.step == self.steps)
+            if due and self.done[name] != self.step:
+                act()
+                self.done[name] = self.step
+                self._start_clock()
+
+    def _may_be_cut(self) -> AbstractContextManager[None]:
+        """Return the context of work that a signal may cut short: of processes, all must agree."""
+        return self.stop.at_once() if ranks.world() == 1 else nullcontext()
 
     def _advance(self) -> None:
         """Take one optimiser step, which moves the average as well."""
@@ -354,7 +369,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"], group["ema_decay"] = self._lr(), decay
         self.optimizer.zero_grad()
-        self._backward()
+        before = self.running.clone()
+        try:
+            with self._may_be_cut():
+                self._backward()
+        except Heard:  # the step is not taken
+            self.running.copy_(before)
+            raise
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._follow()
@@ -408,9 +429,8 @@ class Trainer:
     def _log(self, bar: tqdm) -> None:
         """Note the mean loss since the last log, and what was measured meanwhile."""
         self._pool()
-        loss = self.running.item() / (self.step - self.logged)
+        loss = self.running.item() / (self.step - self.done["log"])
         self.running.zero_()
-        self.logged = self.step
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"{self.out}: the loss is {loss} at step {self.step}; the last checkpoint is "
@@ -448,7 +468,7 @@ class Trainer:
         """Score the average on the held-out rows, keep it if it is the best, draw, save."""
         modules = shard.whole(nn.ModuleDict({**self.modules, "student": self.ema}))
         size, rows, total = self.config.batch_size, len(self.held_out), 0.0
-        with torch.no_grad(), self._autocast():
+        with self._may_be_cut(), torch.no_grad(), self._autocast():
             for number in ranks.share(-(-rows // size)):
                 part = range(number * size, min((number + 1) * size, rows))
                 batch = self._held_out_batch(part)
@@ -457,7 +477,7 @@ class Trainer:
         if loss < self.best_loss:
             self.best_loss = loss
             self.best.load_state_dict(self.ema.state_dict())
-        self.checked = self.step
+        self.done["check"] = self.step  # it is saved with what it found
         self._note(held_out_loss=loss, best=self.best_loss)
         if ranks.is_first():
             self._draw(modules["student"])
@@ -469,7 +489,10 @@ class Trainer:
             posthoc.write_snapshot(self.out, self.step, tracked, self.identity)
 
     def _evaluate(self) -> None:
-        self._note(**self.evaluate(shard.whole(self.ema)))
+        net = shard.whole(self.ema)
+        with self._may_be_cut():
+            found = self.evaluate(net)
+        self._note(**found)
 
     @torch.no_grad()
     def _draw(self, average: nn.Module) -> None:
@@ -503,8 +526,7 @@ class Trainer:
             "best": self.best.state_dict(),
             "best_loss": self.best_loss,
             "running": self.running,
-            "logged": self.logged,
-            "checked": self.checked,
+            "done": self.done,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -512,7 +534,7 @@ class Trainer:
         if saved["run"] != self.identity:
             raise ValueError("saved by another run")
         self.step, self.best_loss = saved["step"], saved["best_loss"]
-        self.logged, self.checked = saved["logged"], saved["checked"]
+        self.done = dict(saved["done"])
         self.modules.load_state_dict(saved["modules"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])

@@ -13,7 +13,7 @@ import ds
 ROOT = Path(ds.__file__).parent
 # A file imports from rows above its own, a folder also from itself. The command line is one thing.
 ROWS = [
-    ["budget", "config", "kernels"],
+    ["budget", "config", "kernels", "signals"],
     ["ops"],
     ["ambient", "apex", "files", "metrics", "philox", "ranks", "schedule"],
     ["arrays", "targets"],

@@ -10,7 +10,7 @@ from torch import nn
 
 import ds
 from ds import optim, posthoc
-from ds.files import Interrupted
+from ds.signals import Interrupted
 from tests.test_reading import NO_FILES, no_file
 from tests.test_train import SHORT, TEACHER, stop_at, trainer
 

@@ -17,9 +17,9 @@ from torch import nn
 import ds
 from ds import ranks, resume
 from ds.data import Pairs
-from ds.files import Interrupted
 from ds.methods import DenoisingStudent
 from ds.shard import blocks, local, whole
+from ds.signals import Interrupted
 from ds.train import Runtime, Trainer
 from tests.processes import Two
 from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, unet

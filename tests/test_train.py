@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -22,11 +24,12 @@ import ds
 from ds.analytic import Gaussian
 from ds.config import to_json
 from ds.data import Generated, Images, Pairs, digits
-from ds.files import Interrupted, locked, read_json, read_sealed
+from ds.files import locked, read_json, read_sealed
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.optim import average, power_decay
+from ds.signals import Interrupted, Stop
 from ds.train import MEASURED, PAYS, Runtime, TrainConfig, Trainer
 from tests.test_loader import KINDS
 
@@ -96,6 +99,11 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(out: Path) -> list[dict]:
+    """The lines without what is measured."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(out)]
+
+
 def state(run: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a run has learnt."""
     return {
@@ -118,7 +126,9 @@ def stop_at(monkeypatch, step: int) -> None:
 
     @contextlib.contextmanager
     def signals():
-        yield lambda: int(next(asked) == step)
+        stop = Stop()
+        stop.__class__ = type("Asked", (Stop,), {"__call__": lambda _: int(next(asked) == step)})
+        yield stop
 
     monkeypatch.setattr("ds.train.deferred_signals", signals)
 
@@ -583,11 +593,33 @@ def test_a_run_interrupted_at_a_step_resumes_to_the_same_bits(
     resumed = trainer(store, tmp_path / "cut", init=make())
     resumed.fit()
     assert_same_bits(whole, resumed)
-    timeless = [
-        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(out)]
-        for out in (tmp_path / "whole", tmp_path / "cut")
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("call", [1, 2, 6, 7, 12])
+def test_a_signal_cuts_a_step_or_a_check_short_and_no_bit_is_another(
+    store, tmp_path, monkeypatch, call
+):
+    """The losses of a run: one to count operations, 4 of steps, 2 of a check, 4 of steps, ..."""
+    whole = trainer(store, tmp_path / "whole")
+    whole.fit()
+    loss, calls = DenoisingStudent.loss, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoisingStudent, "loss", cut)
+        with pytest.raises(Interrupted, match="which is saved; run the same command") as found:
+            trainer(store, tmp_path / "cut").fit()
+    assert (len(calls), found.value.number) == (call, signal.SIGUSR1)
+    resumed = trainer(store, tmp_path / "cut")
+    resumed.fit()
+    assert_same_bits(whole, resumed)
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
 
 
 def test_recomputed_norms_train_to_the_same_bits(store, tmp_path):

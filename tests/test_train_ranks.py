@@ -17,8 +17,8 @@ import ds
 from ds import ranks
 from ds.__main__ import main
 from ds.data import Images, digits
-from ds.files import Interrupted
 from ds.methods import Denoising
+from ds.signals import Interrupted
 from ds.train import Runtime, Trainer
 from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 

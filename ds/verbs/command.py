@@ -38,6 +38,7 @@ PLAIN: dict[str, Any] = {
 
 def run(verb: str, args: list[str]) -> None:
     """Parse the options of a verb and do what it says. Errors are ValueErrors of one line."""
+    logging.raiseExceptions = False  # a standard error that nobody reads is no mistake
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("ds").setLevel(logging.INFO)
     dry = "--dry-run" in args

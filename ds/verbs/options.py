@@ -98,4 +98,7 @@ def watched() -> bool:
 
 def say(line: str) -> None:
     """Print a line, at once, without the secrets of its URLs."""
-    print(redacted(line), flush=True)
+    try:
+        print(redacted(line), flush=True)
+    except OSError as error:
+        raise RuntimeError(f"standard output: {error.strerror}") from None

@@ -10,9 +10,9 @@ import torch
 
 import ds
 from ds.data import Batches, Images, Pairs
-from ds.files import Interrupted
 from ds.loader import load
 from ds.methods import DenoisingStudent
+from ds.signals import Interrupted
 from ds.train import Runtime, TrainConfig, Trainer
 from tests import emulated
 from tests.test_train import assert_same_bits, lines, state, steady, stop_at, store
