@@ -270,3 +270,19 @@ def test_a_file_system_without_locks_or_hard_links_is_written_to(tmp_path, monke
         write_new_file(out)
     assert not [*out.rglob(".ds-*")]
     shutil.rmtree(out)
+
+
+def test_what_a_library_keeps_to_itself_gets_the_permissions_of_the_umask(tmp_path):
+    def closed(path: Path) -> None:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+
+    before = os.umask(0o022)
+    try:
+        with replacing(tmp_path / "file") as path:
+            closed(path)
+        with replacing_directory(tmp_path / "folder") as path:
+            closed(path / "file")
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "file", tmp_path / "folder" / "file"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
