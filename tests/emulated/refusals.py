@@ -13,6 +13,7 @@ from torch import nn
 from ds import ops
 from ds.engine import Engine, Loop, Recurrence
 from ds.ops._op import triton_kernels
+from ds.ops.prepare_batch import _op as prepare_batch
 from tests.emulated import launches
 from tests.emulated.interpreter import rounding_as_a_gpu
 from tests.gpu import teacher
@@ -80,8 +81,10 @@ def test_memory_of_the_cpu_is_refused_by_a_launch():
     x, levels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
         triton_kernels("quantize").quantize(x, False)
-    wrong = pytest.raises(RuntimeError, match=r"ds_cuda_prepare_batch at .* memory of the CPU")
-    with wrong, ops.use_backend("cuda"):
+    launch = prepare_batch._load("cuda", "cuda")
+    with pytest.raises(RuntimeError, match=r"ds_cuda_prepare_batch at .* memory of the CPU"):
+        launch(levels.cuda(), torch.zeros(2, dtype=torch.int64), 0, torch.float32)
+    with pytest.raises(ValueError, match=r"indices must be on cuda:0 as images is, not on cpu"):
         ops.prepare_batch(levels.cuda(), torch.zeros(2, dtype=torch.int64), 0)
     found, _ = ops.prepare_batch(levels.cuda(), torch.zeros(2, dtype=torch.int64).cuda(), 0)
     assert torch.equal(found.cpu(), torch.full((2, 3, 4, 4), -1.0))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import ds
 from ds import ops
+from tests.ops.test_takes import FIT, MISFITS
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 0.06}  # some roundings of each
@@ -124,6 +126,16 @@ def test_levels_have_the_same_bits_wherever_they_are_made_floats():
     assert torch.equal(ops.dequantize(images.cuda()).cpu(), exact)
     x0, _ = ops.prepare_batch(images.cuda(), INDICES[:1].cuda(), 0)
     assert torch.equal(x0.cpu(), exact)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), MISFITS)
+@torch.no_grad()
+def test_no_kernel_of_a_gpu_sees_what_does_not_fit(name, change, message):
+    arguments = tree_map_only(Tensor, Tensor.cuda, [*(FIT[name] | change).values()])
+    if "is written" in message and type(arguments[0]) is not Tensor:
+        return  # an emulated tensor has no memory to look at
+    with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+        getattr(torch.ops.ds, name)(*arguments)
 
 
 def test_every_op_is_tried():
