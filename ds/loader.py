@@ -39,12 +39,7 @@ def load(
     installed, else the memory map, and the log says which. Raises ValueError for DALI where it
     cannot be imported.
     """
-    require("loader", Natural, start=start, prefetch=prefetch)
-    if kind not in get_args(Kind):
-        raise ValueError(f"loader must be one of {', '.join(get_args(Kind))}, not {kind!r}")
-    row = batches.source.read([0]).nbytes + 8  # with its index
-    waits = 500  # bytes of what waits for a step, at least
-    check_memory(f"loader: a prefetch of {prefetch}", prefetch * (waits + len(batches.part) * row))
+    check(batches, kind, prefetch)
     if kind == "auto":
         kind = _choose(batches, device)
     if kind == "resident":
@@ -52,6 +47,21 @@ def load(
     if kind == "dali":
         return _dali(batches, start, device, prefetch)
     return _memory_map(batches, start, device, prefetch)
+
+
+def check(batches: Batches, kind: Kind, prefetch: int) -> None:
+    """Raise ValueError for a loader that there is not, and a prefetch that the memory cannot hold.
+
+    So is DALI where it cannot be imported.
+    """
+    require("loader", Natural, prefetch=prefetch)
+    if kind not in get_args(Kind):
+        raise ValueError(f"loader must be one of {', '.join(get_args(Kind))}, not {kind!r}")
+    if kind == "dali":
+        _dali_modules()
+    row = batches.source.read([0]).nbytes + 8  # with its index
+    waits = 500  # bytes of what waits for a step, at least
+    check_memory(f"loader: a prefetch of {prefetch}", prefetch * (waits + len(batches.part) * row))
 
 
 def _choose(batches: Batches, device: torch.device) -> Kind:
@@ -106,12 +116,7 @@ def _dali(batches: Batches, start: int, device: torch.device, prefetch: int) -> 
     A run costs it some 200 us of a CPU and a sample one: so a sample is a whole step, and a run
     makes as many steps as are to be read ahead. The next run is at work when one is handed out.
     """
-    try:
-        from nvidia.dali import Pipeline, fn
-    except ImportError as error:
-        raise ValueError(
-            f"loader dali: {error}; pip install 'denoising-student[dali]', or take memory_map"
-        ) from None
+    Pipeline, fn = _dali_modules()
 
     def read(info: Any) -> tuple[Any, Any]:
         images, indices = batches.read(start + info.idx_in_epoch)
@@ -127,6 +132,16 @@ def _dali(batches: Batches, start: int, device: torch.device, prefetch: int) -> 
         pipeline.set_outputs(*(x.gpu() if cuda else x for x in kept))
     pipeline.build()
     return _outputs(pipeline, torch.cuda.Stream(device) if cuda else None)
+
+
+def _dali_modules() -> tuple[Any, Any]:
+    try:
+        from nvidia.dali import Pipeline, fn
+    except ImportError as error:
+        raise ValueError(
+            f"loader dali: {error}; pip install 'denoising-student[dali]', or take memory_map"
+        ) from None
+    return Pipeline, fn
 
 
 def _outputs(pipeline: Any, stream: torch.cuda.Stream | None) -> Loader:

@@ -174,10 +174,9 @@ def prepare(
         3 * min(count, shard_size) * _bytes(teacher.shape, quantizer),
     )
     if batch_size is not None:
-        rows = min(batch_size, shard_size, count)
         check_memory(
             f"generate_pairs: a batch_size of {batch_size}",
-            rows * least_memory(teacher),
+            batch_size * least_memory(teacher),
             device_of(teacher.net),
         )
     manifest = _manifest(teacher, count, seed, shard_size, quantizer)
@@ -513,11 +512,13 @@ def _check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
     if any(a >= b for a, b in pairwise(counts)):
         raise ValueError(f"{file}: grown_from must rise to count, not {counts[1:]}")
     shards = sum(-(-(b - a) // manifest["shard_size"]) for a, b in pairwise(counts))
-    if not len(manifest.get("sha256", [])) <= shards <= MOST_SHARDS:
+    if shards > MOST_SHARDS:
         raise ValueError(
-            f"{file}: has {len(manifest.get('sha256', []))} hashes for {shards:,} shards; there "
-            f"are {MOST_SHARDS:,} at most"
+            f"{file}: {manifest['count']:,} pairs, {manifest['shard_size']:,} a shard, are "
+            f"{shards:,} shards; take larger ones or fewer pairs, for {MOST_SHARDS:,} at most"
         )
+    if len(hashes := manifest.get("sha256", [])) > shards:
+        raise ValueError(f"{file}: has {len(hashes):,} hashes for {shards:,} shards")
     if manifest["quantizer"] in IMAGES and len(manifest["shape"]) != 3:
         raise ValueError(f"{file}: shape must be [C, H, W], not {manifest['shape']}")
     return manifest

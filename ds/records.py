@@ -16,12 +16,17 @@ LONGEST = 1 << 20  # bytes of a line
 log = logging.getLogger("ds")
 
 
+def check_project(project: str) -> None:
+    """Raise ValueError if a project is named and wandb is not installed."""
+    if project and not find_spec("wandb"):
+        raise ValueError("runtime.wandb: wandb is not installed: pip install wandb")
+
+
 class Records:
     """The figures of a run, a line for each log and each check in metrics.jsonl.
 
     TensorBoard gets them too where it is installed, Weights & Biases where a project is named.
-    Lines after `step`, where the run goes on, are dropped: those steps are taken again. Raises
-    ValueError if a project is named and wandb is not installed.
+    Lines after `step`, where the run goes on, are dropped: those steps are taken again.
     """
 
     def __init__(self, out: Path, step: int, run: dict[str, Any], *, wandb: str = ""):
@@ -33,8 +38,6 @@ class Records:
 
             self.board = SummaryWriter(str(out), purge_step=step + 1)
         if wandb:
-            if not find_spec("wandb"):
-                raise ValueError("runtime.wandb: wandb is not installed: pip install wandb")
             from wandb import init
 
             subfolder(out / "wandb")

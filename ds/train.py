@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ds import loader as loaders
 from ds import optim, posthoc, ranks, shard, targets
 from ds.ambient import without_ambient
+from ds.budget import check_memory
 from ds.checkpoint import check_finite, fingerprint
 from ds.config import (
     Count,
@@ -55,7 +56,7 @@ from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
 from ds.nets import UNet, recompute_norms
 from ds.philox import noise
-from ds.records import Records
+from ds.records import Records, check_project
 from ds.resume import Checkpoint
 from ds.signals import Heard, Interrupted, Stop, deferred_signals
 from ds.speed import flops_per_row, matmul_tflops
@@ -221,11 +222,19 @@ class Trainer:
         if self.runtime.evaluate_every and evaluate is None:
             raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")
         self.evaluate = evaluate
+        rows = config.batch_size // ranks.world() // self.runtime.accumulate
+        check_memory(  # for images and noise
+            f"train.batch_size {config.batch_size}",
+            2 * 4 * rows * math.prod(init.shape),
+            self.device,
+        )
         self.batches = Batches(
             source, config.batch_size, config.seed, window=config.shuffle_window,
             part=ranks.share(config.batch_size),
         )  # fmt: skip
         self.steps = max(1, round(config.epochs * self.batches.per_epoch))
+        check_project(self.runtime.wandb)
+        loaders.check(self.batches, self.runtime.loader, self.runtime.prefetch)
         require("train.epochs", Natural, indices=self.steps * config.batch_size)
         self.shape = init.shape
         self.run = {
@@ -564,22 +573,23 @@ class Trainer:
 
     def _claim(self) -> None:
         """Write what is run, or check that the directory holds the same run."""
-        if not present(self.out / RUN):
-            write_json(self.out / RUN, sealed(self.run))
         self.check()
+        if not (present(self.out / RUN) and self.checkpoint.exists()):
+            write_json(self.out / RUN, sealed(self.run))
 
     def check(self) -> None:
         """Raise ValueError if the directory holds another run, or one that cannot go on so.
 
-        It must be one that can be written to, too, and hold a run or nothing.
+        It must be one that can be written to, too, and hold a run or nothing. A run that ended
+        before its first checkpoint is nothing.
         """
         targets.kept(self.out, "run", RUN)
-        if not present(self.out / RUN):
+        if not (present(self.out / RUN) and self.checkpoint.exists()):
             return
         there = self._there()
         if found := difference(_fixed(there), _fixed(self.run)):
             raise ValueError(f"{self.out}: holds another run ({found}); use another directory")
-        if self.tracked and not there["train"].get("snapshot_every") and self.checkpoint.exists():
+        if self.tracked and not there["train"].get("snapshot_every"):
             raise ValueError(
                 f"{self.out}: train.snapshot_every was 0 when this run began, and its averages "
                 f"begin with a run; leave it at 0 or use another directory"

@@ -740,6 +740,48 @@ def test_a_count_below_one_is_refused(home, capsys, use, option, value):
     assert tree(home) == before
 
 
+ABSURD = [
+    ("teach", "--solve.steps 0"), ("teach", "--solve.steps 1000000000000"),
+    ("teach", "--train.betas 1 1"), ("teach", "--train.seed 1180591620717411303424"),
+    ("teach", "--net.num-res-blocks 1000000"), ("teach", "--net.channels 1000000000"),
+    ("teach", "--train.batch-size 1000000000000"), ("teach", "--threads 1000000"),
+    ("teach", "--train.lr nan"), ("teach", "--train.lr 1e300"), ("teach", "--seed -1"),
+    ("pairs", "--pairs.seed -1"), ("pairs", "--pairs.seed 18446744073709551616"),
+    ("pairs", "--pairs.count 1000000000000"), ("pairs", "--pairs.batch-size 1000000000000"),
+    ("pairs", "--pairs.count 4294967296 --pairs.shard-size 4294967296"),
+    ("pairs", "--plan --plan-noises 1000000000000"), ("pairs", "--price inf"),
+    ("distill", "--store none --pairs.seed -1"), ("distill", "--runtime.prefetch 1000000000"),
+    ("distill", "--store none --runtime.prefetch 1000000000"),
+    ("distill", "--store none --online --pool 1000000000"),
+    ("distill", "--store none --train.optimizer apex_adam"),
+    ("distill", "--store none --runtime.loader dali --runtime.prefetch 1000000000000"),
+    ("distill", "--store none --train.batch-size 1000000000000"),
+    ("distill", "--store none --runtime.wandb there-is-none"),
+    ("distill", "--runtime.accumulate 1000000000000"),
+    ("sample", "--indices 0-1000000000000"), ("sample", "--indices 0-18446744073709551615"),
+    ("sample", "--indices 0-18446744073709551616"), ("sample", "--batch-size 1000000000000"),
+    ("sample", "--indices 0-999999999,5-1000000000000,0-999999999"),
+    ("sample", "--scale 1000000000"), ("sample", "--out new.gif --scale 9000"),
+    ("sample", "--indices 0,1 --between 1000000000000"),
+    ("evaluate", "--count 1000000000000"), ("evaluate", "--count 2"),
+    ("evaluate", "--batch-size 1000000000000"), ("evaluate", "--seed -1"),
+    ("evaluate", "--store pairs --held-out 1000000000000"),
+    ("verify", "--recompute 1000000000000"), ("export", "--per-archive -1"),
+    ("convert", "--image-size 1.5"), ("doctor", "--plan digits --images 1e300"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "options"), ABSURD, ids=map(" ".join, ABSURD))
+def test_what_no_machine_can_do_is_refused_before_anything_is_made(
+    verb, options, home, capsys, monkeypatch
+):
+    monkeypatch.setattr("ds.budget.free_memory", lambda device="cpu": 8e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e10))
+    before = tree(home)
+    refused(capsys, *DRY[verb], *options.split())
+    assert tree(home) == before
+
+
 def test_a_disk_too_small_is_refused(home, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     assert "160 pairs need 10.2 kB, the disk has 100 bytes free" in refused(capsys, *pairs_of())

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from ds import records
-from ds.records import Records
+from ds.records import Records, check_project
 from tests.test_reading import NO_FILES, no_file
 
 
@@ -117,4 +117,4 @@ def test_wandb_is_told_where_a_project_is_named_and_goes_on_with_the_same_run(
 def test_wandb_that_is_asked_for_and_missing_is_named(tmp_path, monkeypatch):
     installed(monkeypatch)
     with pytest.raises(ValueError, match="wandb is not installed: pip install wandb"):
-        Records(tmp_path, 0, {}, wandb="digits")
+        check_project("digits")

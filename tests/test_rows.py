@@ -219,7 +219,7 @@ MANIFESTS = {
     "quantizer must be one of": {"quantizer": "u8"},
     "shard_size must be at least 1": {"shard_size": 0},
     "grown_from must rise to count": {"grown_from": [40]},
-    "has 3 hashes for 1,000,000,000,000 shards": {"shard_size": 1, "count": 10**12},
+    "are 1,000,000,000,000 shards; take larger ones": {"shard_size": 1, "count": 10**12},
     "has 3 hashes for 1 shards": {"shard_size": 1000},
     r"sha256\[0\] must be a SHA-256": {"sha256": ["/etc/passwd"]},
     "'more' is no field": {"more": 1},
@@ -243,7 +243,7 @@ def test_a_manifest_that_cannot_be_is_refused_by_whoever_reads_it(store, said):
 
 
 def test_more_shards_than_a_manifest_can_hold_are_refused_before_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match="generate_pairs: has 0 hashes for 1,000,000 shards"):
+    with pytest.raises(ValueError, match=r"generate_pairs: .* are 1,000,000 shards; take larger"):
         make(tmp_path / "s", count=10**6, shard_size=1)
     assert not (tmp_path / "s").exists()
     assert GAUSSIAN.nfe == 10

@@ -754,6 +754,22 @@ def test_what_a_run_cannot_go_on_with_is_refused_and_changes_nothing(
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_stands_in_no_way(store, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is nan at step 9"):
+        trainer(store, tmp_path, replace(SHORT, check_every=10), method=Exploding()).fit()
+    run = trainer(store, tmp_path)
+    run.fit()
+    assert read_sealed(tmp_path / "run.json") == run.run
+    assert [line["step"] for line in lines(tmp_path)] == [3, 4, 6, 8, 9, 12, 12]
+
+
+@pytest.mark.parametrize("runtime", [{"prefetch": 10**12}, {"wandb": "x"}])
+def test_a_runtime_that_cannot_be_had_is_refused_before_anything_is_made(store, tmp_path, runtime):
+    with pytest.raises(ValueError, match=next(iter(runtime))):
+        trainer(store, tmp_path / "new", runtime=Runtime(**runtime)).fit()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_run_made_shorter_to_where_it_was_interrupted_is_checked_there(
     store, tmp_path, monkeypatch
 ):

@@ -14,7 +14,7 @@ import ds
 from ds import budget, checkpoint, doctor, pairs, ranks
 from ds.checkpoint import fingerprint
 from ds.config import Count, from_json, to_json
-from ds.data import AbstractSource, Generated, Pairs, check_rows
+from ds.data import Generated, Images, Pairs, check_rows
 from ds.evaluation import evaluate, figures
 from ds.load import load_teacher
 from ds.methods import DenoisingStudent
@@ -23,7 +23,7 @@ from ds.philox import noise
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first
 from ds.sample import Student, Teacher
-from ds.train import Runtime, TrainConfig, Trainer, autocast, check_shares
+from ds.train import Runtime, TrainConfig, Trainer, autocast
 from ds.verbs.evaluate import Judge
 from ds.verbs.options import (
     Here,
@@ -40,6 +40,20 @@ from ds.verbs.options import (
 from ds.verbs.pairs import MakePairs
 
 log = logging.getLogger("ds")
+
+
+class _Unmade(Images):
+    """Pairs that are not made yet, for what is looked at before they are."""
+
+    feeds: ClassVar = "pairs"
+
+    def __init__(self, shape: tuple[int, ...], count: int):
+        c, *rest = shape
+        row = torch.zeros(1, *rest, c, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
+        super().__init__(row.expand(count, *rest, c))
+
+    def fingerprint(self) -> str:
+        return "not made yet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,21 +142,20 @@ class Distill(Verb):
         device = self.machine.use()
         teacher = load_teacher(self.teacher)
         teacher.denoiser.schedule.check(self.method.t)
-        check_shares(self.train, self.runtime, device)
         judge = self._judge(device) if self.runtime.evaluate_every else None
         if pairs.is_finished(self.store):
-            trainer = self._trainer(teacher, device, judge)
+            trainer = self._trainer(teacher, device, judge, self._opened())
             trainer.check()
             if is_first():
                 checkpoint.target(self.out, force=self.force, run=trainer.identity)
             return partial(self._work, lambda: trainer)
-        batch = self.train.batch_size
-        check_rows(self.pool * batch if self.online else self.pairs.count, batch)
+        check_rows(self.pairs.count, self.train.batch_size)
         making = self._maker().making(self._kept())
+        self._trainer(teacher, device, judge, None)  # which finds what is wrong with a run
 
         def made() -> Trainer:
             making()
-            return self._trainer(teacher, device, judge)
+            return self._trainer(teacher, device, judge, self._opened())
 
         return partial(self._work, made)
 
@@ -172,20 +185,30 @@ class Distill(Verb):
         say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
 
     def _trainer(
-        self, teacher: Teacher, device: torch.device, judge: Callable[[nn.Module], Any] | None
-    ) -> Trainer:
-        """Return the run on the pairs of the finished store."""
-        store = PairStore(self.store, check=self.check_store)
-        if fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
+        self, teacher: Teacher, device: torch.device, judge: Callable[[nn.Module], Any] | None,
+        store: PairStore | None,
+    ) -> Trainer:  # fmt: skip
+        """Return the run on the pairs of the finished store; without one it cannot be fit."""
+        if store and fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
-        source, train = self._source(store)
+        p, train = self.pairs, self.train
+        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(teacher.shape, p.held_out)
+        if self.online:  # for as many steps
+            epochs = train.epochs * (p.count // train.batch_size) / self.pool
+            source, train = self._generated(store), replace(train, epochs=epochs)
+        elif store:
+            source = Pairs(store, range(p.held_out, len(store)))
+        else:
+            source = _Unmade(teacher.shape, p.count)
         return Trainer(
-            self.method, teacher.denoiser, source, Pairs(store, range(self.pairs.held_out)),
-            run_folder(self.out), train, device=device, runtime=self.runtime, evaluate=judge,
-            progress=watched(),
+            self.method, teacher.denoiser, source, held_out, run_folder(self.out), train,
+            device=device, runtime=self.runtime, evaluate=judge, progress=watched(),
         )  # fmt: skip
+
+    def _opened(self) -> PairStore:
+        return PairStore(self.store, check=self.check_store)
 
     def _maker(self) -> MakePairs:
         return MakePairs(
@@ -197,19 +220,15 @@ class Distill(Verb):
         """Return how many pairs the store must have."""
         return self.pairs.held_out + (0 if self.online else self.pairs.count)
 
-    def _source(self, store: PairStore) -> tuple[AbstractSource, TrainConfig]:
-        """Return what to train on and for how long: for as many steps either way."""
-        p, t = self.pairs, self.train
-        if not self.online:
-            return Pairs(store, range(p.held_out, len(store))), t
-        solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
-        rows = self.pool * t.batch_size
-        source = Generated(
-            replace(self._maker().solver(), solver=solver, grid=grid), rows, seed=store.seed,
-            first=p.held_out, reuse=self.reuse, batch_size=p.batch_size, precision=p.precision,
-            engine=p.engine,
+    def _generated(self, store: PairStore | None) -> Generated:
+        p, teacher, seed = self.pairs, self._maker().solver(), self.pairs.seed
+        if store:
+            solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
+            teacher, seed = replace(teacher, solver=solver, grid=grid), store.seed
+        return Generated(
+            teacher, self.pool * self.train.batch_size, seed=seed, first=p.held_out,
+            reuse=self.reuse, batch_size=p.batch_size, precision=p.precision, engine=p.engine,
         )  # fmt: skip
-        return source, replace(t, epochs=t.epochs * (p.count // t.batch_size) / self.pool)
 
     def _pairs_seen(self, store: PairStore, steps: int) -> int:
         if not self.online:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from ds import archives, pairs
+from ds.budget import check_memory
 from ds.config import Count, from_json
 from ds.frontier import fidelity, fidelity_table, frontier, plan_table
 from ds.load import load_teacher
@@ -18,7 +19,7 @@ from ds.philox import noise
 from ds.places import place
 from ds.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.ranks import is_first
-from ds.sample import Sampler, Teacher
+from ds.sample import Sampler, Teacher, least_memory
 from ds.verbs.options import Here, Price, Store, Verb, home_of, say, solve_idle, watched
 
 
@@ -53,7 +54,10 @@ class MakePairs(Verb):
 
     def prepare(self) -> Callable[[], None]:
         if self.plan:
-            return partial(self._plan, self.solver())
+            teacher = self.solver()
+            needed = self.plan_noises * least_memory(teacher)
+            check_memory(f"a plan on {self.plan_noises} noises", needed, self.machine.use())
+            return partial(self._plan, teacher)
         return self.making(self.pairs.count + self.pairs.held_out)
 
     def making(self, count: int) -> Callable[[], None]:

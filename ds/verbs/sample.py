@@ -18,12 +18,14 @@ from ds.presets import Machine
 from ds.sample import Precision, Sampler, count, great_circle
 from ds.verbs.options import Here, Model, Verb, say
 
+GIF = 2**16 - 1  # pixels of a side, by its format
+
 
 class Ranges(Sequence):
     """Ranges of whole numbers, one after another, however long they are."""
 
     def __init__(self, parts: Iterable[range]):
-        self.parts = [part for part in parts if part]
+        self.parts = [part for part in parts if count(part)]
         self.ends = [*accumulate(map(count, self.parts))]
 
     @property
@@ -72,19 +74,29 @@ class Sample(Verb):
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         target(self.out, force=self.force, apart=[self.model])
         model = load(self.model, device=self.machine.use())
-        self._check_size(indices.count, model.shape)
+        if len(model.shape) == 3:  # others are refused where they are drawn
+            self._check_size(indices.count, model.shape)
         sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
         return partial(self._draw, sampler, indices)
 
     def _check_size(self, count: int, shape: tuple[int, ...]) -> None:
         """Raise ValueError for more images than fit the memory, each pixel scaled."""
+        scale = self._scale(shape)
+        if self.out.suffix == ".gif" and scale * max(shape[1:]) > GIF:
+            raise ValueError(
+                f"sample: a side of a .gif has at most {GIF:,} pixels, at a scale of {scale} it "
+                f"has {scale * max(shape[1:]):,}"
+            )
         many = (count - 1) * (self.between + 1) + 1
         if self.out.suffix in (".npy", ".npz"):
             check_memory(f"sample: {many} images", 2 * many * prod(shape))
         elif not self.out.suffix:  # a picture at a time
-            check_memory(f"sample: {many} images", (many + self.scale**2) * prod(shape))
+            check_memory(f"sample: {many} images", (2 * many + 3 * scale**2) * prod(shape))
         else:
-            check_memory(f"sample: pictures of {many} images", many * self.scale**2 * prod(shape))
+            check_memory(f"sample: pictures of {many} images", 3 * many * scale**2 * prod(shape))
+
+    def _scale(self, shape: tuple[int, ...]) -> int:
+        return self.scale or max(1, 64 // shape[-2])
 
     def _draw(self, sampler: Sampler, indices: Ranges) -> None:
         model = sampler.model
@@ -93,7 +105,7 @@ class Sample(Verb):
             images, columns = sampler.draw(great_circle(z, self.between)), self.between + 1
         else:
             images, columns = sampler(self.seed, indices), None
-        scale = self.scale or max(1, 64 // images.shape[1])
+        scale = self._scale(model.shape)
         save(images, self.out, columns=columns, scale=scale, force=self.force)
         say(f"samples: {self.out}, {len(images)} images, {model.nfe} network calls each")
 
