@@ -71,7 +71,8 @@ class Rows:
         shards = np.searchsorted(self._starts, indices.numpy(), side="right") - 1
         touched = np.bincount(shards).nonzero()[0]
         if not 0 < len(touched) <= MAPPED:
-            rows = self._row.new_empty(len(indices), *self._row.shape)
+            shape = (len(indices), *self._row.shape)
+            rows = torch.empty(shape, dtype=self._row.dtype, device="cpu")
             for group in (touched[i : i + MAPPED] for i in range(0, len(touched), MAPPED)):
                 here = torch.from_numpy((shards >= group[0]) & (shards <= group[-1]))
                 rows[here] = self.read(indices[here])
