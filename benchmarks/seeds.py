@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, git
-from ds.files import read_json, write_json
+from ds.files import read_json
+from ds.staging import write_json
 
 PATH = RESULTS / "seeds.json"
 SIDES = {

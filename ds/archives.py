@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from ds import targets
 from ds.config import Count, difference, require
-from ds.files import check_plain, locked, present, read_sealed, replacing, sealed, write_json
+from ds.files import present, read_sealed, sealed
 from ds.pairs import PairStore
+from ds.staging import check_plain, locked, replacing, write_json
 
 SOURCE = "source.json"
 BATCH = 256  # pairs in memory at a time

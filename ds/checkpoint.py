@@ -21,20 +21,9 @@ from ds import targets
 from ds.ambient import without_ambient
 from ds.config import Sha256, checked, from_json, to_json
 from ds.denoiser import Denoiser
-from ds.files import (
-    by_name,
-    present,
-    read_json,
-    read_sealed,
-    recover,
-    regular,
-    replacing_directory,
-    sealed,
-    sha256,
-    whole,
-    write_json,
-)
+from ds.files import by_name, present, read_json, read_sealed, regular, sealed, sha256, whole
 from ds.nets.base import AbstractNetConfig
+from ds.staging import recover, replacing_directory, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

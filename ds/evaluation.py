@@ -20,7 +20,7 @@ from ds.budget import check_memory
 from ds.config import Between, Count, Seed, require
 from ds.data import Pairs, digits
 from ds.features import AbstractExtractor, Inception
-from ds.files import opened, sha256, whole, write_json
+from ds.files import opened, sha256, whole
 from ds.images import Rounding
 from ds.metrics import (
     NEAREST,
@@ -34,6 +34,7 @@ from ds.metrics import (
 )
 from ds.ranks import from_first, gather, is_first, share
 from ds.sample import Sampler, Student, Teacher
+from ds.staging import write_json
 
 SECONDS = "seconds_per_1000_images"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

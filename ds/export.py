@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds import targets
-from ds.files import replacing
 from ds.ops.group_norm_silu import merge
 from ds.sample import Student
+from ds.staging import replacing
 
 BATCH = torch.export.Dim("batch", min=1, max=65536)
 

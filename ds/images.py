@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from ds import ops, targets
-from ds.files import replacing, replacing_directory
 from ds.ops.quantize import Rounding
+from ds.staging import replacing, replacing_directory
 
 SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
 

@@ -24,20 +24,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ds import targets
-from ds.files import (
-    MOST_JSON,
-    is_at,
-    locked,
-    open_own,
-    parse_json,
-    read_bytes,
-    recover,
-    redacted,
-    regular,
-    replacing,
-    sha256,
-    small,
-)
+from ds.files import MOST_JSON, parse_json, read_bytes, redacted, regular, sha256, small
+from ds.staging import is_at, locked, open_own, recover, replacing
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
 STALE = 300.0  # seconds without one, after which others take it over

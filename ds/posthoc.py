@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ds.checkpoint import hash_weight
-from ds.files import regular, replacing, subfolder, whole
+from ds.files import regular, whole
+from ds.staging import replacing, subfolder
 
 FOLDER = "snapshots"
 LENGTHS = (0.05, 0.10)  # of the averages that are tracked

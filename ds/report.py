@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ds import targets
-from ds.files import replacing
 from ds.images import tile
 from ds.records import read_metrics
+from ds.staging import replacing
 
 _PAPER, _INK, _ACCENT = "#fbfaf7", "#23272e", "#b4442a"
 

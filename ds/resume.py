@@ -37,15 +37,12 @@ from ds.files import (
     is_of_the_machine,
     present,
     read_sealed,
-    recover,
     regular,
-    replacing,
-    replacing_directory,
     sealed,
     sha256,
     unjudged,
-    write_json,
 )
+from ds.staging import recover, replacing, replacing_directory, write_json
 
 FILE = "checkpoint.pt"
 FOLDER = "checkpoint"

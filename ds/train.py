@@ -43,15 +43,7 @@ from ds.config import (
 )
 from ds.data import AbstractSource, Batch, Batches
 from ds.denoiser import Denoiser
-from ds.files import (
-    locked,
-    present,
-    read_sealed,
-    replacing,
-    sealed,
-    subfolder,
-    write_json,
-)
+from ds.files import present, read_sealed, sealed
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod
 from ds.nets import UNet, recompute_norms
@@ -60,6 +52,7 @@ from ds.records import Records, check_project
 from ds.resume import Checkpoint
 from ds.signals import Heard, Interrupted, Stop, deferred_signals
 from ds.speed import flops_per_row, matmul_tflops
+from ds.staging import locked, replacing, subfolder, write_json
 
 RUN = "run.json"
 

@@ -20,9 +20,10 @@ from ds import pairs, places
 from ds.analytic import Gaussian, GaussianMixture
 from ds.checkpoint import fingerprint
 from ds.config import to_json
-from ds.files import read_sealed, sealed, write_json
+from ds.files import read_sealed, sealed
 from ds.images import to_uint8
 from ds.nets import UNetConfig
+from ds.staging import write_json
 
 ROOT = Path(__file__).parents[1]
 COUNT = 40

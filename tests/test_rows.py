@@ -234,7 +234,7 @@ def test_a_manifest_that_cannot_be_is_refused_by_whoever_reads_it(store, said):
     if change.get("teacher"):
         change["teacher"] = store.manifest["teacher"] | change["teacher"]
     file = store.path / "manifest.json"
-    ds.files.write_json(file, ds.files.sealed(store.manifest | change))
+    ds.staging.write_json(file, ds.files.sealed(store.manifest | change))
     before = contents(store.path)
     for read in (ds.PairStore, ds.pairs.info, ds.pairs.is_finished, make):
         with pytest.raises(ValueError, match=f"{file}: .*{said}"):

@@ -1,4 +1,4 @@
-"""Nothing is half-written, left behind, or written through a link: how ds.files writes."""
+"""Nothing is half-written, left behind, or written through a link: how ds.staging writes."""
 
 import fcntl
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds.files import (
+from ds.staging import (
     COMMIT,
     LOCK,
     NEW,
@@ -20,7 +20,7 @@ from ds.files import (
     replacing,
     replacing_directory,
     staging,
-)  # fmt: skip
+)
 from tests.test_outputs import forked, tree
 
 CALLS = ("rename", "replace", "link", "fsync", "mkdir", "chmod", "unlink", "rmdir", "open")

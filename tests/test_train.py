@@ -24,12 +24,13 @@ import ds
 from ds.analytic import Gaussian
 from ds.config import to_json
 from ds.data import Generated, Images, Pairs, digits
-from ds.files import locked, read_json, read_sealed
+from ds.files import read_json, read_sealed
 from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
 from ds.optim import average, power_decay
 from ds.signals import Interrupted, Stop
+from ds.staging import locked
 from ds.train import MEASURED, PAYS, Runtime, TrainConfig, Trainer
 from tests.test_loader import KINDS
 

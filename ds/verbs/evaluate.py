@@ -16,12 +16,12 @@ from ds.config import Count, Seed, check
 from ds.data import Pairs
 from ds.evaluation import Moments, check_count, evaluate, read_reference, record
 from ds.features import AbstractExtractor, Digits, Inception, Pixels
-from ds.files import write_json
 from ds.load import load
 from ds.pairs import PairStore
 from ds.presets import Machine
 from ds.ranks import is_first
 from ds.sample import Student, Teacher
+from ds.staging import write_json
 from ds.verbs.options import Here, Model, Verb, say
 
 

@@ -16,10 +16,11 @@ from torch import Size, Tensor
 
 from ds import targets
 from ds.config import short
-from ds.files import by_name, present, read_json, replacing_directory, sha256, write_json
+from ds.files import by_name, present, read_json, sha256
 from ds.nets.convert.imported import Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
 from ds.schedule import AbstractSchedule, LinearBeta
+from ds.staging import replacing_directory, write_json
 
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
