@@ -133,8 +133,11 @@ def _broken(verb: str, error: Exception) -> int:
 
 
 def _fail(reason: str) -> int:
+    from ds.files import redacted
+
+    reason = redacted(" ".join(reason.split()))
     with contextlib.suppress(OSError):  # of a full disk, where it is a file
-        print(f"dstudent: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+        print(f"dstudent: {reason}", file=sys.stderr, flush=True)
     return 2
 
 

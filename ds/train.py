@@ -95,9 +95,8 @@ class TrainConfig:
     weight_decay: NotNegative = 0.0
     max_norm: NotNegative = 0.0  # that gradients are scaled down to; 0 leaves them as they are
     ema_decay: Share = 0.995
-    ema_gamma: NotNegative = (
-        0.0  # above 0: average over a share of the run instead, by a power function
-    )
+    # above 0: average over a share of the run instead, by a power function
+    ema_gamma: NotNegative = 0.0
     snapshot_every: Natural = 0  # steps; above 0: keep what ds.post_hoc_ema makes other averages of
     shuffle_window: Natural = 0  # rows that are shuffled at a time, for a disk's sake; 0 is all
     # auto: bfloat16 on GPUs that multiply in it, else float32
@@ -133,12 +132,10 @@ class Runtime:
     compile_cache: str = ""  # a directory that keeps what was compiled; else PyTorch's own
     reduce: Literal["float32", "bfloat16"] = "float32"  # gradients on their way between GPUs
     shard: bool = False  # a part of every weight, and of what belongs to it, for each process
-    evaluate_every: Natural = (
-        0  # steps, after which the average's images are compared with real ones
-    )
-    stall_minutes: NotNegative = (
-        0.0  # without a step, after which the process ends; 0 waits for ever
-    )
+    # steps, after which the average's images are compared with real ones
+    evaluate_every: Natural = 0
+    # without a step, after which the process ends; 0 waits for ever
+    stall_minutes: NotNegative = 0.0
     wandb: str = ""  # a project of Weights & Biases
 
     def __post_init__(self):
@@ -181,10 +178,9 @@ class Trainer:
     decay to zero is that of the new length from there on; where the learning rate is constant, the
     weights are those of a run that was as long from its start, to the bit.
 
-    Raises ValueError if the
-    method needs another kind of source, if `out` holds another run, if norms are to be recomputed
-    that the student does not have, if a batch cannot be cut into equal parts, or if `device`, or a
-    single process, cannot do what `runtime` asks for.
+    Raises ValueError if the method needs another kind of source, if `out` holds another run, if
+    norms are to be recomputed that the student does not have, if a batch cannot be cut into equal
+    parts, or if `device`, or a single process, cannot do what `runtime` asks for.
     """
 
     @without_ambient(grad=True)

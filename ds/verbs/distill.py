@@ -49,7 +49,8 @@ class _Unmade(Images):
 
     def __init__(self, shape: tuple[int, ...], count: int):
         c, *rest = shape
-        row = torch.zeros(1, *rest, c, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
+        dtype = torch.uint8 if len(shape) == 3 else torch.float32
+        row = torch.zeros(1, *rest, c, dtype=dtype, device="cpu")
         super().__init__(row.expand(count, *rest, c))
 
     def fingerprint(self) -> str:
