@@ -1,12 +1,10 @@
-"""Training shared by processes: the same run for any number of them, and `distill` under torchrun.
+"""Training shared by processes: the same run for any number of them, and `distill` in two.
 
 The processes are started once; each job is a run of its own in a folder that names it.
 """
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from ds.data import Images, digits
 from ds.methods import Denoising
 from ds.signals import Interrupted
 from ds.train import Runtime, Trainer
+from tests.processes import Two
 from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
 DISTILL = (
     "distill", "digits", "--held-out", "32", "--train.epochs", "2", "--train.batch-size", "32",
@@ -50,6 +48,16 @@ def make(store: ds.PairStore, out: Path, name: str, runtime: Runtime | None = No
 
 
 def work(home: Path) -> None:
+    """Do the verbs, and then the jobs, in one of two processes."""
+    torch.set_num_threads(1)
+    folders = ("--teacher", home / "teacher", "--store", home / "pairs", "--out", home / "student")
+    with ranks.joined():
+        assert main([*map(str, (*DISTILL, *folders))]) == 0
+        assert main([*map(str, (*DISTILL, *folders, *ONLINE, "--out", home / "online"))]) == 0
+        do_jobs(home)
+
+
+def do_jobs(home: Path) -> None:
     """Do every job; while step 7 of the run to cut is taken, one process is told to stop."""
     for name in JOBS:
         run = make(ds.PairStore(home / "store"), home / name, name)
@@ -85,10 +93,9 @@ def home(tmp_path_factory) -> Path:
     ds.generate_pairs(TEACHER, home / "store", 512 + HELD_OUT, batch_size=1024)
     ds.Teacher(unet(), TEACHER.solver, (999, 500)).save_pretrained(home / "teacher")
     ds.generate_pairs(ds.load_teacher(home / "teacher"), home / "pairs", 96)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launcher, "-m", "tests.test_train_ranks", str(home)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    two = Two(work, home)
+    _, said = two.communicate(timeout=240)
+    assert two.returncode == 0, said
     return home
 
 
@@ -159,13 +166,3 @@ def test_pairs_that_two_processes_make_while_training_are_those_of_the_store(hom
     """Two batches of them, one made by each, for as long as the store is trained on."""
     made, stored = (ds.load_student(home / name).net.state_dict() for name in ("online", "student"))
     assert all(torch.equal(w, stored[name]) for name, w in made.items())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    home = Path(sys.argv[1])
-    folders = ("--teacher", home / "teacher", "--store", home / "pairs", "--out", home / "student")
-    with ranks.joined():
-        assert main([*map(str, (*DISTILL, *folders))]) == 0
-        assert main([*map(str, (*DISTILL, *folders, *ONLINE, "--out", home / "online"))]) == 0
-        work(home)
