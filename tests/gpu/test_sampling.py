@@ -23,7 +23,7 @@ every_precision = pytest.mark.parametrize("precision", TOLERANCE)
 def quick(monkeypatch):
     """Let an emulated GPU take the time of one call, where a real one is asked for the least."""
     if emulated.VARIABLE in os.environ:
-        monkeypatch.setattr("ds.budget.seconds_each", lambda work, most: work(1) or 1.0)
+        monkeypatch.setattr("ds.sample.seconds_each", lambda work, most: work(1) or 1.0)
 
 
 def z(count: int = 2) -> torch.Tensor:
