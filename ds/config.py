@@ -125,8 +125,6 @@ Positive = Annotated[float, Between(0, 3.4e38, "(]")]
 NotNegative = Annotated[float, Between(0, 3.4e38)]
 Share = Annotated[float, Between(0, 1, "[)")]
 Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
-# Of a file in a directory: no path leads elsewhere by it.
-FileName = Annotated[str, Matching(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", "a plain file name")]
 _WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null",
     list: "a list", tuple: "a list", dict: "fields by name",

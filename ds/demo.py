@@ -50,8 +50,9 @@ def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str,
     }
     figures = _figures(models, places, preset)
     rows = _rows(figures)
+    say(f"\n{text_table(COLUMNS, rows)}")
     _write(out, models, rows, figures, places, time.perf_counter() - begin)
-    say(f"\n{text_table(COLUMNS, rows)}\n\nreport: {out / 'report.html'}")
+    say(f"\nreport: {out / 'report.html'}")
     return figures
 
 

@@ -1,10 +1,11 @@
 """How good are the images? Distances to real ones, and the error on held-out pairs."""
 
 import hashlib
+import json
+import logging
 import math
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -36,6 +37,7 @@ from ds.ranks import from_first, gather, is_first, share
 from ds.sample import Sampler, Student, Teacher
 from ds.staging import write_json
 
+log = logging.getLogger("ds")
 SECONDS = "seconds_per_1000_images"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -111,7 +113,11 @@ def evaluate(
     about = {"name": extractor.name, "sha256": extractor.sha256, "dim": made.shape[1]}
     result = {**figures, "protocol": {**protocol, "n": n, "extractor": about}}
     if out is not None and is_first():
-        write_json(out, result, force=force)
+        try:
+            write_json(out, result, force=force)
+        except OSError:  # the work is done, and shall not be lost
+            log.warning("%s: not written: %s", out, json.dumps(result))
+            raise
     return result
 
 
@@ -140,8 +146,7 @@ def record(path: str | Path, model: Teacher | Student, result: dict[str, Any]) -
     about = result["protocol"]
     known = {k: f"{v:.4g}" for k, v in figures(result).items()}
     known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
-    noted = replace(model, provenance=model.provenance | known)
-    checkpoint.annotate(path, noted.provenance, noted.card_of, result)
+    checkpoint.annotate(path, model.provenance | known, model.card, result)
 
 
 def _slice(n: int) -> slice:

@@ -14,7 +14,6 @@ whoever writes it and in whatever order.
 import hashlib
 import io
 import logging
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -76,17 +75,13 @@ class _Teacher(TypedDict):
     prediction: str
 
 
-class _Later(TypedDict, total=False):
-    """What a finished store has as well, and one of today."""
+class _Finished(TypedDict, total=False):
+    """What a finished store has as well."""
 
     sha256: list[Sha256 | None]  # of the shards; None for one that is not finished
-    engine: bool
-    loop: bool
-    precision: Precision
-    device: str
 
 
-class Manifest(_Later):
+class Manifest(_Finished):
     """The fields of a manifest."""
 
     format: Literal["denoising-student/pairs/1"]
@@ -101,6 +96,10 @@ class Manifest(_Later):
     shape: Annotated[list[Count], Between(1)]
     quantizer: Quantizer
     shard_size: Count
+    engine: bool
+    loop: bool
+    precision: Precision
+    device: str
 
 
 log = logging.getLogger("ds")
@@ -171,7 +170,7 @@ def prepare(
     _check(count, seed, batch_size, shard_size, quantizer, engine, teacher.shape)
     check_memory(  # as rows, as one array and as the bytes of a file
         "generate_pairs: a shard",
-        3 * min(count, shard_size) * _bytes(teacher.shape, quantizer),
+        3 * min(count, shard_size) * _row(teacher.shape, quantizer).bytes,
     )
     if batch_size is not None:
         check_memory(
@@ -236,7 +235,7 @@ def estimate(
     sampler: Sampler, pairs: int, quantizer: Quantizer, price: float = 0.0
 ) -> tuple[str, float]:
     """Say what so many pairs will cost, from a few network calls; return that and the seconds."""
-    bytes_per_pair = _bytes(sampler.model.shape, quantizer)
+    bytes_per_pair = _row(sampler.model.shape, quantizer).bytes
     seconds = sampler.seconds_each() * pairs
     return (
         f"{pairs:,} pairs to make, {budget.size(pairs * bytes_per_pair)}, {sampler.model.nfe} "
@@ -244,8 +243,10 @@ def estimate(
     ), seconds
 
 
-def _bytes(shape: Sequence[int], quantizer: Quantizer) -> int:
-    return math.prod(shape) * {"float16": 2, "float32": 4}.get(quantizer, 1)
+def _row(shape: Sequence[int], quantizer: Quantizer) -> Row:
+    """Return what is kept of a pair whose sample has a shape."""
+    c, *rest = shape
+    return Row((*rest, c), torch.uint8 if quantizer in IMAGES else getattr(torch, quantizer))
 
 
 def check_target(path: str | Path, *, apart: targets.Inputs = ()) -> None:
@@ -450,8 +451,7 @@ class PairStore:
             raise ValueError(f"{self._plan.place}: made by another teacher than the one given")
         last = len(self) - 1
         picks = sorted({i * last // max(recompute - 1, 1) for i in range(recompute)})
-        usual = {"engine": None, "loop": None, "precision": "float32"}  # of a store that is older
-        sampler = _sampler(teacher, len(picks), usual | self.manifest)
+        sampler = _sampler(teacher, len(picks), self.manifest)
         (x,) = sampler.batches(self.seed, picks)
         again = torch.from_numpy(quantize(x, self.manifest["quantizer"])).float()
         stored = self.images(picks)
@@ -527,8 +527,10 @@ def _check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
 def _agreed(
     where: AbstractPlace, manifest: dict[str, Any], there: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return a manifest with what has grown into it, by the one that is there; ValueError if that
-    is of another store."""
+    """Return a manifest with what has grown into it, by the one that is there.
+
+    Raises ValueError if that is of another store.
+    """
     if there is None:
         return manifest
     grown_from, old = there["grown_from"], there["count"]
@@ -579,8 +581,7 @@ class _Plan:
     @property
     def row(self) -> Row:
         """What is kept of a pair."""
-        (c, *rest), quantizer = self.manifest["shape"], self.manifest["quantizer"]
-        return Row((*rest, c), torch.uint8 if quantizer in IMAGES else getattr(torch, quantizer))
+        return _row(self.manifest["shape"], self.manifest["quantizer"])
 
     @property
     def finished(self) -> bool:

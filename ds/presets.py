@@ -69,9 +69,8 @@ class SolveConfig:
     ] = "ddim"  # fmt: skip
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: Annotated[int, Between(1, MOST)] = 100
-    top: Annotated[int, Between(1, MOST - 1)] = (
-        800  # the largest time of a grid; a uniform one has its own
-    )
+    # the largest time of a grid; a uniform one has its own
+    top: Annotated[int, Between(1, MOST - 1)] = 800
 
     def __post_init__(self):
         check(self, "solve.")

@@ -70,8 +70,10 @@ class Records:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return what was noted in a run: figures by name, and their step. A line that is damaged is
-    left out, and the log says which."""
+    """Return what was noted in a run: figures by name, and their step.
+
+    A line that is damaged is left out, and the log says which.
+    """
     return [note for _, note in _lines(run / METRICS)]
 
 

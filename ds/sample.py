@@ -106,18 +106,17 @@ class Teacher:
         """Return the same teacher for inference, `images` at a time, with a ds.engine.Engine."""
         return self.using(_engine(self, images, options))
 
-    def card(self, name: str) -> str:
-        """Return the text of a model card for a directory of this name."""
+    def card(self, name: str, provenance: dict[str, Any] | None = None) -> str:
+        """Return the text of a model card for a directory of this name.
+
+        It says the provenance of the model, or another.
+        """
         return _card(
             f"# A teacher for denoising-student\n\n"
             f"{describe_shape(self.shape)}, {self.nfe} network calls a sample.",
             f"ds.load_teacher({json.dumps(name, ensure_ascii=False)})",
-            self.provenance,
+            self.provenance if provenance is None else provenance,
         )
-
-    def card_of(self, name: str, provenance: dict[str, Any]) -> str:
-        """Return the text of a model card for a directory of this name and this provenance."""
-        return replace(self, provenance=provenance).card(name)
 
     def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
         """Write a directory that ds.load_teacher reads; provenance goes into config.json too.
@@ -132,7 +131,7 @@ class Teacher:
             "grid": list(self.grid),
             "provenance": self.provenance | provenance,
         }
-        checkpoint.write(path, self.kind, about, self.net, self.card_of, force=force)
+        checkpoint.write(path, self.kind, about, self.net, self.card, force=force)
 
 
 def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) -> Engine:
@@ -182,20 +181,19 @@ class Student:
         """Return the same student for inference, `images` at a time, with a ds.engine.Engine."""
         return self.using(_engine(self, images, options))
 
-    def card(self, name: str) -> str:
-        """Return the text of a model card for a directory of this name."""
+    def card(self, name: str, provenance: dict[str, Any] | None = None) -> str:
+        """Return the text of a model card for a directory of this name.
+
+        It says the provenance of the model, or another.
+        """
         return _card(
             f"# A one-step generator, distilled by denoising-student\n\n"
             f"{describe_shape(self.shape)}, one network call a sample, "
             f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
             f"Method: {type(self.method).__name__}.",
             f"ds.load_student({json.dumps(name, ensure_ascii=False)})",
-            self.provenance,
+            self.provenance if provenance is None else provenance,
         )
-
-    def card_of(self, name: str, provenance: dict[str, Any]) -> str:
-        """Return the text of a model card for a directory of this name and this provenance."""
-        return replace(self, provenance=provenance).card(name)
 
     def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
         """Write a directory that ds.load_student reads, with a model card.
@@ -205,7 +203,7 @@ class Student:
         another model gives way.
         """
         about = {"method": to_json(self.method), "provenance": self.provenance | provenance}
-        checkpoint.write(path, self.kind, about, self.net, self.card_of, force=force)
+        checkpoint.write(path, self.kind, about, self.net, self.card, force=force)
 
 
 def _card(head: str, load: str, provenance: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def test_a_model_of_the_same_run_takes_its_place_beside_what_was_added(folder):
 def test_what_was_measured_stays_while_the_weights_do(folder):
     path = folder.parent / "t"
     teacher().save_pretrained(path, run="a")
-    checkpoint.annotate(path, {"run": "a", "kid": "3"}, teacher().card_of, {"protocol": {}})
+    checkpoint.annotate(path, {"run": "a", "kid": "3"}, teacher().card, {"protocol": {}})
     teacher().save_pretrained(path, run="a", commit="new")
     assert ds.load_teacher(path).provenance == {"run": "a", "kid": "3", "commit": "new"}
     assert "| kid | 3 |" in (path / "README.md").read_text()
@@ -176,7 +176,7 @@ def test_what_was_measured_stays_while_the_weights_do(folder):
 
 def test_a_card_that_somebody_has_written_on_is_left_alone(folder):
     (folder / "README.md").write_text("by hand")
-    checkpoint.annotate(folder, {"kid": "3"}, teacher().card_of, {"protocol": {}})
+    checkpoint.annotate(folder, {"kid": "3"}, teacher().card, {"protocol": {}})
     assert (folder / "README.md").read_text() == "by hand"
     assert ds.load_teacher(folder).provenance == {"kid": "3"}
     with pytest.raises(ValueError, match=r"holds README\.md, which is not ours"):

@@ -199,3 +199,14 @@ def test_the_figures_are_noted_in_the_card_and_nothing_else_is_touched(tmp_path)
     assert "| measured_on | 20 images, pixels |" in card
     assert json.loads((tmp_path / "student" / "metrics.json").read_text()) == result
     assert (tmp_path / "student" / "notes.txt").read_text() == "mine"
+
+
+def test_figures_that_cannot_be_written_are_said(monkeypatch, tmp_path, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ds.evaluation.write_json", full)
+    images = digits()[0][:64]
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(images, images, Pixels(), out=tmp_path / "figures.json")
+    assert '"frechet_distance": ' in caplog.text

@@ -28,15 +28,8 @@ NET = UNetConfig(
 TINY = ["--net.channels", "4", "--net.num-res-blocks", "1", "--net.norm-groups", "2"]
 SHORT = ["--train.epochs", "0.01", "--train.batch-size", "8"]
 PAIRS = [
-    "--pairs.count",
-    "8",
-    "--pairs.held-out",
-    "8",
-    "--pairs.batch-size",
-    "8",
-    "--solve.steps",
-    "2",
-]
+    "--pairs.count", "8", "--pairs.held-out", "8", "--pairs.batch-size", "8", "--solve.steps", "2",
+]  # fmt: skip
 GREY = torch.zeros(4, 8, 8, 1, dtype=torch.uint8)
 
 
@@ -207,7 +200,6 @@ WRITERS = {
     ),
 }  # fmt: skip
 FILES = [name for name, w in WRITERS.items() if w.suffix]
-DIRECTORIES = [name for name, w in WRITERS.items() if not w.suffix]
 QUICK = [name for name, w in WRITERS.items() if not w.slow]
 every = pytest.mark.parametrize("name", WRITERS)
 

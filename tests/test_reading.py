@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import pytest
 
 from ds import files
-from ds.config import Between, FileName, Sha256, from_json, mismatch, to_json
+from ds.config import Between, Matching, Sha256, from_json, mismatch, to_json
 from ds.nets import UNetConfig
 from ds.presets import PRESETS
 from ds.schedule import LinearBeta
@@ -171,7 +171,7 @@ def test_a_seal_may_be_required():
 
 
 class Inner(TypedDict):
-    name: FileName
+    name: Annotated[str, Matching(r"[a-z0-9][a-z0-9.-]*", "a plain file name")]
 
 
 class Optional(TypedDict, total=False):

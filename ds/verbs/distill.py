@@ -117,8 +117,8 @@ class Distill(Verb):
             "pairs.seed": (p.seed, there["seed"]),
             "pairs.shard-size": (p.shard_size, there["shard_size"]),
             "pairs.quantizer": (p.quantizer, there["quantizer"]),
-            "pairs.precision": (p.precision, there.get("precision", p.precision)),
-            "pairs.engine": (p.engine, there.get("engine", p.engine)),
+            "pairs.precision": (p.precision, there["precision"]),
+            "pairs.engine": (p.engine, there["engine"]),
         }
         if self.online:  # those that are not kept are made with these
             wanted = {n: v for n, v in wanted.items() if n in ("pairs.seed", "pairs.quantizer")}
