@@ -36,7 +36,8 @@ SANITIZED_PYTHON = DS_SANITIZED=build/asan OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python
 SANITIZED_TESTS = $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows group_norm_silu noise \
-	prepare_batch quantize solver_update winograd conv3x3))
+	prepare_batch quantize solver_update)) \
+	tests/ops/conv/test_conv3x3.py tests/ops/conv/test_winograd.py
 
 check: fmt lint test ## what a change must pass
 

@@ -1,6 +1,6 @@
 // What the kernels of Winograd's F(4x4, 3x3) share: the points, and how images become tiles.
 //
-// The points are 0, +-a, +-b and infinity with a = 5/8 and b = 3/2 (ds/ops/winograd.py); the
+// The points are 0, +-a, +-b and infinity with a = 5/8 and b = 3/2 (ds/ops/conv/winograd.py); the
 // constants of the images' transforms are exact in float32.
 #pragma once
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds import ops
 from ds.nets.unet import Attention, GroupNorm, pixels
-from ds.ops.winograd import tiles
+from ds.ops.conv.winograd import tiles
 
 Shape = tuple[int, int, int]  # of an image, [C, H, W]
 Run = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -29,7 +29,7 @@ from ds.engine.calls import (
     Winograd,
 )
 from ds.nets.fold import FoldedAttention
-from ds.ops.winograd import pays
+from ds.ops.conv.winograd import pays
 
 
 class Step(NamedTuple):

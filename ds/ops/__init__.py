@@ -4,8 +4,9 @@ from ds.ops._native import build_info
 from ds.ops._op import Row, table, use_backend
 from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
-from ds.ops.conv import conv, conv_group_norm_silu, phase_weight
-from ds.ops.conv3x3 import conv3x3
+from ds.ops.conv.conv3x3 import conv3x3
+from ds.ops.conv.fused import conv, conv_group_norm_silu, phase_weight
+from ds.ops.conv.winograd import winograd_conv, winograd_weight
 from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.gather_rows import gather_rows
 from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
@@ -13,7 +14,6 @@ from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
 from ds.ops.quantize import dequantize, quantize
 from ds.ops.solver_update import solver_update
-from ds.ops.winograd import winograd_conv, winograd_weight
 
 __all__ = [
     "Row",

@@ -4,8 +4,6 @@ The interpreter cuts float32 off to bfloat16 where a GPU rounds, and multiplies 
 where a GPU takes three products of TF32.
 """
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +20,9 @@ from ds import ops
 from ds.engine import Engine, Rewrites
 from ds.kernels import conv as kernels
 from ds.ops._op import Unsupported
+from ds.ops.conv import fused as OPS
 from tests.nets.test_unet import build, inputs, relative_rms
-from tests.ops.test_attention import assert_as_exact
-from tests.ops.test_conv import (
+from tests.ops.conv.test_fused import (
     GEOMETRIES,
     NHWC,
     case,
@@ -33,6 +31,7 @@ from tests.ops.test_conv import (
     norm_of,
     packed,
 )
+from tests.ops.test_attention import assert_as_exact
 from tests.ops.test_group_norm_silu import poisoned, pytorch
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
@@ -44,7 +43,6 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OPS = importlib.import_module("ds.ops.conv")  # ds.ops.conv is the function
 CONV, NORM = OPS._op._load("cuda", "triton"), OPS._norm_op._load("cuda", "triton")
 
 

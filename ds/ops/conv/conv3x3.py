@@ -9,7 +9,7 @@ from torch import Tensor
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported
 from ds.ops._takes import check_places
-from ds.ops.winograd import PANEL, pays, winograd_conv
+from ds.ops.conv.winograd import PANEL, pays, winograd_conv
 
 _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
 

@@ -1,0 +1,1 @@
+"""Convolutions: fused for inference, in tiles for training, and the tiles themselves."""
