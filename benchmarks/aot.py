@@ -70,7 +70,7 @@ FLOAT8, ARCHITECTURES_OF_FLOAT8 = torch.float8_e4m3fn, (89, 90)
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
 BATCH = 32
 MANY = 528  # images: at 4 x 4 pixels, 4 for each multiprocessor
-DEFAULTS = None, None, None, False  # of the op's shift, residual, skip and keep
+DEFAULTS = False, None, None, None  # of the op's keep, shift, residual and skip
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
     FLOAT8: "*fp8e4nv", int: "i32", float: "fp32",
@@ -102,8 +102,8 @@ class GroupNorms(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.ds.group_norm_silu.default:
-            x, _, _, groups, _, silu, *parts = args
-            shift, residual, skip, keep = [*parts, *DEFAULTS[len(parts) :]]
+            x, _, _, groups, _, silu, *rest = args
+            keep, shift, residual, skip = [*rest, *DEFAULTS[len(rest) :]]
             size = x.shape[1], 0 if skip is None else skip.shape[1], x[0, 0].numel(), groups
             self.found.add(Norm(*size, silu, shift is not None, residual is not None, keep))
         return func(*args, **kwargs or {})

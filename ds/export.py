@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds import targets
-from ds.ops.group_norm_silu import merge
+from ds.ops.group_norm_silu import Addends
 from ds.sample import Student
 from ds.staging import replacing
 
@@ -72,10 +72,8 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
     )
 
 
-def _group_norm_silu(
-    x, weight, bias, groups, eps, silu, shift=None, residual=None, skip=None, keep=False
-):
-    merged = merge(x, shift, residual, skip)
+def _group_norm_silu(x, weight, bias, groups, eps, silu, keep=False, *addends):
+    merged = Addends(*addends).merge(x)
     images, channels, height, width = merged.shape
     y, mean, rstd = torch.ops.aten.native_group_norm(
         merged, weight, bias, images, channels, height * width, groups, eps

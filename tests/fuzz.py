@@ -208,7 +208,7 @@ class Call:
         if self.op.name == "group_norm_silu_backward":  # whose statistics are those of x
             parts = [given[name] for name in ("shift", "residual", "skip")]
             _, given["mean"], given["rstd"], _ = reference_of_norm(
-                given["x"], given["weight"], given["bias"], given["groups"], 0.1, True,
+                given["x"], given["weight"], given["bias"], given["groups"], 0.1, True, False,
                 *(parts if given["grad_merged"] is None else []),
             )  # fmt: skip
 
@@ -314,7 +314,7 @@ def public(op: Op, given: dict[str, Any]) -> Callable[[], Any] | None:
         parts = {"shift": a.shift, "residual": a.residual, "skip": a.skip}
         norm = a.x, a.weight, a.bias, a.groups, a.eps
         if any(part is not None for part in parts.values()) and (a.keep or a.silu is not True):
-            return lambda: ops.merge_group_norm_silu(*norm, **parts, silu=a.silu)
+            return lambda: ops.fused_add_group_norm_silu(*norm, **parts, silu=a.silu)
         if a.silu:
             return lambda: ops.group_norm_silu(*norm, **parts)
         return lambda: ops.group_norm(*norm)

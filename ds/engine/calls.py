@@ -306,7 +306,7 @@ class Norm(Call):
         settings, shift = self.settings(place), place.bias(self.shift, place.wide)
         names = ("residual", "skip") if self.residual else ("skip",)
         if self.keep:
-            op, options = ops.merge_group_norm_silu, {"silu": self.silu}
+            op, options = ops.fused_add_group_norm_silu, {"silu": self.silu}
         else:
             op, options = self.layer.op, {}
         if self.float8:

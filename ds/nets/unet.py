@@ -294,7 +294,7 @@ class GroupNorm(nn.Module):
 
     def merge(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of the concatenation of x and skip, with SiLU, and the concatenation."""
-        return ops.merge_group_norm_silu(
+        return ops.fused_add_group_norm_silu(
             x, self.weight, self.bias, self.groups, self.eps, skip=skip
         )
 

@@ -9,7 +9,7 @@ from ds.ops.conv.fused import conv, conv_group_norm_silu, phase_weight
 from ds.ops.conv.winograd import winograd_conv, winograd_weight
 from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.gather_rows import gather_rows
-from ds.ops.group_norm_silu import group_norm, group_norm_silu, merge_group_norm_silu
+from ds.ops.group_norm_silu import fused_add_group_norm_silu, group_norm, group_norm_silu
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
 from ds.ops.quantize import dequantize, quantize
@@ -26,10 +26,10 @@ __all__ = [
     "conv_group_norm_silu",
     "dequantize",
     "float8_weight",
+    "fused_add_group_norm_silu",
     "gather_rows",
     "group_norm",
     "group_norm_silu",
-    "merge_group_norm_silu",
     "noise",
     "phase_weight",
     "prepare_batch",

@@ -20,7 +20,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def merge(x, weight, bias, shift, skip):
-    y, merged = ops.merge_group_norm_silu(x, weight, bias, 4, shift=shift, skip=skip)
+    y, merged = ops.fused_add_group_norm_silu(x, weight, bias, 4, shift=shift, skip=skip)
     return torch.cat([y, merged], 1)
 
 

@@ -322,13 +322,13 @@ def on_device(values, parts):
 def test_absorbing_is_as_exact_as_pytorch(dtype, names, chosen):
     # The second of three groups has channels of both.
     values, parts = on_device(*sources(names, (2, 12, 4, 3), 6, dtype))
-    y, merged = check_merging(ops.merge_group_norm_silu, values, parts, 3)
+    y, merged = check_merging(ops.fused_add_group_norm_silu, values, parts, 3)
     assert torch.equal(check_merging(merge_alone, values, parts, 3)[0], y)
     # What is handed on is what was normalized, to the bit.
     assert torch.equal(run(merged, *values[1:], 3, True)[0], y)
 
 
-@pytest.mark.parametrize("function", [ops.merge_group_norm_silu, merge_alone])
+@pytest.mark.parametrize("function", [ops.fused_add_group_norm_silu, merge_alone])
 @pytest.mark.parametrize("names", [("shift",), ("residual", "skip"), SOURCES], ids="+".join)
 def test_absorbing_in_two_passes_is_as_exact_as_pytorch(names, function, chosen, monkeypatch):
     small_tiles(monkeypatch)
@@ -366,7 +366,7 @@ def test_two_sources_are_their_concatenation(
         choose(monkeypatch)
         if two_passes:
             small_tiles(monkeypatch)
-        y, merged = check_merging(ops.merge_group_norm_silu, values, parts, groups)
+        y, merged = check_merging(ops.fused_add_group_norm_silu, values, parts, groups)
         assert torch.equal(merged, unfused(*values, groups, **parts)[1])
         assert torch.equal(y, run(merged, *values[1:], groups, True)[0])
 
@@ -392,7 +392,7 @@ def test_what_is_not_finite_spreads_as_in_pytorch(place, bad, passes, chosen):
         assert torch.equal(a.isfinite(), b.isfinite())
 
 
-@pytest.mark.parametrize("function", [ops.merge_group_norm_silu, merge_alone])
+@pytest.mark.parametrize("function", [ops.fused_add_group_norm_silu, merge_alone])
 def test_every_element_is_written_once_and_the_same(function, passes, chosen, monkeypatch):
     values, parts = on_device(*sources(SOURCES, (2, 12, 4, 3), 5, torch.float32))
     expected = results(function, values, parts, 3, some_gradients)
@@ -412,7 +412,7 @@ def test_bits_of_absorbing_do_not_depend_on_the_batch(passes, chosen):
         some = [values[0][images], *values[1:]]
         own = {name: value[images] for name, value in parts.items()}
         outputs, found = results(
-            ops.merge_group_norm_silu, some, own, 3,
+            ops.fused_add_group_norm_silu, some, own, 3,
             lambda outputs: [(g[images], y) for g, y in zip(grads, outputs, strict=True)],
         )  # fmt: skip
         return *outputs, *(found[name] for name in ("x", *SOURCES))
@@ -458,8 +458,8 @@ def test_in_float8_it_is_the_norm_rounded_once(passes, dtype, names):
     launch = forward_float8._load("cuda", "triton")
     tensors = [t.to(DEVICE) for t in (x, weight, bias)]
     given = [parts[name].to(DEVICE) if name in parts else None for name in SOURCES]
-    y, merged = launch(*tensors, 4, 1e-6, *given, True)
-    alone, empty = launch(*tensors, 4, 1e-6, *given, False)
+    y, merged = launch(*tensors, 4, 1e-6, True, *given)
+    alone, empty = launch(*tensors, 4, 1e-6, False, *given)
     assert torch.equal(y.float(), alone.float())
     assert not len(empty)
     check_float8(y, merged, *tensors[1:], 4)

@@ -570,7 +570,7 @@ def check_merging(function, values, parts, groups, backend="") -> list[Tensor]:
 def test_absorbing_is_as_exact_as_pytorch(backend, dtype, names):
     values, parts = sources(names, (2, 36, 5, 3), 14, dtype)  # the second of three groups straddles
     with forced(backend):
-        y, merged = check_merging(ds.ops.merge_group_norm_silu, values, parts, 3, backend)
+        y, merged = check_merging(ds.ops.fused_add_group_norm_silu, values, parts, 3, backend)
         assert torch.equal(check_merging(merge_alone, values, parts, 3, backend)[0], y)
         # What is handed on is what was normalized, to the bit.
         assert torch.equal(ours(merged, *values[1:], 3, True), y)
@@ -611,7 +611,7 @@ def test_two_sources_are_their_concatenation(
     }
     x = values.pop("x")
     with forced(backend):
-        y, merged = ds.ops.merge_group_norm_silu(x, *affine, groups, **values)
+        y, merged = ds.ops.fused_add_group_norm_silu(x, *affine, groups, **values)
         wide = {name: value.float() for name, value in values.items()}
         expected = merged_by_pytorch(x.float(), **wide).to(dtype)
         assert torch.equal(merged, expected)
@@ -621,7 +621,7 @@ def test_two_sources_are_their_concatenation(
             assert y.is_contiguous(memory_format=formats[0])
             assert merged.is_contiguous(memory_format=formats[0])
         if images:  # PyTorch's own backward refuses an empty batch
-            check_merging(ds.ops.merge_group_norm_silu, (x, *affine), values, groups, backend)
+            check_merging(ds.ops.fused_add_group_norm_silu, (x, *affine), values, groups, backend)
 
 
 @every_backend
@@ -629,7 +629,7 @@ def test_no_images_have_no_gradients(backend):
     values, parts = sources(SOURCES, (0, 12, 3, 3), 5, torch.float32)
     leaves = [value.requires_grad_() for value in (*values, *parts.values())]
     with forced(backend):
-        y, merged = ds.ops.merge_group_norm_silu(
+        y, merged = ds.ops.fused_add_group_norm_silu(
             *leaves[:3], 3, **dict(zip(parts, leaves[3:], strict=True))
         )
         if backend == "aten":
@@ -647,7 +647,7 @@ def test_what_is_not_finite_spreads_as_in_pytorch(backend, dtype, place, bad):
     values, parts = sources(SOURCES, (2, 12, 3, 3), 6, dtype)
     parts[place][1, 1] = bad
     with forced(backend):
-        outputs, found = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+        outputs, found = results(ds.ops.fused_add_group_norm_silu, values, parts, 3, some_gradients)
     expected, found_expected = results(unfused, values, parts, 3, some_gradients)
     for a, b in zip(
         [*outputs, *found.values()], [*expected, *found_expected.values()], strict=True
@@ -659,10 +659,10 @@ def test_what_is_not_finite_spreads_as_in_pytorch(backend, dtype, place, bad):
 def test_every_element_of_what_is_handed_on_is_written(backend, dtype, monkeypatch):
     values, parts = sources(SOURCES, (2, 12, 5, 3), 5, dtype)
     with forced(backend):
-        expected = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+        expected = results(ds.ops.fused_add_group_norm_silu, values, parts, 3, some_gradients)
         monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
         monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-        again = results(ds.ops.merge_group_norm_silu, values, parts, 3, some_gradients)
+        again = results(ds.ops.fused_add_group_norm_silu, values, parts, 3, some_gradients)
     for a, b in zip(
         [*again[0], *again[1].values()], [*expected[0], *expected[1].values()], strict=True
     ):
@@ -682,7 +682,7 @@ def test_bits_of_absorbing_do_not_depend_on_the_batch(backend, dtype):
             drawn = some_gradients([torch.empty(3, *o.shape[1:]) for o in outputs])
             return [(g[images], o) for (g, _), o in zip(drawn, outputs, strict=True)]
 
-        outputs, found = results(ds.ops.merge_group_norm_silu, some, own, 4, grads)
+        outputs, found = results(ds.ops.fused_add_group_norm_silu, some, own, 4, grads)
         return *outputs, *(found[name] for name in ("x", *SOURCES))
 
     with forced(backend):
@@ -697,13 +697,13 @@ def test_bits_of_absorbing_do_not_depend_on_the_batch(backend, dtype):
 def test_opcheck_of_what_is_absorbed(backend, keep):
     values, parts = sources(SOURCES, (2, 12, 3, 5), 5, torch.float32)
     leaves = [value.requires_grad_() for value in (*values, *parts.values())]
-    arguments = (*leaves[:3], 3, 1e-6, True, *leaves[3:], keep)
+    arguments = (*leaves[:3], 3, 1e-6, True, keep, *leaves[3:])
     with forced(backend):
         torch.library.opcheck(torch.ops.ds.group_norm_silu.default, arguments)
         x, weight, bias, *given = (leaf.detach() for leaf in leaves)
         y, mean, rstd, merged = (t.detach() for t in torch.ops.ds.group_norm_silu(*arguments))
         arguments = (y, merged if keep else x, weight, bias, mean, rstd, 3, True, 5)
-        given = (given[0], None, None, y) if keep else (*given, None)
+        given = (y, given[0], None, None) if keep else (None, *given)
         torch.library.opcheck(torch.ops.ds.group_norm_silu_backward.default, (*arguments, *given))
 
 
@@ -713,7 +713,7 @@ def test_absorbing_compiles_without_graph_breaks(backend):
     leaves = [value.requires_grad_() for value in (*values, *parts.values())]
 
     def loss(x, weight, bias, shift, residual, skip):
-        y, merged = ds.ops.merge_group_norm_silu(
+        y, merged = ds.ops.fused_add_group_norm_silu(
             x * 2, weight, bias, 4, shift=shift[0], residual=residual, skip=skip
         )
         alone = ds.ops.group_norm_silu(x * 2, weight, bias, 4, shift=shift, skip=skip)
@@ -727,7 +727,7 @@ def test_absorbing_compiles_without_graph_breaks(backend):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("function", [ds.ops.merge_group_norm_silu, merge_alone])
+@pytest.mark.parametrize("function", [ds.ops.fused_add_group_norm_silu, merge_alone])
 @combinations
 def test_gradcheck_of_what_is_absorbed(names, function):
     values, parts = sources(names, (2, 6, 3, 2), 2, torch.float64)
@@ -744,7 +744,7 @@ def test_shift_may_differ_from_x_in_dtype(backend):
     values, parts = sources(["shift", "skip"], (2, 16, 5, 5), 7, torch.bfloat16)
     parts["shift"] = parts["shift"].float() / 3
     with forced(backend):
-        check_merging(ds.ops.merge_group_norm_silu, values, parts, 4, backend)
+        check_merging(ds.ops.fused_add_group_norm_silu, values, parts, 4, backend)
 
 
 @pytest.mark.parametrize(
@@ -772,8 +772,8 @@ def test_shift_may_differ_from_x_in_dtype(backend):
 )
 def test_errors_name_the_part_that_does_not_fit(change, message):
     x, weight, bias = inputs((2, 8, 4, 4), torch.float32)
-    with pytest.raises(ValueError, match=f"^(merge_)?group_norm_silu: .*{message}"):
-        ds.ops.merge_group_norm_silu(x, weight, bias, 2, **change)
+    with pytest.raises(ValueError, match=f"^(fused_add_)?group_norm_silu: .*{message}"):
+        ds.ops.fused_add_group_norm_silu(x, weight, bias, 2, **change)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -781,7 +781,7 @@ def test_either_branch_alone_has_its_gradient(used):
     generator = torch.Generator().manual_seed(0)
     x, skip = (torch.randn(2, 4, 3, 3, generator=generator).requires_grad_() for _ in range(2))
     weight, bias = torch.randn(2, 8, generator=generator)
-    outputs = ds.ops.merge_group_norm_silu(x, weight, bias, 4, skip=skip)
+    outputs = ds.ops.fused_add_group_norm_silu(x, weight, bias, 4, skip=skip)
     merged = torch.cat([x, skip], 1)
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(merged, 4, weight, bias, 1e-6))
     grad = torch.randn(2, 8, 3, 3, generator=generator)
@@ -824,9 +824,9 @@ def test_in_float8_it_is_the_norm_rounded_once(layout, dtype, names):
     weight[3] = 1e3
     y, merged = ds.ops.group_norm_silu(x, weight, bias, 4, **parts, float8=True), x
     if names:
-        again, merged = ds.ops.merge_group_norm_silu(x, weight, bias, 4, **parts, float8=True)
+        again, merged = ds.ops.fused_add_group_norm_silu(x, weight, bias, 4, **parts, float8=True)
         assert torch.equal(y.float(), again.float())
-        expected = ds.ops.merge_group_norm_silu(x, weight, bias, 4, **parts)[1]
+        expected = ds.ops.fused_add_group_norm_silu(x, weight, bias, 4, **parts)[1]
         assert torch.equal(merged, expected)
     check_float8(y, merged, weight, bias, 4)
     assert y.stride() == merged.stride()
@@ -837,7 +837,7 @@ def test_in_float8_it_is_the_norm_rounded_once(layout, dtype, names):
 def test_the_op_in_float8_is_sound():
     (x, *affine), parts = sources(SOURCES, (2, 12, 4, 3), 8, torch.bfloat16)
     for keep in (False, True):
-        arguments = x, *affine, 4, 1e-6, parts["shift"], parts["residual"], parts["skip"], keep
+        arguments = x, *affine, 4, 1e-6, keep, parts["shift"], parts["residual"], parts["skip"]
         torch.library.opcheck(
             torch.ops.ds.group_norm_silu_float8.default, arguments,
             test_utils=("test_schema", "test_faketensor"),

@@ -28,8 +28,8 @@ def freed(x: Tensor) -> Tensor:
 FIT = {
     "group_norm_silu": {
         "x": zeros(2, 8, 3, 3), "weight": zeros(16), "bias": zeros(16), "groups": 4, "eps": 1e-6,
-        "silu": True, "shift": zeros(2, 8), "residual": zeros(2, 8, 3, 3),
-        "skip": zeros(2, 8, 3, 3), "keep": False,
+        "silu": True, "keep": False, "shift": zeros(2, 8), "residual": zeros(2, 8, 3, 3),
+        "skip": zeros(2, 8, 3, 3),
     },
     "group_norm_silu_backward": {
         "grad": zeros(2, 8, 3, 3), "x": zeros(2, 8, 3, 3), "weight": zeros(8), "bias": zeros(8),
@@ -37,7 +37,7 @@ FIT = {
     },
     "group_norm_silu_float8": {
         "x": zeros(2, 8, 3, 3), "weight": zeros(8), "bias": zeros(8), "groups": 4, "eps": 1e-6,
-        "shift": None, "residual": None, "skip": None, "keep": False,
+        "keep": False, "shift": None, "residual": None, "skip": None,
     },
     "attention": {name: zeros(1, 2, 3, 4) for name in "qkv"},
     "attention_residual": {
@@ -247,7 +247,7 @@ def test_numbers_may_be_those_of_numpy():
 def test_a_skip_without_channels_has_its_gradient():
     x, skip = torch.randn(2, 8, 3).requires_grad_(), torch.zeros(2, 0, 3).requires_grad_()
     y = torch.ops.ds.group_norm_silu(
-        x, torch.ones(8), torch.ones(8), 4, 1e-6, True, None, None, skip
+        x, torch.ones(8), torch.ones(8), 4, 1e-6, True, False, None, None, skip
     )
     y[0].sum().backward()
     assert skip.grad.shape == skip.shape

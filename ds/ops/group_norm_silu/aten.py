@@ -1,0 +1,55 @@
+"""PyTorch's own kernels, on float32 copies of narrower types so that statistics stay wide."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds.ops._takes import wide
+from ds.ops.group_norm_silu.addends import Addends
+from ds.ops.group_norm_silu.layout import like, sizes
+
+
+def forward(x, weight, bias, groups, eps, silu, keep=False, *addends):
+    """Compute the op's forward pass."""
+    x = Addends(*addends).merge(x)
+    parameters = _contiguous(x, weight, bias)
+    y, mean, rstd = torch.ops.aten.native_group_norm(
+        _pixels(x), *parameters, *sizes(x), groups, eps
+    )
+    return like(F.silu(y) if silu else y, x), mean, rstd, x if keep else x.new_empty(0)
+
+
+def backward(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
+    """Compute the op's backward pass."""
+    addends = Addends(*addends)
+    merged = addends.merged_before(x, grad_merged)
+    x, grad = _pixels(merged), _pixels(like(grad, merged))
+    w, b, mean, rstd = _contiguous(merged, weight, bias, mean, rstd)
+    if silu:
+        scale = w.view(groups, -1) * rstd[..., None]  # [N, groups, C / groups]
+        shift = b.view(groups, -1) - mean[..., None] * scale
+        columns = (*x.shape[:2], *[1] * (x.dim() - 2))
+        y = torch.addcmul(shift.view(columns), x, scale.view(columns))
+        grad = torch.ops.aten.silu_backward(grad, y)
+    d_norm, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
+        grad, x, mean, rstd, w, *sizes(x), groups, [True] * 3
+    )
+    d_x, d_shift, d_skip = addends.split_gradient(d_norm, merged, split, grad_merged)
+    return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Return a dense x as these kernels take it: wide, and with the strides of NCHW.
+
+    The kernels ignore strides. Those of a channels_last x are made to look like its memory.
+    """
+    x = x.to(wide(x.dtype))
+    if x.is_contiguous():
+        return x
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (channels * height * width, 1, width * channels, channels))
+
+
+def _contiguous(x: Tensor, *values: Tensor) -> list[Tensor]:
+    """Return parameters and statistics as these kernels take them, which ignore strides."""
+    return [value.to(wide(x.dtype)).contiguous() for value in values]
