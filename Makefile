@@ -89,7 +89,7 @@ doctor: $(VENV)/.installed ## what this machine has and which kernels run here
 	$(BIN)/dstudent doctor
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build ds/lib *.egg-info
+	rm -rf $(VENV) build ds/ops/lib *.egg-info
 
 BUILT_FROM := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 

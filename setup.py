@@ -2,8 +2,8 @@
 
 Everything else is in pyproject.toml.
 
-Without a working compiler the installation still succeeds. ds/lib/build.json records which library
-was built, or why it was not, for ds.ops and `dstudent doctor`.
+Without a working compiler the installation still succeeds. ds/ops/lib/build.json records which
+library was built, or why it was not, for ds.ops and `dstudent doctor`.
 
 DS_BUILD_EXT=0 skips the build. CXX, CXXFLAGS, CUDACXX and CUDAFLAGS are read by CMake.
 """
@@ -89,7 +89,7 @@ class BuildNative(build_ext):
         return info
 
     def _folder(self) -> Path:
-        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "ds" / "lib"
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "ds" / "ops" / "lib"
 
     def get_outputs(self):
         return [str(path) for path in self._folder().glob("*")]
@@ -102,16 +102,18 @@ class Wheel(bdist_wheel):
     """Tag the wheel for every Python, since the libraries are loaded with ctypes."""
 
     def get_tag(self):
-        folder = Path(self.get_finalized_command("build_ext").build_lib) / "ds" / "lib"
+        folder = Path(self.get_finalized_command("build_ext").build_lib) / "ds" / "ops" / "lib"
         built = any((folder / file_name(library)).is_file() for library in NEEDS)
         self.root_is_pure = not built
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
 setup(
-    # Installed as ds.kernels: a top-level package `kernels` would hide Hugging Face's.
-    packages=[*find_packages(include=["ds", "ds.*"]), "ds.kernels"],
-    package_dir={"ds.kernels": "kernels"},
-    ext_modules=[Extension("ds.lib.libds_cpu", sources=[], depends=["CMakeLists.txt", *SOURCES])],
+    # Installed as ds.ops.kernels: a top-level package `kernels` would hide Hugging Face's.
+    packages=[*find_packages(include=["ds", "ds.*"]), "ds.ops.kernels"],
+    package_dir={"ds.ops.kernels": "kernels"},
+    ext_modules=[
+        Extension("ds.ops.lib.libds_cpu", sources=[], depends=["CMakeLists.txt", *SOURCES])
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -44,9 +44,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds import ops, presets
+from ds import ops
 from ds.engine import Place, Plan, Rewrites, calls
-from ds.kernels import (
+from ds.nets import fold_attention
+from ds.ops.kernels import (
     attention,
     conv,
     conv_hopper,
@@ -56,7 +57,7 @@ from ds.kernels import (
     quantize,
     solver_update,
 )
-from ds.nets import fold_attention
+from ds.training import presets
 
 NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_church)
 # Pixels, heads, channels of a head, and channels of the projection or 0: heads of 64, which other

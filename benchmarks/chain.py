@@ -26,16 +26,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import harness
 from benchmarks.network import random_net
 from benchmarks.peers import Loop, diffusers_twin
-from ds import optim, presets
-from ds.data import Images, Pairs, digits
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.noise import noise
 from ds.methods import AbstractMethod
+from ds.models.sampler import Teacher
 from ds.nets import UNet
-from ds.pairs import generate_pairs
-from ds.philox import noise
-from ds.presets import Preset
-from ds.sample import Teacher
-from ds.train import TrainConfig, Trainer
+from ds.pairs.sources import Images, Pairs, digits
+from ds.pairs.store import generate_pairs
+from ds.training import optim, presets
+from ds.training.presets import Preset
+from ds.training.trainer import TrainConfig, Trainer
 
 Phases = dict[str, float]
 HELD_OUT = 64

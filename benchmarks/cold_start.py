@@ -25,9 +25,9 @@ from torch import Tensor
 from benchmarks.harness import ROOT, Case, Side, Size
 from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import SLOW, write_diffusers
+from ds.diffusion.noise import noise
 from ds.methods import DenoisingStudent
-from ds.philox import noise
-from ds.sample import Student
+from ds.models.sampler import Student
 
 METHOD = DenoisingStudent()
 PHASES = "import", "load", "first image"

@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_resources.py > benchmarks/results/cuda_resources.json
 
-The kernels are read off ds/lib/libds_cuda.so, with the tools that come with Triton. The cuts are
-those of the GroupNorms of the paper's networks in bfloat16, where images have more than 1024
+The kernels are read off ds/ops/lib/libds_cuda.so, with the tools that come with Triton. The cuts
+are those of the GroupNorms of the paper's networks in bfloat16, where images have more than 1024
 pixels: how many blocks make a cluster, or how many tiles an image, and the shared memory of a
 block in bytes.
 """
@@ -20,7 +20,7 @@ from aot import NETWORKS, disassemble, norms, widths
 
 from ds.ops import _native
 
-LIBRARY = Path(_native.__file__).parents[1] / "lib" / "libds_cuda.so"
+LIBRARY = Path(_native.__file__).with_name("lib") / "libds_cuda.so"
 TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 

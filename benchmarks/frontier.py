@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Side, Size
-from ds import grids, presets
-from ds.data import Images, digits
-from ds.denoiser import Denoiser
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import noise
+from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
 from ds.engine import Engine
-from ds.frontier import candidates
-from ds.grids import Grid
+from ds.evaluation.solver_search import candidates
 from ds.methods import Denoising
-from ds.philox import noise
-from ds.sample import integrate
-from ds.solvers import AbstractSolver, DPMSolverPP
-from ds.train import Trainer
+from ds.models.sampler import integrate
+from ds.pairs.sources import Images, digits
+from ds.training import presets
+from ds.training.trainer import Trainer
 
 TOP, IMAGES = 800, 16
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import PEERS
-from ds import ops, presets
+from ds import ops
+from ds.training import presets
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 DTYPES = (torch.float32, torch.bfloat16)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import ds
 from ds import ops
-from ds.staging import replacing
+from ds.system.staging import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -30,8 +30,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from benchmarks.peers import diffusers_twin
-from ds import presets
 from ds.engine import Place, Plan
+from ds.training import presets
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", type="cuda", major=9, minor=0, multi_processor_count=132,

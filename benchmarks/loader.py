@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import ds
 from benchmarks.harness import Case, Side, Size
-from ds.archives import export
-from ds.data import Batches, Pairs
-from ds.loader import Loader, load
+from ds.pairs.archives import export
+from ds.pairs.sources import Batches, Pairs
+from ds.training.loader import Loader, load
 
 BATCH, STEPS = 512, 32
 ROWS, SHARD = BATCH * STEPS, 4096

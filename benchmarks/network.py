@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
-from ds import presets
 from ds.nets import UNet, UNetConfig
 from ds.nets.unet import GroupNorm
-from ds.speed import flop_counter
+from ds.training import presets
+from ds.training.throughput import flop_counter
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:

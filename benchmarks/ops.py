@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Case, Side, Size, batch
-from ds import ops, presets
+from ds import ops
 from ds.ops.noise import reference as philox_normals
+from ds.training import presets
 
 SHAPE = (3, 32, 32)
 ROW = 4 * 3 * 32 * 32  # bytes of an image in float32

@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.network import about, exact_levels, random_cifar10, twin
 from benchmarks.peers import Loop, ddim_loop
-from ds.denoiser import Denoiser
-from ds.pairs import generate_pairs
-from ds.philox import noise
-from ds.sample import Precision, Teacher
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.noise import noise
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.models.sampler import Precision, Teacher
+from ds.pairs.store import generate_pairs
 
 GRID = (150, 100, 50, 0)
 Shape = tuple[int, ...]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds.diffusion.schedules import LinearBeta
+from ds.models.convert import to_diffusers
 from ds.nets import UNet
-from ds.nets.convert import to_diffusers
-from ds.schedule import LinearBeta
 
 GroupNormSilu = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[Tensor, Tensor], Tensor]

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, git
-from ds.files import read_json
-from ds.staging import write_json
+from ds.system.files import read_json
+from ds.system.staging import write_json
 
 PATH = RESULTS / "seeds.json"
 SIDES = {
@@ -56,7 +56,7 @@ def compare(runs: Path, seeds: int) -> None:
 
 
 def _dstudent(*arguments: object, start: list[str] | None = None) -> None:
-    command = [*(start or [sys.executable]), "-m", "ds", *map(str, arguments)]
+    command = [*(start or [sys.executable]), "-m", "ds.cli", *map(str, arguments)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

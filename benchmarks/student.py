@@ -16,8 +16,8 @@ from benchmarks.harness import Case, Side, Size, late
 from benchmarks.network import about, exact_levels, random_cifar10, twin
 from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline
 from ds.methods import DenoisingStudent
+from ds.models.sampler import Sampler, Student
 from ds.nets import UNet
-from ds.sample import Sampler, Student
 
 METHOD = DenoisingStudent()
 

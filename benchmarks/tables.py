@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/ and ds/sample.py from results/.
+"""Write the tables of README.md, docs/ and ds/models/sampler.py from results/.
 
     python -m benchmarks.tables
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import RESULTS, ROOT, floor
-from ds import presets
 from ds.engine import Place, Plan
+from ds.training import presets
 
 PAGES = (
     ROOT / "README.md",

@@ -20,11 +20,11 @@ from torch import Tensor
 from benchmarks.harness import Case, Side, Size, batch, late
 from benchmarks.network import about, count_flops, multiplies_narrow, peers, random_cifar10
 from benchmarks.peers import Loop, ddim_loop
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.models.sampler import Sampler, Teacher
 from ds.nets import UNet
-from ds.sample import Sampler, Teacher
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
 
 GRID = (50, 0)
 

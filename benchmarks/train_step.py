@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.network import SMALLER, about, random_net
 from benchmarks.peers import diffusers_twin
-from ds import optim, presets
 from ds.methods import DenoisingStudent
 from ds.nets import UNet
+from ds.training import optim, presets
 
 METHOD, EMA = DenoisingStudent(), 0.995
 PARTS = "forward", "backward", "optimizer"

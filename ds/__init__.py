@@ -9,36 +9,36 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Denoiser": "ds.denoiser",
-    "Estimate": "ds.denoiser",
-    "Images": "ds.data",
-    "PairStore": "ds.pairs",
-    "Pairs": "ds.data",
-    "Sampler": "ds.sample",
-    "Student": "ds.sample",
-    "Teacher": "ds.sample",
-    "TrainConfig": "ds.train",
-    "Trainer": "ds.train",
-    "evaluate": "ds.evaluation",
-    "from_pretrained": "ds.hub",
-    "generate_pairs": "ds.pairs",
-    "load_student": "ds.load",
-    "load_teacher": "ds.load",
-    "noise": "ds.philox",
-    "post_hoc_ema": "ds.posthoc",
-    "push_to_hub": "ds.hub",
+    "Denoiser": "ds.diffusion.denoiser",
+    "Estimate": "ds.diffusion.denoiser",
+    "Images": "ds.pairs.sources",
+    "PairStore": "ds.pairs.store",
+    "Pairs": "ds.pairs.sources",
+    "Sampler": "ds.models.sampler",
+    "Student": "ds.models.sampler",
+    "Teacher": "ds.models.sampler",
+    "TrainConfig": "ds.training.trainer",
+    "Trainer": "ds.training.trainer",
+    "evaluate": "ds.evaluation.evaluate",
+    "from_pretrained": "ds.models.hub",
+    "generate_pairs": "ds.pairs.store",
+    "load_student": "ds.models.load",
+    "load_teacher": "ds.models.load",
+    "noise": "ds.diffusion.noise",
+    "post_hoc_ema": "ds.training.ema",
+    "push_to_hub": "ds.models.hub",
 }
-_MODULES = (
-    "analytic",
-    "archives",
-    "export",
-    "grids",
-    "methods",
-    "nets",
-    "ops",
-    "schedule",
-    "solvers",
-)
+_MODULES = {
+    "analytic": "ds.analytic",
+    "archives": "ds.pairs.archives",
+    "export": "ds.models.export",
+    "grids": "ds.diffusion.grids",
+    "methods": "ds.methods",
+    "nets": "ds.nets",
+    "ops": "ds.ops",
+    "schedule": "ds.diffusion.schedules",
+    "solvers": "ds.diffusion.solvers",
+}
 
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 
@@ -47,7 +47,7 @@ def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"ds.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'ds' has no attribute {name!r}")
 
 

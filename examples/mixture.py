@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import ds
-from ds.analytic import GaussianMixture, Score, scores, table
+from ds.analytic import GaussianMixture
+from ds.evaluation.scores import Score, scores, table
 from ds.methods import DenoisingStudent
 
 HELD_OUT = 10_000

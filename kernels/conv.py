@@ -52,7 +52,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ds.kernels.group_norm_silu import (
+from ds.ops.kernels.group_norm_silu import (
     ONE_PASS_PIXELS,
     group_norm_silu,
     norm_from_sums,

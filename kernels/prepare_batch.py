@@ -14,7 +14,7 @@ kernels/noise.py.
 
 import triton
 import triton.language as tl
-from ds.kernels.noise import halves, normals
+from ds.ops.kernels.noise import halves, normals
 from torch import Tensor
 
 BLOCKS = 256  # of four elements, of a program

@@ -26,7 +26,7 @@ from pathlib import Path
 from shlex import split
 from typing import Any
 
-from ds.__main__ import main
+from ds.cli.__main__ import main
 from tests.processes import Started, Two
 
 TEACH = split("--net.channels 8 --net.norm-groups 4 --train.epochs 1 --train.warmup-steps 5")
@@ -76,7 +76,7 @@ def _timeless(file: Path) -> bytes:
         return repr(_plain(dict(sorted(load_file(file).items())))).encode()
     if file.suffix != ".jsonl":
         return file.read_bytes()
-    from ds.train import MEASURED
+    from ds.training.trainer import MEASURED
 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return repr([{k: v for k, v in m.items() if k not in MEASURED} for m in lines]).encode()

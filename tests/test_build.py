@@ -50,7 +50,7 @@ def setup(checkout: Path, *command: str, **environment: str) -> str:
 
 def built(checkout: Path) -> dict[str, dict[str, str | bool]]:
     """Return what the build in place recorded."""
-    return json.loads((checkout / "ds" / "lib" / "build.json").read_text())
+    return json.loads((checkout / "ds" / "ops" / "lib" / "build.json").read_text())
 
 
 def wheel(checkout: Path) -> tuple[str, dict[str, dict[str, str | bool]], list[str]]:
@@ -58,7 +58,7 @@ def wheel(checkout: Path) -> tuple[str, dict[str, dict[str, str | bool]], list[s
     (path,) = (checkout / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        (info,) = (name for name in names if name.endswith("ds/lib/build.json"))
+        (info,) = (name for name in names if name.endswith("ds/ops/lib/build.json"))
         return path.stem.split("-", 2)[2], json.loads(archive.read(info)), names
 
 
@@ -76,19 +76,19 @@ def test_a_wheel_with_the_library_serves_every_python(checkout):
     tag, info, names = wheel(checkout)
     assert tag.startswith("py3-none-")
     assert not tag.endswith("-any")
-    assert "ds/lib/libds_cpu.so" in names
+    assert "ds/ops/lib/libds_cpu.so" in names
     assert info["cpu"]["built"] is True
     assert info["cpu"]["reason"] == ""
     assert info["cpu"]["compiler"].split()[0] in {"GNU", "Clang", "AppleClang"}
     assert "-O3" in info["cpu"]["flags"]
     with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as archive:
-        library = ctypes.CDLL(archive.extract("ds/lib/libds_cpu.so", checkout / "unpacked"))
+        library = ctypes.CDLL(archive.extract("ds/ops/lib/libds_cpu.so", checkout / "unpacked"))
     assert library.ds_limit_simd(0) == 0
 
     # A later build without a compiler must not pick up the library that lies in build/.
     shutil.rmtree(checkout / "dist")
     setup(checkout, "bdist_wheel", DS_BUILD_EXT="0")
-    assert "ds/lib/libds_cpu.so" not in wheel(checkout)[2]
+    assert "ds/ops/lib/libds_cpu.so" not in wheel(checkout)[2]
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_says_why(checkout):
@@ -119,9 +119,9 @@ def test_the_cpu_library_survives_an_nvcc_that_fails(checkout):
     output = setup(checkout, "build_ext", "--inplace", CUDACXX="/bin/false")
     info = built(checkout)
     assert info["cpu"]["built"] is True
-    assert (checkout / "ds" / "lib" / "libds_cpu.so").is_file()
+    assert (checkout / "ds" / "ops" / "lib" / "libds_cpu.so").is_file()
     assert info["cuda"]["built"] is False
-    assert not (checkout / "ds" / "lib" / "libds_cuda.so").exists()
+    assert not (checkout / "ds" / "ops" / "lib" / "libds_cuda.so").exists()
     assert "no nvcc that works was found (install the CUDA toolkit" in info["cuda"]["reason"]
     assert "libds_cuda.so was not built" in output
 

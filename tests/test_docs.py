@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ds import presets, verbs
-from ds.verbs.command import parse
-from ds.verbs.options import Verb
+from ds.cli.command import parse
+from ds.cli.distill import Distill
+from ds.cli.options import Verb
+from ds.cli.pairs import MakePairs
+from ds.cli.teach import Teach
+from ds.training import presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
@@ -38,12 +41,10 @@ def trained(tmp_path_factory) -> Path:
     home = folder / "runs" / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        replace(verbs.Teach.of("digits", p), out=home / "teacher").run()
+        replace(Teach.of("digits", p), out=home / "teacher").run()
+        replace(MakePairs.of("digits", p), teacher=home / "teacher", out=str(home / "pairs")).run()
         replace(
-            verbs.MakePairs.of("digits", p), teacher=home / "teacher", out=str(home / "pairs")
-        ).run()
-        replace(
-            verbs.Distill.of("digits", p), teacher=home / "teacher", store=str(home / "pairs"),
+            Distill.of("digits", p), teacher=home / "teacher", store=str(home / "pairs"),
             out=home / "student",
         ).run()  # fmt: skip
     return folder

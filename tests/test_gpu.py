@@ -24,7 +24,12 @@ TESTS = "tests/ops", "tests/kernels", "tests/cuda", "tests/nets", "tests/engine"
 
 def test_tests_are_found_without_packages_that_only_some_need():
     command = [sys.executable, "-c", PYTEST, "--collect-only", "-q", *TESTS]
-    command += ["tests/test_grids.py", "tests/test_solvers.py", "-p", "no:cacheprovider"]
+    command += [
+        "tests/diffusion/test_grids.py",
+        "tests/diffusion/test_solvers.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
@@ -43,7 +48,7 @@ def test_a_case_without_its_peers_is_measured_alone(tmp_path):
 
 
 def test_a_test_that_needs_diffusers_is_skipped_without_and_its_neighbours_run():
-    command = [sys.executable, "-c", PYTEST, "-rs", "-q", "tests/test_grids.py"]
+    command = [sys.executable, "-c", PYTEST, "-rs", "-q", "tests/diffusion/test_grids.py"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
     )

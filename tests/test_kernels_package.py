@@ -1,4 +1,4 @@
-"""kernels/ is ds.kernels: in a checkout, in a wheel, and never a package of its own name."""
+"""kernels/ is ds.ops.kernels: in a checkout, in a wheel, and never a package of its own name."""
 
 import ast
 import importlib.util
@@ -32,7 +32,7 @@ def found(name: str, folder: Path) -> str:
 
 def test_a_checkout_finds_the_folder():
     for path in KERNELS:
-        assert found(f"ds.kernels.{path.stem}", ROOT) == str(path)
+        assert found(f"ds.ops.kernels.{path.stem}", ROOT) == str(path)
 
 
 def test_the_folder_hides_no_package_named_kernels():
@@ -68,7 +68,7 @@ def test_a_wheel_has_them_as_ds_kernels(tmp_path):
     }
     for path in KERNELS:
         expected = installed / "ds" / "kernels" / path.name
-        assert found(f"ds.kernels.{path.stem}", installed) == str(expected)
+        assert found(f"ds.ops.kernels.{path.stem}", installed) == str(expected)
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -78,5 +78,5 @@ def test_kernels_import_torch_triton_and_one_another_only(path):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom):
-            another = node.module.startswith("ds.kernels.")
+            another = node.module.startswith("ds.ops.kernels.")
             assert another or node.module.split(".")[0] in allowed

@@ -74,7 +74,7 @@ class Machine:
                 "ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run",
                 "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host.address}:29400",
-                "--rdzv-conf", meeting, "--local-addr", self.address, "-m", "ds", *command,
+                "--rdzv-conf", meeting, "--local-addr", self.address, "-m", "ds.cli", *command,
             ],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"},

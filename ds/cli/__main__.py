@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Without `argv` this is all that the process does, and no signal is heard after it.
     """
-    from ds import signals  # before whatever takes time
+    from ds.system import signals  # before whatever takes time
 
     with signals.listening(last=argv is None):
         try:
@@ -69,15 +69,15 @@ def _run(args: list[str]) -> int:
     # Read when torch is imported. Threads that sleep while they wait cost a little on free cores;
     # those that spin take the time of whatever else runs there, and of each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ds import signals
+    from ds.system import signals
 
     try:
-        from ds import verbs
+        from ds.cli import command
     except (ImportError, OSError) as error:
         return _broken(args[0], error)
     try:
         signals.listen(signals.while_working)
-        verbs.run(args[0], args[1:])
+        command.run(args[0], args[1:])
     except signals.Interrupted as error:
         _fail(str(error))
         return signals.code_of(error.number)
@@ -126,14 +126,14 @@ def _open_streams() -> None:
 def _broken(verb: str, error: Exception) -> int:
     """Say what cannot be imported; the doctor needs nothing that can be missing."""
     if verb == "doctor":
-        from ds import doctor
+        from ds.cli import environment
 
-        print(doctor.text(doctor.report()))
+        print(environment.text(environment.report()))
     return _fail(f"{error}; `dstudent doctor` shows what this machine has")
 
 
 def _fail(reason: str) -> int:
-    from ds.files import redacted
+    from ds.system.files import redacted
 
     reason = redacted(" ".join(reason.split()))
     with contextlib.suppress(OSError):  # of a full disk, where it is a file

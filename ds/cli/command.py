@@ -11,17 +11,17 @@ from typing import Any
 
 import tyro
 
-from ds.config import to_json
-from ds.presets import PRESETS
-from ds.verbs.convert import Convert
-from ds.verbs.demo import Demo
-from ds.verbs.distill import Distill
-from ds.verbs.doctor import Doctor
-from ds.verbs.evaluate import Evaluate
-from ds.verbs.options import Verb, say
-from ds.verbs.pairs import MakePairs, PairsExport, PairsInfo, PairsVerify
-from ds.verbs.sample import Sample
-from ds.verbs.teach import Teach
+from ds.cli.convert import Convert
+from ds.cli.demo import Demo
+from ds.cli.distill import Distill
+from ds.cli.doctor import Doctor
+from ds.cli.evaluate import Evaluate
+from ds.cli.options import Verb, say
+from ds.cli.pairs import MakePairs, PairsExport, PairsInfo, PairsVerify
+from ds.cli.sample import Sample
+from ds.cli.teach import Teach
+from ds.system.config import to_json
+from ds.training.presets import PRESETS
 
 log = logging.getLogger("ds")
 

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ds import checkpoint, export, targets
-from ds.config import Natural
-from ds.load import load
-from ds.nets.convert import diffusers, to_diffusers
-from ds.sample import Student, Teacher
-from ds.verbs.options import Model, Verb, say
+from ds.cli.options import Model, Verb, say
+from ds.models import export, pretrained
+from ds.models.convert import diffusers, to_diffusers
+from ds.models.load import load
+from ds.models.sampler import Student, Teacher
+from ds.system import targets
+from ds.system.config import Natural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Convert(Verb):
 
     def idle(self) -> dict[str, str]:
         tells = {"image-size": f"on {self.source}, which tells its own"}
-        return tells if checkpoint.is_ours(self.source) else {}
+        return tells if pretrained.is_ours(self.source) else {}
 
     def prepare(self) -> Callable[[], None]:
         _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
@@ -63,7 +64,7 @@ class Convert(Verb):
 
 
 _TARGETS = {
-    "ours": checkpoint.target,
+    "ours": pretrained.target,
     "diffusers": diffusers.target,
     "pt2": targets.file,
     "onnx": targets.file,

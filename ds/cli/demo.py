@@ -2,25 +2,42 @@
 
 import logging
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds import presets, targets, verbs
-from ds.data import Pairs, digits
-from ds.evaluation import evaluate, record, split_floor
-from ds.features import Digits
-from ds.load import load_student, load_teacher
-from ds.pairs import PairStore
-from ds.report import Row, draw, text_table, write_page
-from ds.sample import Sampler, Student, Teacher
-from ds.verbs.options import say
+from ds.cli.distill import Distill
+from ds.cli.options import Verb, say
+from ds.cli.pairs import MakePairs
+from ds.cli.teach import Teach
+from ds.evaluation.evaluate import evaluate, record, split_floor
+from ds.evaluation.features import Digits
+from ds.evaluation.report import Row, draw, text_table, write_page
+from ds.models.load import load_student, load_teacher
+from ds.models.sampler import Sampler, Student, Teacher
+from ds.pairs.sources import Pairs, digits
+from ds.pairs.store import PairStore
+from ds.system import targets
+from ds.training import presets
 
 COLUMNS = (
     "network calls", "Frechet distance", "KID", "precision", "recall", "s / 1,000 images",
     "speed-up",
 )  # fmt: skip
 log = logging.getLogger("ds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Verb):
+    """Teach, make pairs, distil, sample and evaluate on scanned digits; write a report."""
+
+    out: Path = Path("runs/demo")
+
+    def prepare(self) -> Callable[[], None]:
+        targets.kept(self.out, "demo", targets.MARK)
+        return partial(demo, self.out)
 
 
 def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str, Any]]:
@@ -60,13 +77,11 @@ def _tasks(preset: presets.Preset, places: dict[str, Path]) -> list[tuple[str, A
     """The three verbs that make things, each skipped by its own means where it is already done."""
     teacher, store, student = places.values()
     return [
-        ("teach", replace(verbs.Teach.of("digits", preset), out=teacher)),
-        ("pairs", replace(verbs.MakePairs.of("digits", preset), teacher=teacher, out=str(store))),
+        ("teach", replace(Teach.of("digits", preset), out=teacher)),
+        ("pairs", replace(MakePairs.of("digits", preset), teacher=teacher, out=str(store))),
         (
             "distill",
-            replace(
-                verbs.Distill.of("digits", preset), teacher=teacher, store=str(store), out=student
-            ),
+            replace(Distill.of("digits", preset), teacher=teacher, store=str(store), out=student),
         ),
     ]
 

@@ -11,21 +11,9 @@ import torch
 from torch import nn
 
 import ds
-from ds import budget, checkpoint, doctor, pairs, ranks
-from ds.checkpoint import fingerprint
-from ds.config import Count, from_json, to_json
-from ds.data import Generated, Images, Pairs, check_rows
-from ds.evaluation import evaluate, figures
-from ds.load import load_teacher
-from ds.methods import DenoisingStudent
-from ds.pairs import PairStore
-from ds.philox import noise
-from ds.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.ranks import is_first
-from ds.sample import Student, Teacher
-from ds.train import Runtime, TrainConfig, Trainer, autocast
-from ds.verbs.evaluate import Judge
-from ds.verbs.options import (
+from ds.cli import environment
+from ds.cli.evaluate import Judge
+from ds.cli.options import (
     Here,
     Price,
     Verb,
@@ -37,7 +25,21 @@ from ds.verbs.options import (
     train_idle,
     watched,
 )
-from ds.verbs.pairs import MakePairs
+from ds.cli.pairs import MakePairs
+from ds.diffusion.noise import noise
+from ds.evaluation.evaluate import evaluate, figures
+from ds.methods import DenoisingStudent
+from ds.models import pretrained
+from ds.models.load import load_teacher
+from ds.models.pretrained import fingerprint
+from ds.models.sampler import Student, Teacher
+from ds.pairs.sources import Generated, Images, Pairs, check_rows
+from ds.pairs.store import PairStore, info, is_finished, to_make
+from ds.system import cost, distributed
+from ds.system.config import Count, from_json, to_json
+from ds.system.distributed import is_first
+from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
+from ds.training.trainer import Runtime, TrainConfig, Trainer, autocast
 
 log = logging.getLogger("ds")
 
@@ -109,7 +111,7 @@ class Distill(Verb):
 
     def _made_otherwise(self) -> dict[str, str]:
         """Return the options that say of a finished store what it is not."""
-        if not pairs.is_finished(self.store):
+        if not is_finished(self.store):
             return {}
         p, there = self.pairs, PairStore(self.store).manifest
         wanted = {
@@ -144,11 +146,11 @@ class Distill(Verb):
         teacher = load_teacher(self.teacher)
         teacher.denoiser.schedule.check(self.method.t)
         judge = self._judge(device) if self.runtime.evaluate_every else None
-        if pairs.is_finished(self.store):
+        if is_finished(self.store):
             trainer = self._trainer(teacher, device, judge, self._opened())
             trainer.check()
             if is_first():
-                checkpoint.target(self.out, force=self.force, run=trainer.identity)
+                pretrained.target(self.out, force=self.force, run=trainer.identity)
             return partial(self._work, lambda: trainer)
         check_rows(self.pairs.count, self.train.batch_size)
         making = self._maker().making(self._kept())
@@ -165,7 +167,7 @@ class Distill(Verb):
             log.info(self.budget())
         trainer = made()
         if is_first():
-            checkpoint.target(self.out, force=self.force, run=trainer.identity)
+            pretrained.target(self.out, force=self.force, run=trainer.identity)
         student = Student(trainer.fit(), self.method)
         if not is_first():
             return
@@ -180,7 +182,7 @@ class Distill(Verb):
             steps=trainer.steps,
             held_out_loss=trainer.best_loss,
             version=ds.__version__,
-            commit=doctor.commit(),
+            commit=environment.commit(),
             run=trainer.identity,
         )
         say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
@@ -239,11 +241,11 @@ class Distill(Verb):
     def budget(self) -> str:
         """Say what the run will cost, from short measurements on this device."""
         t, p = self.train, self.pairs
-        finished = pairs.is_finished(self.store)
+        finished = is_finished(self.store)
         stored = finished and not self.online
-        count = pairs.info(self.store)["pairs"] - p.held_out if stored else p.count
+        count = info(self.store)["pairs"] - p.held_out if stored else p.count
         steps = max(1, round(t.epochs * (count // t.batch_size)))
-        kept = 0 if finished else pairs.to_make(self.store, self._kept())
+        kept = 0 if finished else to_make(self.store, self._kept())
         passing = -(-steps // self.reuse) * t.batch_size if self.online else 0
         lines, making = [], 0.0
         if kept + passing:
@@ -251,13 +253,13 @@ class Distill(Verb):
             lines.append(f"pairs: {line}" + (f"; {kept:,} are kept" if self.online else ""))
         teacher = load_teacher(self.teacher, device=self.machine.use())
         learning = steps * t.batch_size * _training_seconds_each(teacher, self.method, t)
-        lines.append(f"train: {steps:,} steps of {t.batch_size}, about {budget.duration(learning)}")
-        total = (making + learning) / ranks.world()
+        lines.append(f"train: {steps:,} steps of {t.batch_size}, about {cost.duration(learning)}")
+        total = (making + learning) / distributed.world()
         saved = 5 * sum(w.nbytes for w in teacher.net.parameters())
         return "\n".join([
             *lines,
-            f"disk:  {budget.size(saved)} for the checkpoint, beside the pairs",
-            f"total: about {budget.cost(total, self.price)}, on {ranks.world()} of this device",
+            f"disk:  {cost.size(saved)} for the checkpoint, beside the pairs",
+            f"total: about {cost.cost(total, self.price)}, on {distributed.world()} of this device",
         ])  # fmt: skip
 
     def _judge(self, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
@@ -275,7 +277,7 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
     """Measure how long training takes for an image: forward and backward, without the optimiser."""
     device = next(teacher.net.parameters()).device
     modules = method.init(teacher.denoiser)
-    most = max(1, train.batch_size // ranks.world())
+    most = max(1, train.batch_size // distributed.world())
     z = noise(0, range(most), teacher.shape, device=device)
     batch = {"x0": z, "noise": z, "index": torch.arange(most, dtype=torch.int64, device=device)}
 
@@ -285,4 +287,4 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
         loss.backward()
         loss.item()  # waits for the device
 
-    return budget.seconds_each(work, most)
+    return cost.seconds_each(work, most)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ds import doctor
-from ds.config import Count, Positive
+from ds.cli import environment
+from ds.cli.options import Verb, say
 from ds.engine import Place, Plan
-from ds.presets import PRESETS
-from ds.verbs.options import Verb, say
+from ds.system.config import Count, Positive
+from ds.training.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Doctor(Verb):
         return {"json": "with --plan", **cpu}
 
     def _report(self) -> None:
-        report = doctor.report()
-        say(json.dumps(report, indent=2) if self.json else doctor.text(report))
+        report = environment.report()
+        say(json.dumps(report, indent=2) if self.json else environment.text(report))
 
     def _check_plan(self) -> None:
         if self.plan not in PRESETS:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ds
-from ds import apex
+from ds.system import apex
 
 
 def report() -> dict[str, Any]:

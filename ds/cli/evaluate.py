@@ -11,18 +11,19 @@ import torch
 import tyro
 from torch import Tensor
 
-from ds import checkpoint, targets
-from ds.config import Count, Seed, check
-from ds.data import Pairs
-from ds.evaluation import Moments, check_count, evaluate, read_reference, record
-from ds.features import AbstractExtractor, Digits, Inception, Pixels
-from ds.load import load
-from ds.pairs import PairStore
-from ds.presets import Machine
-from ds.ranks import is_first
-from ds.sample import Student, Teacher
-from ds.staging import write_json
-from ds.verbs.options import Here, Model, Verb, say
+from ds.cli.options import Here, Model, Verb, say
+from ds.evaluation.evaluate import Moments, check_count, evaluate, read_reference, record
+from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.models import pretrained
+from ds.models.load import load
+from ds.models.sampler import Student, Teacher
+from ds.pairs.sources import Pairs
+from ds.pairs.store import PairStore
+from ds.system import targets
+from ds.system.config import Count, Seed, check
+from ds.system.distributed import is_first
+from ds.system.staging import write_json
+from ds.training.presets import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class Evaluate(Verb):
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
             if self.out is not None:
                 write_json(self._target(), result, force=self.force)
-            elif checkpoint.is_ours(self.model):
+            elif pretrained.is_ours(self.model):
                 record(self.model, model, result)
 
     def _target(self) -> Path:
@@ -114,6 +115,6 @@ class Evaluate(Verb):
         if self.out is not None:
             read = [self.model, self.store, *self.judge.files()]
             return targets.file(self.out, force=self.force, apart=read)
-        if checkpoint.is_ours(self.model):
-            checkpoint.annotated(self.model)
+        if pretrained.is_ours(self.model):
+            pretrained.annotated(self.model)
         return self.model

@@ -10,12 +10,13 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from ds import checkpoint, targets
-from ds.config import NotNegative, check
-from ds.files import redacted
-from ds.presets import Machine, SolveConfig
-from ds.ranks import is_first, joined
-from ds.train import RUN, TrainConfig
+from ds.models import pretrained
+from ds.system import targets
+from ds.system.config import NotNegative, check
+from ds.system.distributed import is_first, joined
+from ds.system.files import redacted
+from ds.training.presets import Machine, SolveConfig
+from ds.training.trainer import RUN, TrainConfig
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
@@ -82,8 +83,8 @@ def check_outputs(out: Path, *, force: bool = False, apart: targets.Inputs = ())
     A model that is there must be of the run beside it, which the run itself is held against later.
     """
     run = targets.kept(run_folder(out), "run", RUN, apart=apart)
-    model = checkpoint.is_ours(out) and (run / RUN).exists()
-    checkpoint.target(out, force=force, run=checkpoint.run_of(out) if model else None, apart=apart)
+    model = pretrained.is_ours(out) and (run / RUN).exists()
+    pretrained.target(out, force=force, run=pretrained.run_of(out) if model else None, apart=apart)
 
 
 def run_folder(out: Path) -> Path:

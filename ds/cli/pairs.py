@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from ds import archives, pairs
-from ds.budget import check_memory
-from ds.config import Count, from_json
-from ds.frontier import fidelity, fidelity_table, frontier, plan_table
-from ds.load import load_teacher
-from ds.pairs import PairStore, generate_pairs
-from ds.philox import noise
-from ds.places import place
-from ds.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.ranks import is_first
-from ds.sample import Sampler, Teacher, least_memory
-from ds.verbs.options import Here, Price, Store, Verb, home_of, say, solve_idle, watched
+from ds.cli.options import Here, Price, Store, Verb, home_of, say, solve_idle, watched
+from ds.diffusion.noise import noise
+from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
+from ds.models.load import load_teacher
+from ds.models.sampler import Sampler, Teacher, least_memory
+from ds.pairs import archives
+from ds.pairs.storage import place
+from ds.pairs.store import PairStore, check_target, estimate, generate_pairs, info, prepare, to_make
+from ds.system.config import Count, from_json
+from ds.system.cost import check_memory
+from ds.system.distributed import is_first
+from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MakePairs(Verb):
     """Run the teacher on noise and keep what it makes: the pairs a student learns from.
 
     Interrupt it when you like, and run it again to go on. Several processes may share one store,
-    and come and go. With a larger --pairs.count a store grows. `dstudent pairs info STORE` says
+    and come and go. With a larger --store.count a store grows. `dstudent pairs info STORE` says
     what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes archives.
     """
 
@@ -62,13 +62,13 @@ class MakePairs(Verb):
 
     def making(self, count: int) -> Callable[[], None]:
         """Find what can be wrong with the first so many of the pairs; return what makes them."""
-        pairs.check_target(self.out, apart=[self.teacher])
+        check_target(self.out, apart=[self.teacher])
         p, teacher = self.pairs, self.solver()
         options = {
             "seed": p.seed, "batch_size": p.batch_size, "shard_size": p.shard_size,
             "quantizer": p.quantizer, "precision": p.precision, "engine": p.engine,
         }  # fmt: skip
-        pairs.prepare(teacher, place(self.out), count, **options)
+        prepare(teacher, place(self.out), count, **options)
         return partial(self._make, teacher, count, options)
 
     def _make(self, teacher: Teacher, count: int, options: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class MakePairs(Verb):
         if self.plan:
             return ""
         count = self.pairs.count + self.pairs.held_out
-        return f"pairs: {self.estimate(pairs.to_make(self.out, count))[0]}"
+        return f"pairs: {self.estimate(to_make(self.out, count))[0]}"
 
     def estimate(self, count: int) -> tuple[str, float]:
         """Say what so many pairs will cost, and how many seconds they take."""
@@ -97,7 +97,7 @@ class MakePairs(Verb):
         sampler = Sampler(
             self.solver(), batch_size=p.batch_size, precision=p.precision, engine=p.engine
         )
-        return pairs.estimate(sampler, count, p.quantizer, self.price)
+        return estimate(sampler, count, p.quantizer, self.price)
 
     def _plan(self, teacher: Teacher) -> None:
         p = self.pairs
@@ -116,7 +116,7 @@ class PairsInfo(Verb):
     store: Store
 
     def prepare(self) -> Callable[[], None]:
-        return partial(say, json.dumps(pairs.info(self.store), indent=2))
+        return partial(say, json.dumps(info(self.store), indent=2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ds.budget import check_memory
-from ds.config import Count, Natural, Seed
-from ds.images import save, target
-from ds.load import load
-from ds.philox import noise
-from ds.presets import Machine
-from ds.sample import Precision, Sampler, count, great_circle
-from ds.verbs.options import Here, Model, Verb, say
+from ds.cli.options import Here, Model, Verb, say
+from ds.diffusion.noise import noise
+from ds.models.images import save, target
+from ds.models.load import load
+from ds.models.sampler import Precision, Sampler, count, great_circle
+from ds.system.config import Count, Natural, Seed
+from ds.system.cost import check_memory
+from ds.training.presets import Machine
 
 GIF = 2**16 - 1  # pixels of a side, by its format
 

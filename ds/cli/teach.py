@@ -8,15 +8,8 @@ from pathlib import Path
 import torch
 
 import ds
-from ds import checkpoint, doctor
-from ds.config import Seed
-from ds.data import Images, digits
-from ds.methods import Denoising
-from ds.nets import UNetConfig
-from ds.presets import Machine, Preset, SolveConfig
-from ds.sample import Teacher
-from ds.train import TrainConfig, Trainer
-from ds.verbs.options import (
+from ds.cli import environment
+from ds.cli.options import (
     Here,
     Verb,
     check_outputs,
@@ -27,6 +20,14 @@ from ds.verbs.options import (
     train_idle,
     watched,
 )
+from ds.methods import Denoising
+from ds.models import pretrained
+from ds.models.sampler import Teacher
+from ds.nets import UNetConfig
+from ds.pairs.sources import Images, digits
+from ds.system.config import Seed
+from ds.training.presets import Machine, Preset, SolveConfig
+from ds.training.trainer import TrainConfig, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,13 @@ class Teach(Verb):
             self.train, device=self.machine.use(), progress=watched(),
         )  # fmt: skip
         trainer.check()
-        checkpoint.target(self.out, force=self.force, run=trainer.identity)
+        pretrained.target(self.out, force=self.force, run=trainer.identity)
         return partial(self._train, trainer, Teacher(start, *self.solve.build(start.schedule)))
 
     def _train(self, trainer: Trainer, start: Teacher) -> None:
         teacher = start.using(trainer.fit())
         teacher.save_pretrained(
-            self.out, force=self.force, version=ds.__version__, commit=doctor.commit(),
+            self.out, force=self.force, version=ds.__version__, commit=environment.commit(),
             run=trainer.identity,
         )  # fmt: skip
         say(f"teacher: {self.out}")

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import numpy as np
 
-from ds.config import Between, require
-from ds.schedule import MOST, AbstractSchedule
+from ds.diffusion.schedules import MOST, AbstractSchedule
+from ds.system.config import Between, require
 
 Grid = tuple[int, ...]
 Times = Annotated[int, Between(-math.inf, MOST)]  # before the rules of each grid

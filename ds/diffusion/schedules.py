@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ds.config import Between, Positive, check
+from ds.system.config import Between, Positive, check
 
 DATA = -1
 MOST = 1_000_000  # indices that a schedule may have: known ones have 50 to 4,000

@@ -1,0 +1,1 @@
+"""How good images are: features, distances, references and reports."""

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 import ds
-from ds import checkpoint, targets
-from ds.ambient import without_ambient
-from ds.arrays import read_arrays
-from ds.budget import check_memory
-from ds.config import Between, Count, Seed, require
-from ds.data import Pairs, digits
-from ds.features import AbstractExtractor, Inception
-from ds.files import opened, sha256, whole
-from ds.images import Rounding
-from ds.metrics import (
+from ds.evaluation.features import AbstractExtractor, Inception
+from ds.evaluation.metrics import (
     NEAREST,
     SPLITS,
     frechet_distance,
@@ -33,9 +25,18 @@ from ds.metrics import (
     precision_recall,
     r2,
 )
-from ds.ranks import from_first, gather, is_first, share
-from ds.sample import Sampler, Student, Teacher
-from ds.staging import write_json
+from ds.models import pretrained
+from ds.models.images import Rounding
+from ds.models.sampler import Sampler, Student, Teacher
+from ds.pairs.sources import Pairs, digits
+from ds.system import targets
+from ds.system.ambient import without_ambient
+from ds.system.arrays import read_arrays
+from ds.system.config import Between, Count, Seed, require
+from ds.system.cost import check_memory
+from ds.system.distributed import from_first, gather, is_first, share
+from ds.system.files import opened, sha256, whole
+from ds.system.staging import write_json
 
 log = logging.getLogger("ds")
 SECONDS = "seconds_per_1000_images"
@@ -146,7 +147,7 @@ def record(path: str | Path, model: Teacher | Student, result: dict[str, Any]) -
     about = result["protocol"]
     known = {k: f"{v:.4g}" for k, v in figures(result).items()}
     known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
-    checkpoint.annotate(path, model.provenance | known, model.card, result)
+    pretrained.annotate(path, model.provenance | known, model.card, result)
 
 
 def _slice(n: int) -> slice:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.ambient import without_ambient
-from ds.data import digits
-from ds.files import sha256
-from ds.images import to_float
+from ds.models.images import to_float
+from ds.pairs.sources import digits
+from ds.system.ambient import without_ambient
+from ds.system.files import sha256
 
 
 class AbstractExtractor(ABC):

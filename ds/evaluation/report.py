@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ds import targets
-from ds.images import tile
-from ds.records import read_metrics
-from ds.staging import replacing
+from ds.models.images import tile
+from ds.system import targets
+from ds.system.staging import replacing
+from ds.training.log import read_metrics
 
 _PAPER, _INK, _ACCENT = "#fbfaf7", "#23272e", "#b4442a"
 

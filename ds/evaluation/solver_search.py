@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds import grids
-from ds.denoiser import Denoiser
-from ds.grids import Grid
-from ds.presets import SolveConfig
-from ds.sample import (
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.schedules import AbstractSchedule
+from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
+from ds.models.sampler import (
     Precision,
     Sampler,
     Teacher,
@@ -20,8 +21,7 @@ from ds.sample import (
     integrate,
     uses_engine,
 )
-from ds.schedule import AbstractSchedule
-from ds.solvers import AbstractSolver, DPMSolverPP
+from ds.training.presets import SolveConfig
 
 CALLS = (8, 12, 16, 24, 36)
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
 
 
 class AbstractMethod(ABC):

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ds import grids
-from ds.config import check
-from ds.denoiser import Denoiser, Prediction
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser, Prediction
+from ds.diffusion.noise import uniform
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
 from ds.methods.base import AbstractMethod
-from ds.philox import uniform
-from ds.sample import integrate
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.models.sampler import integrate
+from ds.system.config import check
 
 _TIMES = 0x7D3A59E2C1846BF0  # the seed of the times, which no source is likely to have
 

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ds.config import Between, check
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import MOST
 from ds.methods.base import AbstractMethod
-from ds.schedule import MOST
+from ds.system.config import Between, check
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Teachers and students: reading and writing them, running them, drawing from them."""

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds import targets
+from ds.models.sampler import Student
 from ds.ops.group_norm_silu import Addends
-from ds.sample import Student
-from ds.staging import replacing
+from ds.system import targets
+from ds.system.staging import replacing
 
 BATCH = torch.export.Dim("batch", min=1, max=65536)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ds.load import load
-from ds.sample import Student, Teacher
+from ds.models.load import load
+from ds.models.sampler import Student, Teacher
 
 
 def push_to_hub(

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ds import ops, targets
+from ds import ops
 from ds.ops.quantize import Rounding
-from ds.staging import replacing, replacing_directory
+from ds.system import targets
+from ds.system.staging import replacing, replacing_directory
 
 SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
 

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds import checkpoint, grids
-from ds.ambient import without_ambient
-from ds.denoiser import Denoiser
-from ds.grids import Grid
-from ds.methods import AbstractMethod, DenoisingStudent
-from ds.nets.convert import Imported, read
-from ds.sample import Student, Teacher
-from ds.schedule import AbstractSchedule
-from ds.solvers import DDIM, AbstractSolver
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.schedules import AbstractSchedule
+from ds.diffusion.solvers import DDIM, AbstractSolver
+from ds.models import pretrained
+from ds.models.convert import Imported, read
+from ds.models.sampler import Generator, Student, Teacher
+from ds.system.ambient import without_ambient
+from ds.system.config import from_json
 
 
 def load(
@@ -30,10 +31,10 @@ def load(
     `overrides` are `solver` and `grid` of a teacher, and `image_size` for a file that does not tell
     it. Raises ValueError, naming the file, for whatever is missing, damaged or of another kind.
     """
-    if checkpoint.is_ours(path):
+    if pretrained.is_ours(path):
         if "image_size" in overrides:
             raise ValueError(f"{path}: tells the size of its images itself; leave image_size out")
-        model = _OURS[checkpoint.kind(path, tuple(_OURS))](path)
+        model = _OURS[pretrained.kind(path, tuple(_OURS))](path)
     else:
         model = _adopt(read(path, image_size=overrides.pop("image_size", None)))
     model.net.to(device, dtype)
@@ -62,9 +63,9 @@ def _expect(kind: type, model: Teacher | Student, path: str | Path) -> Any:
 
 
 def _teacher(path: str | Path) -> Teacher:
-    config, net = checkpoint.read(path, Teacher.kind)
-    entry = partial(checkpoint.entry, config)
-    with checkpoint.naming(path):
+    config, net = pretrained.read(path, Teacher.kind)
+    entry = partial(pretrained.entry, config)
+    with pretrained.naming(path):
         schedule, prediction = entry("schedule", AbstractSchedule), entry("prediction", str)
         denoiser = Denoiser(net, schedule, prediction)
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
@@ -72,9 +73,9 @@ def _teacher(path: str | Path) -> Teacher:
 
 
 def _student(path: str | Path) -> Student:
-    config, net = checkpoint.read(path, Student.kind)
-    with checkpoint.naming(path):
-        method = checkpoint.entry(config, "method", AbstractMethod)
+    config, net = pretrained.read(path, Student.kind)
+    with pretrained.naming(path):
+        method = pretrained.entry(config, "method", Generator)
         return Student(net, method, config.get("provenance", {}))
 
 
@@ -85,7 +86,8 @@ def _adopt(found: Imported) -> Teacher | Student:
     """Give an imported network its meaning."""
     net = _built(found)
     if found.kind == Student.kind:
-        return Student(net, DenoisingStudent(t=found.schedule.num_steps - 1), found.facts)
+        method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
+        return Student(net, method, found.facts)
     denoiser = Denoiser(net, found.schedule, found.prediction)
     return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import ds
-from ds import targets
-from ds.ambient import without_ambient
-from ds.config import Sha256, checked, from_json, to_json
-from ds.denoiser import Denoiser
-from ds.files import by_name, present, read_json, read_sealed, regular, sealed, sha256, whole
+from ds.diffusion.denoiser import Denoiser
 from ds.nets.base import AbstractNetConfig
-from ds.staging import recover, replacing_directory, write_json
+from ds.system import targets
+from ds.system.ambient import without_ambient
+from ds.system.config import Sha256, checked, from_json, to_json
+from ds.system.files import by_name, present, read_json, read_sealed, regular, sealed, sha256, whole
+from ds.system.staging import recover, replacing_directory, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

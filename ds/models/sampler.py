@@ -12,24 +12,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ds import checkpoint
-from ds.ambient import without_ambient
-from ds.budget import check_memory, seconds_each
-from ds.config import Count, Natural, Seed, require, to_json
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import noise
+from ds.diffusion.schedules import DATA
+from ds.diffusion.solvers import AbstractSolver
 from ds.engine import Engine, Loop, Place, Plan, Recurrence, times
-from ds.grids import Grid
-from ds.images import Rounding, to_uint8
+from ds.models import pretrained
+from ds.models.images import Rounding, to_uint8
 from ds.nets import UNet
-from ds.philox import noise
-from ds.schedule import DATA
-from ds.solvers import AbstractSolver
+from ds.system.ambient import without_ambient
+from ds.system.config import Count, Natural, Seed, require, to_json
+from ds.system.cost import check_memory, seconds_each
 
 # Of a network's products; states are float32. fp8 is an experiment, behind a gate.
 Precision = Literal["float32", "tf32", "bfloat16", "fp8"]
@@ -131,7 +131,7 @@ class Teacher:
             "grid": list(self.grid),
             "provenance": self.provenance | provenance,
         }
-        checkpoint.write(path, self.kind, about, self.net, self.card, force=force)
+        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
 
 
 def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) -> Engine:
@@ -139,6 +139,7 @@ def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) ->
     return Engine(model.net, times(model), images=images, **options)
 
 
+@runtime_checkable
 class Generator(Protocol):
     """What turns a network and noise into samples: a distillation method."""
 
@@ -203,7 +204,7 @@ class Student:
         another model gives way.
         """
         about = {"method": to_json(self.method), "provenance": self.provenance | provenance}
-        checkpoint.write(path, self.kind, about, self.net, self.card, force=force)
+        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
 
 
 def _card(head: str, load: str, provenance: dict[str, Any]) -> str:

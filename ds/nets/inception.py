@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.arrays import load_tensors
+from ds.system.arrays import load_tensors
 
 _average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 _maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds import ops
-from ds.budget import check_memory
-from ds.config import Between, Count, Natural, Positive, Share, check
 from ds.nets.base import AbstractNetConfig
+from ds.system.config import Between, Count, Natural, Positive, Share, check
+from ds.system.cost import check_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(AbstractNetConfig):
     """The shape of a U-Net: channels * channel_mult[i] channels at the size image_size / 2**i."""
+
+    tag: ClassVar[str] = "unet"
 
     image_size: Count = 32
     in_channels: Count = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DIRECTORY = Path(__file__).resolve().parent.parent / "lib"
+_DIRECTORY = Path(__file__).resolve().parent / "lib"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _BOOL, _DOUBLE = ctypes.c_bool, ctypes.c_double
 _ENUM, _TEXT = ctypes.c_int, ctypes.c_char_p

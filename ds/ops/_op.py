@@ -228,7 +228,7 @@ def table() -> list[Row]:
 def triton_kernels(op: str) -> ModuleType:
     """Import kernels/<op>.py, or raise ImportError with the reason."""
     try:
-        return importlib.import_module(f"ds.kernels.{op}")
+        return importlib.import_module(f"ds.ops.kernels.{op}")
     except ImportError as error:
         raise ImportError(f"Triton does not load: {error} (pip install triton)") from error
 

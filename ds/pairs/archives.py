@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds import targets
-from ds.config import Count, difference, require
-from ds.files import present, read_sealed, sealed
-from ds.pairs import PairStore
-from ds.staging import check_plain, locked, replacing, write_json
+from ds.pairs.store import PairStore
+from ds.system import targets
+from ds.system.config import Count, difference, require
+from ds.system.files import present, read_sealed, sealed
+from ds.system.staging import check_plain, locked, replacing, write_json
 
 SOURCE = "source.json"
 BATCH = 256  # pairs in memory at a time

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ds import ops
-from ds.arrays import Header, read_header
-from ds.files import opened, regular, sha256, unjudged
-from ds.places import AbstractPlace
+from ds.pairs.storage import AbstractPlace
+from ds.system.arrays import Header, read_header
+from ds.system.files import opened, regular, sha256, unjudged
 
 MAPPED = 4096  # shards at a time
 FEW = 256  # shards of which a batch may need every one

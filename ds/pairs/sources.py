@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds import ops, ranks
-from ds.budget import check_memory
-from ds.checkpoint import fingerprint
-from ds.config import Count, Natural, Seed, require, to_json
-from ds.pairs import PairStore, quantize
-from ds.philox import noise
-from ds.rows import as_indices
-from ds.sample import Sampler, Teacher
+from ds import ops
+from ds.diffusion.noise import noise
+from ds.models.pretrained import fingerprint
+from ds.models.sampler import Sampler, Teacher
+from ds.pairs.rows import as_indices
+from ds.pairs.store import PairStore, quantize
+from ds.system import distributed
+from ds.system.config import Count, Natural, Seed, require, to_json
+from ds.system.cost import check_memory
 
 Batch = dict[str, Tensor]
 CHUNKS = 16  # of consecutive rows, that make a window of the shuffle
@@ -143,12 +144,12 @@ class Generated(AbstractSource):
     def _make(self, number: int) -> Tensor:
         """Make a pool, this process its share of the batches, and return all of it on the CPU."""
         size, start = self._sampler.batch_size, self.first + number * self.rows
-        share = ranks.share(-(-self.rows // size))
+        share = distributed.share(-(-self.rows // size))
         mine = range(start, start + self.rows)[share.start * size : share.stop * size]
         made = [quantize(x, self._quantizer) for x in self._sampler.batches(self.seed, mine)]
         c, *rest = self._sampler.model.shape
         empty = np.empty((0, *rest, c), np.uint8 if self._quantizer == "round" else np.float32)
-        return ranks.gather(torch.from_numpy(np.concatenate([empty, *made])))
+        return distributed.gather(torch.from_numpy(np.concatenate([empty, *made])))
 
     def fingerprint(self) -> str:
         return (

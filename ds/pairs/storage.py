@@ -23,9 +23,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ds import targets
-from ds.files import MOST_JSON, parse_json, read_bytes, redacted, regular, sha256, small
-from ds.staging import is_at, locked, open_own, recover, replacing
+from ds.system import targets
+from ds.system.files import MOST_JSON, parse_json, read_bytes, redacted, regular, sha256, small
+from ds.system.staging import is_at, locked, open_own, recover, replacing
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
 STALE = 300.0  # seconds without one, after which others take it over

@@ -28,27 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds
-from ds import budget, targets
-from ds.ambient import without_ambient
-from ds.budget import check_memory
-from ds.checkpoint import describe, fingerprint
-from ds.config import (
-    Between,
-    Count,
-    Seed,
-    Sha256,
-    checked,
-    difference,
-    mismatch,
-    require,
-    to_json,
-)
-from ds.files import sealed, unsealed
-from ds.images import to_float, to_uint8
-from ds.philox import noise
-from ds.places import AbstractPlace, Put, claim_of, place
-from ds.rows import Row, Rows, as_indices
-from ds.sample import (
+from ds.diffusion.noise import noise
+from ds.models.images import to_float, to_uint8
+from ds.models.pretrained import describe, fingerprint
+from ds.models.sampler import (
     Precision,
     Sampler,
     Teacher,
@@ -59,7 +42,24 @@ from ds.sample import (
     uses_loop,
     usual_precision,
 )
-from ds.signals import Heard, Interrupted, Stop, deferred_signals
+from ds.pairs.rows import Row, Rows, as_indices
+from ds.pairs.storage import AbstractPlace, Put, claim_of, place
+from ds.system import cost, targets
+from ds.system.ambient import without_ambient
+from ds.system.config import (
+    Between,
+    Count,
+    Seed,
+    Sha256,
+    checked,
+    difference,
+    mismatch,
+    require,
+    to_json,
+)
+from ds.system.cost import check_memory
+from ds.system.files import sealed, unsealed
+from ds.system.signals import Heard, Interrupted, Stop, deferred_signals
 
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
@@ -238,8 +238,8 @@ def estimate(
     bytes_per_pair = _row(sampler.model.shape, quantizer).bytes
     seconds = sampler.seconds_each() * pairs
     return (
-        f"{pairs:,} pairs to make, {budget.size(pairs * bytes_per_pair)}, {sampler.model.nfe} "
-        f"network calls each, about {budget.cost(seconds, price)}"
+        f"{pairs:,} pairs to make, {cost.size(pairs * bytes_per_pair)}, {sampler.model.nfe} "
+        f"network calls each, about {cost.cost(seconds, price)}"
     ), seconds
 
 
@@ -370,8 +370,8 @@ def _check_disk(plan: "_Plan", pairs: int) -> None:
     needed, free = pairs * plan.bytes_per_pair, plan.place.free()
     if needed > free:
         raise RuntimeError(
-            f"{plan.place}: {pairs:,} pairs need {budget.size(needed)}, the disk has "
-            f"{budget.size(free)} free; make room or ask for fewer"
+            f"{plan.place}: {pairs:,} pairs need {cost.size(needed)}, the disk has "
+            f"{cost.size(free)} free; make room or ask for fewer"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from ds.files import is_of_the_machine, opened, unjudged, whole
+from ds.system.files import is_of_the_machine, opened, unjudged, whole
 
 UNPACKED, PACKED_BY = 1 << 30, 32  # bytes, and times the file: what is more than both is refused
 _HEADERS = {

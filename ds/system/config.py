@@ -1,7 +1,9 @@
 """Configuration is frozen dataclasses; this file turns them into JSON and back.
 
-A value carries the name of its type: {"type": "ds.schedule.LinearBeta", "num_steps": 1000, ...}.
-Reading accepts dataclasses inside ds and nothing else, so a file cannot name code to run.
+A value carries the tag of its type: {"type": "linear_beta", "num_steps": 1000, ...}. A tag is the
+class's name in snake case, or its own `tag`, so that a file can move without a change to any JSON.
+Reading builds the dataclasses of a few families, and those that the caller gives; nothing else, so
+a file cannot name code to run.
 
 What JSON may hold is said by types, those of a dataclass's fields or a TypedDict for a file, and
 `mismatch` holds one against the other.
@@ -11,6 +13,7 @@ import dataclasses
 import importlib
 import math
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -26,12 +29,15 @@ from typing import (
     is_typeddict,
 )
 
+# The modules whose dataclasses a file may name.
+FAMILIES = ("ds.diffusion.schedules", "ds.diffusion.solvers", "ds.nets", "ds.methods")
+
 
 def to_json(value: Any) -> Any:
     """Return nested dicts, lists and plain values that describe a configuration."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"type": tag(type(value)), **fields}
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]
     if isinstance(value, Path):
@@ -41,18 +47,18 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"configuration holds {value!r}, which JSON cannot")
 
 
-def from_json(data: Any) -> Any:
+def from_json(data: Any, types: Iterable[type] = ()) -> Any:
     """Rebuild what to_json described; lists come back as tuples.
 
-    Raises ValueError for a type outside ds, an unknown field or a missing one, and for a value of
-    another type than the field's.
+    `types` are dataclasses of the caller's, beside those of ds. Raises ValueError for the tag of no
+    such type, an unknown field or a missing one, and a value of another type than the field's.
     """
     if isinstance(data, list):
-        return tuple(from_json(v) for v in data)
+        return tuple(from_json(v, types) for v in data)
     if not isinstance(data, dict):
         return data
-    fields = {name: from_json(v) for name, v in data.items() if name != "type"}
-    cls = _dataclass(data.get("type"))
+    fields = {name: from_json(v, types) for name, v in data.items() if name != "type"}
+    cls = _tagged(data.get("type"), types)
     for name, kind in _hints(cls).items():
         if name in fields and (found := mismatch(fields[name], kind, name)):
             raise ValueError(f"configuration of {data['type']}: {found}")
@@ -60,6 +66,20 @@ def from_json(data: Any) -> Any:
         return cls(**fields)
     except TypeError as error:
         raise ValueError(f"configuration of {data['type']}: {error}") from None
+
+
+def tag(cls: type) -> str:
+    """Return the name under which a type is written: its own `tag`, else its name in snake case."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__)
+    return vars(cls).get("tag", words.lower())
+
+
+@cache
+def known() -> dict[str, type]:
+    """Return the dataclasses that every file may name, by their tags."""
+    modules = (importlib.import_module(name) for name in FAMILIES)
+    values = (value for module in modules for value in vars(module).values())
+    return {tag(cls): cls for cls in values if _is_config(cls)}
 
 
 def difference(a: Any, b: Any, at: str = "") -> str | None:
@@ -254,13 +274,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _dataclass(name: Any) -> type:
-    module, _, attribute = str(name).rpartition(".")
-    if module.split(".")[0] == "ds":
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError):
-            cls = None
-        if dataclasses.is_dataclass(cls):
-            return cls
-    raise ValueError(f"configuration names the type {name!r}, which is no dataclass of ds")
+def _is_config(value: Any) -> bool:
+    return isinstance(value, type) and dataclasses.is_dataclass(value)
+
+
+def _tagged(name: Any, types: Iterable[type]) -> type:
+    found = {**known(), **{tag(cls): cls for cls in types}}
+    if not isinstance(name, str) or name not in found:
+        raise ValueError(
+            f"configuration names the type {name!r}, which is none of {', '.join(sorted(found))}"
+        )
+    return found[name]

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ds.files import kind_of
+from ds.system.files import kind_of
 
 LOCK, NEW, GONE, COMMIT = "lock", "new", "gone", ".ds-commit.tmp"
 _STAGE = re.compile(r"\.ds-[a-z0-9_]{8}\.tmp")

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ds.files import kind_of, read_json
-from ds.staging import check_plain, is_stage, recover, staging, write_json
+from ds.system.files import kind_of, read_json
+from ds.system.staging import check_plain, is_stage, recover, staging, write_json
 
 MARK = ".denoising-student.json"  # in a directory that has no other file to say what it is
 MOUNTS = Path("/proc/self/mountinfo")

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ds import ranks
-from ds.arrays import load_tensors
-from ds.config import Sha256, checked
-from ds.files import (
+from ds.system import distributed
+from ds.system.arrays import load_tensors
+from ds.system.config import Sha256, checked
+from ds.system.files import (
     first_line,
     is_of_the_machine,
     present,
@@ -42,7 +42,7 @@ from ds.files import (
     sha256,
     unjudged,
 )
-from ds.staging import recover, replacing, replacing_directory, write_json
+from ds.system.staging import recover, replacing, replacing_directory, write_json
 
 FILE = "checkpoint.pt"
 FOLDER = "checkpoint"
@@ -80,7 +80,7 @@ class Checkpoint:
             self.pending = dcp.async_save(
                 tensors, storage_writer=self.writer, process_group=self.group
             )
-        elif ranks.is_first():
+        elif distributed.is_first():
             self.pending = self.thread.submit(self._write, _mapped(_copied, state))
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class Checkpoint:
 
         Raises ValueError if it is damaged or of another run, RuntimeError if it could not be read.
         """
-        ranks.from_first(lambda: recover(self.folder))
+        distributed.from_first(lambda: recover(self.folder))
         if not (found := self._found()):
             return
         # A kill between the first checkpoint of one kind and the end of the other leaves both.
@@ -123,7 +123,7 @@ class Checkpoint:
             if path == self.file:
                 saved = load_tensors(path, "cpu" if self.sharded else self.device)
             else:
-                saved = ranks.from_first(self._vouched)
+                saved = distributed.from_first(self._vouched)
         with _judged(where, "not of this run ({}); move it away to start over"):
             if path != self.file:
                 saved = self._filled(state, saved)
@@ -183,7 +183,7 @@ class _Writer(HuggingFaceStorageWriter):
     def __init__(self, checkpoint: Checkpoint, numbers: dict[str, Any]):
         self.checkpoint, self.numbers, self.opened = checkpoint, numbers, ExitStack()
         new = replacing_directory(checkpoint.folder, checkpoint._parts())
-        self.folder = ranks.from_first(lambda: self.opened.enter_context(new))
+        self.folder = distributed.from_first(lambda: self.opened.enter_context(new))
         super().__init__(str(self.folder), save_distributed=True)
 
     def finish(self, metadata: Metadata, results: list) -> None:

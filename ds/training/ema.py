@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ds.checkpoint import hash_weight
-from ds.files import regular, whole
-from ds.staging import replacing, subfolder
+from ds.models.pretrained import hash_weight
+from ds.system.files import regular, whole
+from ds.system.staging import replacing, subfolder
 
 FOLDER = "snapshots"
 LENGTHS = (0.05, 0.10)  # of the averages that are tracked

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ds import ranks
 from ds.nets.unet import ResBlock
+from ds.system import distributed
 
 
 def shard(
@@ -36,7 +36,7 @@ def shard(
         dist.broadcast(w.data, 0)
     called = copy.deepcopy(modules, kept)
     options = {
-        "mesh": init_device_mesh(device.type, (ranks.world(),)),
+        "mesh": init_device_mesh(device.type, (distributed.world(),)),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce),
         # Else a network without a backward would keep for ever what it gathered first.
         "reshard_after_forward": True,

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds.files import opened, parse_json, present
-from ds.staging import open_own, replacing, subfolder
+from ds.system.files import opened, parse_json, present
+from ds.system.staging import open_own, replacing, subfolder
 
 METRICS = "metrics.jsonl"
 LONGEST = 1 << 20  # bytes of a line

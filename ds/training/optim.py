@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ds import apex, ops
-from ds.shard import local
+from ds import ops
+from ds.system import apex
+from ds.training.fsdp import local
 
 Kind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
 

@@ -10,15 +10,22 @@ from typing import Annotated, Literal
 
 import torch
 
-from ds import grids
-from ds.config import Between, Count, Natural, Seed, check
+from ds.diffusion import grids
+from ds.diffusion.schedules import MOST, AbstractSchedule
+from ds.diffusion.solvers import (
+    DDIM,
+    AbstractSolver,
+    DPMSolverPP,
+    DPMSolverPPSinglestep,
+    Heun,
+    UniPC,
+)
 from ds.methods import Denoising, DenoisingStudent
+from ds.models.sampler import Precision
 from ds.nets import UNetConfig
-from ds.pairs import Quantizer
-from ds.sample import Precision
-from ds.schedule import MOST, AbstractSchedule
-from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
-from ds.train import TrainConfig
+from ds.pairs.store import Quantizer
+from ds.system.config import Between, Count, Natural, Seed, check
+from ds.training.trainer import TrainConfig
 
 THREADS = 16  # for each CPU, at most: more only wait, and too many end the process
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from ds.data import Batch
 from ds.methods import AbstractMethod
+from ds.pairs.sources import Batch
 
 
 def flop_counter() -> FlopCounterMode:

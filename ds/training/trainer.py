@@ -23,12 +23,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ds import loader as loaders
-from ds import optim, posthoc, ranks, shard, targets
-from ds.ambient import without_ambient
-from ds.budget import check_memory
-from ds.checkpoint import check_finite, fingerprint
-from ds.config import (
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.noise import noise
+from ds.methods import AbstractMethod
+from ds.models.images import save_png, tile, to_uint8
+from ds.models.pretrained import check_finite, fingerprint
+from ds.nets import UNet, recompute_norms
+from ds.pairs.sources import AbstractSource, Batch, Batches
+from ds.system import distributed, targets
+from ds.system.ambient import without_ambient
+from ds.system.config import (
     Count,
     Natural,
     NotNegative,
@@ -41,18 +45,15 @@ from ds.config import (
     require,
     to_json,
 )
-from ds.data import AbstractSource, Batch, Batches
-from ds.denoiser import Denoiser
-from ds.files import present, read_sealed, sealed
-from ds.images import save_png, tile, to_uint8
-from ds.methods import AbstractMethod
-from ds.nets import UNet, recompute_norms
-from ds.philox import noise
-from ds.records import Records, check_project
-from ds.resume import Checkpoint
-from ds.signals import Heard, Interrupted, Stop, deferred_signals
-from ds.speed import flops_per_row, matmul_tflops
-from ds.staging import locked, replacing, subfolder, write_json
+from ds.system.cost import check_memory
+from ds.system.files import present, read_sealed, sealed
+from ds.system.signals import Heard, Interrupted, Stop, deferred_signals
+from ds.system.staging import locked, replacing, subfolder, write_json
+from ds.training import ema, fsdp, optim
+from ds.training import loader as loaders
+from ds.training.checkpoint import Checkpoint
+from ds.training.log import Records, check_project
+from ds.training.throughput import flops_per_row, matmul_tflops
 
 RUN = "run.json"
 
@@ -156,12 +157,12 @@ def check_shares(config: TrainConfig, runtime: Runtime, device: torch.device) ->
     """Raise ValueError for what these processes, on this device, cannot do with each batch."""
     if runtime.reduce == "bfloat16" and device.type != "cuda":
         raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {device.type}")
-    if runtime.shard and ranks.world() == 1:
+    if runtime.shard and distributed.world() == 1:
         raise ValueError("runtime.shard needs more than one process; start them with torchrun")
-    if config.batch_size % (parts := ranks.world() * runtime.accumulate):
+    if config.batch_size % (parts := distributed.world() * runtime.accumulate):
         raise ValueError(
             f"train.batch_size ({config.batch_size}) must be a multiple of {parts}: "
-            f"{ranks.world()} processes, runtime.accumulate {runtime.accumulate}"
+            f"{distributed.world()} processes, runtime.accumulate {runtime.accumulate}"
         )
 
 
@@ -206,12 +207,12 @@ class Trainer:
         config = config.on(self.device)
         self.method, self.config, self.out = method, config, Path(out)
         self.runtime, self.held_out = runtime or Runtime(), held_out
-        self.progress = progress and ranks.is_first()
+        self.progress = progress and distributed.is_first()
         check_shares(config, self.runtime, self.device)
         if self.runtime.evaluate_every and evaluate is None:
             raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")
         self.evaluate = evaluate
-        rows = config.batch_size // ranks.world() // self.runtime.accumulate
+        rows = config.batch_size // distributed.world() // self.runtime.accumulate
         check_memory(  # for images and noise
             f"train.batch_size {config.batch_size}",
             2 * 4 * rows * math.prod(init.shape),
@@ -219,7 +220,7 @@ class Trainer:
         )
         self.batches = Batches(
             source, config.batch_size, config.seed, window=config.shuffle_window,
-            part=ranks.share(config.batch_size),
+            part=distributed.share(config.batch_size),
         )  # fmt: skip
         self.steps = max(1, round(config.epochs * self.batches.per_epoch))
         check_project(self.runtime.wandb)
@@ -242,10 +243,10 @@ class Trainer:
             recompute_norms(self.modules["student"])
         self.called = self.modules  # by the loss
         if self.runtime.shard:
-            self.called = shard.shard(self.modules, self.device, _LOW[self.runtime.reduce])
+            self.called = fsdp.shard(self.modules, self.device, _LOW[self.runtime.reduce])
         self.ema = copy.deepcopy(self.modules["student"]).float().requires_grad_(False).eval()
         self.best = copy.deepcopy(self.ema)
-        lengths = posthoc.LENGTHS if config.snapshot_every else ()
+        lengths = ema.LENGTHS if config.snapshot_every else ()
         self.tracked = nn.ModuleList(copy.deepcopy(self.ema) for _ in lengths)
         self.best_loss = float("inf")
         self.step = 0
@@ -287,7 +288,7 @@ class Trainer:
         whole step is saved, and RuntimeError when the loss or a weight is no longer finite; the
         last good checkpoint stays.
         """
-        first = ranks.is_first()
+        first = distributed.is_first()
         if first:
             self.check()
             self.out.mkdir(parents=True, exist_ok=True)
@@ -300,7 +301,7 @@ class Trainer:
             )
             with closing(self.records) if first else nullcontext(), closing(self.checkpoint):
                 self._train(stop)
-        return shard.whole(self.best)
+        return fsdp.whole(self.best)
 
     def _compiles(self) -> bool:
         """Say whether the loss is compiled; where nobody asked for it, the log says that it is."""
@@ -318,7 +319,7 @@ class Trainer:
             total=self.steps * c.batch_size, initial=self.step * c.batch_size, unit=" images",
             disable=not self.progress, smoothing=0.02,
         )  # fmt: skip
-        modules = shard.whole(self.modules)
+        modules = fsdp.whole(self.modules)
         self.flops = flops_per_row(self.method, modules, self._held_out_batch(range(1)))
         self.peak = self._peak()
         self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
@@ -331,10 +332,10 @@ class Trainer:
                     alive()
                     bar.update(c.batch_size)
                     self._act(bar)
-                    if (number := ranks.largest(stop())) and self.step < self.steps:
+                    if (number := distributed.largest(stop())) and self.step < self.steps:
                         raise Heard(number)
             except Heard as heard:
-                self._save(shard.whole(self.ema))
+                self._save(fsdp.whole(self.ema))
                 raise Interrupted(
                     f"{self.out}: interrupted at step {self.step} of {self.steps}, which is "
                     f"saved; run the same command again to go on",
@@ -358,7 +359,7 @@ class Trainer:
 
     def _may_be_cut(self) -> AbstractContextManager[None]:
         """Return the context of work that a signal may cut short: of processes, all must agree."""
-        return self.stop.at_once() if ranks.world() == 1 else nullcontext()
+        return self.stop.at_once() if distributed.world() == 1 else nullcontext()
 
     def _advance(self) -> None:
         """Take one optimiser step, which moves the average as well."""
@@ -383,8 +384,8 @@ class Trainer:
     def _follow(self) -> None:
         """Move the averages for snapshots; buffers of every average are those of the student."""
         student = self.modules["student"]
-        for net, length in zip(self.tracked, posthoc.LENGTHS, strict=False):
-            decay = optim.power_decay(self.step, posthoc.gamma_of(length))
+        for net, length in zip(self.tracked, ema.LENGTHS, strict=False):
+            decay = optim.power_decay(self.step, ema.gamma_of(length))
             optim.average(list(net.parameters()), list(student.parameters()), decay)
         for net in (self.ema, *self.tracked):
             for mean, buffer in zip(net.buffers(), student.buffers(), strict=True):
@@ -399,7 +400,7 @@ class Trainer:
         for i, part in enumerate(zip(images.chunk(count), indices.chunk(count), strict=True)):
             batch = self.batches.source.prepare(*part)
             with _apart(self.loss, i < count - 1):
-                with self._seeded(ranks.number() * count + i), self._autocast():
+                with self._seeded(distributed.number() * count + i), self._autocast():
                     loss = self.loss(batch, self.step) / count
                 self.scaler.scale(loss).backward()
             self.running += loss.detach()
@@ -437,7 +438,7 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         seconds = time.perf_counter() - self.since
         images = (self.step - self.mark) * self.config.batch_size / seconds
-        tflops = images * self.flops / ranks.world() / 1e12
+        tflops = images * self.flops / distributed.world() / 1e12
         self._note(
             loss=loss, lr=self._lr(), images_per_second=round(images, 1),
             tflops=float(f"{tflops:.4g}"),
@@ -453,7 +454,7 @@ class Trainer:
 
     def _pool(self) -> None:
         """Give every process the mean of what each has summed up."""
-        self.running.fill_(ranks.total(self.running.item()) / ranks.world())
+        self.running.fill_(distributed.total(self.running.item()) / distributed.world())
 
     def _memory(self) -> float:
         """Return the most memory this process has used so far, in GB, a GPU's if it has one."""
@@ -464,30 +465,30 @@ class Trainer:
 
     def _check(self) -> None:
         """Score the average on the held-out rows, keep it if it is the best, draw, save."""
-        modules = shard.whole(nn.ModuleDict({**self.modules, "student": self.ema}))
+        modules = fsdp.whole(nn.ModuleDict({**self.modules, "student": self.ema}))
         size, rows, total = self.config.batch_size, len(self.held_out), 0.0
         with self._may_be_cut(), torch.no_grad(), self._autocast():
-            for number in ranks.share(-(-rows // size)):
+            for number in distributed.share(-(-rows // size)):
                 part = range(number * size, min((number + 1) * size, rows))
                 batch = self._held_out_batch(part)
                 total += self.method.loss(modules, batch, number).item() * len(part)
-        loss = ranks.total(total) / rows
+        loss = distributed.total(total) / rows
         if loss < self.best_loss:
             self.best_loss = loss
             self.best.load_state_dict(self.ema.state_dict())
         self.done["check"] = self.step  # it is saved with what it found
         self._note(held_out_loss=loss, best=self.best_loss)
-        if ranks.is_first():
+        if distributed.is_first():
             self._draw(modules["student"])
         self._save(modules["student"])
 
     def _snapshot(self) -> None:
-        tracked = shard.whole(self.tracked)
-        if ranks.is_first():
-            posthoc.write_snapshot(self.out, self.step, tracked, self.identity)
+        tracked = fsdp.whole(self.tracked)
+        if distributed.is_first():
+            ema.write_snapshot(self.out, self.step, tracked, self.identity)
 
     def _evaluate(self) -> None:
-        net = shard.whole(self.ema)
+        net = fsdp.whole(self.ema)
         with self._may_be_cut():
             found = self.evaluate(net)
         self._note(**found)
@@ -503,7 +504,7 @@ class Trainer:
             save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))
 
     def _note(self, **figures: float) -> None:
-        if ranks.is_first():
+        if distributed.is_first():
             self.records.note(self.step, **figures)
 
     def _save(self, average: nn.Module) -> None:
@@ -544,7 +545,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue the run in `out`, or start it."""
-        ranks.from_first(self._claim)
+        distributed.from_first(self._claim)
         self.checkpoint.load(self)
         if self.step > self.steps:
             raise ValueError(
@@ -553,12 +554,12 @@ class Trainer:
             )
         if self.step:
             log.info("%s: going on from step %d of %d", self.out, self.step, self.steps)
-        if self.step != (step := ranks.from_first(lambda: self.step)):
+        if self.step != (step := distributed.from_first(lambda: self.step)):
             raise RuntimeError(
                 f"{self.out}: holds step {self.step} here and step {step} where the first process "
                 f"runs; all processes need the same file system"
             )
-        ranks.from_first(self._change)
+        distributed.from_first(self._change)
 
     def _claim(self) -> None:
         """Write what is run, or check that the directory holds the same run."""
@@ -639,9 +640,9 @@ def _shared(loss: _Loss, runtime: Runtime, compiles: bool) -> nn.Module:
         if runtime.compile_cache:  # which the compiler looks up in the environment alone
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(runtime.compile_cache).resolve())
         mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
-        for part in shard.blocks(loss) if runtime.shard else [loss]:
+        for part in fsdp.blocks(loss) if runtime.shard else [loss]:
             part.compile(fullgraph=runtime.compile != "auto", mode=mode)
-    if ranks.world() == 1 or runtime.shard:
+    if distributed.world() == 1 or runtime.shard:
         return loss
     shared = DistributedDataParallel(
         loss,
@@ -656,7 +657,7 @@ def _shared(loss: _Loss, runtime: Runtime, compiles: bool) -> nn.Module:
 @contextmanager
 def _apart(loss: nn.Module, wanted: bool) -> Iterator[None]:
     """Keep gradients in this process for a while, if that is wanted."""
-    shard.reduce_gradients(loss, not wanted)
+    fsdp.reduce_gradients(loss, not wanted)
     shared = isinstance(loss, DistributedDataParallel)
     with loss.no_sync() if shared and wanted else nullcontext():
         yield

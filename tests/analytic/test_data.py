@@ -8,10 +8,12 @@ import torch
 from scipy.integrate import quad, solve_ivp
 from torch import distributions as D
 
-from ds import analytic, grids, noise
+from ds import noise
 from ds.analytic import Gaussian, GaussianField, GaussianMixture
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.diffusion import grids
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.evaluation.scores import scores, table
 
 SMALL = [Gaussian(shape=(3,)), GaussianField(size=4), GaussianMixture()]
 every_data = pytest.mark.parametrize("data", SMALL, ids=lambda d: type(d).__name__)
@@ -200,7 +202,7 @@ def judged():
     data, n = GaussianMixture(), 3000
     z = noise(0, range(n), data.shape)
     target = data.endpoint(z, *LinearBeta().at(800))
-    return {row.name: row for row in analytic.scores(data, z, target, target)}
+    return {row.name: row for row in scores(data, z, target, target)}
 
 
 @pytest.mark.parametrize(
@@ -231,12 +233,12 @@ def test_a_worthless_generator_is_told_from_a_good_one(judged, name, low, high):
 def test_data_without_modes_has_no_mode_agreement():
     data = Gaussian(shape=(2,))
     z = noise(0, range(20), (2,))
-    names = [row.name for row in analytic.scores(data, z, z, z)]
+    names = [row.name for row in scores(data, z, z, z)]
     assert names == ["sliced_wasserstein", "energy_distance", "r2"]
 
 
 def test_the_table_prints_value_floor_and_control(judged):
-    head, *lines = analytic.table(list(judged.values())).splitlines()
+    head, *lines = table(list(judged.values())).splitlines()
     assert head.split() == ["value", "floor", "control"]
     for line, row in zip(lines, judged.values(), strict=True):
         name, *figures = line.split()

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import ds
-from ds.analytic import GaussianMixture, Score, scores, table
+from ds.analytic import GaussianMixture
+from ds.evaluation.scores import Score, scores, table
 
 pytestmark = pytest.mark.slow
 
 
 def load_example():
-    path = Path(__file__).parents[1] / "examples" / "mixture.py"
+    path = Path(__file__).parents[2] / "examples" / "mixture.py"
     spec = importlib.util.spec_from_file_location("mixture_example", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

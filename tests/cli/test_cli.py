@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ds
-from ds.__main__ import VERBS, main
-from ds.data import digits
-from ds.features import Pixels
-from ds.train import Trainer
+from ds.cli.__main__ import VERBS, main
+from ds.evaluation.features import Pixels
+from ds.pairs.sources import digits
+from ds.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NET = ("--net.channels", "8", "--net.norm-groups", "4")
 TEACH = (*NET, "--train.epochs", "1", "--train.check-every", "10", "--train.warmup-steps", "5")
 PAIRS = (
@@ -180,13 +180,13 @@ def test_a_second_chain_reuses_what_is_there(home, monkeypatch):
 
     before = stable()
     monkeypatch.setattr(Trainer, "_advance", work)
-    monkeypatch.setattr("ds.pairs._make", work)
+    monkeypatch.setattr("ds.pairs.store._make", work)
     run_chain(home)
     assert stable() == before
 
 
 def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypatch):
-    monkeypatch.setattr("ds.frontier.CALLS", (6, 12))
+    monkeypatch.setattr("ds.evaluation.solver_search.CALLS", (6, 12))
     before = tree(home)
     options = ("--plan", "--plan-noises", "2", "--solve.steps", "20", "--solve.top", "60")
     assert main(pairs_of(*options)) == 0
@@ -210,7 +210,7 @@ def test_a_plan_without_noises_is_refused(home, capsys, option):
 def test_another_solver_makes_pairs_and_its_calls_are_counted(home):
     solver = ("--solve.solver", "heun", "--solve.grid", "log_snr")
     assert main(pairs_of(*solver)) == 0
-    assert ds.PairStore("new").manifest["solver"] == {"type": "ds.solvers.heun.Heun"}
+    assert ds.PairStore("new").manifest["solver"] == {"type": "heun"}
     assert main([*distill_of("--store", "new", "--out", "other")]) == 0
     about = json.loads(Path("other/config.json").read_text())["provenance"]
     assert about["teacher_nfe"] == 9
@@ -269,7 +269,7 @@ DRY = {
 def test_a_dry_run_prints_json_and_does_nothing(command, capsys, home):
     before = tree(home)
     assert main([*command, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["type"].startswith("ds.verbs.")
+    assert json.loads(capsys.readouterr().out)["type"]
     assert tree(home) == before
 
 
@@ -372,7 +372,7 @@ def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("argument", ["--help", "--version", "no-such-verb"])
 def test_what_needs_no_work_imports_nothing_heavy(argument):
     code = (
-        "import sys; from ds.__main__ import main; main(sys.argv[1:]);"
+        "import sys; from ds.cli.__main__ import main; main(sys.argv[1:]);"
         "print(sorted({'torch', 'tyro', 'numpy', 'sklearn'} & {*sys.modules}))"
     )
     assert python(code, argument).stdout.splitlines()[-1] == "[]"
@@ -424,7 +424,7 @@ def test_doctor_reports_a_broken_probe_and_goes_on(probe, capsys, monkeypatch):
 
 def test_doctor_prints_where_torch_cannot_be_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open')")
-    code = "import sys; from ds.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from ds.cli.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = python(code, "doctor", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 2
     assert "failed: ImportError: libtorch_cpu.so: cannot open" in done.stdout
@@ -775,7 +775,7 @@ ABSURD = [
 def test_what_no_machine_can_do_is_refused_before_anything_is_made(
     verb, options, home, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ds.budget.free_memory", lambda device="cpu": 8e9)
+    monkeypatch.setattr("ds.system.cost.free_memory", lambda device="cpu": 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e10))
     before = tree(home)
     refused(capsys, *DRY[verb], *options.split())
@@ -788,7 +788,7 @@ def test_a_disk_too_small_is_refused(home, capsys, monkeypatch):
 
 
 LIMITED = (
-    "import resource, sys; from ds.__main__ import main; b = int(sys.argv[1]);"
+    "import resource, sys; from ds.cli.__main__ import main; b = int(sys.argv[1]);"
     "resource.setrlimit(resource.RLIMIT_FSIZE, (b, b)); sys.exit(main(sys.argv[2:]))"
 )
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from ds import doctor, ops
+from ds import ops
+from ds.cli import environment
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ def test_apex_is_known_by_its_files_and_never_imported(files, expected, tmp_path
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    found = doctor.report()["apex"]
+    found = environment.report()["apex"]
     assert found.startswith(expected) and "apex" not in sys.modules
 
 
@@ -30,14 +31,14 @@ def test_a_probe_that_fails_says_why_and_the_rest_is_reported(monkeypatch):
         raise OSError("the driver\nis missing")
 
     monkeypatch.setattr(ops, "table", broken)
-    found = doctor.report()
+    found = environment.report()
     assert found["ops"] == "failed: OSError: the driver is missing"
     assert found["torch"].startswith("2.")
-    assert "ops" in doctor.text(found)
+    assert "ops" in environment.text(found)
 
 
 def test_the_table_has_a_chosen_backend_for_every_op_on_this_cpu():
-    rows = [row for row in doctor.report()["ops"] if row["device"] == "cpu"]
+    rows = [row for row in environment.report()["ops"] if row["device"] == "cpu"]
     chosen = {row["op"] for row in rows if row["status"] == "chosen"}
     assert chosen == {row["op"] for row in rows} >= {"attention", "group_norm_silu"}
     assert all(row["reason"] for row in rows if row["status"] == "missing")

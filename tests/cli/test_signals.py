@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import ds
-from ds import signals
-from ds.__main__ import main
-from ds.signals import ENDS, Heard, Interrupted, deferred_signals
+from ds.cli.__main__ import main
+from ds.system import signals
+from ds.system.signals import ENDS, Heard, Interrupted, deferred_signals
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ds.analytic.Gaussian()
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))
 every_end = pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
@@ -37,17 +37,17 @@ def heard(monkeypatch) -> Callable:
 # In the middle of the work of every verb: where a verb calls this, a signal comes.
 
 PLACES = {
-    "demo": ("ds.demo.demo", ["demo", "--out", "new"]),
-    "doctor": ("ds.doctor.report", ["doctor"]),
-    "teach, its images": ("ds.verbs.teach.digits", ["teach", "digits", "--out", "new"]),
-    "pairs, its teacher": ("ds.verbs.pairs.load_teacher", ["pairs", "digits"]),
-    "info": ("ds.pairs.info", ["pairs", "info", "x"]),
-    "verify, its store": ("ds.verbs.pairs.PairStore", ["pairs", "verify", "x"]),
-    "export": ("ds.verbs.pairs.PairStore", ["pairs", "export", "x", "new"]),
-    "distill, its teacher": ("ds.verbs.distill.load_teacher", ["distill", "digits"]),
-    "sample": ("ds.verbs.sample.load", ["sample", "x"]),
-    "evaluate": ("ds.verbs.evaluate.load", ["evaluate", "x"]),
-    "convert": ("ds.verbs.convert.load", ["convert", "x", "new"]),
+    "demo": ("ds.cli.demo.demo", ["demo", "--out", "new"]),
+    "doctor": ("ds.cli.environment.report", ["doctor"]),
+    "teach, its images": ("ds.cli.teach.digits", ["teach", "digits", "--out", "new"]),
+    "pairs, its teacher": ("ds.cli.pairs.load_teacher", ["pairs", "digits"]),
+    "info": ("ds.pairs.store.info", ["pairs", "info", "x"]),
+    "verify, its store": ("ds.cli.pairs.PairStore", ["pairs", "verify", "x"]),
+    "export": ("ds.cli.pairs.PairStore", ["pairs", "export", "x", "new"]),
+    "distill, its teacher": ("ds.cli.distill.load_teacher", ["distill", "digits"]),
+    "sample": ("ds.cli.sample.load", ["sample", "x"]),
+    "evaluate": ("ds.cli.evaluate.load", ["evaluate", "x"]),
+    "convert": ("ds.cli.convert.load", ["convert", "x", "new"]),
 }
 
 
@@ -83,7 +83,7 @@ def test_a_signal_is_heard_between_two_calls_of_the_network(number, tmp_path, mo
         return step(self, *args)
 
     monkeypatch.setattr(ds.solvers.DDIM, "step", counted)
-    monkeypatch.setattr("ds.pairs.estimate", lambda *_: ("", 0))
+    monkeypatch.setattr("ds.pairs.store.estimate", lambda *_: ("", 0))
     with pytest.raises(Interrupted, match="2 of 4 shards are safe; run the same") as found:
         ds.generate_pairs(TEACHER, tmp_path, 32, shard_size=8)
     assert found.value.number == number
@@ -203,10 +203,10 @@ def test_other_threads_install_nothing():
 
 WAITS = (
     "import os, sys, types, time;"
-    "sys.modules['ds.verbs'] = verbs = types.ModuleType('ds.verbs');"
+    "sys.modules['ds.cli.command'] = verbs = types.ModuleType('ds.cli.command');"
     "verbs.run = lambda verb, args: (print('working', flush=True), {work});"
     "sys.argv[1:] = ['doctor'];"
-    "from ds.__main__ import main; sys.exit(main())"
+    "from ds.cli.__main__ import main; sys.exit(main())"
 )
 
 
@@ -217,7 +217,7 @@ def test_a_process_that_is_interrupted_says_one_line(tmp_path, moment, number, c
     script = WAITS.format(work="time.sleep(60)")
     if moment == "importing":  # where an exception would be taken for a broken package
         (tmp_path / "tyro.py").write_text(f"try:\n  {waiting}\nexcept BaseException: pass\n")
-        script = "import sys; sys.argv[1:] = ['doctor']; from ds.__main__ import main; main()"
+        script = "import sys; sys.argv[1:] = ['doctor']; from ds.cli.__main__ import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},

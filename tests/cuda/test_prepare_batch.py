@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ds import ops
+from ds.diffusion.noise import noise
 from ds.ops._op import Unsupported
 from ds.ops.noise import signed
 from ds.ops.prepare_batch import _op
-from ds.philox import noise
 from tests.ops.test_group_norm_silu import poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds.denoiser import PREDICTIONS, Denoiser
-from ds.schedule import LinearBeta
+from ds.diffusion.denoiser import PREDICTIONS, Denoiser
+from ds.diffusion.schedules import LinearBeta
 
 SCHEDULE = LinearBeta()
 predictions = pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds import analytic, grids, noise
-from ds.sample import integrate
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds import analytic, noise
+from ds.diffusion import grids
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.models.sampler import integrate
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds.schedule import DATA, LinearBeta
+from ds.diffusion.schedules import DATA, LinearBeta
 
 
 @settings(max_examples=25, deadline=None)

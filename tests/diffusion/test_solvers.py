@@ -12,17 +12,26 @@ import pytest
 import torch
 from torch import nn
 
-from ds import analytic, grids, noise, solvers
-from ds.config import from_json, to_json
-from ds.denoiser import Denoiser
-from ds.sample import Teacher
-from ds.schedule import DATA, LinearBeta
-from ds.solvers import DDIM, AbstractSolver, DPMSolverPP, DPMSolverPPSinglestep, Heun, UniPC
+from ds import analytic, noise
+from ds.diffusion import grids, solvers
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import DATA, LinearBeta
+from ds.diffusion.solvers import (
+    DDIM,
+    AbstractSolver,
+    DPMSolverPP,
+    DPMSolverPPSinglestep,
+    Heun,
+    UniPC,
+)
+from ds.models.sampler import Teacher
+from ds.system.config import from_json, to_json
 
 # So fine that rounding times to its indices does not show, nor the step from time 0 to the data.
 FINE = LinearBeta(200_000, 1e-10, 1e-4)
 MODULES = [
-    importlib.import_module(f"ds.solvers.{m.name}") for m in pkgutil.iter_modules(solvers.__path__)
+    importlib.import_module(f"ds.diffusion.solvers.{m.name}")
+    for m in pkgutil.iter_modules(solvers.__path__)
 ]
 SOLVERS = sorted(
     {

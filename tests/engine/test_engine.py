@@ -9,15 +9,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ds
-from ds import grids
-from ds.denoiser import Denoiser
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import Heun
 from ds.engine import Engine, Place, Plan, Rewrites, calls
 from ds.methods import DenoisingStudent
+from ds.models.sampler import uses_engine
 from ds.ops._op import triton_kernels
-from ds.presets import PRESETS, SOLVERS
-from ds.sample import uses_engine
-from ds.schedule import LinearBeta
-from ds.solvers import Heun
+from ds.training.presets import PRESETS, SOLVERS
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
 CPU = Place(torch.device("cpu"), torch.float32, 4)
@@ -104,7 +104,7 @@ def test_the_engine_is_used_unasked_for_float32_only_on_cpus(monkeypatch):
     assert uses_engine(build())
     assert not uses_engine(build().bfloat16())
     with monkeypatch.context() as patched:
-        patched.setattr("ds.sample.device_of", lambda _: torch.device("cuda"))
+        patched.setattr("ds.models.sampler.device_of", lambda _: torch.device("cuda"))
         assert uses_engine(build()) and uses_engine(build().bfloat16(), "bfloat16")
         assert not uses_engine(nn.Linear(1, 1))
     assert not uses_engine(nn.Linear(1, 1))

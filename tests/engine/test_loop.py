@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import ds
-from ds import grids
-from ds.denoiser import Denoiser
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
 from ds.engine import Engine, Loop, Recurrence
 from ds.methods import DenoisingStudent
-from ds.presets import SOLVERS
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.training.presets import SOLVERS
 from tests.nets.test_unet import build, relative_rms
 
 GRID = grids.quadratic(6)

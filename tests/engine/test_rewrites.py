@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import ds
-from ds import presets
 from ds.engine import Engine, Place, Plan, Rewrites, rewrites
 from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, Phases, Winograd
 from ds.nets.unet import ResBlock
+from ds.training import presets
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
 CPU = Place(torch.device("cpu"), torch.float32, 4)

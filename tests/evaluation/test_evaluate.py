@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import ds
-from ds import analytic, grids, metrics
-from ds.data import Pairs, digits
-from ds.evaluation import evaluate, read_reference, record, split_floor
-from ds.features import Pixels
-from ds.images import to_float
-from ds.solvers import DDIM
+from ds import analytic
+from ds.diffusion import grids
+from ds.diffusion.solvers import DDIM
+from ds.evaluation import metrics
+from ds.evaluation.evaluate import evaluate, read_reference, record, split_floor
+from ds.evaluation.features import Pixels
+from ds.models.images import to_float
+from ds.pairs.sources import Pairs, digits
 
 DATA = analytic.GaussianField(size=4, std=0.4)
 TEACHER = DATA.teacher(DDIM(), grids.quadratic(5))
@@ -205,7 +207,7 @@ def test_figures_that_cannot_be_written_are_said(monkeypatch, tmp_path, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ds.evaluation.write_json", full)
+    monkeypatch.setattr("ds.evaluation.evaluate.write_json", full)
     images = digits()[0][:64]
     with pytest.raises(OSError, match="No space left"):
         evaluate(images, images, Pixels(), out=tmp_path / "figures.json")

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from sklearn.metrics import r2_score
 
-from ds import metrics
+from ds.evaluation import metrics
 
 SETS = [
     metrics.frechet_distance,

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ds import Denoiser, Teacher, analytic, noise
-from ds.frontier import fidelity, frontier, plan_table
-from ds.grids import quadratic
-from ds.presets import SolveConfig
-from ds.solvers import DDIM
+from ds.diffusion.grids import quadratic
+from ds.diffusion.solvers import DDIM
+from ds.evaluation.solver_search import fidelity, frontier, plan_table
+from ds.training.presets import SolveConfig
 from tests.nets.test_unet import build
 
 MIXTURE = analytic.GaussianMixture()

@@ -6,10 +6,10 @@ Networks are as small as they can be and still reach every kernel.
 from dataclasses import replace
 
 import ds
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
 from ds.methods import DenoisingStudent
-from ds.presets import SOLVERS
-from ds.schedule import LinearBeta
+from ds.training.presets import SOLVERS
 from tests.nets.test_unet import TINY, build
 
 # Both resolutions, attention in one, channels as tensor cores take them.

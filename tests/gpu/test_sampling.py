@@ -8,8 +8,8 @@ import torch
 
 import ds
 from ds.engine import Engine, Loop, Recurrence
-from ds.evaluation import evaluate
-from ds.features import Pixels
+from ds.evaluation.evaluate import evaluate
+from ds.evaluation.features import Pixels
 from tests import emulated
 from tests.gpu import CONFIG, GRID, student, teacher
 from tests.nets.test_unet import build, relative_rms
@@ -23,7 +23,7 @@ every_precision = pytest.mark.parametrize("precision", TOLERANCE)
 def quick(monkeypatch):
     """Let an emulated GPU take the time of one call, where a real one is asked for the least."""
     if emulated.VARIABLE in os.environ:
-        monkeypatch.setattr("ds.sample.seconds_each", lambda work, most: work(1) or 1.0)
+        monkeypatch.setattr("ds.models.sampler.seconds_each", lambda work, most: work(1) or 1.0)
 
 
 def z(count: int = 2) -> torch.Tensor:

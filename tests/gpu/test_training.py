@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import ds
-from ds.data import Batches, Images, Pairs
-from ds.loader import load
 from ds.methods import DenoisingStudent
-from ds.signals import Interrupted
-from ds.train import Runtime, TrainConfig, Trainer
+from ds.pairs.sources import Batches, Images, Pairs
+from ds.system.signals import Interrupted
+from ds.training.loader import load
+from ds.training.trainer import Runtime, TrainConfig, Trainer
 from tests import emulated
-from tests.test_train import assert_same_bits, lines, state, steady, stop_at, store
+from tests.training.test_trainer import assert_same_bits, lines, state, steady, stop_at, store
 
 __all__ = ["store"]
 pytestmark = pytest.mark.gpu
@@ -32,8 +32,8 @@ LEVELS = torch.arange(40 * 8 * 8).view(40, 8, 8, 1).remainder(251).byte()
 def quick(monkeypatch):
     """Let an emulated GPU not measure its matrix product, and draw 2 images instead of 64."""
     if emulated.VARIABLE in os.environ:
-        monkeypatch.setattr("ds.train.matmul_tflops", lambda *_: 1.0)
-        monkeypatch.setattr("ds.train.noise", lambda seed, _, *args, **options: ds.noise(
+        monkeypatch.setattr("ds.training.trainer.matmul_tflops", lambda *_: 1.0)
+        monkeypatch.setattr("ds.training.trainer.noise", lambda seed, _, *args, **options: ds.noise(
             seed, range(2), *args, **options))  # fmt: skip
 
 

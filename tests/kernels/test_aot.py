@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
-from ds.kernels import group_norm_silu as kernels
+from ds.ops.kernels import group_norm_silu as kernels
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs a checkout")

@@ -13,10 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import attention as kernels
 from ds.nets.unet import Attention
 from ds.ops._op import Unsupported
 from ds.ops.attention import residual_op
+from ds.ops.kernels import attention as kernels
 from tests.nets.test_unet import TINY
 from tests.ops.test_attention import assert_as_exact, inputs, plain_residual, residual_inputs
 from tests.ops.test_group_norm_silu import poisoned

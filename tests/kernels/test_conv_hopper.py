@@ -12,8 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import conv_hopper as kernels
 from ds.ops._op import Unsupported
+from ds.ops.kernels import conv_hopper as kernels
 from tests.kernels.test_conv import (
     CONV,
     DEVICE,

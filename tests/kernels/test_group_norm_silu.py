@@ -14,9 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import group_norm_silu as kernels
 from ds.ops._op import Unsupported
 from ds.ops.group_norm_silu import backward, forward, forward_float8
+from ds.ops.kernels import group_norm_silu as kernels
 from tests.ops.test_group_norm_silu import (
     SOURCES,
     assert_as_exact,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ds import ops
-from ds.kernels import noise as kernels
+from ds.ops.kernels import noise as kernels
 from ds.ops.noise import _op, philox
 from tests.kernels.test_group_norm_silu import DEVICE
 from tests.ops.test_group_norm_silu import poisoned

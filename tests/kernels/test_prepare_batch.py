@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import prepare_batch as kernels
 from ds.ops import noise
+from ds.ops.kernels import prepare_batch as kernels
 from ds.ops.noise import _op as noise_op
 from ds.ops.prepare_batch import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import quantize as kernels
+from ds.ops.kernels import quantize as kernels
 from ds.ops.quantize import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
 from tests.ops.test_quantize import ROUNDINGS, border, formula, values

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.kernels import solver_update as kernels
+from ds.ops.kernels import solver_update as kernels
 from ds.ops.solver_update import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
 from tests.ops.test_solver_update import NARROW, assert_updated, case

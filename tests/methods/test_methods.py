@@ -13,11 +13,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import ds
-from ds.config import from_json, to_json
-from ds.data import Images, digits
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.nets import UNetConfig
-from ds.train import TrainConfig, Trainer, _Loss
+from ds.pairs.sources import Images, digits
+from ds.system.config import from_json, to_json
+from ds.training.trainer import TrainConfig, Trainer, _Loss
 
 SHAPE = (1, 8, 8)
 NET = UNetConfig(

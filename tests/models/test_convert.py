@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ds import grids
-from ds.denoiser import Denoiser
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.models.convert import read, to_diffusers
+from ds.models.sampler import Teacher
 from ds.nets import UNet, UNetConfig
-from ds.nets.convert import read, to_diffusers
-from ds.sample import Teacher
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
 from tests import golden
 from tests.nets.peers import ARCHITECTURES, DIGITS, Port, change, port, randomized, unpacked
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ds.diffusion.schedules import LinearBeta
+from ds.models.convert import read, to_diffusers
 from ds.nets import UNet
-from ds.nets.convert import read, to_diffusers
-from ds.schedule import LinearBeta
 from tests.nets.peers import DIGITS, Port, change, unpacked
 
 h5py = pytest.importorskip("h5py")

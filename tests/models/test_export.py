@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ds
-from ds.export import to_onnx, to_program
 from ds.methods import DenoisingStudent
+from ds.models.export import to_onnx, to_program
 from ds.nets import UNetConfig
 
 CONFIG = UNetConfig(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ds
-from ds import hub
 from ds.methods import DenoisingStudent
+from ds.models import hub
 from ds.nets import UNetConfig
 
 huggingface_hub = pytest.importorskip("huggingface_hub")

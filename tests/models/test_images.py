@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ds.images import save_png, tile, to_float, to_uint8
+from ds.models.images import save_png, tile, to_float, to_uint8
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import ds
-from ds.__main__ import main
-from ds.load import load
+from ds.cli.__main__ import main
 from ds.methods import DenoisingStudent
+from ds.models.convert import to_diffusers
+from ds.models.load import load
 from ds.nets import UNetConfig
-from ds.nets.convert import to_diffusers
 from tests import golden
 
 SMALL = UNetConfig(

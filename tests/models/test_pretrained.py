@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ds
-from ds import checkpoint, grids
-from ds.denoiser import Denoiser
-from ds.files import sha256
-from ds.load import load
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
 from ds.methods import DenoisingStudent
+from ds.models import pretrained
+from ds.models.load import load
 from ds.nets import UNetConfig
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.system.files import sha256
 
 NET = UNetConfig(
     image_size=4, in_channels=1, channels=4, channel_mult=(1,), num_res_blocks=1,
@@ -115,7 +116,7 @@ def test_a_compiled_model_is_saved_like_any_other(tmp_path, model):
 def test_a_compiled_denoiser_keeps_its_fingerprint():
     model = teacher()
     compiled = model.compile().denoiser
-    assert checkpoint.fingerprint(compiled) == checkpoint.fingerprint(model.denoiser)
+    assert pretrained.fingerprint(compiled) == pretrained.fingerprint(model.denoiser)
 
 
 def test_a_loaded_network_does_not_drop_out(folder):
@@ -163,7 +164,7 @@ def test_a_model_of_the_same_run_takes_its_place_beside_what_was_added(folder):
 def test_what_was_measured_stays_while_the_weights_do(folder):
     path = folder.parent / "t"
     teacher().save_pretrained(path, run="a")
-    checkpoint.annotate(path, {"run": "a", "kid": "3"}, teacher().card, {"protocol": {}})
+    pretrained.annotate(path, {"run": "a", "kid": "3"}, teacher().card, {"protocol": {}})
     teacher().save_pretrained(path, run="a", commit="new")
     assert ds.load_teacher(path).provenance == {"run": "a", "kid": "3", "commit": "new"}
     assert "| kid | 3 |" in (path / "README.md").read_text()
@@ -176,7 +177,7 @@ def test_what_was_measured_stays_while_the_weights_do(folder):
 
 def test_a_card_that_somebody_has_written_on_is_left_alone(folder):
     (folder / "README.md").write_text("by hand")
-    checkpoint.annotate(folder, {"kid": "3"}, teacher().card, {"protocol": {}})
+    pretrained.annotate(folder, {"kid": "3"}, teacher().card, {"protocol": {}})
     assert (folder / "README.md").read_text() == "by hand"
     assert ds.load_teacher(folder).provenance == {"kid": "3"}
     with pytest.raises(ValueError, match=r"holds README\.md, which is not ours"):
@@ -186,7 +187,7 @@ def test_a_card_that_somebody_has_written_on_is_left_alone(folder):
 def test_figures_of_somebody_else_are_left_alone(folder):
     (folder / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no figures of ours"):
-        checkpoint.annotated(folder)
+        pretrained.annotated(folder)
 
 
 def note(folder, text=None):
@@ -243,7 +244,7 @@ DAMAGE = {
     "a later format": (configure(format="denoising-student/teacher/2"), "config.json: expected a"),
     "no network": (lambda f: drop_from_config(f, "net"), "config.json: 'net' must be"),
     "a network that is none": (
-        configure(net={"type": "ds.schedule.LinearBeta"}),
+        configure(net={"type": "linear_beta"}),
         "config.json: 'net' must be of the kind AbstractNetConfig",
     ),
     "a network outside ds": (
@@ -297,9 +298,7 @@ def test_damage_is_one_line_that_names_the_file(folder, kind, monkeypatch):
     assert not Path("the-pickle-ran").exists()
 
 
-@pytest.mark.parametrize(
-    "method", [None, {"type": "ds.schedule.LinearBeta"}, {"type": "os.system"}, "l1"]
-)
+@pytest.mark.parametrize("method", [None, {"type": "linear_beta"}, {"type": "os.system"}, "l1"])
 def test_a_student_without_a_method_of_ds_is_refused(tmp_path, method):
     student().save_pretrained(tmp_path)
     change_config(tmp_path, method=method)
@@ -341,7 +340,7 @@ def test_a_network_ds_cannot_rebuild_is_not_saved_over_another(folder):
 )
 def test_the_fingerprint_changes_with_what_a_denoiser_computes(change):
     model = teacher()
-    before = checkpoint.fingerprint(model.denoiser)
-    assert before == checkpoint.fingerprint(teacher().denoiser)
+    before = pretrained.fingerprint(model.denoiser)
+    assert before == pretrained.fingerprint(teacher().denoiser)
     change(model)
-    assert checkpoint.fingerprint(model.denoiser) != before
+    assert pretrained.fingerprint(model.denoiser) != before

@@ -12,12 +12,14 @@ from PIL import Image
 from torch import nn
 
 import ds
-from ds import analytic, grids
-from ds.checkpoint import fingerprint
-from ds.images import save, tile
+from ds import analytic
+from ds.diffusion import grids
+from ds.diffusion.solvers import DDIM
+from ds.models.images import save, tile
+from ds.models.pretrained import fingerprint
+from ds.models.sampler import great_circle, uses_loop, usual_batch, usual_precision
 from ds.nets import UNetConfig
-from ds.sample import great_circle, uses_loop, usual_batch, usual_precision
-from ds.solvers import DDIM
+from ds.training import presets
 from tests.nets.test_unet import build, relative_rms
 
 FIELD = analytic.GaussianField(size=4)
@@ -113,7 +115,7 @@ def test_an_engine_that_fails_is_told_and_done_without_unless_it_was_asked_for(
     def broken(*_, **__):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr("ds.sample.Engine.__init__", broken)
+    monkeypatch.setattr("ds.models.sampler.Engine.__init__", broken)
     if asked:
         with pytest.raises(RuntimeError, match="no kernel image"):
             ds.Sampler(unet, engine=True)
@@ -128,8 +130,8 @@ def test_a_captured_loop_that_fails_leaves_the_engine(unet, monkeypatch, caplog)
     def broken(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("ds.sample.uses_loop", lambda *_: True)  # as on CUDA
-    monkeypatch.setattr("ds.sample.Loop.__init__", broken)
+    monkeypatch.setattr("ds.models.sampler.uses_loop", lambda *_: True)  # as on CUDA
+    monkeypatch.setattr("ds.models.sampler.Loop.__init__", broken)
     assert torch.equal(drawn(unet), drawn(unet, loop=False))
     assert "without the engine or its loop" in caplog.text
 
@@ -151,7 +153,7 @@ def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, monkeyp
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return z
 
-    monkeypatch.setattr("ds.sample.check_precision", lambda *_: None)  # as on CUDA
+    monkeypatch.setattr("ds.models.sampler.check_precision", lambda *_: None)  # as on CUDA
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     model = SimpleNamespace(net=TEACHER.net, shape=TEACHER.shape, sample=look)
     ds.Sampler(model, precision=precision)(indices=[0])
@@ -170,7 +172,7 @@ def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, monkeyp
 def test_a_unet_multiplies_in_bfloat16_on_a_gpu_unless_it_is_asked_otherwise(
     device, dtype, usual, monkeypatch
 ):
-    monkeypatch.setattr("ds.sample.device_of", lambda _: torch.device(device))
+    monkeypatch.setattr("ds.models.sampler.device_of", lambda _: torch.device(device))
     assert usual_precision(build().to(dtype)) == usual
     assert usual_precision(TEACHER.net) == "float32"
 
@@ -226,7 +228,7 @@ def test_for_latency_the_quickest_of_the_ways_is_taken(unet, monkeypatch):
         ways.append(work)
         return 1.0 if len(ways) == 2 else 2.0
 
-    monkeypatch.setattr("ds.sample.seconds_each", timed)
+    monkeypatch.setattr("ds.models.sampler.seconds_each", timed)
     sampler = ds.Sampler(unet, latency=True)
     assert sampler.batch_size == 1 and len(ways) == 3
     assert not sampler.model.net.rewrites.winograd
@@ -240,10 +242,10 @@ def test_for_latency_the_quickest_of_the_ways_is_taken(unet, monkeypatch):
 def test_a_batch_fills_a_gpu_and_fits_it(preset, memory, batch, monkeypatch):
     """Of an H100's 132 multiprocessors: the least that fills them where the memory is small."""
     gpu = SimpleNamespace(total_memory=memory * 2**30, multi_processor_count=132)
-    monkeypatch.setattr("ds.sample.device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("ds.models.sampler.device_of", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     with torch.device("meta"):
-        net = ds.presets.PRESETS[preset]().net.build()
+        net = presets.PRESETS[preset]().net.build()
     assert usual_batch(SimpleNamespace(net=net)) == batch
     assert usual_batch(SimpleNamespace(net=nn.Linear(1, 1))) == 256
 

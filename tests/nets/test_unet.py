@@ -14,8 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds
-from ds import presets
-from ds.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
 from ds.nets.unet import (
@@ -26,8 +27,7 @@ from ds.nets.unet import (
     recompute_norms,
     timestep_embedding,
 )
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.training import presets
 from tests import golden
 
 TINY = UNetConfig(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ds.ops
 from ds.ops.attention import op, reference_residual
-from ds.speed import flop_counter
+from ds.training.throughput import flop_counter
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 backends = pytest.mark.parametrize("backend", ["reference", "sdpa"])

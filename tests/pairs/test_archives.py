@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ds
-from ds import archives
 from ds.analytic import Gaussian
+from ds.pairs import archives
 
 TEACHER = Gaussian(shape=(2, 4, 4)).teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ds
-from ds import rows
-from ds.data import Pairs
-from tests.test_pairs import COUNT, GAUSSIAN, all_images, contents, make
-from tests.test_reading import NO_FILES, no_file
+from ds.pairs import rows
+from ds.pairs.sources import Pairs
+from tests.pairs.test_store import COUNT, GAUSSIAN, all_images, contents, make
+from tests.system.test_reading import NO_FILES, no_file
 
 SHARD = "images-00001.npy"
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import ds
-from ds import data
 from ds.analytic import Gaussian, GaussianMixture
-from ds.data import CHUNKS, AbstractSource, Batches, Generated, Images, Pairs, digits
-from ds.images import to_float
+from ds.models.images import to_float
+from ds.pairs import sources
+from ds.pairs.sources import CHUNKS, AbstractSource, Batches, Generated, Images, Pairs, digits
 
 ROWS, BATCH = 23, 5
 
@@ -162,10 +162,10 @@ def test_generated_points_are_the_teachers():
 def test_processes_share_the_making_of_a_pool(monkeypatch):
     whole = generated()._make(1)
     parts = []
-    monkeypatch.setattr(data.ranks, "world", lambda: 3)
-    monkeypatch.setattr(data.ranks, "gather", lambda rows: parts.append(rows) or rows)
+    monkeypatch.setattr(sources.ranks, "world", lambda: 3)
+    monkeypatch.setattr(sources.ranks, "gather", lambda rows: parts.append(rows) or rows)
     for number in range(3):
-        monkeypatch.setattr(data.ranks, "number", lambda number=number: number)
+        monkeypatch.setattr(sources.ranks, "number", lambda number=number: number)
         generated()._make(1)
     assert [len(part) for part in parts] == [4, 4, 7]
     assert torch.equal(torch.cat(parts), whole)

@@ -3,7 +3,7 @@
 The buckets are fsspec's in memory and, where moto and s3fs are installed, S3 as moto's server
 speaks it on this machine:
 
-    pip install s3fs 'moto[server]' && python -m pytest tests/test_places.py
+    pip install s3fs 'moto[server]' && python -m pytest tests/pairs/test_storage.py
 """
 
 import itertools
@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import ds
-from ds import pairs, places
-from ds.__main__ import main
-from ds.files import redacted
-from tests.test_pairs import GAUSSIAN, all_images, contents, make
+from ds.cli.__main__ import main
+from ds.pairs.store import storage as places
+from ds.pairs.store import store as pairs
+from ds.system.files import redacted
+from tests.pairs.test_store import GAUSSIAN, all_images, contents, make
 
 NUMBERS = itertools.count()
 SHARD = "images-00001.npy"

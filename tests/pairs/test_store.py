@@ -16,14 +16,15 @@ import pytest
 import torch
 
 import ds
-from ds import pairs, places
 from ds.analytic import Gaussian, GaussianMixture
-from ds.checkpoint import fingerprint
-from ds.config import to_json
-from ds.files import read_sealed, sealed
-from ds.images import to_uint8
+from ds.models.images import to_uint8
+from ds.models.pretrained import fingerprint
 from ds.nets import UNetConfig
-from ds.staging import write_json
+from ds.pairs.store import storage as places
+from ds.pairs.store import store as pairs
+from ds.system.config import to_json
+from ds.system.files import read_sealed, sealed
+from ds.system.staging import write_json
 
 ROOT = Path(__file__).parents[1]
 COUNT = 40
@@ -141,7 +142,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
             "sha256": fingerprint(GAUSSIAN.denoiser),
             "net": to_json(GAUSSIAN.net.config),
             "schedule": {
-                "type": "ds.schedule.LinearBeta",
+                "type": "linear_beta",
                 "num_steps": 1000,
                 "beta_start": 1e-4,
                 "beta_end": 0.02,
@@ -152,7 +153,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
         "loop": False,
         "precision": "float32",
         "device": "cpu",
-        "solver": {"type": "ds.solvers.ddim.DDIM"},
+        "solver": {"type": "ddim"},
         "grid": list(ds.grids.quadratic(10)),
         "noise": "philox4x32-10, Box-Muller",
         "seed": 3,
@@ -200,7 +201,8 @@ def test_batch_size_moves_a_network_by_float32_rounding_only(tmp_path, unet):
 
 def command(saved: Path, out: Path, count: int, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "ds", "pairs", "digits", "--teacher", str(saved), "--out", str(out),
+        sys.executable, "-m", "ds.cli", "pairs", "digits", "--teacher", str(saved),
+        "--out", str(out),
         "--pairs.count", str(count - 8), "--pairs.held-out", "8", "--pairs.seed", "3",
         "--pairs.batch-size", "16", "--pairs.shard-size", "16", "--solve.steps", "10", *more,
     ]  # fmt: skip
@@ -262,7 +264,7 @@ def test_a_deleted_shard_is_written_again_and_the_others_are_left(tmp_path):
 
 def test_a_finished_store_is_not_computed_again(tmp_path, monkeypatch):
     make(tmp_path / "s")
-    monkeypatch.setattr("ds.pairs.Sampler", None)
+    monkeypatch.setattr("ds.pairs.store.Sampler", None)
     assert len(make(tmp_path / "s")) == COUNT
 
 
@@ -504,7 +506,7 @@ def test_points_are_not_stored_as_images(tmp_path):
 
 def test_a_disk_too_small_is_noticed_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=COUNT * 32 - 1))
-    monkeypatch.setattr("ds.pairs.estimate", None)  # the first work there is
+    monkeypatch.setattr("ds.pairs.store.estimate", None)  # the first work there is
     with pytest.raises(RuntimeError, match=r"40 pairs need 1\.28 kB, the disk has 1\.28 kB free"):
         make(tmp_path / "s")
     monkeypatch.undo()
@@ -577,7 +579,7 @@ def test_a_disk_that_fills_up_costs_one_shard(tmp_path, unet, saved):
     (out / "images-00001.npy").unlink()
     before = contents(out)
     limited = (
-        "import resource, sys; from ds.__main__ import main;"
+        "import resource, sys; from ds.cli.__main__ import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.exit(main(sys.argv[1:]))"
     )
     args = command(saved, out, 160, "--pairs.shard-size", "64")

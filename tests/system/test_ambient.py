@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ds
 from ds import ops
-from ds.features import Pixels
+from ds.evaluation.features import Pixels
 from ds.nets import UNetConfig
 
 ROOT = Path(ds.__file__).parent

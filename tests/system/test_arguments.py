@@ -14,16 +14,19 @@ import pytest
 import torch
 
 import ds
-from ds import budget, presets
-from ds.config import Between, _hints
-from ds.data import Batches, Generated, Images
-from ds.evaluation import Moments
-from ds.features import Pixels
-from ds.loader import load
+from ds.cli.distill import Distill
+from ds.cli.pairs import MakePairs
+from ds.cli.teach import Teach
+from ds.evaluation.evaluate import Moments
+from ds.evaluation.features import Pixels
+from ds.models.sampler import great_circle
 from ds.nets import UNetConfig
-from ds.sample import great_circle
-from ds.train import Runtime, TrainConfig, Trainer
-from ds.verbs import Distill, MakePairs, Teach
+from ds.pairs.sources import Batches, Generated, Images
+from ds.system import cost
+from ds.system.config import Between, _hints
+from ds.training import presets
+from ds.training.loader import load
+from ds.training.trainer import Runtime, TrainConfig, Trainer
 
 DATA = ds.analytic.Gaussian()
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))
@@ -33,7 +36,7 @@ HUGE = (10**9, 10**12, 2**62)
 def dataclasses_of_ds() -> set[type]:
     """Every dataclass that is set by people: of presets, methods, schedules, solvers, verbs."""
     found = set()
-    for name in ("train", "presets", "schedule", "methods", "solvers", "nets.unet", "verbs"):
+    for name in ("training", "diffusion", "diffusion.solvers", "methods", "nets", "cli"):
         module = importlib.import_module(f"ds.{name}")
         parts = [module] if not hasattr(module, "__path__") else [
             importlib.import_module(f"{module.__name__}.{part.name}")
@@ -154,7 +157,7 @@ ABSURD = {
 @pytest.mark.parametrize("size", HUGE)
 @pytest.mark.parametrize("ask", ABSURD.values(), ids=ABSURD)
 def test_an_absurd_size_is_one_line_and_no_work(ask, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "free_memory", lambda device="cpu": 8e9)
+    monkeypatch.setattr(cost, "free_memory", lambda device="cpu": 8e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e10))
     with pytest.raises((ValueError, RuntimeError)) as found:
         ask(size, tmp_path)
@@ -212,7 +215,7 @@ def test_an_evaluation_needs_as_many_images_as_its_figures():
 
 
 def test_free_memory_is_what_the_machine_has_at_most():
-    assert 0 < budget.free_memory() < 1e15
+    assert 0 < cost.free_memory() < 1e15
 
 
 def test_a_student_of_another_shape_than_its_rows_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """What time and bad luck do to files of ours: noticed in one line that names the file, or harmless.
 
-Harmless is what leaves the same result, to the bit. `python -m tests.test_damage` prints how many
-flipped bits of each kind of file were noticed, and how many were harmless.
+Harmless is what leaves the same result, to the bit. `python -m tests.system.test_damage` prints
+how many flipped bits of each kind of file were noticed, and how many were harmless.
 """
 
 import itertools
@@ -18,16 +18,17 @@ import torch
 import torch.distributed as dist
 
 import ds
-from ds import archives, resume
 from ds.analytic import Gaussian
-from ds.data import Pairs
+from ds.models.convert import read
 from ds.nets import UNetConfig
-from ds.nets.convert import read
-from ds.records import read_metrics
-from ds.resume import Checkpoint
-from ds.train import Trainer
-from tests.test_reading import NO_FILES
-from tests.test_resume import CPU, Run, flat
+from ds.pairs import archives
+from ds.pairs.sources import Pairs
+from ds.training import checkpoint
+from ds.training.checkpoint import FOLDER, Checkpoint
+from ds.training.log import read_metrics
+from ds.training.trainer import Trainer
+from tests.system.test_reading import NO_FILES
+from tests.training.test_checkpoint import CPU, Run, flat
 
 FLIPS = 50
 TINY = UNetConfig(
@@ -93,7 +94,7 @@ def resumed(run: Trainer) -> dict[str, Any]:
     run._claim()
     run.checkpoint.load(run)
     leaves: dict[str, Any] = {}
-    resume._mapped(leaves.__setitem__, run.state_dict())
+    checkpoint._mapped(leaves.__setitem__, run.state_dict())
     return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in leaves.items()}
 
 
@@ -121,7 +122,7 @@ def sharded(folder: Path, value: float) -> Path:
     checkpoint = Checkpoint(folder, CPU, sharded=True)
     checkpoint.save(Run(sharded=True, value=value, step=5).state_dict())
     checkpoint.close()
-    return folder / resume.FOLDER
+    return folder / FOLDER
 
 
 def read_shards(folder: Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def all_kinds(root: Path, cache: Path) -> dict[str, Kind]:
     url = f"memory://damage/{next(itertools.count())}"
     kept = store(url)
     cached = cache / f"{kept.manifest['sha256'][1]}.npy"
-    (shard,) = (a / "shards" / resume.FOLDER).glob("*.safetensors")
+    (shard,) = (a / "shards" / FOLDER).glob("*.safetensors")
 
     def kind(name: str, use: Callable[[], Any]) -> Kind:
         return Kind(a / name, use, (b / name).read_bytes())

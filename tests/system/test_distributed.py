@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import ds
-from ds import ranks
-from ds.evaluation import evaluate
-from ds.features import Pixels
+from ds.evaluation.evaluate import evaluate
+from ds.evaluation.features import Pixels
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
+from ds.system import distributed
 from tests.processes import Two
 
 CONFIG = UNetConfig(
@@ -44,15 +44,23 @@ def alone(student: Path, batch_size: int) -> dict:
 
 
 def shared(student: Path, out: Path) -> None:
-    with ranks.joined():
+    with distributed.joined():
         model = ds.load_student(student)
         result = evaluate(model, ds.data.digits()[0][:301], Pixels(), n=101, batch_size=16)
-        out.with_suffix(f".{int(ranks.is_first())}").write_text(json.dumps(result))
+        out.with_suffix(f".{int(distributed.is_first())}").write_text(json.dumps(result))
 
 
 def test_the_verb_evaluate_runs_in_two_processes(student, tmp_path):
     # torchrun reads what comes after the module too, and takes shortened names for its own.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ds")
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ds.cli",
+    )
     options = ("--count", "101", "--batch-size", "16", "--extractor", "pixels", "--out", "e.json")
     command = [sys.executable, *launcher, "evaluate", str(student), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -84,6 +92,6 @@ def test_the_shares_of_all_ranks_make_the_whole(n, monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        shares.append(ranks.share(n))
+        shares.append(distributed.share(n))
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ds import files
-from ds.evaluation import Moments, read_reference
-from ds.features import Inception
-from ds.load import load
+from ds.diffusion.schedules import LinearBeta
+from ds.evaluation.evaluate import Moments, read_reference
+from ds.evaluation.features import Inception
+from ds.models.convert import read, to_diffusers
+from ds.models.load import load
 from ds.nets import UNetConfig
-from ds.nets.convert import read, to_diffusers
-from ds.schedule import LinearBeta
-from tests.test_reading import NO_FILES, no_file
+from ds.system import files
+from tests.system.test_reading import NO_FILES, no_file
 
 NET = UNetConfig(
     image_size=8, channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
@@ -263,7 +263,11 @@ def test_what_the_machine_cannot_do_is_no_damage(tmp_path, weights, monkeypatch,
     def fail(*_, **__):
         raise error
 
-    for place in ("torch.load", "ds.nets.convert.imported.load_file", "ds.checkpoint.load_file"):
+    for place in (
+        "torch.load",
+        "ds.models.convert.imported.load_file",
+        "ds.models.pretrained.load_file",
+    ):
         monkeypatch.setattr(place, fail)
     with pytest.raises(
         RuntimeError, match=r"could not be read .*; nothing was found wrong with it"

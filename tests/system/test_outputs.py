@@ -16,10 +16,13 @@ import pytest
 import torch
 
 import ds
-from ds import archives, export, images, report, targets
-from ds.__main__ import main
+from ds.cli.__main__ import main
+from ds.evaluation import report
+from ds.models import export, images
+from ds.models.convert import to_diffusers
 from ds.nets import UNet, UNetConfig
-from ds.nets.convert import to_diffusers
+from ds.pairs import archives
+from ds.system import targets
 
 NET = UNetConfig(
     image_size=8, in_channels=1, channels=4, channel_mult=(1,), num_res_blocks=1,

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 
-from ds import files
-from ds.config import Between, Matching, Sha256, from_json, mismatch, to_json
+from ds.diffusion.schedules import LinearBeta
 from ds.nets import UNetConfig
-from ds.presets import PRESETS
-from ds.schedule import LinearBeta
+from ds.system import files
+from ds.system.config import Between, Matching, Sha256, from_json, mismatch, to_json
+from ds.training.presets import PRESETS
 
 # Kinds of things that are no files, which tests of single readers use too.
 
@@ -245,7 +245,7 @@ def test_what_is_missing_is_named(name):
     ],
 )
 def test_a_field_of_another_type_is_named(change, said):
-    with pytest.raises(ValueError, match=f"configuration of ds.schedule.LinearBeta: {said}"):
+    with pytest.raises(ValueError, match=f"configuration of linear_beta: {said}"):
         from_json(to_json(LinearBeta()) | change)
 
 

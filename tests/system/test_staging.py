@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds.staging import (
+from ds.system.staging import (
     COMMIT,
     LOCK,
     NEW,
@@ -21,7 +21,7 @@ from ds.staging import (
     replacing_directory,
     staging,
 )
-from tests.test_outputs import forked, tree
+from tests.system.test_outputs import forked, tree
 
 CALLS = ("rename", "replace", "link", "fsync", "mkdir", "chmod", "unlink", "rmdir", "open")
 

@@ -1,6 +1,6 @@
 """The state of a run on disk: to the bit, at the moment it was saved, whole or not at all.
 
-Shards are those of a single process here; tests/test_shard.py has more of them.
+Shards are those of a single process here; tests/training/test_fsdp.py has more of them.
 """
 
 import json
@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ds import resume
-from ds.resume import Checkpoint
-from tests.test_reading import NO_FILES, no_file
+from ds.training import checkpoint
+from ds.training.checkpoint import Checkpoint
+from tests.system.test_reading import NO_FILES, no_file
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ class Run:
 def flat(run: Run) -> dict:
     """The leaves of a state, whole and out of the reach of what is done to it in place."""
     leaves = {}
-    resume._mapped(leaves.__setitem__, run.state)
+    checkpoint._mapped(leaves.__setitem__, run.state)
     full = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in leaves.items()}
     return {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in full.items()}
 
@@ -141,7 +141,7 @@ def test_what_could_not_be_written_is_told_and_the_last_one_stays(tmp_path, monk
     expected = flat(run)
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", fail)
-        patch.setattr(resume._Writer, "write_data", fail)
+        patch.setattr(checkpoint._Writer, "write_data", fail)
         checkpoint.save(Run(sharded=sharded, value=9.0, step=8).state_dict())
         with pytest.raises((OSError, RuntimeError), match="No space left on device"):
             checkpoint.save(run.state_dict())
@@ -157,35 +157,37 @@ def test_a_run_has_one_checkpoint_of_either_kind(tmp_path):
     for step, sharded in enumerate((False, True, False, True)):
         saved(tmp_path, Run(sharded=sharded, step=step), sharded=sharded)
         (only,) = tmp_path.iterdir()
-        assert only.name == (resume.FOLDER if sharded else resume.FILE)
+        assert only.name == (checkpoint.FOLDER if sharded else checkpoint.FILE)
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["file", "shards"])
 def test_of_both_kinds_the_newer_one_counts(tmp_path, newer):
     """As after a kill between the end of the one and that of the other."""
-    file, aside = tmp_path / resume.FILE, tmp_path / "aside"
+    file, aside = tmp_path / checkpoint.FILE, tmp_path / "aside"
     saved(tmp_path, Run(sharded=False, step=1), sharded=False)
     file.rename(aside)
     saved(tmp_path, Run(sharded=True, step=2), sharded=True)
     aside.rename(file)
     os.utime(file, (1000, 1000))
-    os.utime(tmp_path / resume.FOLDER / resume.NUMBERS, (2000, 2000) if newer else (500, 500))
+    os.utime(
+        tmp_path / checkpoint.FOLDER / checkpoint.NUMBERS, (2000, 2000) if newer else (500, 500)
+    )
     assert loaded(tmp_path, sharded=False).state["step"] == 1 + newer
 
 
 def test_what_somebody_put_beside_shards_stays(tmp_path):
     saved(tmp_path, Run(sharded=True, step=5), sharded=True)
-    (tmp_path / resume.FOLDER / "notes").touch()
+    (tmp_path / checkpoint.FOLDER / "notes").touch()
     for step, sharded in ((6, True), (7, False)):
         saved(tmp_path, Run(sharded=sharded, step=step), sharded=sharded)
         assert loaded(tmp_path, sharded=sharded).state["step"] == step
-    assert [f.name for f in (tmp_path / resume.FOLDER).iterdir()] == ["notes"]
+    assert [f.name for f in (tmp_path / checkpoint.FOLDER).iterdir()] == ["notes"]
 
 
 def damage(out: Path, how: str) -> None:
-    folder = out / resume.FOLDER
+    folder = out / checkpoint.FOLDER
     (shard,) = folder.glob("*.safetensors")
-    numbers = folder / resume.NUMBERS
+    numbers = folder / checkpoint.NUMBERS
     if how == "truncated":
         shard.write_bytes(shard.read_bytes()[:-10])
     elif how == "missing":
@@ -245,7 +247,7 @@ def test_what_the_machine_cannot_do_is_no_damage(tmp_path, monkeypatch, sharded,
     def fail(*_, **__):
         raise error
 
-    for place in ("torch.load", "ds.resume.dcp.load"):
+    for place in ("torch.load", "ds.training.checkpoint.dcp.load"):
         monkeypatch.setattr(place, fail)
     with pytest.raises(RuntimeError, match=r"could not be read .* nothing was found wrong with it"):
         loaded(tmp_path, sharded=sharded)
@@ -254,9 +256,9 @@ def test_what_the_machine_cannot_do_is_no_damage(tmp_path, monkeypatch, sharded,
 
 
 @no_file
-@pytest.mark.parametrize("name", [resume.FILE, f"{resume.FOLDER}/{resume.NUMBERS}"])
+@pytest.mark.parametrize("name", [checkpoint.FILE, f"{checkpoint.FOLDER}/{checkpoint.NUMBERS}"])
 def test_a_checkpoint_that_is_no_file_is_said(tmp_path, kind, name):
-    (tmp_path / resume.FOLDER).mkdir()
+    (tmp_path / checkpoint.FOLDER).mkdir()
     NO_FILES[kind](tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}: {kind}"):
         loaded(tmp_path, sharded=False)
@@ -270,7 +272,7 @@ class Bomb:
 def test_nothing_that_was_pickled_is_read_from_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path, Run(sharded=True, step=5), sharded=True)
-    assert {f.suffix for f in (tmp_path / resume.FOLDER).iterdir()} == {".json", ".safetensors"}
-    (tmp_path / resume.FOLDER / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    assert {f.suffix for f in (tmp_path / checkpoint.FOLDER).iterdir()} == {".json", ".safetensors"}
+    (tmp_path / checkpoint.FOLDER / ".metadata").write_bytes(pickle.dumps(Bomb()))
     assert loaded(tmp_path, sharded=True).state["step"] == 5
     assert not Path("exploded").exists()

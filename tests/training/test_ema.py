@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import ds
-from ds import optim, posthoc
-from ds.signals import Interrupted
-from tests.test_reading import NO_FILES, no_file
-from tests.test_train import SHORT, TEACHER, stop_at, trainer
+from ds.system.signals import Interrupted
+from ds.training import ema, optim
+from tests.system.test_reading import NO_FILES, no_file
+from tests.training.test_trainer import SHORT, TEACHER, stop_at, trainer
 
 STEPS, EVERY = 2000, 100
 
@@ -30,18 +30,18 @@ class Walk(nn.Module):
 def walked(tmp_path_factory):
     """A run of 20 snapshots, and what averages of other lengths were at its end."""
     run, net, draw = tmp_path_factory.mktemp("run"), Walk(), torch.Generator().manual_seed(0)
-    tracked = [Walk() for _ in posthoc.LENGTHS]
+    tracked = [Walk() for _ in ema.LENGTHS]
     direct = {length: Walk() for length in (0.02, 0.05, 0.07, 0.15, 0.2)}
-    lengths = [*zip(posthoc.LENGTHS, tracked, strict=True), *direct.items()]
+    lengths = [*zip(ema.LENGTHS, tracked, strict=True), *direct.items()]
     for step in range(STEPS):
         net.weight.data += torch.randn(64, generator=draw) / STEPS**0.5
         for length, mean in lengths:
-            decay = optim.power_decay(step, posthoc.gamma_of(length))
+            decay = optim.power_decay(step, ema.gamma_of(length))
             optim.average([mean.weight], [net.weight], decay)
         for mean in tracked:
             mean.count.fill_(step)
         if (step + 1) % EVERY == 0:
-            posthoc.write_snapshot(run, step + 1, tracked)
+            ema.write_snapshot(run, step + 1, tracked)
     return run, {length: mean.weight.detach() for length, mean in direct.items()}
 
 
@@ -59,7 +59,7 @@ def test_an_average_made_afterwards_is_that_of_the_training(walked):
 def test_the_length_is_the_standard_deviation_of_the_weights_in_time():
     """In closed form: the moments of (gamma + 1) t^gamma on [0, 1]."""
     for length in (0.01, 0.05, 0.1, 0.25):
-        n = posthoc.gamma_of(length) + 1
+        n = ema.gamma_of(length) + 1
         assert n / (n + 2) - (n / (n + 1)) ** 2 == pytest.approx(length**2)
 
 
@@ -121,6 +121,6 @@ def test_a_snapshot_of_something_else_is_named(walked, tmp_path, content):
     elif content == "of another step":
         shutil.copy(tmp_path / "snapshots" / "step-0000100.safetensors", file)
     else:
-        posthoc.write_snapshot(tmp_path, 200, [nn.Linear(1, 1) for _ in range(2)])
+        ema.write_snapshot(tmp_path, 200, [nn.Linear(1, 1) for _ in range(2)])
     with pytest.raises(ValueError, match=f"{file}: not a whole snapshot"):
         ds.post_hoc_ema(tmp_path, 0.1)

@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 import ds
-from ds import ranks, resume
-from ds.data import Pairs
 from ds.methods import DenoisingStudent
-from ds.shard import blocks, local, whole
-from ds.signals import Interrupted
-from ds.train import Runtime, Trainer
+from ds.pairs.sources import Pairs
+from ds.system import distributed
+from ds.system.signals import Interrupted
+from ds.training import checkpoint
+from ds.training.fsdp import blocks, local, whole
+from ds.training.trainer import Runtime, Trainer
 from tests.processes import Two
-from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, unet
-from tests.test_train_ranks import Telling, curve
+from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, unet
+from tests.training.test_trainer_ranks import Telling, curve
 
 pytestmark = pytest.mark.slow
 # At a rate where a rounding stays one for six steps.
@@ -88,7 +89,7 @@ def finish(run: Trainer) -> None:
     tensors = [*run.modules.parameters(), *run.ema.parameters(), *run.best.parameters(), *moments]
     share = sum(w.numel() for w in local(tensors)) / sum(w.numel() for w in tensors)
     learnt |= {"best": best.state_dict(), "share": share}
-    torch.save(learnt, run.out / f"learnt-{ranks.number()}.pt")
+    torch.save(learnt, run.out / f"learnt-{distributed.number()}.pt")
 
 
 def stop(run: Trainer) -> None:
@@ -100,7 +101,7 @@ def stop(run: Trainer) -> None:
 
 def die_at_the_second_checkpoint(run: Trainer) -> None:
     """Kill the first process when all have written their shards, before they get their name."""
-    ends, end = [], resume._Writer.finish
+    ends, end = [], checkpoint._Writer.finish
 
     def kill(self, **written):
         ends.append(written)
@@ -108,7 +109,7 @@ def die_at_the_second_checkpoint(run: Trainer) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         end(self, **written)
 
-    resume._Writer.finish = kill
+    checkpoint._Writer.finish = kill
     run.fit()
 
 
@@ -140,7 +141,7 @@ def launch(home: Path, stage: str) -> str:
 
 def stage_of(home: Path, stage: str) -> None:
     torch.set_num_threads(1)
-    with ranks.joined():
+    with distributed.joined():
         work(home, stage)
 
 
@@ -216,9 +217,9 @@ def test_snapshots_and_evaluations_are_of_whole_averages(home):
 
 def test_a_kill_while_shards_are_written_leaves_the_last_checkpoint(resumed):
     """Which is that of step 3; the run goes on from it to the bits of an undisturbed one."""
-    assert '"step": 3,' in (resumed / "dead" / "checkpoint" / resume.NUMBERS).read_text()
+    assert '"step": 3,' in (resumed / "dead" / "checkpoint" / checkpoint.NUMBERS).read_text()
     assert not [*(resumed / "killed").rglob(".ds-*")]
-    assert '"step": 6,' in (resumed / "killed" / "checkpoint" / resume.NUMBERS).read_text()
+    assert '"step": 6,' in (resumed / "killed" / "checkpoint" / checkpoint.NUMBERS).read_text()
     killed, undisturbed = learnt(resumed / "killed"), learnt(folder(resumed, "whole", True))
     for kind in ("now", "ema", "best"):
         assert all(torch.equal(w, undisturbed[kind][name]) for name, w in killed[kind].items())

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import ds
-from ds import loader
 from ds.analytic import Gaussian
-from ds.data import Batches, Images, Pairs, digits
-from ds.loader import Kind, load
-from ds.ranks import share
+from ds.pairs.sources import Batches, Images, Pairs, digits
+from ds.system.distributed import share
+from ds.training import loader
+from ds.training.loader import Kind, load
 
 CPU = torch.device("cpu")
 ROWS, BATCH = 103, 12

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from ds import records
-from ds.records import Records, check_project
-from tests.test_reading import NO_FILES, no_file
+from ds.training import log
+from ds.training.log import Records, check_project
+from tests.system.test_reading import NO_FILES, no_file
 
 
 class Told(list):
@@ -30,7 +30,7 @@ class Told(list):
 
 
 def installed(monkeypatch, *names: str) -> None:
-    monkeypatch.setattr(records, "find_spec", lambda name: name in names or None)
+    monkeypatch.setattr(log, "find_spec", lambda name: name in names or None)
 
 
 def test_every_note_is_a_line(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_damaged_line_is_left_out_and_said(tmp_path, monkeypatch, caplog, line
     first.note(10, loss=float("nan"))
     Records(tmp_path, 10, {})
     assert f"{tmp_path / 'metrics.jsonl'}: line 2 is damaged, and left out" in caplog.text
-    assert [note["step"] for note in records.read_metrics(tmp_path)] == [5, 10]
+    assert [note["step"] for note in log.read_metrics(tmp_path)] == [5, 10]
 
 
 @no_file

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ds import grids
-from ds.presets import PRESETS
-from ds.schedule import LinearBeta
-from ds.solvers import DDIM
+from ds.diffusion import grids
+from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.solvers import DDIM
+from ds.training.presets import PRESETS
 
 QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
 BETAS, LSUN_BETAS = (0.9, 0.98), (0.98, 0.999)

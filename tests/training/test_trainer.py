@@ -22,17 +22,17 @@ from torch import nn
 
 import ds
 from ds.analytic import Gaussian
-from ds.config import to_json
-from ds.data import Generated, Images, Pairs, digits
-from ds.files import read_json, read_sealed
-from ds.images import save_png, tile, to_uint8
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
+from ds.models.images import save_png, tile, to_uint8
 from ds.nets import UNetConfig
-from ds.optim import average, power_decay
-from ds.signals import Interrupted, Stop
-from ds.staging import locked
-from ds.train import MEASURED, PAYS, Runtime, TrainConfig, Trainer
-from tests.test_loader import KINDS
+from ds.pairs.sources import Generated, Images, Pairs, digits
+from ds.system.config import to_json
+from ds.system.files import read_json, read_sealed
+from ds.system.signals import Interrupted, Stop
+from ds.system.staging import locked
+from ds.training.optim import average, power_decay
+from ds.training.trainer import MEASURED, PAYS, Runtime, TrainConfig, Trainer
+from tests.training.test_loader import KINDS
 
 DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(100))
@@ -131,7 +131,7 @@ def stop_at(monkeypatch, step: int) -> None:
         stop.__class__ = type("Asked", (Stop,), {"__call__": lambda _: int(next(asked) == step)})
         yield stop
 
-    monkeypatch.setattr("ds.train.deferred_signals", signals)
+    monkeypatch.setattr("ds.training.trainer.deferred_signals", signals)
 
 
 # The bar with a closed form.
@@ -307,7 +307,7 @@ def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_pat
         drawn.append(sheet)
         save_png(sheet, path, scale=scale)
 
-    monkeypatch.setattr("ds.train.save_png", draw)
+    monkeypatch.setattr("ds.training.trainer.save_png", draw)
     run = trainer(store, tmp_path)
     run.fit()
     made = run.method.sample(run.ema, ds.noise(SHORT.seed, range(64), DATA.shape))
@@ -422,7 +422,7 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
         assert adam_w_mode
         return torch.optim.AdamW(params, **options)
 
-    monkeypatch.setattr("ds.apex.status", lambda: "NVIDIA's, a stand-in")
+    monkeypatch.setattr("ds.system.apex.status", lambda: "NVIDIA's, a stand-in")
     monkeypatch.setitem(sys.modules, "apex", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=stand_in))
     c = replace(

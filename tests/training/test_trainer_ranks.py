@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import ds
-from ds import ranks
-from ds.__main__ import main
-from ds.data import Images, digits
+from ds.cli.__main__ import main
 from ds.methods import Denoising
-from ds.signals import Interrupted
-from ds.train import Runtime, Trainer
+from ds.pairs.sources import Images, digits
+from ds.system import distributed
+from ds.system.signals import Interrupted
+from ds.training.trainer import Runtime, Trainer
 from tests.processes import Two
-from tests.test_train import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
+from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 
 pytestmark = pytest.mark.slow
 QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
@@ -51,7 +51,7 @@ def work(home: Path) -> None:
     """Do the verbs, and then the jobs, in one of two processes."""
     torch.set_num_threads(1)
     folders = ("--teacher", home / "teacher", "--store", home / "pairs", "--out", home / "student")
-    with ranks.joined():
+    with distributed.joined():
         assert main([*map(str, (*DISTILL, *folders))]) == 0
         assert main([*map(str, (*DISTILL, *folders, *ONLINE, "--out", home / "online"))]) == 0
         do_jobs(home)
@@ -69,7 +69,7 @@ def do_jobs(home: Path) -> None:
         else:
             run.fit()
             weights = torch.cat([p.flatten() for p in run.modules.parameters()])
-            assert len(ranks.gather(weights[None]).unique(dim=0)) == 1
+            assert len(distributed.gather(weights[None]).unique(dim=0)) == 1
 
 
 class Telling:
@@ -82,7 +82,7 @@ class Telling:
         return getattr(self.method, name)
 
     def after_step(self, modules, step):
-        if step + 1 == self.step and not ranks.is_first():
+        if step + 1 == self.step and not distributed.is_first():
             os.kill(os.getpid(), signal.SIGTERM)
 
 

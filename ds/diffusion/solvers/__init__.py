@@ -1,9 +1,9 @@
 """Solvers of the probability-flow ODE, one file each."""
 
-from ds.solvers.base import AbstractSolver
-from ds.solvers.ddim import DDIM
-from ds.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
-from ds.solvers.heun import Heun
-from ds.solvers.unipc import UniPC
+from ds.diffusion.solvers.base import AbstractSolver
+from ds.diffusion.solvers.ddim import DDIM
+from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
+from ds.diffusion.solvers.heun import Heun
+from ds.diffusion.solvers.unipc import UniPC
 
 __all__ = ["DDIM", "AbstractSolver", "DPMSolverPP", "DPMSolverPPSinglestep", "Heun", "UniPC"]

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds.denoiser import Denoiser
-from ds.grids import Grid
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
 
 
 class AbstractSolver(ABC):

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ds.denoiser import Denoiser
-from ds.solvers.base import AbstractSolver
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.solvers.base import AbstractSolver
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from math import expm1
 
 from torch import Tensor
 
-from ds.config import check
-from ds.denoiser import Denoiser
-from ds.schedule import DATA, AbstractSchedule
-from ds.solvers.base import AbstractSolver
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import DATA, AbstractSchedule
+from ds.diffusion.solvers.base import AbstractSolver
+from ds.system.config import check
 
 History = tuple[tuple[int, Tensor], ...]  # times and the x0 predicted there, the oldest first
 

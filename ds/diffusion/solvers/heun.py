@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ds.denoiser import Denoiser
-from ds.grids import Grid
-from ds.schedule import DATA
-from ds.solvers.base import AbstractSolver
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.schedules import DATA
+from ds.diffusion.solvers.base import AbstractSolver
 
 
 @dataclass(frozen=True)

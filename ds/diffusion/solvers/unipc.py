@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from math import expm1, factorial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ds.denoiser import Denoiser
-from ds.schedule import DATA, AbstractSchedule
-from ds.solvers.base import AbstractSolver
-from ds.solvers.dpm_solver_pp import History, check_order
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.schedules import DATA, AbstractSchedule
+from ds.diffusion.solvers.base import AbstractSolver
+from ds.diffusion.solvers.dpm_solver_pp import History, check_order
 
 
 class _State(NamedTuple):
@@ -28,6 +28,8 @@ class UniPC(AbstractSolver):
     uses two predictions at most, and the step to the data is x0 itself. Zhao et al. 2023,
     arXiv:2302.04867, section 3 and its algorithms for data prediction.
     """
+
+    tag: ClassVar[str] = "unipc"
 
     p: int = 2
     lower_order_final: bool = True

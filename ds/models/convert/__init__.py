@@ -5,10 +5,10 @@ Formats are told apart by content, never by name; tensors are read and nothing i
 
 from pathlib import Path
 
-from ds.files import opened
-from ds.nets.convert import ddpm, diffusers, keras
-from ds.nets.convert.diffusers import write as to_diffusers
-from ds.nets.convert.imported import Imported
+from ds.models.convert import ddpm, diffusers, keras
+from ds.models.convert.diffusers import write as to_diffusers
+from ds.models.convert.imported import Imported
+from ds.system.files import opened
 
 __all__ = ["Imported", "read", "to_diffusers"]
 

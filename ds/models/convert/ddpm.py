@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from ds.files import sha256
-from ds.nets.convert.imported import PUBLISHED, Imported, fit, named, naming, tensors
+from ds.diffusion.schedules import LinearBeta
+from ds.models.convert.imported import PUBLISHED, Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
-from ds.schedule import LinearBeta
+from ds.system.files import sha256
 
 
 def read(path: Path, image_size: int | None) -> Imported:

@@ -14,13 +14,13 @@ from typing import Any
 from safetensors.torch import save
 from torch import Size, Tensor
 
-from ds import targets
-from ds.config import short
-from ds.files import by_name, present, read_json, sha256
-from ds.nets.convert.imported import Imported, fit, named, naming, tensors
+from ds.diffusion.schedules import AbstractSchedule, LinearBeta
+from ds.models.convert.imported import Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
-from ds.schedule import AbstractSchedule, LinearBeta
-from ds.staging import replacing_directory, write_json
+from ds.system import targets
+from ds.system.config import short
+from ds.system.files import by_name, present, read_json, sha256
+from ds.system.staging import replacing_directory, write_json
 
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"

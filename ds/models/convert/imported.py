@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Size, Tensor
 
-from ds.arrays import load_tensors
-from ds.files import opened, whole
+from ds.diffusion.schedules import LinearBeta
 from ds.nets.unet import UNetConfig
-from ds.schedule import LinearBeta
+from ds.system.arrays import load_tensors
+from ds.system.files import opened, whole
 
 # The three networks of DDPM, DDIM and the 2021 code: CIFAR-10; CelebA; LSUN and CelebA-HQ.
 PUBLISHED = (

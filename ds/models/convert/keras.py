@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ds.arrays import check_unpacked
-from ds.files import opened, sha256, whole
-from ds.nets.convert.imported import PUBLISHED, Imported, checked, shapes
+from ds.diffusion.schedules import LinearBeta
+from ds.models.convert.imported import PUBLISHED, Imported, checked, shapes
 from ds.nets.unet import UNetConfig
-from ds.schedule import LinearBeta
+from ds.system.arrays import check_unpacked
+from ds.system.files import opened, sha256, whole
 
 _EPS = 1e-3  # of tensorflow_addons' GroupNormalization, which made and ran all these files
 

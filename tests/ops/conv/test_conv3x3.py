@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ds import ops
 from ds.ops import _native
-from ds.speed import flop_counter
+from ds.training.throughput import flop_counter
 
 
 def case(images=2, channels=16, out=32, h=12, w=12, dtype=torch.float32, seed=0):
