@@ -52,7 +52,7 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def check(self, kind: str, sign: str, *, apart: targets.Inputs = ()) -> None:
-        """Raise ValueError where it cannot be written to; see ds.targets.kept."""
+        """Raise ValueError where it cannot be written to; see ds.system.targets.kept."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -116,7 +116,7 @@ class AbstractPlace(ABC):
         """Return the bytes that can still be written."""
 
     def read_json(self, name: str) -> Any:
-        """Read JSON as ds.files.parse_json does."""
+        """Read JSON as ds.system.files.parse_json does."""
         return parse_json(self.read(name), f"{self}/{name}")
 
     def write_json(self, name: str, data: Any, *, once: bool = False) -> None:

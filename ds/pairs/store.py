@@ -1,6 +1,6 @@
 """Pairs (noise, teacher's image): made once, kept in shards, read by index.
 
-A store is a directory, or a folder in a bucket (ds.places). manifest.json says what made it,
+A store is a directory, or a folder in a bucket (ds.pairs.storage). manifest.json says what made it,
 images-00000.npy and its followers hold the images of consecutive indices. Noise is not kept: that
 of pair i is ds.noise(seed, [i], shape), so a shard is a function of the manifest and its number,
 whoever writes it and in whatever order.
@@ -381,7 +381,7 @@ class PairStore:
     Raises ValueError for a place that has no store, or one that is not finished, lacks a shard or
     has one of another size. The shards are mapped into memory when they are first read, and hashed
     then, unless `check` is off; `verify` reads them all. Those of a bucket are copied to this
-    machine first; see ds.places.Bucket. A store is pickled as its path.
+    machine first; see ds.pairs.storage.Bucket. A store is pickled as its path.
     """
 
     def __init__(self, path: str | Path, *, check: bool = True):

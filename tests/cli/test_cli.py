@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ds
+from ds.cli import environment
 from ds.cli.__main__ import VERBS, main
 from ds.evaluation.features import Pixels
 from ds.pairs.sources import digits
@@ -415,7 +416,7 @@ def test_doctor_reports_a_broken_probe_and_goes_on(probe, capsys, monkeypatch):
     def broken():
         raise OSError("libcudart.so: cannot open\nshared object file")
 
-    monkeypatch.setitem(ds.doctor._PROBES, probe, broken)
+    monkeypatch.setitem(environment._PROBES, probe, broken)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "failed: OSError: libcudart.so: cannot open shared object file" in said

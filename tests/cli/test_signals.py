@@ -93,13 +93,13 @@ def test_a_signal_is_heard_between_two_calls_of_the_network(number, tmp_path, mo
 
 
 def test_a_shard_that_is_being_written_is_written(tmp_path, monkeypatch):
-    write = ds.pairs._Plan.write
+    write = ds.pairs.store._Plan.write
 
     def interrupted(self, shard, put, images):
         send(signal.SIGINT)
         write(self, shard, put, images)
 
-    monkeypatch.setattr(ds.pairs._Plan, "write", interrupted)
+    monkeypatch.setattr(ds.pairs.store._Plan, "write", interrupted)
     with pytest.raises(Interrupted, match="1 of 4 shards are safe"):
         ds.generate_pairs(TEACHER, tmp_path, 32, shard_size=8)
 

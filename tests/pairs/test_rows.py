@@ -13,6 +13,9 @@ import torch
 import ds
 from ds.pairs import rows
 from ds.pairs.sources import Pairs
+from ds.pairs.store import info, is_finished
+from ds.system.files import sealed
+from ds.system.staging import write_json
 from tests.pairs.test_store import COUNT, GAUSSIAN, all_images, contents, make
 from tests.system.test_reading import NO_FILES, no_file
 
@@ -234,9 +237,9 @@ def test_a_manifest_that_cannot_be_is_refused_by_whoever_reads_it(store, said):
     if change.get("teacher"):
         change["teacher"] = store.manifest["teacher"] | change["teacher"]
     file = store.path / "manifest.json"
-    ds.staging.write_json(file, ds.files.sealed(store.manifest | change))
+    write_json(file, sealed(store.manifest | change))
     before = contents(store.path)
-    for read in (ds.PairStore, ds.pairs.info, ds.pairs.is_finished, make):
+    for read in (ds.PairStore, info, is_finished, make):
         with pytest.raises(ValueError, match=f"{file}: .*{said}"):
             read(store.path)
     assert contents(store.path) == before

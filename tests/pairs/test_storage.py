@@ -17,7 +17,7 @@ import torch
 
 import ds
 from ds.cli.__main__ import main
-from ds.pairs.store import storage as places
+from ds.pairs import storage as places
 from ds.pairs.store import store as pairs
 from ds.system.files import redacted
 from tests.pairs.test_store import GAUSSIAN, all_images, contents, make
@@ -236,7 +236,7 @@ def test_no_error_says_them(monkeypatch, call, error):
 
     monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{call}", fail)
     with pytest.raises(OSError) as said:
-        ds.pairs.is_finished(url) if call == "ls" else ds.PairStore(url)
+        pairs.is_finished(url) if call == "ls" else ds.PairStore(url)
     assert "pa55" not in str(said.value) and "memory://***@host/x" in str(said.value)
 
 

@@ -20,7 +20,7 @@ from ds.analytic import Gaussian, GaussianMixture
 from ds.models.images import to_uint8
 from ds.models.pretrained import fingerprint
 from ds.nets import UNetConfig
-from ds.pairs.store import storage as places
+from ds.pairs import storage as places
 from ds.pairs.store import store as pairs
 from ds.system.config import to_json
 from ds.system.files import read_sealed, sealed

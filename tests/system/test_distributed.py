@@ -13,6 +13,7 @@ from ds.evaluation.evaluate import evaluate
 from ds.evaluation.features import Pixels
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
+from ds.pairs.sources import digits
 from ds.system import distributed
 from tests.processes import Two
 
@@ -36,7 +37,7 @@ def student(tmp_path_factory) -> Path:
 
 
 def alone(student: Path, batch_size: int) -> dict:
-    reference = ds.data.digits()[0][:301]
+    reference = digits()[0][:301]
     result = evaluate(
         ds.load_student(student), reference, Pixels(), n=101, batch_size=batch_size
     )  # fmt: skip
@@ -46,7 +47,7 @@ def alone(student: Path, batch_size: int) -> dict:
 def shared(student: Path, out: Path) -> None:
     with distributed.joined():
         model = ds.load_student(student)
-        result = evaluate(model, ds.data.digits()[0][:301], Pixels(), n=101, batch_size=16)
+        result = evaluate(model, digits()[0][:301], Pixels(), n=101, batch_size=16)
         out.with_suffix(f".{int(distributed.is_first())}").write_text(json.dumps(result))
 
 

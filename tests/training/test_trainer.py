@@ -909,7 +909,7 @@ def test_cuda_graphs_and_accumulation_are_refused_together():
 def test_a_run_that_stalls_ends_and_shows_where(store, tmp_path):
     """In a process of its own, which ends with 1, and with the stack on standard error."""
     code = (
-        "import time\nfrom ds.train import _watchdog\n"
+        "import time\nfrom ds.training.trainer import _watchdog\n"
         "def stuck():\n    time.sleep(60)\n"
         "with _watchdog(0.3 / 60) as alive:\n    alive()\n    stuck()\n"
     )
