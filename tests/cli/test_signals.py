@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ds
+import ds.pairs.store
 from ds.cli.__main__ import main
 from ds.system import signals
 from ds.system.signals import ENDS, Heard, Interrupted, deferred_signals

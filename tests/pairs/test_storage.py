@@ -18,7 +18,7 @@ import torch
 import ds
 from ds.cli.__main__ import main
 from ds.pairs import storage as places
-from ds.pairs.store import store as pairs
+from ds.pairs import store as pairs
 from ds.system.files import redacted
 from tests.pairs.test_store import GAUSSIAN, all_images, contents, make
 

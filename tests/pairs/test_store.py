@@ -21,7 +21,7 @@ from ds.models.images import to_uint8
 from ds.models.pretrained import fingerprint
 from ds.nets import UNetConfig
 from ds.pairs import storage as places
-from ds.pairs.store import store as pairs
+from ds.pairs import store as pairs
 from ds.system.config import to_json
 from ds.system.files import read_sealed, sealed
 from ds.system.staging import write_json
