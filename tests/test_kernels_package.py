@@ -42,15 +42,16 @@ def test_the_folder_hides_no_package_named_kernels():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
-def test_a_wheel_has_them_as_ds_kernels(tmp_path):
+def test_a_wheel_has_them_as_ds_ops_kernels(tmp_path):
     source, installed = tmp_path / "source", tmp_path / "installed"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "kernels", source / "kernels")
-    (source / "ds").mkdir()
-    for name in ("__init__.py", "kernels.py"):
-        shutil.copy(ROOT / "ds" / name, source / "ds")
+    (source / "ds" / "ops").mkdir(parents=True)
+    for package in ("ds", "ds/ops"):
+        (source / package / "__init__.py").touch()
+    shutil.copy(ROOT / "ds" / "ops" / "kernels.py", source / "ds" / "ops")
     (source / "README.md").touch()
     result = subprocess.run(
         [sys.executable, "setup.py", "bdist_wheel"],
@@ -67,7 +68,7 @@ def test_a_wheel_has_them_as_ds_kernels(tmp_path):
         "denoising_student",
     }
     for path in KERNELS:
-        expected = installed / "ds" / "kernels" / path.name
+        expected = installed / "ds" / "ops" / "kernels" / path.name
         assert found(f"ds.ops.kernels.{path.stem}", installed) == str(expected)
 
 
