@@ -29,7 +29,7 @@ from benchmarks.peers import Loop, diffusers_twin
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
 from ds.methods import AbstractMethod
-from ds.models.sampler import Teacher
+from ds.models.teacher import Teacher
 from ds.nets import UNet
 from ds.pairs.sources import Images, Pairs, digits
 from ds.pairs.store import generate_pairs

@@ -27,7 +27,7 @@ from benchmarks.network import about, exact_levels, random_cifar10
 from benchmarks.peers import SLOW, write_diffusers
 from ds.diffusion.noise import noise
 from ds.methods import DenoisingStudent
-from ds.models.sampler import Student
+from ds.models.student import Student
 
 METHOD = DenoisingStudent()
 PHASES = "import", "load", "first image"

@@ -25,7 +25,7 @@ from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
 from ds.engine import Engine
 from ds.evaluation.solver_search import candidates
 from ds.methods import Denoising
-from ds.models.sampler import integrate
+from ds.models.teacher import integrate
 from ds.pairs.sources import Images, digits
 from ds.training import presets
 from ds.training.trainer import Trainer

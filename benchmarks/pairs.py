@@ -23,7 +23,8 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.models.sampler import Precision, Teacher
+from ds.models.sampler import Precision
+from ds.models.teacher import Teacher
 from ds.pairs.store import generate_pairs
 
 GRID = (150, 100, 50, 0)

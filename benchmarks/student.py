@@ -16,7 +16,8 @@ from benchmarks.harness import Case, Side, Size, late
 from benchmarks.network import about, exact_levels, random_cifar10, twin
 from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline
 from ds.methods import DenoisingStudent
-from ds.models.sampler import Sampler, Student
+from ds.models.sampler import Sampler
+from ds.models.student import Student
 from ds.nets import UNet
 
 METHOD = DenoisingStudent()

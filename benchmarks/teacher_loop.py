@@ -23,7 +23,8 @@ from benchmarks.peers import Loop, ddim_loop
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.models.sampler import Sampler, Teacher
+from ds.models.sampler import Sampler
+from ds.models.teacher import Teacher
 from ds.nets import UNet
 
 GRID = (50, 0)

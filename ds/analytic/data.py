@@ -23,7 +23,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.noise import noise
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.diffusion.solvers import AbstractSolver
-from ds.models.sampler import Teacher
+from ds.models.teacher import Teacher
 
 
 class AbstractData(ABC):

@@ -12,7 +12,8 @@ from ds.cli.options import Model, Verb, say
 from ds.models import export, pretrained
 from ds.models.convert import diffusers, to_diffusers
 from ds.models.load import load
-from ds.models.sampler import Student, Teacher
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.system import targets
 from ds.system.config import Natural
 

@@ -16,7 +16,9 @@ from ds.evaluation.evaluate import evaluate, record, split_floor
 from ds.evaluation.features import Digits
 from ds.evaluation.report import Row, draw, text_table, write_page
 from ds.models.load import load_student, load_teacher
-from ds.models.sampler import Sampler, Student, Teacher
+from ds.models.sampler import Sampler
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs, digits
 from ds.pairs.store import PairStore
 from ds.system import targets

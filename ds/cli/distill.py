@@ -32,7 +32,8 @@ from ds.methods import DenoisingStudent
 from ds.models import pretrained
 from ds.models.load import load_teacher
 from ds.models.pretrained import fingerprint
-from ds.models.sampler import Student, Teacher
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Generated, Images, Pairs, check_rows
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed

@@ -16,7 +16,8 @@ from ds.evaluation.evaluate import Moments, check_count, evaluate, read_referenc
 from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.models import pretrained
 from ds.models.load import load
-from ds.models.sampler import Student, Teacher
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs
 from ds.pairs.store import PairStore
 from ds.system import targets

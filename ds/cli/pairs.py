@@ -13,7 +13,8 @@ from ds.cli.options import Here, Price, Store, Verb, home_of, say, solve_idle, w
 from ds.diffusion.noise import noise
 from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
 from ds.models.load import load_teacher
-from ds.models.sampler import Sampler, Teacher, least_memory
+from ds.models.sampler import Sampler, least_memory
+from ds.models.teacher import Teacher
 from ds.pairs import archives
 from ds.pairs.storage import place
 from ds.pairs.store import PairStore, check_target, estimate, generate_pairs, info, prepare, to_make

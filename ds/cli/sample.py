@@ -12,8 +12,9 @@ from typing import Any
 from ds.cli.options import Here, Model, Verb, say
 from ds.diffusion.noise import noise
 from ds.models.images import save, target
+from ds.models.interpolate import great_circle
 from ds.models.load import load
-from ds.models.sampler import Precision, Sampler, count, great_circle
+from ds.models.sampler import Precision, Sampler, count
 from ds.system.config import Count, Natural, Seed
 from ds.system.cost import check_memory
 from ds.training.presets import Machine

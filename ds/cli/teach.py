@@ -22,7 +22,7 @@ from ds.cli.options import (
 )
 from ds.methods import Denoising
 from ds.models import pretrained
-from ds.models.sampler import Teacher
+from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.pairs.sources import Images, digits
 from ds.system.config import Seed

@@ -27,7 +27,9 @@ from ds.evaluation.metrics import (
 )
 from ds.models import pretrained
 from ds.models.images import Rounding
-from ds.models.sampler import Sampler, Student, Teacher
+from ds.models.sampler import Sampler
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs, digits
 from ds.system import targets
 from ds.system.ambient import without_ambient

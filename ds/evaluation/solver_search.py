@@ -12,15 +12,9 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
-from ds.models.sampler import (
-    Precision,
-    Sampler,
-    Teacher,
-    device_of,
-    fp8_is_open,
-    integrate,
-    uses_engine,
-)
+from ds.models.model import device_of
+from ds.models.sampler import Precision, Sampler, fp8_is_open, uses_engine
+from ds.models.teacher import Teacher, integrate
 from ds.training.presets import SolveConfig
 
 CALLS = (8, 12, 16, 24, 36)

@@ -12,7 +12,7 @@ from ds.diffusion.noise import uniform
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.methods.base import AbstractMethod
-from ds.models.sampler import integrate
+from ds.models.teacher import integrate
 from ds.system.config import check
 
 _TIMES = 0x7D3A59E2C1846BF0  # the seed of the times, which no source is likely to have

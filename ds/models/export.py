@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.models.sampler import Student
+from ds.models.student import Student
 from ds.ops.group_norm_silu import Addends
 from ds.system import targets
 from ds.system.staging import replacing

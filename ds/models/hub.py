@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ds.models.load import load
-from ds.models.sampler import Student, Teacher
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 
 
 def push_to_hub(

@@ -15,7 +15,8 @@ from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
-from ds.models.sampler import Generator, Student, Teacher
+from ds.models.student import Generator, Student
+from ds.models.teacher import Teacher
 from ds.system.ambient import without_ambient
 from ds.system.config import from_json
 
@@ -76,7 +77,7 @@ def _student(path: str | Path) -> Student:
     config, net = pretrained.read(path, Student.kind)
     with pretrained.naming(path):
         method = pretrained.entry(config, "method", Generator)
-        return Student(net, method, config.get("provenance", {}))
+        return Student(net, method, config.get("nfe", 1), config.get("provenance", {}))
 
 
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
@@ -87,7 +88,7 @@ def _adopt(found: Imported) -> Teacher | Student:
     net = _built(found)
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
-        return Student(net, method, found.facts)
+        return Student(net, method, provenance=found.facts)
     denoiser = Denoiser(net, found.schedule, found.prediction)
     return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
 

@@ -21,7 +21,7 @@ from ds.diffusion.denoiser import Denoiser
 from ds.nets.base import AbstractNetConfig
 from ds.system import targets
 from ds.system.ambient import without_ambient
-from ds.system.config import Sha256, checked, from_json, to_json
+from ds.system.config import Count, Sha256, checked, from_json, to_json
 from ds.system.files import by_name, present, read_json, read_sealed, regular, sealed, sha256, whole
 from ds.system.staging import recover, replacing_directory, write_json
 
@@ -46,6 +46,7 @@ class _Config(TypedDict, total=False):
     solver: Any
     grid: list[int]
     method: Any
+    nfe: Count
     provenance: dict[str, Any]
     card: Sha256
 

@@ -1,219 +1,32 @@
-"""Draw samples: a teacher's loop, a student's single call, and batches of either."""
+"""Draw samples from a model in batches."""
 
 import copy
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.grids import Grid
 from ds.diffusion.noise import noise
-from ds.diffusion.schedules import DATA
-from ds.diffusion.solvers import AbstractSolver
-from ds.engine import Engine, Loop, Place, Plan, Recurrence, times
-from ds.models import pretrained
+from ds.engine import Engine, Loop, Place, Plan, Recurrence
 from ds.models.images import Rounding, to_uint8
+from ds.models.model import Model, device_of, dtype_of
 from ds.nets import UNet
 from ds.system.ambient import without_ambient
-from ds.system.config import Count, Natural, Seed, require, to_json
+from ds.system.config import Count, Seed, require
 from ds.system.cost import check_memory, seconds_each
 
 # Of a network's products; states are float32. fp8 is an experiment, behind a gate.
 Precision = Literal["float32", "tf32", "bfloat16", "fp8"]
 _LOW = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 log = logging.getLogger("ds")
-
-
-def integrate(
-    denoiser: Denoiser, solver: AbstractSolver, grid: Grid, x: Tensor, *, progress: bool = False
-) -> Tensor:
-    """Follow the probability-flow ODE from x [N, *shape] at time grid[0] down to the data.
-
-    Nothing in the loop waits for the device: times and coefficients are numbers of the host.
-    """
-    state = None
-    for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
-        x, state = solver.step(denoiser, x, t, s, state)
-    return x
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """A denoiser, the solver that integrates it, and the grid of times the solver visits.
-
-    Raises ValueError for a grid that does not fall or has a time the schedule lacks.
-    """
-
-    denoiser: Denoiser
-    solver: AbstractSolver
-    grid: Grid
-    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for people
-    kind: ClassVar[str] = "teacher"
-
-    def __post_init__(self):
-        falling = all(t > s for t, s in pairwise(self.grid))
-        if not self.grid or not falling or self.grid[-1] <= DATA:
-            raise ValueError(f"Teacher: a grid falls from noise to 0 or above, not {self.grid}")
-        self.denoiser.schedule.check(*self.grid)
-
-    @property
-    def net(self) -> nn.Module:
-        """The denoiser's network."""
-        return self.denoiser.net
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample, for images (C, H, W)."""
-        return self.denoiser.shape
-
-    @property
-    def nfe(self) -> int:
-        """Network calls a sample costs."""
-        return self.solver.nfe(self.grid)
-
-    @torch.no_grad()
-    def sample(self, noise: Tensor, *, progress: bool = False) -> Tensor:
-        """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped."""
-        return integrate(self.denoiser, self.solver, self.grid, noise, progress=progress)
-
-    @torch.no_grad()
-    def call(self, noise: Tensor) -> Tensor:
-        """Make the first of the network calls, which shows what one costs."""
-        return self.denoiser(noise, self.grid[0]).x0
-
-    def using(self, net: nn.Module) -> "Teacher":
-        """Return the same teacher with another network for its own."""
-        return replace(self, denoiser=replace(self.denoiser, net=net))
-
-    def compile(self) -> "Teacher":
-        """Return the same teacher with a compiled network."""
-        return self.using(_compiled(self.net))
-
-    def engine(self, images: int, **options: Any) -> "Teacher":
-        """Return the same teacher for inference, `images` at a time, with a ds.engine.Engine."""
-        return self.using(_engine(self, images, options))
-
-    def card(self, name: str, provenance: dict[str, Any] | None = None) -> str:
-        """Return the text of a model card for a directory of this name.
-
-        It says the provenance of the model, or another.
-        """
-        return _card(
-            f"# A teacher for denoising-student\n\n"
-            f"{describe_shape(self.shape)}, {self.nfe} network calls a sample.",
-            f"ds.load_teacher({json.dumps(name, ensure_ascii=False)})",
-            self.provenance if provenance is None else provenance,
-        )
-
-    def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
-        """Write a directory that ds.load_teacher reads; provenance goes into config.json too.
-
-        Raises ValueError for a place that cannot be written to or that holds something: with
-        `force`, another model gives way.
-        """
-        about = {
-            "schedule": to_json(self.denoiser.schedule),
-            "prediction": self.denoiser.prediction,
-            "solver": to_json(self.solver),
-            "grid": list(self.grid),
-            "provenance": self.provenance | provenance,
-        }
-        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
-
-
-def _engine(model: "Teacher | Student", images: int, options: dict[str, Any]) -> Engine:
-    options = {"dtype": _dtype(model.net), **options}
-    return Engine(model.net, times(model), images=images, **options)
-
-
-@runtime_checkable
-class Generator(Protocol):
-    """What turns a network and noise into samples: a distillation method."""
-
-    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Student:
-    """A distilled network and the method that says how to sample from it in one call."""
-
-    net: nn.Module
-    method: Generator
-    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for people
-    kind: ClassVar[str] = "student"
-    nfe: ClassVar[int] = 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample, for images (C, H, W)."""
-        return tuple(self.net.shape)
-
-    @torch.no_grad()
-    def sample(self, noise: Tensor) -> Tensor:
-        """Turn noise [N, *shape] into data of the same shape, about [-1, 1], not clipped."""
-        return self.method.sample(self.net, noise)
-
-    def call(self, noise: Tensor) -> Tensor:
-        """Make the one network call."""
-        return self.sample(noise)
-
-    def using(self, net: nn.Module) -> "Student":
-        """Return the same student with another network for its own."""
-        return replace(self, net=net)
-
-    def compile(self) -> "Student":
-        """Return the same student with a compiled network."""
-        return self.using(_compiled(self.net))
-
-    def engine(self, images: int, **options: Any) -> "Student":
-        """Return the same student for inference, `images` at a time, with a ds.engine.Engine."""
-        return self.using(_engine(self, images, options))
-
-    def card(self, name: str, provenance: dict[str, Any] | None = None) -> str:
-        """Return the text of a model card for a directory of this name.
-
-        It says the provenance of the model, or another.
-        """
-        return _card(
-            f"# A one-step generator, distilled by denoising-student\n\n"
-            f"{describe_shape(self.shape)}, one network call a sample, "
-            f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
-            f"Method: {type(self.method).__name__}.",
-            f"ds.load_student({json.dumps(name, ensure_ascii=False)})",
-            self.provenance if provenance is None else provenance,
-        )
-
-    def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
-        """Write a directory that ds.load_student reads, with a model card.
-
-        `provenance` (teacher and store hashes, figures) goes into config.json and the card. Raises
-        ValueError for a place that cannot be written to or that holds something: with `force`,
-        another model gives way.
-        """
-        about = {"method": to_json(self.method), "provenance": self.provenance | provenance}
-        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
-
-
-def _card(head: str, load: str, provenance: dict[str, Any]) -> str:
-    rows = "".join(f"| {name} | {value} |\n" for name, value in provenance.items())
-    table = f"\n| where it comes from | |\n| --- | --- |\n{rows}" if rows else ""
-    return (
-        f"{head}\n\n```python\nimport ds\n\nmodel = {load}\n"
-        f"images = ds.Sampler(model)(seed=0, indices=range(64))\n```\n{table}"
-    )
 
 
 def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
@@ -224,7 +37,7 @@ def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
     """
     if not isinstance(net, UNet):
         return False
-    narrow = device_of(net).type == "cpu" and _dtype(net) != torch.float32
+    narrow = device_of(net).type == "cpu" and dtype_of(net) != torch.float32
     return precision == "fp8" or not narrow
 
 
@@ -235,7 +48,7 @@ def count(indices: Sequence[int]) -> int:
     return len(indices)
 
 
-def least_memory(model: Teacher | Student) -> int:
+def least_memory(model: Model) -> int:
     """Return bytes that sampling takes for each image at least, whatever runs the network.
 
     A state, its noise prediction and its x0 are float32. The last block of a U-Net reads two maps
@@ -248,7 +61,7 @@ def least_memory(model: Teacher | Student) -> int:
     return state + 3 * 2 * c.channels * c.channel_mult[0] * c.image_size**2
 
 
-def usual_batch(model: Teacher | Student) -> int:
+def usual_batch(model: Model) -> int:
     """Return how many images a Sampler takes at a time unless it is told otherwise.
 
     256; of a U-Net on CUDA about 512, as many as keep every multiprocessor busy in every layer and
@@ -266,21 +79,11 @@ def usual_batch(model: Teacher | Student) -> int:
 
 def usual_precision(net: nn.Module) -> Precision:
     """Return the precision that nobody asked for: bfloat16 for U-Nets on CUDA, else float32."""
-    wide = isinstance(net, UNet) and _dtype(net) == torch.float32
+    wide = isinstance(net, UNet) and dtype_of(net) == torch.float32
     return "bfloat16" if wide and device_of(net).type == "cuda" else "float32"
 
 
-def _dtype(net: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in net.parameters()), torch.float32)
-
-
-def _compiled(net: nn.Module) -> nn.Module:
-    """Compile a network for inference; a CPU's is frozen, with weights as they are now."""
-    frozen = {"freezing": True} if device_of(net).type == "cpu" else None
-    return torch.compile(net, options=frozen)
-
-
-def uses_loop(model: Teacher | Student, device: torch.device) -> bool:
+def uses_loop(model: Model, device: torch.device) -> bool:
     """Say whether a Sampler with an engine replays a captured step unless it is told otherwise.
 
     On CUDA it does, of every model whose samples are a ds.engine.Recurrence; others are announced.
@@ -343,7 +146,7 @@ class Sampler:
     @without_ambient()
     def __init__(
         self,
-        model: Teacher | Student,
+        model: Model,
         *,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
@@ -378,7 +181,7 @@ class Sampler:
         self.model, self._loop = model, None
         if engine or usual:
             with self._timed("plan"), _tried(engine or self.precision == "fp8"):
-                self.model = self._packed(model, low or _dtype(model.net), latency, tune)
+                self.model = self._packed(model, low or dtype_of(model.net), latency, tune)
         if self.model is model and low:
             with self._timed("plan"):
                 self.model = model.using(copy.deepcopy(model.net).to(low))
@@ -407,16 +210,14 @@ class Sampler:
             yield
         self.cold_start[part] = time.perf_counter() - begin
 
-    def _packed(
-        self, model: Teacher | Student, dtype: torch.dtype, latency: bool, tune: bool
-    ) -> Teacher | Student:
+    def _packed(self, model: Model, dtype: torch.dtype, latency: bool, tune: bool) -> Model:
         """Return the model with an engine for its network, or with what is quicker on one image."""
         packed = model.engine(self.batch_size, dtype=dtype, tune=tune)
         if not latency or self.device.type == "cuda":
             return packed
         direct = replace(packed.net.rewrites, winograd=False)
         ways = [packed, model.engine(1, dtype=dtype, rewrites=direct)]
-        if dtype == _dtype(model.net):
+        if dtype == dtype_of(model.net):
             ways.append(model)
         return min(ways, key=_latency)
 
@@ -500,12 +301,6 @@ def _tried(asked: bool | None) -> Iterator[None]:
         log.warning("Sampler: goes on without the engine or its loop, which is slower: %s", reason)
 
 
-def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
-    """Return where a network is; one without tensors may be anywhere."""
-    tensors = chain(net.parameters(), net.buffers())
-    return next((t.device for t in tensors), torch.device(otherwise))
-
-
 def check_precision(precision: str, device: torch.device, engine: bool) -> None:
     """Raise ValueError for a precision that there is not, or not on this device and in this way."""
     if precision not in get_args(Precision):
@@ -541,33 +336,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
             place.allow_tf32 = was
 
 
-def _latency(model: Teacher | Student) -> float:
+def _latency(model: Model) -> float:
     """Return how long a network call for one image takes."""
     z = torch.zeros(1, *model.shape, dtype=torch.float32, device="cpu")
     return seconds_each(lambda _: model.call(z), 1)
-
-
-def great_circle(z: Tensor, between: int) -> Tensor:
-    """Go through noise tensors z [N, *shape], with `between` more on the way from each to the next.
-
-    Returns [(N - 1) * (between + 1) + 1, *shape]. Steps are even in angle: a straight line would
-    leave the shell on which normal noise lies. Shoemake 1985, "Animating rotation with quaternion
-    curves", section 3.3.
-    """
-    require("great_circle", Natural, between=between)
-    # Each in float64 and, put together, once more.
-    check_memory("great_circle: a path", 2 * 8 * (len(z) - 1) * (between + 1) * z[0].numel())
-    share = torch.linspace(0, 1, between + 2, dtype=torch.float64, device=z.device)[:-1]
-    share = share.reshape(-1, *[1] * (z.dim() - 1))
-    path = []
-    for a, b in pairwise(z.double()):
-        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-        path.append((((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin())
-    return torch.cat([*path, z[-1:].double()]).to(z.dtype)
-
-
-def describe_shape(shape: tuple[int, ...]) -> str:
-    """Say what a sample is, for people."""
-    if len(shape) != 3:
-        return f"Samples of shape {list(shape)}"
-    return f"Images of {shape[1]} x {shape[2]} pixels, {shape[0]} channel{'s' * (shape[0] > 1)}"

@@ -18,7 +18,8 @@ from torch import Tensor
 from ds import ops
 from ds.diffusion.noise import noise
 from ds.models.pretrained import fingerprint
-from ds.models.sampler import Sampler, Teacher
+from ds.models.sampler import Sampler
+from ds.models.teacher import Teacher
 from ds.pairs.rows import as_indices
 from ds.pairs.store import PairStore, quantize
 from ds.system import distributed

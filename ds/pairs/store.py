@@ -30,18 +30,18 @@ from tqdm import tqdm
 import ds
 from ds.diffusion.noise import noise
 from ds.models.images import to_float, to_uint8
+from ds.models.model import device_of
 from ds.models.pretrained import describe, fingerprint
 from ds.models.sampler import (
     Precision,
     Sampler,
-    Teacher,
     check_precision,
-    device_of,
     least_memory,
     uses_engine,
     uses_loop,
     usual_precision,
 )
+from ds.models.teacher import Teacher
 from ds.pairs.rows import Row, Rows, as_indices
 from ds.pairs.storage import AbstractPlace, Put, claim_of, place
 from ds.system import cost, targets

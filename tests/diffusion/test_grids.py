@@ -10,7 +10,7 @@ from ds import analytic, noise
 from ds.diffusion import grids
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.models.sampler import integrate
+from ds.models.teacher import integrate
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
 

@@ -24,7 +24,7 @@ from ds.diffusion.solvers import (
     Heun,
     UniPC,
 )
-from ds.models.sampler import Teacher
+from ds.models.teacher import Teacher
 from ds.system.config import from_json, to_json
 
 # So fine that rounding times to its indices does not show, nor the step from time 0 to the data.

@@ -11,7 +11,7 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.models.convert import read, to_diffusers
-from ds.models.sampler import Teacher
+from ds.models.teacher import Teacher
 from ds.nets import UNet, UNetConfig
 from tests import golden
 from tests.nets.peers import ARCHITECTURES, DIGITS, Port, change, port, randomized, unpacked

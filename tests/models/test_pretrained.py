@@ -239,7 +239,7 @@ DAMAGE = {
     "configuration a list": (write("config.json", b"[]"), "config.json: holds a list"),
     "another kind": (
         configure(format="denoising-student/student/1"),
-        "config.json: 'method' must be of the kind AbstractMethod",
+        "config.json: 'method' must be of the kind Generator",
     ),
     "a later format": (configure(format="denoising-student/teacher/2"), "config.json: expected a"),
     "no network": (lambda f: drop_from_config(f, "net"), "config.json: 'net' must be"),

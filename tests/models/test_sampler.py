@@ -16,8 +16,9 @@ from ds import analytic
 from ds.diffusion import grids
 from ds.diffusion.solvers import DDIM
 from ds.models.images import save, tile
+from ds.models.interpolate import great_circle
 from ds.models.pretrained import fingerprint
-from ds.models.sampler import great_circle, uses_loop, usual_batch, usual_precision
+from ds.models.sampler import uses_loop, usual_batch, usual_precision
 from ds.nets import UNetConfig
 from ds.training import presets
 from tests.nets.test_unet import build, relative_rms

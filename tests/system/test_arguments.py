@@ -19,7 +19,7 @@ from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
 from ds.evaluation.evaluate import Moments
 from ds.evaluation.features import Pixels
-from ds.models.sampler import great_circle
+from ds.models.interpolate import great_circle
 from ds.nets import UNetConfig
 from ds.pairs.sources import Batches, Generated, Images
 from ds.system import cost

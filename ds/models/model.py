@@ -1,0 +1,104 @@
+"""What a teacher and a student share: a network, sampling with it, and a directory on disk."""
+
+import json
+from abc import ABC, abstractmethod
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ds.engine import Engine, times
+from ds.models import pretrained
+
+M = TypeVar("M", bound="Model")
+
+
+class Model(ABC):
+    """What turns noise into samples by calling a network: a Teacher or a Student.
+
+    Models are frozen values; the weights are those of the network, which several may share.
+    """
+
+    kind: ClassVar[str]
+    net: nn.Module
+    nfe: int  # network calls per sample
+    provenance: dict[str, Any]  # where it comes from, for people
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (C, H, W) for images."""
+        return tuple(self.net.shape)
+
+    @abstractmethod
+    def sample(self, noise: Tensor) -> Tensor:
+        """Turn noise [N, *shape] into samples of the same shape, about [-1, 1], not clipped."""
+
+    @abstractmethod
+    def call(self, noise: Tensor) -> Tensor:
+        """Make the first network call of `sample`, to measure what one costs."""
+
+    @abstractmethod
+    def using(self: M, net: nn.Module) -> M:
+        """Return the same model with another network."""
+
+    def compile(self: M) -> M:
+        """Return the same model with a compiled network; on a CPU its weights are frozen."""
+        frozen = {"freezing": True} if device_of(self.net).type == "cpu" else None
+        return self.using(torch.compile(self.net, options=frozen))
+
+    def engine(self: M, images: int, **options: Any) -> M:
+        """Return the same model for inference, `images` at a time, with a ds.engine.Engine."""
+        options = {"dtype": dtype_of(self.net), **options}
+        return self.using(Engine(self.net, times(self), images=images, **options))
+
+    def card(self, name: str, provenance: dict[str, Any] | None = None) -> str:
+        """Return the text of a model card for a directory of this name.
+
+        The card lists `provenance`, by default that of the model.
+        """
+        facts = self.provenance if provenance is None else provenance
+        rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+        table = f"\n| where it comes from | |\n| --- | --- |\n{rows}" if rows else ""
+        return (
+            f"{self._headline()}\n\n```python\nimport ds\n\n"
+            f"model = ds.load_{self.kind}({json.dumps(name, ensure_ascii=False)})\n"
+            f"images = ds.Sampler(model)(seed=0, indices=range(64))\n```\n{table}"
+        )
+
+    def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
+        """Write a directory that ds.load_teacher or ds.load_student reads, with a model card.
+
+        `provenance`, such as hashes and figures, goes into config.json and the card. Raises
+        ValueError if the path cannot be written to or holds something; `force` replaces another
+        model.
+        """
+        about = {**self._about(), "provenance": self.provenance | provenance}
+        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
+
+    @abstractmethod
+    def _headline(self) -> str:
+        """Return the title and the first line of a model card."""
+
+    @abstractmethod
+    def _about(self) -> dict[str, Any]:
+        """Return what config.json holds beside the network and the provenance."""
+
+
+def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
+    """Return the device of a network, or `otherwise` for one without tensors."""
+    tensors = chain(net.parameters(), net.buffers())
+    return next((t.device for t in tensors), torch.device(otherwise))
+
+
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """Return the dtype of a network's weights, float32 for one without any."""
+    return next((w.dtype for w in net.parameters()), torch.float32)
+
+
+def describe_shape(shape: tuple[int, ...]) -> str:
+    """Describe a sample of this shape in words, for people."""
+    if len(shape) != 3:
+        return f"Samples of shape {list(shape)}"
+    return f"Images of {shape[1]} x {shape[2]} pixels, {shape[0]} channel{'s' * (shape[0] > 1)}"

@@ -1,0 +1,57 @@
+"""A student: a distilled network, and the method that samples from it in one call or a few."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ds.models.model import Model, describe_shape
+from ds.system.config import Count, require, to_json
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What turns a network and noise into samples: a distillation method."""
+
+    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Student(Model):
+    """A distilled network and the method that samples from it with `nfe` network calls.
+
+    Raises ValueError for an nfe below 1.
+    """
+
+    net: nn.Module
+    method: Generator
+    nfe: Count = 1
+    provenance: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "student"
+
+    def __post_init__(self):
+        require("Student", Count, nfe=self.nfe)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.method.sample(self.net, noise, nfe=self.nfe)
+
+    @torch.no_grad()
+    def call(self, noise: Tensor) -> Tensor:
+        return self.method.sample(self.net, noise)
+
+    def using(self, net: nn.Module) -> "Student":
+        return replace(self, net=net)
+
+    def _headline(self) -> str:
+        steps, calls = ("one", "call") if self.nfe == 1 else (self.nfe, "calls")
+        return (
+            f"# A {steps}-step generator, distilled by denoising-student\n\n"
+            f"{describe_shape(self.shape)}, {steps} network {calls} a sample, "
+            f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
+            f"Method: {type(self.method).__name__}."
+        )
+
+    def _about(self) -> dict[str, Any]:
+        return {"method": to_json(self.method), "nfe": self.nfe}

@@ -1,0 +1,85 @@
+"""A teacher: a denoiser, and the solver and grid that integrate it from noise to a sample."""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.schedules import DATA
+from ds.diffusion.solvers import AbstractSolver
+from ds.models.model import Model, describe_shape
+from ds.system.config import to_json
+
+
+def integrate(
+    denoiser: Denoiser, solver: AbstractSolver, grid: Grid, x: Tensor, *, progress: bool = False
+) -> Tensor:
+    """Follow the probability-flow ODE from x [N, *shape] at time grid[0] down to the data.
+
+    The loop never waits for the device: times and coefficients are numbers on the host.
+    """
+    state = None
+    for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
+        x, state = solver.step(denoiser, x, t, s, state)
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher(Model):
+    """A denoiser, the solver that integrates it, and the grid of times the solver visits.
+
+    Raises ValueError for a grid that does not fall or has a time that the schedule lacks.
+    """
+
+    denoiser: Denoiser
+    solver: AbstractSolver
+    grid: Grid
+    provenance: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "teacher"
+
+    def __post_init__(self):
+        falling = all(t > s for t, s in pairwise(self.grid))
+        if not self.grid or not falling or self.grid[-1] <= DATA:
+            raise ValueError(f"Teacher: a grid falls from noise to 0 or above, not {self.grid}")
+        self.denoiser.schedule.check(*self.grid)
+
+    @property
+    def net(self) -> nn.Module:
+        """The denoiser's network."""
+        return self.denoiser.net
+
+    @property
+    def nfe(self) -> int:
+        """Network calls per sample."""
+        return self.solver.nfe(self.grid)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, *, progress: bool = False) -> Tensor:
+        """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped."""
+        return integrate(self.denoiser, self.solver, self.grid, noise, progress=progress)
+
+    @torch.no_grad()
+    def call(self, noise: Tensor) -> Tensor:
+        return self.denoiser(noise, self.grid[0]).x0
+
+    def using(self, net: nn.Module) -> "Teacher":
+        return replace(self, denoiser=replace(self.denoiser, net=net))
+
+    def _headline(self) -> str:
+        return (
+            f"# A teacher for denoising-student\n\n"
+            f"{describe_shape(self.shape)}, {self.nfe} network calls a sample."
+        )
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "schedule": to_json(self.denoiser.schedule),
+            "prediction": self.denoiser.prediction,
+            "solver": to_json(self.solver),
+            "grid": list(self.grid),
+        }
