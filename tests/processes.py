@@ -14,7 +14,7 @@ from pathlib import Path
 
 _forked = multiprocessing.get_context("forkserver")
 _forked.set_forkserver_preload(
-    ["ds.cli.command", "torch.distributed.checkpoint.hf_storage", "pytest"]
+    ["ds.cli.verb", "torch.distributed.checkpoint.hf_storage", "pytest"]
 )
 
 

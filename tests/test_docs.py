@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ds.cli.command import parse
 from ds.cli.distill import Distill
-from ds.cli.options import Verb
 from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
+from ds.cli.verb import Verb, parse
 from ds.training import presets
 
 ROOT = Path(__file__).parents[1]

@@ -6,35 +6,29 @@ import os
 import sys
 from typing import Any
 
-USAGE = """usage: dstudent VERB [PRESET] [OPTIONS]
+from ds.cli import VERBS
 
-Turn a slow diffusion model into a one-step generator.
-
-  dstudent demo                     the whole chain on scanned digits, with a report, in minutes
-  dstudent doctor                   what this machine has and which kernels run here
-
-  dstudent teach PRESET             train a teacher on real images (digits only)
-  dstudent pairs PRESET             run the teacher on noise and keep (noise, image) pairs
-  dstudent pairs info|verify|export look at a store of pairs, check it, write it as archives
-  dstudent distill PRESET           train a one-step student, after making the pairs it lacks
-  dstudent sample MODEL             draw images from a teacher or a student
-  dstudent evaluate MODEL           compare its images with real ones
-  dstudent convert MODEL OUT        write it in another format
-
-PRESET is one of: digits, cifar10, celeba, lsun_bedroom, lsun_church.
-MODEL is a directory that teach or distill wrote, a diffusers directory, or a checkpoint file.
-`dstudent VERB --help` lists a verb's options, `--dry-run` prints what it would do.
-"""
-
-VERBS = ("demo", "doctor", "teach", "pairs", "distill", "sample", "evaluate", "convert")
+USAGE = "\n".join(
+    [
+        "usage: dstudent VERB [PRESET] [OPTIONS]",
+        "",
+        "Turn a slow diffusion model into a one-step generator.",
+        "",
+        *(f"  {f'dstudent {verb} {words}':33} {does}" for verb, (_, words, does) in VERBS.items()),
+        "",
+        "PRESET is one of: digits, cifar10, celeba, lsun_bedroom, lsun_church.",
+        "MODEL is what teach or distill wrote, a diffusers directory, or a checkpoint file.",
+        "`dstudent VERB --help` lists a verb's options; `--dry-run` checks them and does nothing.",
+    ]
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, or 2 after one line on standard error.
+    """Run one command. Return the exit code: 0, or 2 after one line on standard error.
 
-    Without `argv` this is all that the process does, and no signal is heard after it.
+    Without `argv` the process does nothing else, and signals are ignored once it is done.
     """
-    from ds.system import signals  # before whatever takes time
+    from ds.system import signals  # first, since signals must be handled while the rest is imported
 
     with signals.listening(last=argv is None):
         try:
@@ -53,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE, end="", flush=True)
+        print(USAGE, flush=True)
         return 0
     if args[0] == "--version":
         import ds
@@ -66,18 +60,18 @@ def _run(args: list[str]) -> int:
         os.getcwd()
     except OSError as error:  # MKL ends a process that has none
         return _fail(f"the working directory is gone ({error.strerror}); change to another one")
-    # Read when torch is imported. Threads that sleep while they wait cost a little on free cores;
-    # those that spin take the time of whatever else runs there, and of each other.
+    # OpenMP reads this when torch is imported. Waiting threads that sleep cost a little on idle
+    # cores; threads that spin take time from other processes and from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ds.system import signals
 
     try:
-        from ds.cli import command
+        from ds.cli import verb
     except (ImportError, OSError) as error:
         return _broken(args[0], error)
     try:
         signals.listen(signals.while_working)
-        command.run(args[0], args[1:])
+        verb.run(args[0], args[1:])
     except signals.Interrupted as error:
         _fail(str(error))
         return signals.code_of(error.number)
@@ -87,9 +81,9 @@ def _run(args: list[str]) -> int:
 
 
 class _Stream(io.FileIO):
-    """A standard stream; once nobody reads it, what is written is dropped, and the work goes on.
+    """A standard stream that drops its output once its reader is gone, so that the work goes on.
 
-    That something else is wrong, as a full disk, is told once.
+    Any other error, such as a full disk, is raised once.
     """
 
     lost = False
@@ -105,9 +99,9 @@ class _Stream(io.FileIO):
 
 
 def _open_streams() -> None:
-    """Give the process standard streams that take whatever is written, closed ones among them.
+    """Give the process standard streams that accept any output, even where one was closed.
 
-    A file that is opened would else get the number of a closed one, and what is written to it.
+    Otherwise the next file to be opened would get the number of a closed stream, and its output.
     """
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(null, True)
@@ -124,7 +118,7 @@ def _open_streams() -> None:
 
 
 def _broken(verb: str, error: Exception) -> int:
-    """Say what cannot be imported; the doctor needs nothing that can be missing."""
+    """Report what cannot be imported. The doctor's report needs nothing that can be missing."""
     if verb == "doctor":
         from ds.cli import environment
 
@@ -136,7 +130,7 @@ def _fail(reason: str) -> int:
     from ds.system.files import redacted
 
     reason = redacted(" ".join(reason.split()))
-    with contextlib.suppress(OSError):  # of a full disk, where it is a file
+    with contextlib.suppress(OSError):  # standard error may be a file on a full disk
         print(f"dstudent: {reason}", file=sys.stderr, flush=True)
     return 2
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ds.cli.options import Model, Verb, say
+from ds.cli.verb import Model, Verb, say
 from ds.models import export, pretrained
 from ds.models.convert import diffusers, to_diffusers
 from ds.models.load import load

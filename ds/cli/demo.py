@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ds.cli.distill import Distill
-from ds.cli.options import Verb, say
 from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
+from ds.cli.verb import Verb, say
 from ds.evaluation.evaluate import evaluate, record, split_floor
 from ds.evaluation.features import Digits
 from ds.evaluation.report import Row, draw, text_table, write_page

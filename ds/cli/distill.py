@@ -13,19 +13,20 @@ from torch import nn
 import ds
 from ds.cli import environment
 from ds.cli.evaluate import Judge
-from ds.cli.options import (
+from ds.cli.pairs import MakePairs
+from ds.cli.verb import (
     Here,
     Price,
     Verb,
     check_outputs,
     home_of,
+    per_preset,
     run_folder,
     say,
     solve_idle,
     train_idle,
     watched,
 )
-from ds.cli.pairs import MakePairs
 from ds.diffusion.noise import noise
 from ds.evaluation.evaluate import evaluate, figures
 from ds.methods import DenoisingStudent
@@ -94,6 +95,10 @@ class Distill(Verb):
             teacher=home / "teacher", store=str(home / "pairs"), out=home / "student",
             pairs=p.pairs, solve=p.solve, method=p.method, train=p.train, machine=p.machine,
         )  # fmt: skip
+
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        return per_preset(cls)
 
     def idle(self) -> dict[str, str]:
         r, idle = self.runtime, solve_idle(self.solve) | train_idle(self.train)

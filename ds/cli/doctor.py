@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ds.cli import environment
-from ds.cli.options import Verb, say
+from ds.cli.verb import Verb, say
 from ds.engine import Place, Plan
 from ds.system.config import Count, Positive
 from ds.training.presets import PRESETS

@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ds.cli.options import Here, Model, Verb, say
+from ds.cli.verb import Here, Model, Verb, say
 from ds.evaluation.evaluate import Moments, check_count, evaluate, read_reference, record
 from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.models import pretrained

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from ds.cli.options import Here, Price, Store, Verb, home_of, say, solve_idle, watched
+from ds.cli.verb import (
+    Here,
+    Price,
+    Store,
+    Verb,
+    home_of,
+    per_preset,
+    say,
+    solve_idle,
+    watched,
+)
 from ds.diffusion.noise import noise
 from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
 from ds.models.load import load_teacher
@@ -49,6 +59,13 @@ class MakePairs(Verb):
             teacher=home / "teacher", out=str(home / "pairs"), pairs=p.pairs, solve=p.solve,
             machine=p.machine,
         )  # fmt: skip
+
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        stores = {"info": PairsInfo, "verify": PairsVerify, "export": PairsExport}
+        return per_preset(cls) | {
+            name: Annotated[verb, tyro.conf.subcommand(name)] for name, verb in stores.items()
+        }
 
     def idle(self) -> dict[str, str]:
         return solve_idle(self.solve) | ({} if self.plan else {"plan-noises": "without --plan"})

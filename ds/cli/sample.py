@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ds.cli.options import Here, Model, Verb, say
+from ds.cli.verb import Here, Model, Verb, say
 from ds.diffusion.noise import noise
 from ds.models.images import save, target
 from ds.models.interpolate import great_circle

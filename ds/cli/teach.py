@@ -1,19 +1,21 @@
-"""dstudent teach: a teacher of one's own."""
+"""dstudent teach: train a teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ds
 from ds.cli import environment
-from ds.cli.options import (
+from ds.cli.verb import (
     Here,
     Verb,
     check_outputs,
     home_of,
+    per_preset,
     run_folder,
     say,
     solve_idle,
@@ -34,32 +36,42 @@ from ds.training.trainer import TrainConfig, Trainer
 class Teach(Verb):
     """Train a teacher on real images, to have one to distil."""
 
+    images: str  # the training images; only "digits" come with the library
     out: Path
     net: UNetConfig
     method: Denoising
     train: TrainConfig
     solve: SolveConfig
-    seed: Seed = 0  # of the first weights
-    force: bool = False  # replace a teacher of another run
+    seed: Seed = 0  # of the initial weights
+    force: bool = False  # replace a teacher that another run made
     machine: Here = field(default_factory=Machine)
 
     @classmethod
     def of(cls, name: str, p: Preset) -> "Teach":
-        if p.teach is None:
-            raise ValueError(
-                f"teach: no images of {name} come with the library; bring a trained teacher and "
-                f"start at `dstudent pairs {name} --teacher DIR`"
-            )
         return cls(
-            out=home_of(name) / "teacher", net=p.net, method=p.denoising, train=p.teach,
-            solve=p.solve, machine=p.machine,
-        )  # fmt: skip
+            images=name,
+            out=home_of(name) / "teacher",
+            net=p.net,
+            method=p.denoising,
+            train=p.teach or p.train,
+            solve=p.solve,
+            machine=p.machine,
+        )
+
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        return per_preset(cls)
 
     def idle(self) -> dict[str, str]:
         return solve_idle(self.solve) | train_idle(self.train)
 
     def prepare(self) -> Callable[[], None]:
         check_outputs(self.out, force=self.force)
+        if self.images != "digits":
+            raise ValueError(
+                f"teach: no images of {self.images} come with the library; bring a trained teacher "
+                f"and start at `dstudent pairs {self.images} --teacher DIR`"
+            )
         images, _ = digits()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)

@@ -204,7 +204,7 @@ def test_other_threads_install_nothing():
 
 WAITS = (
     "import os, sys, types, time;"
-    "sys.modules['ds.cli.command'] = verbs = types.ModuleType('ds.cli.command');"
+    "sys.modules['ds.cli.verb'] = verbs = types.ModuleType('ds.cli.command');"
     "verbs.run = lambda verb, args: (print('working', flush=True), {work});"
     "sys.argv[1:] = ['doctor'];"
     "from ds.cli.__main__ import main; sys.exit(main())"

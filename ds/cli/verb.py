@@ -1,0 +1,193 @@
+"""What a verb is: how its options are read, how it runs, and how it talks to people."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import logging
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from itertools import dropwhile, takewhile
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Union
+
+import tyro
+
+from ds.cli import VERBS
+from ds.models import pretrained
+from ds.system import targets
+from ds.system.config import NotNegative, check, to_json
+from ds.system.distributed import is_first, joined
+from ds.system.files import redacted
+from ds.training.presets import PRESETS, Machine, SolveConfig
+from ds.training.trainer import RUN, TrainConfig
+
+Model = Annotated[Path, tyro.conf.Positional]
+Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
+Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour for all devices; 0: unknown")]
+log = logging.getLogger("ds")
+Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
+
+
+class Verb(ABC):
+    """One verb of the command line. Its fields are its options."""
+
+    shared: ClassVar[bool] = False  # whether the processes that torchrun starts share the work
+
+    def __post_init__(self):
+        check(self)
+
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        """Return the words that may follow the verb, each as a type for tyro; {} for none."""
+        return {}
+
+    @abstractmethod
+    def prepare(self) -> Callable[[], None]:
+        """Check everything that can be checked before the work, and write nothing.
+
+        Returns the work.
+        """
+
+    def run(self, *, dry: bool = False) -> None:
+        """Do the work; with `dry`, only check everything and print the cost."""
+        with joined() if self.shared else contextlib.nullcontext():
+            work = self.prepare()
+            if not dry:
+                work()
+            elif is_first() and (cost := self.budget()):
+                log.info(cost)
+
+    def budget(self) -> str:
+        """Return what the work will cost, or "" for a verb that is quick."""
+        return ""
+
+    def idle(self) -> dict[str, str]:
+        """Return the options that have no effect beside the others, each with the reason."""
+        return {}
+
+    def refuse_idle(self, given: Iterable[str]) -> None:
+        """Raise ValueError for an option that was given and has no effect."""
+        for option, reason in self.idle().items():
+            if option in given:
+                raise ValueError(f"--{option} has no effect {reason}; leave it out")
+
+
+def run(verb: str, args: list[str]) -> None:
+    """Parse a verb's options and run it. Raise ValueError, of one line, for a mistake in them."""
+    logging.raiseExceptions = False  # a closed standard error must not end the work
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ds").setLevel(logging.INFO)
+    dry = "--dry-run" in args
+    args = [arg for arg in args if arg != "--dry-run"]
+    task = parse(verb, args)
+    if dry:
+        say(json.dumps(to_json(task), indent=2))
+    if given := {_option(arg) for arg in args if arg.startswith("--")}:
+        task.refuse_idle(given)
+    task.run(dry=dry)
+
+
+def parse(verb: str, args: list[str]) -> Verb:
+    """Return a verb with its options."""
+    cls = getattr(importlib.import_module(f"ds.cli.{verb}"), VERBS[verb][0])
+    choices = cls.choices()
+    if not choices:
+        return _parse(cls, args, f"dstudent {verb}")
+    _check_choice(verb, args, choices)
+    kinds = Union[tuple(choices.values())]  # noqa: UP007 their number is not known here
+    return _parse(kinds, args, f"dstudent {verb}", args[0], description=inspect.getdoc(cls))
+
+
+def per_preset(cls: Any) -> dict[str, Any]:
+    """Return the presets as choices of a verb, whose `of` makes it from one."""
+    kinds = {}
+    for name, make in PRESETS.items():
+        preset, line = make(), (make.__doc__ or "").partition("\n")[0]
+        arm = tyro.conf.subcommand(name, default=cls.of(name, preset), description=line)
+        kinds[name] = Annotated[cls, arm]
+    return kinds
+
+
+def solve_idle(solve: SolveConfig) -> dict[str, str]:
+    """Return the options of a grid that have no effect."""
+    uniform = {"solve.top": "with --solve.grid uniform, which has a first time of its own"}
+    return uniform if solve.grid == "uniform" else {}
+
+
+def train_idle(train: TrainConfig) -> dict[str, str]:
+    """Return the options of training that have no effect."""
+    return {"train.ema-decay": "with --train.ema-gamma"} if train.ema_gamma else {}
+
+
+def home_of(name: str) -> Path:
+    """Return the directory where a preset's results go by default."""
+    return Path("runs") / name
+
+
+def check_outputs(out: Path, *, force: bool = False, apart: targets.Inputs = ()) -> None:
+    """Raise ValueError if a model, or the run that makes it, cannot be written.
+
+    An existing model must come from the run beside it. The Trainer compares that run later.
+    """
+    run = targets.kept(run_folder(out), "run", RUN, apart=apart)
+    model = pretrained.is_ours(out) and (run / RUN).exists()
+    pretrained.target(out, force=force, run=pretrained.run_of(out) if model else None, apart=apart)
+
+
+def run_folder(out: Path) -> Path:
+    """Return the directory of a run's checkpoints and metrics, beside the model it makes."""
+    return out.with_name(f"{out.name}-run")
+
+
+def watched() -> bool:
+    """Return whether standard error is a terminal, where a progress bar is of use."""
+    return sys.stderr.isatty()
+
+
+def say(line: str) -> None:
+    """Print a line at once, with the passwords of its URLs removed."""
+    try:
+        print(redacted(line), flush=True)
+    except OSError as error:
+        raise RuntimeError(f"standard output: {error.strerror}") from None
+
+
+def _option(arg: str) -> str:
+    """Return an option's name as Verb.idle has it: "--no-online" is "online"."""
+    return arg.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
+
+
+def _check_choice(verb: str, args: list[str], choices: Iterable[str]) -> None:
+    """Raise ValueError unless a preset, or another choice, comes first."""
+    first = args[0] if args else ""
+    if first in choices or {"-h", "--help"} & {*args}:
+        return
+    presets = ", ".join(PRESETS)
+    if first and not first.startswith("-"):
+        raise ValueError(f"{verb}: no preset {first!r}; the presets are {presets}")
+    raise ValueError(f"{verb}: name a preset first: {presets}")
+
+
+def _parse(kind: Any, args: list[str], prog: str, choice: str = "", **options: Any) -> Verb:
+    """Read options into a dataclass. An error of tyro's becomes a ValueError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, args=args, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    see = f"{prog} {choice}".strip()
+    raise ValueError(f"{_reason(said.getvalue())} (see `{see} --help`)")
+
+
+def _reason(said: str) -> str:
+    """Return the first paragraph of tyro's error, without its title and the frame around it."""
+    has_words = re.compile(r"\w").search
+    _title, *lines = (line.strip("│| ") for line in said.splitlines())
+    text = " ".join(takewhile(has_words, dropwhile(lambda line: not has_words(line), lines)))
+    return re.sub(r"^Error parsing (?!--)\S+: |For full helptext.*", "", text)
