@@ -42,7 +42,7 @@ PLACES = {
     "doctor": ("ds.cli.environment.report", ["doctor"]),
     "teach, its images": ("ds.cli.teach.digits", ["teach", "digits", "--out", "new"]),
     "pairs, its teacher": ("ds.cli.pairs.load_teacher", ["pairs", "digits"]),
-    "info": ("ds.pairs.store.info", ["pairs", "info", "x"]),
+    "info": ("ds.cli.pairs.info", ["pairs", "info", "x"]),
     "verify, its store": ("ds.cli.pairs.PairStore", ["pairs", "verify", "x"]),
     "export": ("ds.cli.pairs.PairStore", ["pairs", "export", "x", "new"]),
     "distill, its teacher": ("ds.cli.distill.load_teacher", ["distill", "digits"]),
@@ -204,7 +204,7 @@ def test_other_threads_install_nothing():
 
 WAITS = (
     "import os, sys, types, time;"
-    "sys.modules['ds.cli.verb'] = verbs = types.ModuleType('ds.cli.command');"
+    "sys.modules['ds.cli.verb'] = verbs = types.ModuleType('ds.cli.verb');"
     "verbs.run = lambda verb, args: (print('working', flush=True), {work});"
     "sys.argv[1:] = ['doctor'];"
     "from ds.cli.__main__ import main; sys.exit(main())"
@@ -249,7 +249,7 @@ def test_the_exit_code_is_that_of_the_work_whatever_the_streams_are(streams, enc
 
 
 def test_a_full_disk_behind_standard_output_is_one_line():
-    script = f"{shlex.join([sys.executable, '-m', 'ds', '--help'])} > /dev/full"
+    script = f"{shlex.join([sys.executable, '-m', 'ds.cli', '--help'])} > /dev/full"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     said = "dstudent: standard output: No space left on device\n"
