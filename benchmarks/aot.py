@@ -52,6 +52,7 @@ from ds.ops.kernels import (
     conv,
     conv_hopper,
     group_norm_silu,
+    group_norm_silu_backward,
     noise,
     prepare_batch,
     quantize,
@@ -170,20 +171,19 @@ def norm_launches(networks: Networks) -> Iterator[Launch]:
         residual = x if norm.residual else None
         skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
         affine = [empty(norm.channels + norm.skip)] * 2
+        layer = group_norm_silu.Norm(*affine, norm.groups, 1e-6, norm.silu)
         with noting() as noted:
             y, mean, rstd, merged = group_norm_silu.group_norm_silu(
-                x, *affine, norm.groups, 1e-6, norm.silu, shift, residual, skip, norm.keep
+                x, layer, norm.keep, shift, residual, skip
             )
-            group_norm_silu.group_norm_silu_backward(
-                y, merged if norm.keep else x, *affine, mean, rstd, norm.groups, norm.silu,
-                norm.channels, shift, residual, skip, merged,
-            )  # fmt: skip
+            settings = norm.groups, norm.silu, norm.channels, merged
+            group_norm_silu_backward.group_norm_silu_backward(
+                y, merged if norm.keep else x, *affine, mean, rstd, *settings, shift, residual, skip
+            )
         yield from ((norm, *launch) for launch in noted)
         if norm.silu and not norm.residual:
             with noting() as noted:
-                group_norm_silu.group_norm_silu(
-                    x, *affine, norm.groups, 1e-6, True, shift, None, skip, norm.keep, FLOAT8
-                )
+                group_norm_silu.group_norm_silu(x, layer, norm.keep, shift, None, skip, FLOAT8)
             narrow = (launch for launch in noted if "y_ptr" in launch[1])  # not the sums
             yield from (((*norm, "float8"), *launch) for launch in narrow)
 
@@ -285,9 +285,8 @@ def conv_launches(networks: Networks) -> Iterator[Launch]:
         given, wide = conv_arguments(case, BATCH), torch.empty(case.out, device="meta")
         with noting() as noted:
             if case.groups:
-                conv.conv_group_norm_silu(
-                    *given, wide, wide, case.groups, 1e-6, case.silu, case.keep
-                )
+                norm = group_norm_silu.Norm(wide, wide, case.groups, 1e-6, case.silu)
+                conv.conv_group_norm_silu(*given, norm, case.keep)
             else:
                 conv.conv(*given, wide if "float8" in case.kind else None)
         yield from ((case, *launch) for launch in noted)
@@ -305,9 +304,8 @@ def hopper_launches(networks: Networks) -> Iterator[Launch]:
         wide = torch.empty(case.out, device="meta")
         with noting() as noted:
             if case.groups:
-                conv_hopper.conv_group_norm_silu(
-                    x, weight, bias, residual, wide, wide, case.groups, 1e-6, case.silu, case.keep
-                )
+                norm = group_norm_silu.Norm(wide, wide, case.groups, 1e-6, case.silu)
+                conv_hopper.conv_group_norm_silu(x, weight, bias, residual, norm, case.keep)
             else:
                 conv_hopper.conv(x, weight, bias, residual)
                 if case.bias:

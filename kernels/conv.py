@@ -52,12 +52,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ds.ops.kernels.group_norm_silu import (
-    ONE_PASS_PIXELS,
-    group_norm_silu,
-    norm_from_sums,
-    sigmoid,
-)
+from ds.ops.kernels.group_norm_silu import Norm, group_norm_silu, norm_from_sums
+from ds.ops.kernels.group_norm_tiles import ONE_PASS_PIXELS, sigmoid
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
@@ -272,37 +268,31 @@ def conv_group_norm_silu(
     bias: Tensor | None,
     residual: Tensor | None,
     stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
+    norm: Norm,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return normed, and y of conv, or None if it is not to be kept."""
     images, height, width, out = shape = _shape(x, weight, stride)
-    norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
-    pixels, per_group, phases = height * width, out // groups, weight.shape[1] == 2
+    pixels, per_group, phases = height * width, out // norm.groups, weight.shape[1] == 2
     rows = triton.next_power_of_2(pixels)
     tile = _tile(x.dtype, x.shape[3], out, rows)
     whole = per_group <= tile.channels and triton.next_power_of_2(per_group) == per_group
     if pixels <= TILE_PIXELS and whole and not phases:
         normed, y = x.new_empty(shape), x.new_empty(shape) if keep else None
         _launch(
-            x, weight, bias, residual, stride, tile, y, norm=(norm_weight, norm_bias, normed),
-            eps=eps, PER_GROUP=per_group, SILU=silu, IMAGE_ROWS=rows,
+            x, weight, bias, residual, stride, tile, y, norm=(*norm.pointers().values(), normed),
+            eps=norm.eps, PER_GROUP=per_group, SILU=norm.silu, IMAGE_ROWS=rows,
         )  # fmt: skip
         return normed, y
     tile = _tile(x.dtype, x.shape[3], out)
-    norm = norm_weight, norm_bias, groups, eps, silu
     if pixels <= ONE_PASS_PIXELS or pixels % tile.pixels or phases:
         y = conv(x, weight, bias, residual, stride)
-        normed, *_ = group_norm_silu(y.flatten(1, 2), *norm)
+        normed, *_ = group_norm_silu(y.flatten(1, 2), norm)
     else:
         y = x.new_empty(shape)
         table = y.new_empty((images, pixels // tile.pixels, 2, out), dtype=torch.float32)
         _launch(x, weight, bias, residual, stride, tile, y, table)
-        normed = norm_from_sums(y.flatten(1, 2), *norm, table, tile.pixels)
+        normed = norm_from_sums(y.flatten(1, 2), norm, table, tile.pixels)
     return normed.view(shape), y if keep else None
 
 

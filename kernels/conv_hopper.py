@@ -40,7 +40,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ds.ops.kernels.group_norm_silu import ONE_PASS_PIXELS, group_norm_silu, norm_from_sums
+from ds.ops.kernels.group_norm_silu import Norm, group_norm_silu, norm_from_sums
+from ds.ops.kernels.group_norm_tiles import ONE_PASS_PIXELS
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -168,11 +169,7 @@ def conv_group_norm_silu(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
+    norm: Norm,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return normed, and y of conv, or None if it is not to be kept.
@@ -181,16 +178,15 @@ def conv_group_norm_silu(
     """
     images, height, width, out = shape = _shape(x, weight)
     y, box = x.new_empty(shape), _Box.of(PIXELS[0], height, width)
-    norm = norm_weight.contiguous(), norm_bias.contiguous(), groups, eps, silu
     fits = height % box.rows == 0 and width % box.columns == 0
     if height * width <= ONE_PASS_PIXELS or not fits or weight.shape[1] == 2:
         _launch(x, weight, bias, residual, y)
-        normed, *_ = group_norm_silu(y.flatten(1, 2), *norm)
+        normed, *_ = group_norm_silu(y.flatten(1, 2), norm)
     else:
         tiles = height * width // PIXELS[0]
         table = x.new_empty((images, tiles, 2, out), dtype=torch.float32)
         _launch(x, weight, bias, residual, y, table)
-        normed = norm_from_sums(y.flatten(1, 2), *norm, table, PIXELS[0])
+        normed = norm_from_sums(y.flatten(1, 2), norm, table, PIXELS[0])
     return normed.view(shape), y if keep else None
 
 

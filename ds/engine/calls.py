@@ -22,7 +22,7 @@ from ds.ops.conv.winograd import tiles
 Shape = tuple[int, int, int]  # of an image, [C, H, W]
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
 Bias = Tensor | slice | None  # a layer's own, columns of the row, or none
-ONE_PASS_PIXELS = 1024  # of the largest images whose norm reads them once: kernels/group_norm_silu
+ONE_PASS_PIXELS = 1024  # of the largest images whose norm reads them once: kernels/group_norm_tiles
 IN_TILE_PIXELS = 256  # and of those whose norm our convolution makes: kernels/conv
 
 

@@ -173,7 +173,7 @@ def test_a_call_of_264_images_has_a_floor_of_seven_milliseconds_on_an_h100():
 
 
 def test_the_limits_of_the_kernels_are_those_that_launches_are_counted_by():
-    assert calls.ONE_PASS_PIXELS == triton_kernels("group_norm_silu").ONE_PASS_PIXELS
+    assert calls.ONE_PASS_PIXELS == triton_kernels("group_norm_tiles").ONE_PASS_PIXELS
     assert calls.IN_TILE_PIXELS == triton_kernels("conv").TILE_PIXELS
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
-from ds.ops.kernels import group_norm_silu as kernels
+from ds.ops.kernels import group_norm_silu, group_norm_silu_backward
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs a checkout")
@@ -44,7 +44,8 @@ FEWER = {"fwd_kernel": 11, "bwd_kernel": 8}
 
 ARGUMENTS = {
     name.strip("_"): set(kernel.arg_names)
-    for name, kernel in vars(kernels).items()
+    for module in (group_norm_silu, group_norm_silu_backward)
+    for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
 

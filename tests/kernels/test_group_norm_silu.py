@@ -17,6 +17,7 @@ from ds import ops
 from ds.ops._op import Unsupported
 from ds.ops.group_norm_silu import backward, forward, forward_float8
 from ds.ops.kernels import group_norm_silu as kernels
+from ds.ops.kernels import group_norm_silu_backward, group_norm_tiles
 from tests.ops.test_group_norm_silu import (
     SOURCES,
     assert_as_exact,
@@ -61,10 +62,10 @@ def passes(request, monkeypatch):
 
 
 def small_tiles(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "ONE_PASS_PIXELS", 0)
+    monkeypatch.setattr(group_norm_tiles, "ONE_PASS_PIXELS", 0)
+    monkeypatch.setattr(group_norm_tiles, "TABLE_ROWS", 2)
     monkeypatch.setattr(kernels, "FORWARD_TILES", (128, 128))
-    monkeypatch.setattr(kernels, "BACKWARD_TILES", (64, 64))
-    monkeypatch.setattr(kernels, "TABLE_ROWS", 2)
+    monkeypatch.setattr(group_norm_silu_backward, "BACKWARD_TILES", (64, 64))
 
 
 def values(shape, dtype, layout=NHWC, seed=0) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +281,7 @@ def test_channels_last_memory_is_not_copied(monkeypatch):
     """The kernels see the memory of x itself, and y is the memory they wrote."""
     seen = []
 
-    def note(x, *args):
+    def note(x, *args, **options):
         seen.append(x)
         return torch.empty_like(x), None, None, None
 
@@ -433,7 +434,7 @@ def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
     shift, weight, bias = torch.zeros(1, 5), torch.ones(24), torch.zeros(24)
     mean, rstd = torch.zeros(1, 8), torch.ones(1, 8)
     tensors = [t.to(DEVICE) for t in (grad, x, shift, skip, weight, bias, mean, rstd)]
-    kernels._bwd_kernel[(1,)](
+    group_norm_silu_backward._bwd_kernel[(1,)](
         *tensors[:3], None, *tensors[3:], None, *outputs, 5, 24, 5, 8, 3,
         PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
     )  # fmt: skip

@@ -261,9 +261,10 @@ def _():
     kernels = triton_kernels("conv")
 
     def launch(x, weight, bias, residual, stride, *norm):
+        *norm, keep = norm
         arguments = _arguments(kernels, x, weight, bias, residual, stride)
         with torch.cuda.device_of(x):
-            normed, y = kernels.conv_group_norm_silu(*arguments, *norm)
+            normed, y = kernels.conv_group_norm_silu(*arguments, kernels.Norm(*norm), keep)
         return normed.permute(0, 3, 1, 2), x.new_empty(0) if y is None else y.permute(0, 3, 1, 2)
 
     return launch
@@ -274,10 +275,11 @@ def _():
     kernels = triton_kernels("conv_hopper")
 
     def launch(x, weight, bias, residual, stride, *norm):
+        *norm, keep = norm
         _check_hopper(x.device)
         *arguments, _ = _arguments(kernels, x, weight, bias, residual, stride)
         with torch.cuda.device_of(x):
-            normed, y = kernels.conv_group_norm_silu(*arguments, *norm)
+            normed, y = kernels.conv_group_norm_silu(*arguments, kernels.Norm(*norm), keep)
         return normed.permute(0, 3, 1, 2), x.new_empty(0) if y is None else y.permute(0, 3, 1, 2)
 
     return launch

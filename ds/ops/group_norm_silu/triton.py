@@ -1,4 +1,4 @@
-"""The Triton kernels (kernels/group_norm_silu.py), which read the addends themselves."""
+"""The Triton kernels (kernels/group_norm_silu*.py), which read the addends themselves."""
 
 import functools
 from types import ModuleType
@@ -38,7 +38,7 @@ def load_forward_float8() -> Kernel:
 
 def load_backward() -> Kernel:
     """Load the op's backward pass."""
-    kernels = triton_kernels("group_norm_silu")
+    kernel = triton_kernels("group_norm_silu_backward").group_norm_silu_backward
 
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
         x = dense(x)
@@ -47,11 +47,11 @@ def load_backward() -> Kernel:
         if grad_merged is not None:
             grad_merged = to_rows(grad_merged.to(x.dtype))
         statistics = mean.contiguous(), rstd.contiguous()
-        norm = weight, bias, *statistics, groups, silu, split
-        shift, residual, skip = _addends_as_rows(*addends)
+        settings = groups, silu, split, grad_merged
+        addends = _addends_as_rows(*addends)
         with torch.cuda.device_of(x):
-            d_x, d_weight, d_bias, d_shift, d_skip = kernels.group_norm_silu_backward(
-                grad, to_rows(x), *norm, shift, residual, skip, grad_merged
+            d_x, d_weight, d_bias, d_shift, d_skip = kernel(
+                grad, to_rows(x), weight, bias, *statistics, *settings, *addends
             )
         d_x = from_rows(d_x, resized(x, split))
         d_shift = x.new_empty(0) if d_shift is None else d_shift
@@ -76,10 +76,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = dense(x)
     check_gpu_kernels_take(x)
-    addends = _addends_as_rows(*addends)
+    norm, addends = kernels.Norm(weight, bias, groups, eps, silu), _addends_as_rows(*addends)
     with torch.cuda.device_of(x):
         y, mean, rstd, merged = kernels.group_norm_silu(
-            to_rows(x), weight, bias, groups, eps, silu, *addends, keep, dtype
+            to_rows(x), norm, keep, *addends, dtype=dtype
         )
     whole = x if addends.skip is None else resized(x, weight.shape[0])
     merged = from_rows(merged, whole) if keep else x.new_empty(0)
