@@ -27,11 +27,11 @@ from benchmarks import harness
 from benchmarks.network import random_net
 from benchmarks.peers import Loop, diffusers_twin
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.noise import noise
-from ds.methods import AbstractMethod
+from ds.diffusion.noise import Draws, noise
+from ds.methods import AbstractMethod, Progress
 from ds.models.teacher import Teacher
 from ds.nets import UNet
-from ds.pairs.sources import Images, Pairs, digits
+from ds.pairs.sources import Batch, Images, Pairs, digits
 from ds.pairs.store import generate_pairs
 from ds.training import optim, presets
 from ds.training.presets import Preset
@@ -123,15 +123,14 @@ def _ours(net: UNet, preset: Preset, taught: bool) -> tuple[Phases, float]:
     phases: Phases = {}
     device = net.conv_in.weight.device
     denoiser = preset.denoising.denoiser(copy.deepcopy(net))
+    teacher = Teacher(denoiser, *preset.solve.build(denoiser.schedule))
     with tempfile.TemporaryDirectory() as folder:
         if taught:
             with _phase(phases, "teach"):
                 images = digits()[0]
                 sources = Images(images), Images(images[:HELD_OUT], seed=1)
-                run = (preset.denoising, denoiser, *sources, Path(folder) / "teach", preset.teach)
-                denoiser = preset.denoising.denoiser(Trainer(*run, device=device).fit())
-        solver, grid = preset.solve.build(denoiser.schedule)
-        teacher = Teacher(denoiser, solver, grid)
+                run = (preset.denoising, teacher, *sources, Path(folder) / "teach", preset.teach)
+                teacher = teacher.using(Trainer(*run, device=device).fit())
         with _phase(phases, "pairs"):
             store = generate_pairs(
                 teacher, Path(folder) / "pairs", preset.pairs.count,
@@ -139,7 +138,7 @@ def _ours(net: UNet, preset: Preset, taught: bool) -> tuple[Phases, float]:
             )  # fmt: skip
         with _phase(phases, "distill"):
             sources = Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
-            run = (preset.method, denoiser, *sources, Path(folder) / "distill", preset.train)
+            run = (preset.method, teacher, *sources, Path(folder) / "distill", preset.train)
             student = Trainer(*run, device=device).fit()
     return phases, _distance(teacher.sample, student, preset)
 
@@ -190,8 +189,8 @@ def _train(
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
                 index = torch.arange(len(x0), device=device) + step * len(x0)
-                batch = {"x0": x0, "noise": z, "index": index}
-                loss = method.loss({"student": net}, batch, step)
+                batch = Batch(x0, z, index, Draws(0, index))
+                loss = method.loss({"student": net}, batch, Progress(step, steps))
             loss.backward()
             optimizer.step()
             rate.step()

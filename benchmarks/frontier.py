@@ -25,7 +25,7 @@ from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
 from ds.engine import Engine
 from ds.evaluation.solver_search import candidates
 from ds.methods import Denoising
-from ds.models.teacher import integrate
+from ds.models.teacher import Teacher, integrate
 from ds.pairs.sources import Images, digits
 from ds.training import presets
 from ds.training.trainer import Trainer
@@ -72,10 +72,12 @@ def taught(epochs: int, device: torch.device) -> Denoiser:
     )
     method, (images, _) = Denoising(), digits()
     torch.manual_seed(0)
+    denoiser = method.denoiser(preset.net.build())
+    teacher = Teacher(denoiser, *preset.solve.build(denoiser.schedule))
     logging.getLogger("ds").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            method, method.denoiser(preset.net.build()), Images(images), Images(images[:64]),
+            method, teacher, Images(images), Images(images[:64]),
             folder, config, device=device,
         )  # fmt: skip
         return method.denoiser(trainer.fit().requires_grad_(False))

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 import ds
 from benchmarks.harness import Case, Side, Size
 from ds.pairs.archives import export
-from ds.pairs.sources import Batches, Pairs
+from ds.pairs.sources import Pairs
+from ds.training.batches import Batches
 from ds.training.loader import Loader, load
 
 BATCH, STEPS = 512, 32

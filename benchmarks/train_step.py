@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.network import SMALLER, about, random_net
 from benchmarks.peers import diffusers_twin
-from ds.methods import DenoisingStudent
+from ds.diffusion.noise import Draws
+from ds.methods import DenoisingStudent, Progress
 from ds.nets import UNet
+from ds.pairs.sources import Batch
 from ds.training import optim, presets
 
 METHOD, EMA = DenoisingStudent(), 0.995
@@ -112,7 +114,7 @@ def _step(
     marks = [time.perf_counter()]
     training.optimizer.zero_grad()
     with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-        loss = METHOD.loss({"student": training.call}, {"noise": z, "x0": x0}, 0)
+        loss = METHOD.loss({"student": training.call}, _rows(z, x0), Progress(0, 1))
     marks.append(time.perf_counter())
     loss.backward()
     marks.append(time.perf_counter())
@@ -124,7 +126,12 @@ def _step(
     return loss.detach(), training.first.grad
 
 
+def _rows(z: Tensor, x0: Tensor) -> Batch:
+    index = torch.arange(len(z), device=z.device)
+    return Batch(x0, z, index, Draws(0, index))
+
+
 def _exact(net: UNet, z: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     wide = copy.deepcopy(net).double().requires_grad_(True)
-    loss = METHOD.loss({"student": wide}, {"noise": z.double(), "x0": x0.double()}, 0)
+    loss = METHOD.loss({"student": wide}, _rows(z.double(), x0.double()), Progress(0, 1))
     return loss.detach(), torch.autograd.grad(loss, wide.conv_in.weight)[0]

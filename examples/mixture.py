@@ -60,7 +60,7 @@ def train(
     rows, batch_size = len(store) - HELD_OUT, 512
     trainer = ds.Trainer(
         DenoisingStudent(loss_type="l2"),
-        untrained(),
+        ds.Teacher(untrained(), ds.solvers.DDIM(), (999,)),
         source(store, range(HELD_OUT, len(store))),
         source(store, range(HELD_OUT)),
         out,

@@ -27,19 +27,20 @@ from ds.cli.verb import (
     train_idle,
     watched,
 )
-from ds.diffusion.noise import noise
+from ds.diffusion.noise import Draws, noise
 from ds.evaluation.evaluate import evaluate, figures
-from ds.methods import DenoisingStudent
+from ds.methods import DenoisingStudent, Progress
 from ds.models import pretrained
 from ds.models.load import load_teacher
 from ds.models.pretrained import fingerprint
 from ds.models.student import Student
 from ds.models.teacher import Teacher
-from ds.pairs.sources import Generated, Images, Pairs, check_rows
+from ds.pairs.sources import Batch, Generated, Images, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
 from ds.system.config import Count, from_json, to_json
 from ds.system.distributed import is_first
+from ds.training.batches import check_rows
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.training.trainer import Runtime, TrainConfig, Trainer, autocast
 
@@ -212,7 +213,7 @@ class Distill(Verb):
         else:
             source = _Unmade(teacher.shape, p.count)
         return Trainer(
-            self.method, teacher.denoiser, source, held_out, run_folder(self.out), train,
+            self.method, teacher, source, held_out, run_folder(self.out), train,
             device=device, runtime=self.runtime, evaluate=judge, progress=watched(),
         )  # fmt: skip
 
@@ -282,14 +283,15 @@ class Distill(Verb):
 def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: TrainConfig) -> float:
     """Measure how long training takes for an image: forward and backward, without the optimiser."""
     device = next(teacher.net.parameters()).device
-    modules = method.init(teacher.denoiser)
+    modules = method.init(teacher)
     most = max(1, train.batch_size // distributed.world())
     z = noise(0, range(most), teacher.shape, device=device)
-    batch = {"x0": z, "noise": z, "index": torch.arange(most, dtype=torch.int64, device=device)}
+    index = torch.arange(most, dtype=torch.int64, device=device)
 
     def work(n: int) -> None:
         with autocast(device, train.on(device).precision):
-            loss = method.loss(modules, {name: rows[:n] for name, rows in batch.items()}, 0)
+            batch = Batch(z[:n], z[:n], index[:n], Draws(0, index[:n]))
+            loss = method.loss(modules, batch, Progress(0, 1))
         loss.backward()
         loss.item()  # waits for the device
 

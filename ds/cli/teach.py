@@ -75,14 +75,15 @@ class Teach(Verb):
         images, _ = digits()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            start = self.method.denoiser(self.net.build())
+            denoiser = self.method.denoiser(self.net.build())
+        start = Teacher(denoiser, *self.solve.build(denoiser.schedule))
         trainer = Trainer(
             self.method, start, Images(images), Images(images, seed=1), run_folder(self.out),
             self.train, device=self.machine.use(), progress=watched(),
         )  # fmt: skip
         trainer.check()
         pretrained.target(self.out, force=self.force, run=trainer.identity)
-        return partial(self._train, trainer, Teacher(start, *self.solve.build(start.schedule)))
+        return partial(self._train, trainer, start)
 
     def _train(self, trainer: Trainer, start: Teacher) -> None:
         teacher = start.using(trainer.fit())

@@ -8,6 +8,7 @@ pairs needs to keep no noise. The generator, Philox, is specified in ds/ops/nois
 import math
 import operator
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,3 +45,22 @@ def uniform(seed: int, indices: Tensor) -> Tensor:
     """
     z = noise(seed, indices, (), device=indices.device)
     return 0.5 * torch.erfc(z.double() / math.sqrt(2))  # of float32 normals, so it is never 1
+
+
+class Draws(NamedTuple):
+    """The random numbers of rows, each a function of (seed, index) and of the stream it is from.
+
+    `index`, int64 [N], numbers the draws of a run: no two of its rows have the same. Different uses
+    of a row take different streams, 64-bit numbers.
+    """
+
+    seed: int
+    index: Tensor
+
+    def normal(self, stream: int, shape: Iterable[int]) -> Tensor:
+        """Return standard normal numbers, float32 [N, *shape]."""
+        return noise(self.seed ^ stream, self.index, shape, device=self.index.device)
+
+    def uniform(self, stream: int) -> Tensor:
+        """Return numbers uniform in [0, 1), float64 [N]."""
+        return uniform(self.seed ^ stream, self.index)

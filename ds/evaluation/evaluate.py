@@ -265,8 +265,8 @@ def _pair_error(sampler: Sampler, pairs: Pairs) -> dict[str, float]:
     for start in range(0, len(pairs), sampler.batch_size):
         rows = range(start, min(start + sampler.batch_size, len(pairs)))
         batch = pairs.batch(rows, rows)
-        made.append(sampler.model.sample(batch["noise"].to(sampler.device)).float().cpu())
-        stored.append(batch["x0"])
+        made.append(sampler.model.sample(batch.noise.to(sampler.device)).float().cpu())
+        stored.append(batch.x0)
     output, target = torch.cat(made), torch.cat(stored)
     rms = math.sqrt((output - target).double().square().mean())
     return {"pair_rms": rms, "pair_r2": r2(output, target)}

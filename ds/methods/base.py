@@ -1,45 +1,124 @@
-"""What a distillation method is: how to start, what to minimise, how to sample the result."""
+"""What a distillation method is: what to train, what to minimise, how to sample the result.
+
+A method is a frozen dataclass of hyperparameters in a file of its own in this folder. The tensors
+live in the modules that `init` creates. The Trainer calls a method in this order:
+
+    for stage in method.stages():             each starts from the result of the last one
+        modules = stage.init(teacher)
+        for step in range(total):
+            for turn in stage.turns:          a batch for each turn
+                stage.loss(modules, batch, progress).backward()
+                (the optimiser of modules[turn] takes a step)
+                stage.after_step(modules, progress)
+        teacher = stage.result(best average of modules["student"])
+"""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import Draws
+from ds.models.student import Student
+from ds.models.teacher import Teacher
+from ds.pairs.sources import Batch
+
+Feed = Literal["pairs", "images", "noise", "trajectories"]
+
+
+class Progress(NamedTuple):
+    """How far a run is: `step` steps of `total` are done, and it is the turn of modules[turn]."""
+
+    step: int
+    total: int
+    turn: str = "student"
 
 
 class AbstractMethod(ABC):
-    """A frozen dataclass of hyperparameters; the tensors live in the modules it creates.
+    """Hyperparameters, and the functions that the Trainer and the Sampler call.
 
-    `feeds` says what a batch holds. Both kinds have "x0" and "noise", float32 [N, *shape]: with
-    "pairs" x0 is what the teacher made of that noise, with "images" x0 is data and the noise is
-    fresh. "index", int64 [N], is that of the noise: of a pair, or of a draw that no step repeats.
+    `feeds` says what `x0` of a ds.pairs.sources.Batch is:
+
+        pairs           what the teacher made of the noise
+        images          data; the noise is fresh at every draw
+        noise           nothing, [N, 0]; the noise is fresh at every draw
+        trajectories    the states of a teacher on its way from the noise
+
+    `turns` names the modules that take an optimiser step, in order, in each step of the run. A name
+    may come more than once. Trainable modules that it does not name learn with "student".
+
+    The loss of a `coupled` method mixes the rows of a batch. Its runs then depend on how batches
+    are cut, so the Trainer refuses to cut them.
     """
 
-    feeds: ClassVar[Literal["pairs", "images"]]
+    feeds: ClassVar[Feed]
+    turns: ClassVar[tuple[str, ...]] = ("student",)
+    coupled: ClassVar[bool] = False
 
     @abstractmethod
-    def init(self, teacher: Denoiser) -> nn.ModuleDict:
-        """Create the modules to train; "student" is the one that is averaged, judged and kept.
+    def init(self, teacher: Teacher) -> nn.ModuleDict:
+        """Create the modules of a run, and leave the teacher as it is.
 
-        The teacher is left as it is. Modules that must not learn have requires_grad off.
+        "student" is averaged, scored and kept. Modules that do not learn have requires_grad off
+        and no dropout, except "target": it follows the student and has the student's dropout.
         """
 
     @abstractmethod
-    def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
-        """Return the loss of a batch, a scalar, the mean over its rows.
+    def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
+        """Return the loss of modules[progress.turn], a scalar: the mean over the rows of a batch.
 
-        What is random about a row is a function of `step` and its "index": then a batch has the
-        loss of its parts together, however many processes share it. With runtime.compile this
-        becomes one graph, which holds nothing but what torch.compile sees through.
+        What is random about a row comes from `batch.draws`. The loss of a batch is then that of its
+        parts together, however many processes share it. With runtime.compile this becomes one
+        graph, so it holds only what torch.compile can trace.
+        """
+
+    def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor | None:
+        """Return what the best average has the least of, on held-out rows; here the loss.
+
+        "student" is the average. Return None where no number tells: the last average is the best.
+        """
+        return self.loss(modules, batch, progress)
+
+    def after_step(self, modules: nn.ModuleDict, progress: Progress) -> None:  # noqa: B027
+        """Act after an optimiser step, for example move a target network; here do nothing.
+
+        Leave the student as it is: its average has moved already.
         """
 
     @abstractmethod
-    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor:
-        """Turn noise [N, *shape] into samples with nfe calls of the trained network."""
+    def times(self, nfe: int) -> Grid:
+        """Return the times at which `sample` calls the network, as engines need them.
 
-    def after_step(self, modules: nn.ModuleDict, step: int) -> None:  # noqa: B027
-        """Do what follows an optimiser step, such as moving a target network; here nothing.
-
-        The student is left as it is: the step has moved its average already.
+        Raises ValueError for a number of calls that the method cannot do.
         """
+
+    @abstractmethod
+    def sample(
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 1,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Turn noise [N, *shape] into samples with nfe calls of the trained network.
+
+        `cond` goes to the network. A method that adds noise on its way takes it from `draws`.
+        """
+
+    def result(self, net: nn.Module) -> Student | Teacher:
+        """Return what a stage hands to the next, and the last one to people."""
+        return Student(net, self)
+
+    def stages(self) -> "tuple[AbstractMethod, ...]":
+        """Return the methods to train one after the other, each from the result of the last.
+
+        A later stage that feeds "pairs" is trained on pairs made by that result.
+        """
+        return (self,)
+
+    def identity(self) -> object | None:
+        """Return the proof of the method in float64 with the exact map as its network, if any."""
+        return None

@@ -8,19 +8,21 @@ from torch import Tensor, nn
 
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser, Prediction
-from ds.diffusion.noise import uniform
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.methods.base import AbstractMethod
-from ds.models.teacher import integrate
+from ds.methods.base import AbstractMethod, Progress
+from ds.models.teacher import Teacher, integrate
+from ds.pairs.sources import Batch
 from ds.system.config import check
 
-_TIMES = 0x7D3A59E2C1846BF0  # the seed of the times, which no source is likely to have
+_TIMES = 0x7D3A59E2C1846BF0  # the stream of the times
 
 
 @dataclass(frozen=True)
 class Denoising(AbstractMethod):
-    """Predict what noise was added at a random time.
+    """Predict the noise that was added at a random time.
 
     Ho et al. 2020, arXiv:2006.11239, Eq. 14.
     """
@@ -33,19 +35,32 @@ class Denoising(AbstractMethod):
     def __post_init__(self):
         check(self, "Denoising: ")
 
-    def init(self, teacher: Denoiser) -> nn.ModuleDict:
+    def init(self, teacher: Teacher) -> nn.ModuleDict:
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
 
-    def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
-        x0, eps = batch["x0"], batch["noise"]
-        t = (uniform(_TIMES, batch["index"]) * self.schedule.num_steps).long()
+    def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
+        x0, eps = batch.x0, batch.noise
+        t = (batch.draws.uniform(_TIMES) * self.schedule.num_steps).long()
         alpha, sigma = self.schedule.gather(t, x0)
         target = self.denoiser(modules["student"]).target(x0, eps, t)
         return (modules["student"](alpha * x0 + sigma * eps, t) - target).square().mean()
 
-    def sample(self, net: nn.Module, z: Tensor, nfe: int = 20) -> Tensor:
-        grid = grids.uniform(nfe, num_steps=self.schedule.num_steps)
-        return integrate(self.denoiser(net), DDIM(), grid, z)
+    def times(self, nfe: int) -> Grid:
+        return grids.uniform(nfe, num_steps=self.schedule.num_steps)
+
+    def sample(
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 20,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        return integrate(self.denoiser(net), DDIM(), self.times(nfe), z)
+
+    def result(self, net: nn.Module) -> Teacher:
+        return Teacher(self.denoiser(net), DDIM(), self.times(20))
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """Return the network with what it was trained to predict."""

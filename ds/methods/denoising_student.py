@@ -7,9 +7,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import MOST
-from ds.methods.base import AbstractMethod
+from ds.methods.base import AbstractMethod, Progress
+from ds.models.teacher import Teacher
+from ds.pairs.sources import Batch
 from ds.system.config import Between, check
 
 
@@ -17,33 +20,44 @@ from ds.system.config import Between, check
 class DenoisingStudent(AbstractMethod):
     """Regress the endpoint of a deterministic sampler on its noise, in one network call.
 
-    student(x_T) = x_T - net(x_T, t), with the teacher's weights to start from. The difference
-    x_T - x0 is a target of ordinary size, where x0 itself would need the noise prediction divided
-    by alpha_T = 1/157. Luhman & Luhman 2021, arXiv:2101.02388, section 3.
+    student(x_T) = x_T - net(x_T, t), and net starts with the teacher's weights. The difference
+    x_T - x0 is a target of ordinary size; x0 itself would need the noise prediction divided by
+    alpha_T = 1/157. Luhman & Luhman 2021, arXiv:2101.02388, section 3.
 
-    The loss is the mean over elements; the paper's is the sum over the elements of an image, which
-    Adam does not tell apart.
+    The loss is the mean over elements. The paper's is the sum over the elements of an image, and
+    Adam takes the same steps for both.
     """
 
     feeds: ClassVar = "pairs"
 
     loss_type: Literal["l1", "l2"] = "l2"
-    t: Annotated[int, Between(0, MOST - 1)] = (
-        999  # the last index of the schedule, which the teacher itself may never visit
-    )
+    # the time the network is told; the last index of the schedule, which the teacher may not visit
+    t: Annotated[int, Between(0, MOST - 1)] = 999
 
     def __post_init__(self):
         check(self, "DenoisingStudent: ")
 
-    def init(self, teacher: Denoiser) -> nn.ModuleDict:
-        teacher.schedule.check(self.t)
+    def init(self, teacher: Teacher) -> nn.ModuleDict:
+        teacher.denoiser.schedule.check(self.t)
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
 
-    def loss(self, modules: nn.ModuleDict, batch: dict[str, Tensor], step: int) -> Tensor:
-        error = self.sample(modules["student"], batch["noise"]) - batch["x0"]
+    def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
+        error = self.sample(modules["student"], batch.noise) - batch.x0
         return error.abs().mean() if self.loss_type == "l1" else error.square().mean()
 
-    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor:
+    def times(self, nfe: int) -> Grid:
         if nfe != 1:
             raise ValueError(f"DenoisingStudent: makes an image in 1 network call, not {nfe}")
-        return z - net(z, torch.full((z.shape[0],), self.t, dtype=torch.int64, device=z.device))
+        return (self.t,)
+
+    def sample(
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 1,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        (t,) = self.times(nfe)
+        return z - net(z, torch.full((z.shape[0],), t, dtype=torch.int64, device=z.device))

@@ -1,22 +1,17 @@
-"""Batches for training: which rows a step sees is a function of (seed, step) alone.
-
-So a run that is resumed at step k sees exactly what it would have seen without the interruption,
-and nothing about the order has to be saved.
-"""
+"""Sources: the rows that a run is trained on, and the noise that belongs to them."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ds import ops
-from ds.diffusion.noise import noise
+from ds.diffusion.noise import Draws, noise
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
@@ -26,15 +21,26 @@ from ds.system import distributed
 from ds.system.config import Count, Natural, Seed, require, to_json
 from ds.system.cost import check_memory
 
-Batch = dict[str, Tensor]
-CHUNKS = 16  # of consecutive rows, that make a window of the shuffle
+
+class Batch(NamedTuple):
+    """Rows of data and noise, float32 [N, *shape] each, on one device.
+
+    `index`, int64 [N], is the index of the noise: of a pair, or of a draw. `draws` are the random
+    numbers of the rows, and `cond` are the network's conditions, [N, ...] each.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    index: Tensor
+    draws: Draws
+    cond: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class AbstractSource(ABC):
-    """Rows that can be drawn; `draws` number the draws of a run, so that noise can be fresh.
+    """Rows that can be drawn. The draws of a run are numbered, so that noise can be fresh.
 
-    What is kept of a row is small, images in uint8 and the index of their noise, and only that
-    travels to the device, where `prepare` makes the batch.
+    A row is kept small, as a uint8 image and the index of its noise. Only that travels to the
+    device, where `prepare` makes the batch.
     """
 
     feeds: ClassVar[str]
@@ -51,15 +57,26 @@ class AbstractSource(ABC):
         """Return the indices of their noise, int64 [N] on the CPU."""
 
     @abstractmethod
-    def prepare(self, images: Tensor, indices: Tensor) -> Batch:
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
         """Make the batch of what was read, on the device of the images."""
 
     @abstractmethod
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a text that differs where the rows do."""
 
-    def batch(self, rows: Sequence[int], draws: Sequence[int]) -> Batch:
-        """Return the batch of the rows, on the CPU."""
-        return self.prepare(self.read(rows), self.indices(rows, draws))
+    def batch(
+        self,
+        rows: Sequence[int],
+        draws: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """Return the batch of some rows. Their draws have the numbers of the rows by default."""
+        numbers = rows if draws is None else draws
+        kept = self.read(rows), self.indices(rows, numbers)
+        number = torch.as_tensor(numbers, dtype=torch.int64, device=device)
+        return self.prepare(*(x.to(device) for x in kept), Draws(seed, number))
 
 
 class Pairs(AbstractSource):
@@ -85,8 +102,8 @@ class Pairs(AbstractSource):
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
         return as_indices("Pairs", rows, len(self)) * self.rows.step + self.rows.start
 
-    def prepare(self, images: Tensor, indices: Tensor) -> Batch:
-        return _prepared(images, indices, self.store.seed)
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
+        return _prepared(images, indices, self.store.seed, draws)
 
     def fingerprint(self) -> str:
         return f"{self.store.sha256} {self.rows}"
@@ -95,12 +112,12 @@ class Pairs(AbstractSource):
 class Generated(AbstractSource):
     """Pairs that a teacher makes while a student learns from them, without a store.
 
-    The teacher makes a pool of `rows` pairs, which serves for `reuse` epochs and gives way to the
-    next. Pool p are the pairs from first + p * rows on of the store that this teacher would make
-    with this seed and batch_size: which pairs a step sees is a function of the step, and a run that
-    is resumed makes the pool of its step again. The processes of torchrun share the making. `rows`
-    is a multiple of the run's batch size, so that all of them change pools at the same step. The
-    teacher's network is on the device that trains; `options` are those of its ds.Sampler.
+    The teacher makes a pool of `rows` pairs. It serves for `reuse` epochs, then the next pool takes
+    its place. Pool p holds `rows` pairs, from pair first + p * rows on, of the store that this
+    teacher would make with this seed and batch_size. So the pairs of a step depend on the step
+    alone, and a resumed run makes the pool of its step again. The processes of torchrun share the
+    work. `rows` must be a multiple of the run's batch size: all processes then change pools at the
+    same step. The teacher's network is on the device that trains. `options` go to its ds.Sampler.
 
     Raises ValueError for sizes below 1.
     """
@@ -135,12 +152,12 @@ class Generated(AbstractSource):
         pools = torch.as_tensor(draws) // (self.rows * self.reuse)
         return self.first + pools * self.rows + torch.as_tensor(rows)
 
-    def prepare(self, images: Tensor, indices: Tensor) -> Batch:
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
         number = (int(indices[0]) - self.first) // self.rows  # waits for a GPU, once a step
         if number != self._number:
             self._pool, self._number = self._make(number).to(indices.device), number
         here = indices - self.first - number * self.rows
-        return _prepared(self._pool[here], indices, self.seed)
+        return _prepared(self._pool[here], indices, self.seed, draws)
 
     def _make(self, number: int) -> Tensor:
         """Make a pool, this process its share of the batches, and return all of it on the CPU."""
@@ -157,6 +174,33 @@ class Generated(AbstractSource):
             f"{self.rows} pairs from {self.first} of {self._about}, seed {self.seed}, "
             f"each for {self.reuse} epochs"
         )
+
+
+class Noise(AbstractSource):
+    """`count` rows of fresh noise at every draw, for samples of a shape, and no data."""
+
+    feeds: ClassVar = "noise"
+
+    def __init__(self, count: int, shape: tuple[int, ...], *, seed: int = 0):
+        require("Noise", Count, count=count)
+        require("Noise", Seed, seed=seed)
+        self.count, self.shape, self.seed = count, tuple(shape), seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return torch.empty(len(rows), 0, dtype=torch.float32, device="cpu")
+
+    def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
+        return torch.as_tensor(draws)
+
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
+        z = noise(self.seed, indices, self.shape, device=indices.device)
+        return Batch(images, z, indices, draws)
+
+    def fingerprint(self) -> str:
+        return f"noise {list(self.shape)}, {self.count} rows, seed {self.seed}"
 
 
 class Images(AbstractSource):
@@ -177,84 +221,22 @@ class Images(AbstractSource):
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
         return torch.as_tensor(draws)
 
-    def prepare(self, images: Tensor, indices: Tensor) -> Batch:
-        return _prepared(images, indices, self.seed)
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
+        return _prepared(images, indices, self.seed, draws)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy()).hexdigest()
         return f"{len(self)} images {digest}, seed {self.seed}"
 
 
-def _prepared(images: Tensor, indices: Tensor, seed: int) -> Batch:
-    """Make floats, channels first, of what is kept, and the noise of its indices beside it."""
+def _prepared(images: Tensor, indices: Tensor, seed: int, draws: Draws) -> Batch:
+    """Make floats, channels first, of kept rows, and add the noise of their indices."""
     if images.dtype == torch.uint8:
         x0, z = ops.prepare_batch(images, indices, seed)
     else:
         x0 = images.movedim(-1, 1).float()
         z = noise(seed, indices, x0.shape[1:], device=x0.device)
-    return {"x0": x0, "noise": z, "index": indices}
-
-
-def check_rows(rows: int, batch_size: int) -> None:
-    """Raise ValueError for a batch that so many rows cannot fill."""
-    require("Batches", Count, batch_size=batch_size)
-    if rows < batch_size:
-        raise ValueError(f"batch_size ({batch_size}) exceeds the {rows} training rows")
-
-
-class Batches:
-    """Shuffled batches without end: batches.at(step). Every epoch has its own order.
-
-    Rows that do not fill a last batch wait for another epoch's order. With a `window`, rows that
-    are near each other in the order lie in few places of the store: a window of the order holds
-    that many rows, of 16 chunks of consecutive ones. `part` are the positions of a batch to read,
-    for a process that reads its share; the others are none of its business.
-
-    Raises ValueError if there are fewer rows than a batch holds.
-    """
-
-    def __init__(
-        self,
-        source: AbstractSource,
-        batch_size: int,
-        seed: int,
-        *,
-        window: int = 0,
-        part: range | None = None,
-    ):
-        check_rows(len(source), batch_size)
-        require("Batches", Natural, seed=seed, window=window)
-        self.source, self.batch_size, self.seed, self.window = source, batch_size, seed, window
-        self.part = range(batch_size) if part is None else part
-        self.per_epoch = len(source) // batch_size
-        self._order = lru_cache(maxsize=1)(self._shuffle)
-
-    def at(self, step: int) -> Batch:
-        """Return the batch of a step, on the CPU."""
-        return self.source.prepare(*self.read(step))
-
-    def read(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return what the batch of a step is made of: images and indices, on the CPU."""
-        rows, draws = self.rows(step)
-        return self.source.read(rows), self.source.indices(rows, draws)
-
-    def rows(self, step: int) -> tuple[np.ndarray, range]:
-        """Return the rows of a step and the numbers of their draws."""
-        epoch, position = divmod(step, self.per_epoch)
-        first, number = position * self.batch_size, step * self.batch_size
-        start, stop = self.part.start, self.part.stop
-        rows = self._order(epoch)[first + start : first + stop]
-        return rows, range(number + start, number + stop)
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        draw, count = np.random.default_rng((self.seed, epoch)), len(self.source)
-        if not self.window:
-            return draw.permutation(count)
-        chunk = -(-self.window // CHUNKS)
-        starts = chunk * draw.permutation(-(-count // chunk))
-        near = np.concatenate([np.arange(s, min(s + chunk, count)) for s in starts])
-        windows = (near[i : i + self.window] for i in range(0, count, self.window))
-        return np.concatenate([draw.permutation(window) for window in windows])
+    return Batch(x0, z, indices, draws)
 
 
 def digits() -> tuple[Tensor, Tensor]:

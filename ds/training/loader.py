@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ds.pairs.sources import Batches
 from ds.system.config import Natural, require
 from ds.system.cost import check_memory
+from ds.training.batches import Batches
 
 Kind = Literal["auto", "memory_map", "dali", "resident"]
 Loader = Generator[tuple[Tensor, Tensor], None, None]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from ds.methods import AbstractMethod
+from ds.methods import AbstractMethod, Progress
 from ds.pairs.sources import Batch
 
 
@@ -36,16 +36,18 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def flops_per_row(method: AbstractMethod, modules: nn.ModuleDict, row: Batch) -> int:
+def flops_per_row(
+    method: AbstractMethod, modules: nn.ModuleDict, row: Batch, progress: Progress
+) -> int:
     """Count the operations of a loss and its gradient, on a batch of one row.
 
     Multiplications and additions of convolutions, matrix products and attention are counted, each
     as one, and nothing else. The modules are left as they are.
     """
-    device = row["noise"].device
+    device = row.noise.device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, flop_counter() as counter:
-        method.loss(copy.deepcopy(modules), row, 0).backward()
+        method.loss(copy.deepcopy(modules), row, progress).backward()
     return counter.get_total_flops()
 
 

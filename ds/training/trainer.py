@@ -23,13 +23,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
-from ds.methods import AbstractMethod
+from ds.methods import AbstractMethod, Progress
 from ds.models.images import save_png, tile, to_uint8
 from ds.models.pretrained import check_finite, fingerprint
+from ds.models.teacher import Teacher
 from ds.nets import UNet, recompute_norms
-from ds.pairs.sources import AbstractSource, Batch, Batches
+from ds.pairs.sources import AbstractSource, Batch
 from ds.system import distributed, targets
 from ds.system.ambient import without_ambient
 from ds.system.config import (
@@ -37,7 +37,6 @@ from ds.system.config import (
     Natural,
     NotNegative,
     Positive,
-    Sha256,
     Share,
     check,
     checked,
@@ -51,6 +50,7 @@ from ds.system.signals import Heard, Interrupted, Stop, deferred_signals
 from ds.system.staging import locked, replacing, subfolder, write_json
 from ds.training import ema, fsdp, optim
 from ds.training import loader as loaders
+from ds.training.batches import Batches
 from ds.training.checkpoint import Checkpoint
 from ds.training.log import Records, check_project
 from ds.training.throughput import flops_per_row, matmul_tflops
@@ -64,7 +64,7 @@ class RunFields(TypedDict):
     format: Literal["denoising-student/run/1"]
     method: dict[str, Any]
     train: dict[str, Any]
-    init: Sha256
+    start: dict[str, Any]
     source: str
     held_out: str
 
@@ -170,7 +170,7 @@ class Trainer:
     """Train what a method creates, in a directory that can be resumed to the same bits.
 
     `out` receives run.json (what is run), metrics.jsonl (a line per log and per check), a
-    checkpoint and samples/. `init` gives the network to start from and is left as it is. The
+    checkpoint and samples/. `start` gives the network to start from and is left as it is. The
     processes of torchrun share every batch, and the first of them writes. `evaluate` makes figures
     of a network, every runtime.evaluate_every steps, in all processes.
 
@@ -188,7 +188,7 @@ class Trainer:
     def __init__(
         self,
         method: AbstractMethod,
-        init: Denoiser,
+        start: Teacher,
         source: AbstractSource,
         held_out: AbstractSource,
         out: str | Path,
@@ -215,7 +215,7 @@ class Trainer:
         rows = config.batch_size // distributed.world() // self.runtime.accumulate
         check_memory(  # for images and noise
             f"train.batch_size {config.batch_size}",
-            2 * 4 * rows * math.prod(init.shape),
+            2 * 4 * rows * math.prod(start.shape),
             self.device,
         )
         self.batches = Batches(
@@ -226,17 +226,21 @@ class Trainer:
         check_project(self.runtime.wandb)
         loaders.check(self.batches, self.runtime.loader, self.runtime.prefetch)
         require("train.epochs", Natural, indices=self.steps * config.batch_size)
-        self.shape = init.shape
+        self.shape = start.shape
         self.run = {
             "format": "denoising-student/run/1",
             "method": to_json(method),
             "train": to_json(config),
-            "init": fingerprint(init),
+            "start": {
+                "sha256": fingerprint(start.denoiser),
+                "solver": to_json(start.solver),
+                "grid": list(start.grid),
+            },
             "source": source.fingerprint(),
             "held_out": held_out.fingerprint(),
         }
-        self._check_shape(init)
-        self.modules = method.init(init).to(self.device)
+        self._check_shape(start)
+        self.modules = method.init(start).to(self.device)
         for module in self.modules.values():  # what does not learn has no dropout either
             module.train(any(p.requires_grad for p in module.parameters()))
         if config.recompute_norms:
@@ -257,11 +261,11 @@ class Trainer:
         self.running = torch.zeros((), dtype=torch.float32, device=self.device)
         self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
 
-    def _check_shape(self, init: Denoiser) -> None:
-        (row,) = self._held_out_batch(range(1))["x0"]
-        if row.shape != init.shape:
+    def _check_shape(self, start: Teacher) -> None:
+        (row,) = self._held_out_batch(range(1)).noise
+        if row.shape != start.shape:
             raise ValueError(
-                f"the network makes samples of the shape {list(init.shape)}, the rows to train on "
+                f"the network makes samples of the shape {list(start.shape)}, the rows to train on "
                 f"are {list(row.shape)}"
             )
 
@@ -320,7 +324,9 @@ class Trainer:
             disable=not self.progress, smoothing=0.02,
         )  # fmt: skip
         modules = fsdp.whole(self.modules)
-        self.flops = flops_per_row(self.method, modules, self._held_out_batch(range(1)))
+        self.flops = flops_per_row(
+            self.method, modules, self._held_out_batch(range(1)), self._progress()
+        )
         self.peak = self._peak()
         self.rows = loaders.load(self.batches, self.step, self.device, r.loader, r.prefetch)
         self._start_clock()
@@ -378,8 +384,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._follow()
-        self.method.after_step(self.modules, self.step)
+        self.method.after_step(self.modules, self._progress())
         self.step += 1
+
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.steps)
 
     def _follow(self) -> None:
         """Move the averages for snapshots; buffers of every average are those of the student."""
@@ -395,13 +404,15 @@ class Trainer:
         """Add up the gradients of this process's part of the batch."""
         begin = time.perf_counter()
         images, indices = next(self.rows)
+        draws = self.batches.draws(self.step, self.device)
         self.waited += time.perf_counter() - begin
         count = self.runtime.accumulate
-        for i, part in enumerate(zip(images.chunk(count), indices.chunk(count), strict=True)):
-            batch = self.batches.source.prepare(*part)
+        parts = (x.chunk(count) for x in (images, indices, draws.index))
+        for i, (*kept, index) in enumerate(zip(*parts, strict=True)):
+            batch = self.batches.source.prepare(*kept, draws._replace(index=index))
             with _apart(self.loss, i < count - 1):
                 with self._seeded(distributed.number() * count + i), self._autocast():
-                    loss = self.loss(batch, self.step) / count
+                    loss = self.loss(batch, self._progress()) / count
                 self.scaler.scale(loss).backward()
             self.running += loss.detach()
 
@@ -471,7 +482,7 @@ class Trainer:
             for number in distributed.share(-(-rows // size)):
                 part = range(number * size, min((number + 1) * size, rows))
                 batch = self._held_out_batch(part)
-                total += self.method.loss(modules, batch, number).item() * len(part)
+                total += self.method.loss(modules, batch, self._progress()).item() * len(part)
         loss = distributed.total(total) / rows
         if loss < self.best_loss:
             self.best_loss = loss
@@ -600,9 +611,7 @@ class Trainer:
         return checked(read_sealed(self.out / RUN), RunFields, self.out / RUN)
 
     def _held_out_batch(self, rows: range) -> Batch:
-        source = self.held_out
-        kept = source.read(rows), source.indices(rows, rows)
-        return source.prepare(*(x.to(self.device) for x in kept))
+        return self.held_out.batch(rows, seed=self.config.seed, device=self.device)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.precision)
@@ -626,8 +635,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.method, self.modules_ = method, modules
 
-    def forward(self, batch: Batch, step: int) -> Tensor:
-        return self.method.loss(self.modules_, batch, step)
+    def forward(self, batch: Batch, progress: Progress) -> Tensor:
+        return self.method.loss(self.modules_, batch, progress)
 
 
 def _shared(loss: _Loss, runtime: Runtime, compiles: bool) -> nn.Module:

@@ -10,8 +10,9 @@ import torch
 
 import ds
 from ds.methods import DenoisingStudent
-from ds.pairs.sources import Batches, Images, Pairs
+from ds.pairs.sources import Images, Pairs
 from ds.system.signals import Interrupted
+from ds.training.batches import Batches
 from ds.training.loader import load
 from ds.training.trainer import Runtime, TrainConfig, Trainer
 from tests import emulated
@@ -55,9 +56,10 @@ def test_a_loader_brings_the_rows_of_the_batches(store, kind, make):
         for step, found in zip((1, 2, 3, 4), itertools.islice(steps, 4), strict=True):
             for x, y in zip(found, batches.read(step), strict=True):
                 assert x.is_cuda and torch.equal(x.cpu(), y)
-            there, here = source.prepare(*found), source.prepare(*batches.read(step))
-            assert torch.equal(there["x0"].cpu(), here["x0"]), "the same bits everywhere"
-            torch.testing.assert_close(there["noise"].cpu(), here["noise"], rtol=1e-6, atol=1e-6)
+            draws = batches.draws(step)
+            there, here = (source.prepare(*rows, draws) for rows in (found, batches.read(step)))
+            assert torch.equal(there.x0.cpu(), here.x0), "the same bits everywhere"
+            torch.testing.assert_close(there.noise.cpu(), here.noise, rtol=1e-6, atol=1e-6)
 
 
 def goes_the_way_of(run: Trainer, here: Trainer, bound: float) -> None:

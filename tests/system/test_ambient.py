@@ -130,7 +130,7 @@ def of_a_trainer(s: Setting) -> list[Tensor]:
     train, held_out = ds.Pairs(s.store, range(8, 32)), ds.Pairs(s.store, range(8))
     config = ds.TrainConfig(batch_size=8, epochs=1, lr=1e-3, warmup_steps=1)
     method = ds.methods.DenoisingStudent(loss_type="l1")
-    net = ds.Trainer(method, s.teacher.denoiser, train, held_out, s.place(), config).fit()
+    net = ds.Trainer(method, s.teacher, train, held_out, s.place(), config).fit()
     return list(net.state_dict().values())
 
 

@@ -21,10 +21,11 @@ from ds.evaluation.evaluate import Moments
 from ds.evaluation.features import Pixels
 from ds.models.interpolate import great_circle
 from ds.nets import UNetConfig
-from ds.pairs.sources import Batches, Generated, Images
+from ds.pairs.sources import Generated, Images
 from ds.system import cost
 from ds.system.config import Between, _hints
 from ds.training import presets
+from ds.training.batches import Batches
 from ds.training.loader import load
 from ds.training.trainer import Runtime, TrainConfig, Trainer
 
@@ -116,7 +117,7 @@ def trainer(tmp_path, runtime=None, **config) -> Trainer:
     config = TrainConfig(**{"batch_size": 8, "warmup_steps": 0, **config})
     rows = images()
     return Trainer(
-        ds.methods.Denoising(), TEACHER.denoiser, rows, rows, tmp_path / "new", config,
+        ds.methods.Denoising(), TEACHER, rows, rows, tmp_path / "new", config,
         runtime=runtime,
     )  # fmt: skip
 
@@ -224,6 +225,6 @@ def test_a_student_of_another_shape_than_its_rows_is_refused(tmp_path):
         ValueError, match=r"shape \[1, 8, 8\], the rows to train on are \[1, 4, 4\]"
     ):
         Trainer(
-            ds.methods.Denoising(), TEACHER.denoiser, rows, rows, tmp_path / "new",
+            ds.methods.Denoising(), TEACHER, rows, rows, tmp_path / "new",
             TrainConfig(batch_size=8),
         )  # fmt: skip

@@ -74,11 +74,11 @@ def store(path: Path | str, seed: int = 0) -> ds.PairStore:
 
 
 def trainer(folder: Path, seed: int = 0) -> Trainer:
-    init = ds.Denoiser(Scale(), ds.schedule.LinearBeta())
+    start = TEACHER.using(Scale())
     pairs = ds.PairStore(folder / "store")
     rows = Pairs(pairs, range(8, 16)), Pairs(pairs, range(8))
     config = replace(TRAIN, seed=seed)
-    return Trainer(ds.methods.DenoisingStudent(), init, *rows, folder / "run", config)
+    return Trainer(ds.methods.DenoisingStudent(), start, *rows, folder / "run", config)
 
 
 def images(path: Path | str) -> torch.Tensor:

@@ -114,8 +114,8 @@ def student(home: Path) -> ds.Student:
 def _trainer(home: Path, out: Path, force: bool) -> None:
     store, config = ds.PairStore(home / "store"), ds.TrainConfig(batch_size=8, epochs=1)
     pairs = ds.Pairs(store)
-    denoiser = ds.load_teacher(home / "teacher").denoiser
-    ds.Trainer(ds.methods.DenoisingStudent(), denoiser, pairs, pairs, out, config).fit()
+    teacher = ds.load_teacher(home / "teacher")
+    ds.Trainer(ds.methods.DenoisingStudent(), teacher, pairs, pairs, out, config).fit()
 
 
 def _diffusers(home: Path, out: Path, force: bool) -> None:

@@ -40,13 +40,13 @@ class Followed(DenoisingStudent):
         modules["target"] = steady().net.requires_grad_(False)
         return modules
 
-    def loss(self, modules, batch, step):
-        away = modules["student"](batch["noise"], t := torch.full((len(batch["x0"]),), self.t))
-        away = (away - modules["target"](batch["noise"], t)).square().mean()
-        return super().loss(modules, batch, step) + away
+    def loss(self, modules, batch, progress):
+        away = modules["student"](batch.noise, t := torch.full((len(batch.x0),), self.t))
+        away = (away - modules["target"](batch.noise, t)).square().mean()
+        return super().loss(modules, batch, progress) + away
 
     @torch.no_grad()
-    def after_step(self, modules, step):
+    def after_step(self, modules, progress):
         for slow, w in zip(*(modules[n].parameters() for n in ("target", "student")), strict=True):
             slow.lerp_(w, 0.25)
 

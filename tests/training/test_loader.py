@@ -14,9 +14,10 @@ import torch
 
 import ds
 from ds.analytic import Gaussian
-from ds.pairs.sources import Batches, Images, Pairs, digits
+from ds.pairs.sources import Images, Pairs, digits
 from ds.system.distributed import share
 from ds.training import loader
+from ds.training.batches import Batches
 from ds.training.loader import Kind, load
 
 CPU = torch.device("cpu")

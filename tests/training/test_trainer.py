@@ -22,7 +22,7 @@ from torch import nn
 
 import ds
 from ds.analytic import Gaussian
-from ds.methods import AbstractMethod, Denoising, DenoisingStudent
+from ds.methods import AbstractMethod, Denoising, DenoisingStudent, Progress
 from ds.models.images import save_png, tile, to_uint8
 from ds.nets import UNetConfig
 from ds.pairs.sources import Generated, Images, Pairs, digits
@@ -66,21 +66,26 @@ def store(tmp_path_factory):
     return ds.generate_pairs(TEACHER, folder, 4096 + HELD_OUT, batch_size=1024)
 
 
-def affine() -> ds.Denoiser:
-    return ds.Denoiser(Affine(), ds.schedule.LinearBeta())
+def started(net: nn.Module) -> ds.Teacher:
+    """A teacher with a network of noise prediction, for a run to start from."""
+    return ds.Teacher(ds.Denoiser(net, ds.schedule.LinearBeta()), TEACHER.solver, (999,))
 
 
-def unet() -> ds.Denoiser:
+def affine() -> ds.Teacher:
+    return started(Affine())
+
+
+def unet() -> ds.Teacher:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = TINY.build()
         with torch.no_grad():
             for w in net.parameters():
                 w.add_(0.05 * torch.randn_like(w))
-    return ds.Denoiser(net, ds.schedule.LinearBeta())
+    return started(net)
 
 
-def steady() -> ds.Denoiser:
+def steady() -> ds.Teacher:
     """The same without dropout, whose masks depend on how a batch is cut into parts."""
     init = unet()
     for module in init.net.modules():
@@ -257,9 +262,9 @@ def test_the_noted_loss_is_the_mean_since_the_last_note(store, tmp_path, monkeyp
         def __getattr__(self, name):
             return getattr(method, name)
 
-        def loss(self, modules, batch, step):
-            out = method.loss(modules, batch, step)
-            if out.requires_grad and len(batch["x0"]) > 1:  # one row is there to count operations
+        def loss(self, modules, batch, progress):
+            out = method.loss(modules, batch, progress)
+            if out.requires_grad and len(batch.x0) > 1:  # one row is there to count operations
                 losses.append(out.item())
             return out
 
@@ -275,7 +280,7 @@ def test_a_note_tells_the_arithmetic_of_the_images_in_it(store, tmp_path):
     net = nn.Conv2d(1, 1, 3, padding=1)
     net.shape, net.call = DATA.shape, net.forward
     net.forward = lambda x, t: net.call(x)
-    run = trainer(store, tmp_path, init=ds.Denoiser(net, ds.schedule.LinearBeta()))
+    run = trainer(store, tmp_path, init=started(net))
     run.fit()
     for line in lines(tmp_path):
         if "tflops" in line:
@@ -382,8 +387,8 @@ def test_a_step_that_overflows_is_left_out(store, tmp_path):
     """The scale starts at 65,536, which a loss a thousand times as large takes beyond float32."""
 
     class Large(DenoisingStudent):
-        def loss(self, modules, batch, step):
-            return super().loss(modules, batch, step) * (1e38 if step == 2 else 1)
+        def loss(self, modules, batch, progress):
+            return super().loss(modules, batch, progress) * (1e38 if progress.step == 2 else 1)
 
     config = replace(SHORT, precision="float16", log_every=1000, check_every=1000)
     run, seen = trainer(store, tmp_path, config, method=Large()), []
@@ -405,7 +410,7 @@ def _after_every_step(method: AbstractMethod, act):
         def __getattr__(self, name):
             return getattr(method, name)
 
-        def after_step(self, modules, step):
+        def after_step(self, modules, progress):
             act(modules)
 
     return Acting()
@@ -457,10 +462,10 @@ def test_a_weight_without_a_gradient_is_stepped_with_zeros(store, tmp_path):
     """As the decay of AdamW asks for, and without an error."""
 
     class Half(DenoisingStudent):
-        def loss(self, modules, batch, step):
+        def loss(self, modules, batch, progress):
             return modules["student"].gain
 
-    init = ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())
+    init = started(Affine(0.5))
     init.net.shift.data.fill_(0.5)
     config = replace(SHORT, optimizer="adamw", weight_decay=0.3, epochs=1 / 8)
     run = trainer(store, tmp_path, config, init=init, method=Half())
@@ -475,10 +480,10 @@ def test_a_weight_without_a_gradient_is_stepped_with_zeros(store, tmp_path):
 )
 def test_weight_decay_is_that_of_the_optimiser(store, tmp_path, optimizer, expected):
     class Flat(DenoisingStudent):
-        def loss(self, modules, batch, step):
+        def loss(self, modules, batch, progress):
             return modules["student"].gain + 0 * modules["student"].shift
 
-    init = ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())
+    init = started(Affine(0.5))
     config = replace(SHORT, optimizer=optimizer, weight_decay=0.3, epochs=1 / 8)
     run = trainer(store, tmp_path, config, init=init, method=Flat())
     run.fit()
@@ -642,7 +647,7 @@ def test_dropout_is_on_while_training(store, tmp_path):
     """Without it the resumption with dropout above would say nothing."""
     run = trainer(store, tmp_path, init=unet())
     batch = run.batches.at(0)
-    losses = {run.method.loss(run.modules, batch, 0).item() for _ in range(3)}
+    losses = {run.method.loss(run.modules, batch, Progress(0, 12)).item() for _ in range(3)}
     assert len(losses) == 3
 
 
@@ -811,9 +816,9 @@ def test_the_identity_of_a_run_is_what_makes_it_another_one(store, tmp_path):
 class Exploding(DenoisingStudent):
     """Not finite from step 6 on."""
 
-    def loss(self, modules, batch, step):
-        loss = super().loss(modules, batch, step)
-        return loss * (math.nan if step >= 6 and loss.requires_grad else 1)
+    def loss(self, modules, batch, progress):
+        loss = super().loss(modules, batch, progress)
+        return loss * (math.nan if progress.step >= 6 and loss.requires_grad else 1)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(store, tmp_path):
@@ -837,7 +842,7 @@ def test_weights_that_are_not_finite_are_not_saved(store, tmp_path):
     [
         ({"config": replace(SHORT, lr=2e-2)}, r"train\.lr: 0\.01, not 0\.02"),
         ({"method": DenoisingStudent(loss_type="l1")}, r"method\.loss_type: l2, not l1"),
-        ({"init": ds.Denoiser(Affine(0.5), ds.schedule.LinearBeta())}, "init: "),
+        ({"init": started(Affine(0.5))}, r"start\.sha256: "),
         ({"rows": 320}, "source: "),
     ],
     ids=["configuration", "method", "initial weights", "rows"],
@@ -973,18 +978,19 @@ class Anchored(AbstractMethod):
             }
         )
 
-    def loss(self, modules, batch, step):
-        z, t = batch["noise"], torch.zeros(len(batch["noise"]))
+    def loss(self, modules, batch, progress):
+        z, t = batch.noise, torch.zeros(len(batch.noise))
         away = modules["student"](z, t) - (modules["target"](z, t) + modules["teacher"](z, t)) / 2
-        return (
-            away.square().mean() + (self.sample(modules["student"], z) - batch["x0"]).abs().mean()
-        )
+        return away.square().mean() + (self.sample(modules["student"], z) - batch.x0).abs().mean()
 
-    def after_step(self, modules, step):
+    def after_step(self, modules, progress):
         with torch.no_grad():
             modules["target"].gain.lerp_(modules["student"].gain, self.speed)
 
-    def sample(self, net, z, nfe=1):
+    def times(self, nfe):
+        return (0,)
+
+    def sample(self, net, z, *, nfe=1, cond=None, draws=None):
         return z - net(z, torch.zeros(len(z)))
 
 

@@ -81,8 +81,8 @@ class Telling:
     def __getattr__(self, name: str):
         return getattr(self.method, name)
 
-    def after_step(self, modules, step):
-        if step + 1 == self.step and not distributed.is_first():
+    def after_step(self, modules, progress):
+        if progress.step + 1 == self.step and not distributed.is_first():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -91,7 +91,7 @@ def home(tmp_path_factory) -> Path:
     """The folder where two processes have done every job."""
     home = tmp_path_factory.mktemp("shared")
     ds.generate_pairs(TEACHER, home / "store", 512 + HELD_OUT, batch_size=1024)
-    ds.Teacher(unet(), TEACHER.solver, (999, 500)).save_pretrained(home / "teacher")
+    replace(unet(), grid=(999, 500)).save_pretrained(home / "teacher")
     ds.generate_pairs(ds.load_teacher(home / "teacher"), home / "pairs", 96)
     two = Two(work, home)
     _, said = two.communicate(timeout=240)
