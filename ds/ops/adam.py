@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,45 +32,72 @@ def adam_step(
 ) -> Tensor:
     """Add 1 to step, update params, exp_avgs and exp_avg_sqs; return the norm of all grads.
 
-    The update is torch.optim.Adam's, or that of AdamW where decoupled. Grads are first scaled down
+    The update is that of torch.optim.Adam, or of AdamW if `decoupled`. Grads are first scaled down
     to max_norm, as by torch.nn.utils.clip_grad_norm_, but not in place. Then averages move by
     1 - ema_decay towards params, and copies receive params, rounded to their dtype.
 
-    step and lr are float32 of no dimensions on the device of params: what a CUDA graph captured
-    reads them anew. A list of another length or with other shapes than params is an error, but
-    averages and copies may be shorter: they are those of the first params. The norm is of no
-    dimensions, not clipped.
+    step and lr are float32 without dimensions, on the device of params: a captured CUDA graph reads
+    them at each replay. averages and copies may be shorter than params, and then belong to the
+    first of them; the other lists have the length of params. All shapes are those of params. The
+    norm has no dimensions and is that before clipping.
 
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1; Loshchilov & Hutter 2019, arXiv:1711.05101,
     Algorithm 2.
 
     Raises:
-        ValueError: lists that do not fit each other, or a number out of its range.
+        ValueError: lists do not fit each other, or a number is out of range.
     """
-    lists = params, grads, exp_avgs, exp_avg_sqs, averages, copies
-    arguments = (
-        step, lr, *map(list, lists),
-        *betas, eps, weight_decay, decoupled, ema_decay, max_norm,
-    )  # fmt: skip
+    lists = _Lists(*map(list, (params, grads, exp_avgs, exp_avg_sqs, averages, copies)))
+    rates = _Rates(*betas, eps, weight_decay, decoupled, ema_decay, max_norm)
+    arguments = step, lr, *lists, *rates
     if not torch.compiler.is_compiling():
         _op.check(*arguments)  # before the step is counted
     step.add_(1)
     return torch.ops.ds.adam_step(*arguments)
 
 
-def reference(
-    step, lr, params, grads, exp_avgs, exp_avg_sqs, averages, copies,
-    beta1, beta2, eps, weight_decay, decoupled, ema_decay, max_norm,
-):  # fmt: skip
+class _Lists(NamedTuple):
+    """The lists of tensors of a step, in the order of the op's schema."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    averages: list[Tensor]
+    copies: list[Tensor]
+
+
+class _Rates(NamedTuple):
+    """The numbers of a step, in the order of the op's schema."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    ema_decay: float
+    max_norm: float
+
+
+def _structured(args: tuple) -> tuple[_Lists, _Rates]:
+    """Return the op's arguments after step and lr."""
+    count = len(_Lists._fields)
+    return _Lists(*args[:count]), _Rates(*args[count:])
+
+
+def reference(step: Tensor, lr: Tensor, *args) -> Tensor:
     """Step by PyTorch's functions on lists, in the order of torch.optim.Adam.
 
-    With g the gradient, scaled down to max_norm, plus weight_decay * p if not decoupled:
+    With g the gradient, scaled down to max_norm, plus weight_decay * p unless decoupled:
     m = m + (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g^2 and, at step t,
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
     """
+    lists, rates = _structured(args)
+    params, _, exp_avgs, exp_avg_sqs, *_ = lists
+    beta1, beta2, eps, weight_decay, decoupled, *_ = rates
     if not params:
         return torch.zeros_like(step)
-    grads, norm = _clipped(params, grads, max_norm)
+    grads, norm = _clipped(lists, rates.max_norm)
     if weight_decay and decoupled:
         torch._foreach_mul_(params, 1 - lr.double() * weight_decay)
     elif weight_decay:
@@ -83,26 +111,27 @@ def reference(
     moves = torch._foreach_div(exp_avgs, moves)
     torch._foreach_mul_(moves, lr / (1 - beta1 ** step.double()))
     torch._foreach_sub_(params, moves)
-    _follow(params, averages, copies, ema_decay)
+    _follow(lists, rates.ema_decay)
     return norm.to(step.dtype)
 
 
-def _clipped(params, grads, max_norm) -> tuple[list[Tensor], Tensor]:
-    """Return the grads, scaled down to max_norm and as wide as the params, and their norm."""
-    grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+def _clipped(lists: _Lists, max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Return the grads, scaled down to max_norm and in the dtype of the params, and their norm."""
+    grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in lists.grads]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     if max_norm < math.inf:
         grads = torch._foreach_mul(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)], norm
+    return [grad.to(param.dtype) for grad, param in zip(grads, lists.params, strict=True)], norm
 
 
-def _follow(params, averages, copies, ema_decay) -> None:
+def _follow(lists: _Lists, ema_decay: float) -> None:
     """Move the averages, and fill the copies."""
-    if averages:
-        wide = [param.to(average.dtype) for param, average in zip(params, averages, strict=False)]
-        torch._foreach_lerp_(averages, wide, 1 - ema_decay)
-    if copies:
-        torch._foreach_copy_(copies, params[: len(copies)])
+    if lists.averages:
+        pairs = zip(lists.params, lists.averages, strict=False)
+        wide = [param.to(average.dtype) for param, average in pairs]
+        torch._foreach_lerp_(lists.averages, wide, 1 - ema_decay)
+    if lists.copies:
+        torch._foreach_copy_(lists.copies, lists.params[: len(lists.copies)])
 
 
 def fake(step, *args):
@@ -133,30 +162,27 @@ _op = Op(
 )
 
 
-# PyTorch's fused step is one pass over memory where the reference makes ten, and another for the
-# average: a third of the time for the 36 M weights of CIFAR-10 on one core (`python -m benchmarks
-# ops`; docs/performance.md).
+# PyTorch's fused step makes one pass over memory and another for the average; the reference makes
+# ten. It takes a third of the time for the 36 M weights of CIFAR-10 on one core (`python -m
+# benchmarks ops`; docs/performance.md).
 @_op.backend("fused", "cpu")
 def _():
-    def launch(
-        step, lr, params, grads, exp_avgs, exp_avg_sqs, averages, copies,
-        beta1, beta2, eps, weight_decay, decoupled, ema_decay, max_norm,
-    ):  # fmt: skip
+    def launch(step, lr, *args):
+        lists, rates = _structured(args)
+        params, _, exp_avgs, exp_avg_sqs, *_ = lists
         if not params:
             return torch.zeros_like(step)
         _check_layout(params, exp_avgs, exp_avg_sqs)
-        for lists in zip(params, exp_avgs, exp_avg_sqs, strict=True):
-            if len({tensor.dtype for tensor in lists}) > 1:
+        for tensors in zip(params, exp_avgs, exp_avg_sqs, strict=True):
+            if len({tensor.dtype for tensor in tensors}) > 1:
                 raise Unsupported("it takes moments in the dtype of their params")
-        grads, norm = _clipped(params, grads, max_norm)
+        grads, norm = _clipped(lists, rates.max_norm)
         grads = [_like(grad, param) for grad, param in zip(grads, params, strict=True)]
-        fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
-        fused(
-            params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params), amsgrad=False,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-            maximize=False,
-        )  # fmt: skip
-        _follow(params, averages, copies, ema_decay)
+        numbers = {name: getattr(rates, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
+        fused = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
+        state = params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params)
+        fused(*state, amsgrad=False, maximize=False, lr=lr, **numbers)
+        _follow(lists, rates.ema_decay)
         return norm.to(step.dtype)
 
     return launch
@@ -166,56 +192,53 @@ def _():
 def _():
     lib = _native.cuda_kernels(capability=80)
 
-    def launch(
-        step, lr, params, grads, exp_avgs, exp_avg_sqs, averages, copies,
-        beta1, beta2, eps, weight_decay, decoupled, ema_decay, max_norm,
-    ):  # fmt: skip
-        grads = [_like(grad, param) for grad, param in zip(grads, params, strict=True)]
-        grad_type = _check_kernels_take(params, grads, exp_avgs, exp_avg_sqs, averages, copies)
-        count = len(params)
-        sizes = (ctypes.c_int64 * count)(*[param.numel() for param in params])
-        lists = [
-            (ctypes.c_void_p * count)(*[tensor.data_ptr() for tensor in tensors])  # null after them
-            for tensors in (params, grads, exp_avgs, exp_avg_sqs, averages, copies)
-        ]
+    def launch(step, lr, *args):
+        lists, rates = _structured(args)
+        pairs = zip(lists.grads, lists.params, strict=True)
+        lists = lists._replace(grads=[_like(grad, param) for grad, param in pairs])
+        grad_type = _check_kernels_take(lists)
+        count = len(lists.params)
+        sizes = (ctypes.c_int64 * count)(*map(Tensor.numel, lists.params))
+        # A shorter list ends in null addresses.
+        arrays = [(ctypes.c_void_p * count)(*map(Tensor.data_ptr, tensors)) for tensors in lists]
+        addresses = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
         partial = step.new_empty(lib.ds_cuda_adam_chunks(sizes, count))
         norm, scale = torch.empty_like(step), torch.empty_like(step)
-        _native.cuda_launch(
-            lib.ds_cuda_adam, step,
-            (ctypes.c_void_p * 6)(*map(ctypes.addressof, lists)), sizes, count,
-            step.data_ptr(), lr.data_ptr(), partial.data_ptr(), norm.data_ptr(), scale.data_ptr(),
-            beta1, beta2, eps, weight_decay, decoupled, ema_decay, max_norm, grad_type,
-        )  # fmt: skip
+        pointers = map(Tensor.data_ptr, (step, lr, partial, norm, scale))
+        arguments = addresses, sizes, count, *pointers, *rates, grad_type
+        _native.cuda_launch(lib.ds_cuda_adam, step, *arguments)
         return norm
 
     return launch
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
+    """Return grad with the strides of its param."""
     if same_order(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _check_kernels_take(params, grads, exp_avgs, exp_avg_sqs, averages, copies) -> int:
+def _check_kernels_take(lists: _Lists) -> int:
     """Return the type of the grads, or raise Unsupported."""
-    grad_types = {grad.dtype for grad in grads}
+    params, _, exp_avgs, exp_avg_sqs, averages, copies = lists
+    grad_types = {grad.dtype for grad in lists.grads}
     if len(grad_types) > 1 or not grad_types <= {torch.float32, torch.bfloat16}:
         raise Unsupported("it takes grads all in float32, or all in bfloat16")
     for tensor in (*params, *exp_avgs, *exp_avg_sqs, *averages):
         if tensor.dtype != torch.float32:
             raise Unsupported(
-                f"it takes params and what belongs to them in float32, not {tensor.dtype}"
+                f"it takes params, moments and averages in float32, not {tensor.dtype}"
             )
     for copy in copies:
         if copy.dtype != torch.bfloat16:
             raise Unsupported(f"it makes copies in bfloat16, not {copy.dtype}")
     _check_layout(params, exp_avgs, exp_avg_sqs, averages, copies)
-    return _native.TYPES[grad_types.pop()] if grads else 0
+    return _native.TYPES[grad_types.pop()] if lists.grads else 0
 
 
 def _check_layout(params, *others) -> None:
-    """Raise Unsupported unless every tensor lies in memory as its param, and that without gaps."""
+    """Raise Unsupported unless params have no gaps in memory and all tensors their strides."""
     for tensors in others:
         for tensor, param in zip(tensors, params, strict=False):
             if not same_order(tensor, param):

@@ -116,8 +116,8 @@ def _():
             raise Unsupported(f"it makes float32 or bfloat16, not {dtype}")
         indices = indices.contiguous()
         z = fake(indices, seed, size, dtype)
-        narrow = dtype == torch.bfloat16
-        error = kernel(indices.data_ptr(), z.data_ptr(), seed, len(indices), size, narrow)
+        is_bf16 = dtype == torch.bfloat16
+        error = kernel(indices.data_ptr(), z.data_ptr(), seed, len(indices), size, is_bf16)
         _native.check("noise", error)
         return z
 

@@ -63,15 +63,15 @@ def _():
     kernel = _native.cpu_library().ds_quantize
 
     def launch(x, floor):
-        narrow = x.dtype == torch.bfloat16
-        if not narrow and x.dtype != torch.float32:
+        is_bf16 = x.dtype == torch.bfloat16
+        if not is_bf16 and x.dtype != torch.float32:
             raise Unsupported(f"it takes x in float32 or bfloat16, not {x.dtype}")
         x = _dense(x)
         levels = fake(x, floor)
         images, channels, pixels = len(x), x.shape[1], x.shape[2:].numel()
         error = kernel(
             x.data_ptr(), levels.data_ptr(), images, channels, pixels,
-            floor, not x.is_contiguous(), narrow,
+            floor, not x.is_contiguous(), is_bf16,
         )  # fmt: skip
         _native.check("quantize", error)
         return levels

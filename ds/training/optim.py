@@ -13,6 +13,7 @@ from ds.system import apex
 from ds.training.fsdp import local
 
 Kind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
+MOMENTS = "exp_avg", "exp_avg_sq"  # the names that torch.optim.Adam gives them
 
 
 class Adam(torch.optim.Optimizer):
@@ -35,7 +36,7 @@ class Adam(torch.optim.Optimizer):
         params = group["params"]
         group["step"] = torch.zeros((), dtype=torch.float32, device=params[0].device)
         for param in group["params"]:
-            self.state[param] = {name: torch.zeros_like(param) for name in ("mean", "square")}
+            self.state[param] = {name: torch.zeros_like(param) for name in MOMENTS}
         if max_norm < math.inf and _sharded(group["params"]):
             self.max_norm = math.inf
             self.register_step_pre_hook(_clip(group["params"], max_norm))
@@ -51,7 +52,7 @@ class Adam(torch.optim.Optimizer):
         return ops.adam_step(
             local(params),
             local(torch.zeros_like(p) if p.grad is None else p.grad for p in params),
-            *(local(self.state[p][name] for p in params) for name in ("mean", "square")),
+            *(local(self.state[p][name] for p in params) for name in MOMENTS),
             step=group["step"],
             lr=group["step"].new_full((), group["lr"]),
             betas=group["betas"],

@@ -1,6 +1,5 @@
 """The CUDA kernels (csrc/cuda), forward only."""
 
-import ctypes
 import functools
 
 import torch
@@ -23,18 +22,7 @@ def load_two_passes() -> Kernel:
     return functools.partial(_launch, _native.cuda_kernels(capability=80), False)
 
 
-def _launch(
-    lib: ctypes.CDLL,
-    cluster: bool,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    keep: bool = False,
-    *addends: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(lib, cluster, x, weight, bias, groups, eps, silu, keep=False, *addends):
     check_gpu_kernels_take(x)
     x = Addends(*addends).merge(x)
     images, channels, pixels = sizes(x)

@@ -27,16 +27,7 @@ _TAKES = f"""
 """
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    keep: bool = False,
-    *addends: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def reference(x, weight, bias, groups, eps, silu, keep=False, *addends):
     """Return y, the mean and 1 / sqrt(var + eps) of each group [N, groups], and the merged x.
 
     The addends are shift, residual and skip. The merged x is empty unless `keep`.
@@ -80,18 +71,8 @@ forward.backend("aten", "cpu", "cuda")(lambda: aten.forward)
 
 
 def reference_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    split: int,
-    grad_merged: Tensor | None = None,
-    *addends: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends
+):
     """Return the gradients of x, weight, bias, shift and skip.
 
     With grad_merged, which comes back for the merged x, x is the merged one, and of the addends
@@ -200,15 +181,7 @@ def _gradient(ctx, grad, _mean, _rstd, grad_merged):
 forward.register_autograd(_gradient, _save)
 
 
-def reference_float8(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    keep: bool,
-    *addends: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def reference_float8(x, weight, bias, groups, eps, keep, *addends):
     """Return y of the norm with SiLU in float8, and the merged x, which is empty unless `keep`."""
     x = Addends(*addends).merge(x)
     y, *_ = reference(x.to(wide(x.dtype)), weight, bias, groups, eps, True)

@@ -1,7 +1,6 @@
 """The Triton kernels (kernels/group_norm_silu*.py), which read the addends themselves."""
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -62,18 +61,7 @@ def load_backward() -> Kernel:
     return launch
 
 
-def _forward(
-    kernels: ModuleType,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    keep: bool = False,
-    *addends: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(kernels, x, weight, bias, groups, eps, silu, keep=False, *addends, dtype=None):
     x = dense(x)
     check_gpu_kernels_take(x)
     norm, addends = kernels.Norm(weight, bias, groups, eps, silu), _addends_as_rows(*addends)
