@@ -45,7 +45,7 @@ fmt: $(VENV)/.test ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix --quiet .
 
-lint: $(VENV)/.test ## look for mistakes without changing anything
+lint: $(VENV)/.test ## check format, style and types without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
@@ -106,7 +106,7 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILT_FROM)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP) install --editable ".[test]"
+	$(PIP) install --editable ".[test,lint]"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.9,<3.10"
 	@$(SAY_BUILT)
 	@touch $@ $(VENV)/.installed

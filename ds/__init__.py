@@ -5,6 +5,36 @@ The public names below are resolved on first use, so that `import ds` costs noth
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers, which do not run __getattr__
+    from ds import analytic as analytic
+    from ds import methods as methods
+    from ds import nets as nets
+    from ds import ops as ops
+    from ds.diffusion import grids as grids
+    from ds.diffusion import schedules as schedule
+    from ds.diffusion import solvers as solvers
+    from ds.diffusion.denoiser import Denoiser as Denoiser
+    from ds.diffusion.denoiser import Estimate as Estimate
+    from ds.diffusion.noise import noise as noise
+    from ds.evaluation.evaluate import evaluate as evaluate
+    from ds.models import export as export
+    from ds.models.hub import from_pretrained as from_pretrained
+    from ds.models.hub import push_to_hub as push_to_hub
+    from ds.models.load import load_student as load_student
+    from ds.models.load import load_teacher as load_teacher
+    from ds.models.sampler import Sampler as Sampler
+    from ds.models.student import Student as Student
+    from ds.models.teacher import Teacher as Teacher
+    from ds.pairs import archives as archives
+    from ds.pairs.sources import Images as Images
+    from ds.pairs.sources import Pairs as Pairs
+    from ds.pairs.store import PairStore as PairStore
+    from ds.pairs.store import generate_pairs as generate_pairs
+    from ds.training.ema import post_hoc_ema as post_hoc_ema
+    from ds.training.trainer import TrainConfig as TrainConfig
+    from ds.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -43,7 +73,7 @@ _MODULES = {
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name in _MODULES:

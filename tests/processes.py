@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(
-    ["ds.cli.verb", "torch.distributed.checkpoint.hf_storage", "pytest"]
-)
+_forked.set_forkserver_preload(["ds.cli.verb", "torch.distributed.checkpoint.hf_storage", "pytest"])
 
 
 class Started:
