@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds import nets as nets
     from ds import ops as ops
     from ds.diffusion import grids as grids
-    from ds.diffusion import schedules as schedule
+    from ds.diffusion import schedules as schedule  # noqa: F401
     from ds.diffusion import solvers as solvers
     from ds.diffusion.denoiser import Denoiser as Denoiser
     from ds.diffusion.denoiser import Estimate as Estimate

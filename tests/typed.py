@@ -26,7 +26,7 @@ def types(net: torch.nn.Module, store: ds.PairStore, config: ds.TrainConfig) -> 
     assert_type(ds.Sampler(teacher)(seed=0, indices=range(4)), Tensor)
     method = ds.methods.DenoisingStudent()
     rows = ds.Pairs(store, range(8, 64)), ds.Pairs(store, range(8))
-    trained = ds.Trainer(method, denoiser, *rows, "run", config).fit()
+    trained = ds.Trainer(method, teacher, *rows, "run", config).fit()
     student = assert_type(ds.load_student("student"), ds.Student)
     assert_type(student.sample(z), Tensor)
     assert_type(trained, torch.nn.Module)
