@@ -1,1 +1,1 @@
-"""What every room stands on: configuration, files, processes, signals."""
+"""Configuration, files, processes and signals: what every other room uses."""

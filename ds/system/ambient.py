@@ -1,4 +1,4 @@
-"""What a caller of PyTorch has set for its own tensors, and this library's work does without."""
+"""Shield this library's work from PyTorch's global and per-thread settings."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def without_ambient(*, grad: bool = False) -> Iterator[None]:
-    """Work outside the caller's autocast, inference mode, grad mode and default device.
+    """Switch off the caller's autocast, inference mode and default device, and set the grad mode.
 
-    All of those belong to a thread. The default dtype belongs to the process, and is left alone:
-    tensors of ours are made with a dtype of their own.
+    Those settings belong to a thread. The default dtype belongs to the whole process, so it stays:
+    every tensor of this library is created with an explicit dtype.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

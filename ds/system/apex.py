@@ -1,4 +1,4 @@
-"""Which apex is installed? NVIDIA's, or the distribution of that name on PyPI."""
+"""Tell NVIDIA's apex from the unrelated PyPI package of the same name."""
 
 import importlib.metadata
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def status() -> str:
-    """Say which one is installed, without importing it; NVIDIA's begins with "NVIDIA's"."""
+    """Return which apex is installed, without importing it. NVIDIA's starts with "NVIDIA's"."""
     spec = find_spec("apex")
     if spec is None:
         return "not installed (optional; NVIDIA's, built from its source)"

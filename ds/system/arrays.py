@@ -1,4 +1,4 @@
-"""Arrays and tensors in other people's files: what they claim is held against their size first."""
+"""Read arrays and tensors from untrusted files: sizes are checked before memory is allocated."""
 
 import math
 import os
@@ -11,7 +11,8 @@ import torch
 
 from ds.system.files import is_of_the_machine, opened, unjudged, whole
 
-UNPACKED, PACKED_BY = 1 << 30, 32  # bytes, and times the file: what is more than both is refused
+# A zip file may unpack to 1 GiB, or to 32 times its own size if that is more.
+UNPACKED, PACKED_BY = 1 << 30, 32
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -19,7 +20,7 @@ _HEADERS = {
 
 
 class Header(NamedTuple):
-    """What an .npy file holds. It is read up to where the numbers begin, and holds all of them."""
+    """The header of an .npy file, whose numbers follow it and are all there."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -27,9 +28,9 @@ class Header(NamedTuple):
 
 
 def read_header(file: BinaryIO, size: int, where: Path | str) -> Header:
-    """Read the header of an array in a file of so many bytes.
+    """Read the header of an array in a file of `size` bytes, up to its first number.
 
-    Raises ValueError unless these are numbers, all of them, and nothing else.
+    Raises ValueError unless the rest of the file is exactly the array's numbers.
     """
     with whole(where, "NumPy array"):
         header = Header(*_HEADERS[np.lib.format.read_magic(file)](file))
@@ -44,10 +45,10 @@ def read_header(file: BinaryIO, size: int, where: Path | str) -> Header:
 
 
 def read_arrays(path: Path, *wanted: str) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file by name, or the one of an .npy file under no name.
+    """Return the arrays of an .npz file by name; an .npy file has one array, named "".
 
-    Where some of those that are wanted are there, no others are read. Raises ValueError naming the
-    file for what is damaged, or unpacks to absurdly much.
+    If the file has any of the `wanted` names, only those are read. Raises ValueError naming the
+    file if it is damaged or unpacks to far more than its size.
     """
     with opened(path) as file:
         if not zipfile.is_zipfile(file):
@@ -60,10 +61,10 @@ def read_arrays(path: Path, *wanted: str) -> dict[str, np.ndarray]:
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Read what torch.save wrote, if it is plain tensors in plain containers; run nothing.
+    """Read tensors in plain containers that torch.save wrote, without running any code.
 
-    Raises ValueError naming the file for anything else, and for one whose checksums are wrong;
-    files of before 2020 have none.
+    Raises ValueError naming the file for any other content or a wrong checksum. Files written
+    before 2020 have no checksums.
     """
     kind = "PyTorch file of plain tensors; nothing in it was run"
     with opened(path) as file:
@@ -72,14 +73,14 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
         file.seek(0)
         try:
             return torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # which one depends on the bytes
+        except Exception as error:  # its type depends on the damage
             if is_of_the_machine(error):
                 raise unjudged(path, error) from None
             raise ValueError(f"{path}: not a whole {kind}") from None
 
 
 def check_zip(file: BinaryIO, where: Path | str, kind: str) -> None:
-    """Hold every member of a zip file against its checksum; ValueError if one is damaged."""
+    """Compare every member of a zip file with its checksum. Raise ValueError if one is damaged."""
     with unpacked(file, where, kind) as archive:
         with whole(where, kind):
             damaged = archive.testzip()
@@ -88,7 +89,7 @@ def check_zip(file: BinaryIO, where: Path | str, kind: str) -> None:
 
 
 def unpacked(file: BinaryIO, where: Path | str, kind: str) -> zipfile.ZipFile:
-    """Open a zip file; ValueError if it is damaged, or would unpack to absurdly much."""
+    """Open a zip file. Raise ValueError if it is damaged or would unpack to far too much."""
     with whole(where, kind):
         archive = zipfile.ZipFile(file)
     check_unpacked(sum(info.file_size for info in archive.infolist()), file, where)
@@ -96,7 +97,7 @@ def unpacked(file: BinaryIO, where: Path | str, kind: str) -> zipfile.ZipFile:
 
 
 def check_unpacked(total: int, file: BinaryIO, where: Path | str) -> None:
-    """Raise ValueError if a file claims to hold absurdly many bytes for its size."""
+    """Raise ValueError if a file of its size cannot hold `total` bytes."""
     size = os.fstat(file.fileno()).st_size
     if total > max(UNPACKED, PACKED_BY * size):
         raise ValueError(f"{where}: would unpack from {size:,} to {total:,} bytes; refused")
@@ -119,5 +120,5 @@ def _read(file: BinaryIO, size: int, where: Path | str) -> np.ndarray:
             if not (count := file.readinto(left)):
                 raise EOFError("it ends too early")
             left = left[count:]
-        file.read(1)  # at the end of a zip's member its checksum is looked at
+        file.read(1)  # reaching the end of a zip member makes zipfile check its checksum
     return array

@@ -1,12 +1,12 @@
-"""Configuration is frozen dataclasses; this file turns them into JSON and back.
+"""Write configuration, which is frozen dataclasses, as JSON, and read and check it.
 
 A value carries the tag of its type: {"type": "linear_beta", "num_steps": 1000, ...}. A tag is the
-class's name in snake case, or its own `tag`, so that a file can move without a change to any JSON.
-Reading builds the dataclasses of a few families, and those that the caller gives; nothing else, so
-a file cannot name code to run.
+class's name in snake case, or its own `tag`, so a file can move without changing any JSON. Reading
+builds dataclasses of the families below and of the caller, and nothing else: a file cannot name
+code to run.
 
-What JSON may hold is said by types, those of a dataclass's fields or a TypedDict for a file, and
-`mismatch` holds one against the other.
+Types say what JSON may hold: the types of a dataclass's fields, or a TypedDict for a whole file.
+`mismatch` compares a value with its type.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from typing import (
     is_typeddict,
 )
 
-# The modules whose dataclasses a file may name.
+# A file may name the dataclasses of these modules.
 FAMILIES = ("ds.diffusion.schedules", "ds.diffusion.solvers", "ds.nets", "ds.methods")
 
 
 def to_json(value: Any) -> Any:
-    """Return nested dicts, lists and plain values that describe a configuration."""
+    """Return a configuration as nested dicts, lists and plain values."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": tag(type(value)), **fields}
@@ -48,10 +48,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any, types: Iterable[type] = ()) -> Any:
-    """Rebuild what to_json described; lists come back as tuples.
+    """Rebuild a configuration from what to_json returned. Lists come back as tuples.
 
-    `types` are dataclasses of the caller's, beside those of ds. Raises ValueError for the tag of no
-    such type, an unknown field or a missing one, and a value of another type than the field's.
+    `types` are the caller's own dataclasses, which may be named beside those of ds. Raises
+    ValueError for an unknown tag, an unknown or missing field, and a value of the wrong type.
     """
     if isinstance(data, list):
         return tuple(from_json(v, types) for v in data)
@@ -69,21 +69,21 @@ def from_json(data: Any, types: Iterable[type] = ()) -> Any:
 
 
 def tag(cls: type) -> str:
-    """Return the name under which a type is written: its own `tag`, else its name in snake case."""
+    """Return the name of a type in JSON: its own `tag`, or its name in snake case."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__)
     return vars(cls).get("tag", words.lower())
 
 
 @cache
 def known() -> dict[str, type]:
-    """Return the dataclasses that every file may name, by their tags."""
+    """Return the dataclasses that any file may name, by tag."""
     modules = (importlib.import_module(name) for name in FAMILIES)
     values = (value for module in modules for value in vars(module).values())
     return {tag(cls): cls for cls in values if _is_config(cls)}
 
 
 def difference(a: Any, b: Any, at: str = "") -> str | None:
-    """Name the first place where two JSON values differ, as "path: a, not b"; None if equal."""
+    """Return the first difference of two JSON values, as "path: a, not b"; None if equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in dict.fromkeys([*a, *b]):
             where = f"{at}.{name}" if at else name
@@ -94,9 +94,9 @@ def difference(a: Any, b: Any, at: str = "") -> str | None:
 
 
 class Between(NamedTuple):
-    """Annotates a number with its bounds, or a list or text with those of its length.
+    """Annotate a number with its bounds, or a list or text with the bounds of its length.
 
-    A bound belongs to it but at a round bracket of `ends`.
+    A square bracket in `ends` includes the bound, a round one excludes it.
     """
 
     least: float
@@ -109,7 +109,7 @@ class Between(NamedTuple):
         return above and (size < self.most if self.ends[1] == ")" else size <= self.most)
 
     def words(self, value: Any) -> str:
-        """Say which bound a value is beyond."""
+        """Return the bound that a value breaks, in words."""
         if _size(value) > self.least:
             return f"{'below' if self.ends[1] == ')' else 'at most'} {_bound(self.most)}"
         return f"{'above' if self.ends[0] == '(' else 'at least'} {_bound(self.least)}"
@@ -124,7 +124,7 @@ def _bound(bound: float) -> str:
 
 
 class Matching(NamedTuple):
-    """Annotates text with the pattern all of it has, and the words for it."""
+    """Annotate text with the pattern that all of it must match, and with words for it."""
 
     pattern: str
     form: str
@@ -133,11 +133,11 @@ class Matching(NamedTuple):
         return re.fullmatch(self.pattern, value) is not None
 
     def words(self, _: Any) -> str:
-        """Say what text has to be."""
+        """Return what the text must be, in words."""
         return self.form
 
 
-# The bounds are those of 64-bit numbers, and of float32, in which such numbers end up.
+# Integers must fit 64 bits, and real numbers float32, in which they are used.
 Count = Annotated[int, Between(1, 2**63 - 1)]
 Natural = Annotated[int, Between(0, 2**63 - 1)]
 Seed = Annotated[int, Between(0, 2**64 - 1)]
@@ -146,22 +146,28 @@ NotNegative = Annotated[float, Between(0, 3.4e38)]
 Share = Annotated[float, Between(0, 1, "[)")]
 Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 _WORDS = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null",
-    list: "a list", tuple: "a list", dict: "fields by name",
-}  # fmt: skip
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+    dict: "fields by name",
+}
 
 
 def checked(data: Any, kind: Any, where: Any) -> Any:
-    """Return JSON that is of a type; ValueError names its place and the first thing that is not."""
+    """Return `data` if it is of a type. Raise ValueError with its place and the first mismatch."""
     if found := mismatch(data, kind):
         raise ValueError(f"{where}: {found}")
     return data
 
 
 def check(config: Any, at: str = "") -> None:
-    """Raise ValueError for a field of a dataclass that is not of its type, or out of its bounds.
+    """Raise ValueError if a field of a dataclass has the wrong type or is out of bounds.
 
-    `at` goes before the field's name.
+    The message puts `at` in front of the field's name.
     """
     for name, kind in _hints(type(config)).items():
         if found := mismatch(getattr(config, name), kind, f"{at}{name}"):
@@ -169,18 +175,18 @@ def check(config: Any, at: str = "") -> None:
 
 
 def require(where: str, kind: Any, **values: Any) -> None:
-    """Raise ValueError for an argument that is not of a type, or out of its bounds."""
+    """Raise ValueError if an argument has the wrong type or is out of bounds."""
     for name, value in values.items():
         if found := mismatch(value, kind, name):
             raise ValueError(f"{where}: {found}")
 
 
 def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
-    """Say where a value is not of a type, as "path must be a number, not 'x'"; None if it is.
+    """Return how a value breaks its type, as "path must be a number, not 'x'"; None if it fits.
 
-    Types are those of fields: plain ones, lists, tuples, dicts, unions, literals, classes, a
-    TypedDict, whose names are all that there may be, and any of them Annotated with bounds. A bool
-    is no number, a whole number will do for a real one, and text for a path.
+    A type is a plain type, list, tuple, dict, union, literal, class, TypedDict (with no names but
+    its own), or one of them Annotated with bounds. A bool is not a number. A whole number is also a
+    real one, and text is also a path.
     """
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -269,7 +275,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Return what a value looks like, cut to 60 characters."""
+    """Return a value as text, cut to 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,4 +1,4 @@
-"""What work will cost, said before it starts: time from a short measurement, disk, money."""
+"""Estimate the time, memory and money that work will cost."""
 
 import math
 import resource
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def seconds_each(work: Callable[[int], None], most: int) -> float:
-    """Time work(n) for an item, n growing to what takes a fifth of a second, or to `most`.
+    """Return the seconds per item of work(n). `work` must wait for its device.
 
-    `work` waits for its device. Each size is done three times, and the quickest counts.
+    n grows until a call takes 0.2 s, or to `most`. Each size runs three times and the fastest
+    counts.
     """
 
     def seconds(n: int) -> float:
@@ -28,10 +29,10 @@ def seconds_each(work: Callable[[int], None], most: int) -> float:
 
 
 def free_memory(device: Any = "cpu") -> float:
-    """Return the bytes of memory that this process can still have on a device, as far as is known.
+    """Return an estimate of the bytes that this process can still allocate on a device.
 
-    On a CPU that is what the machine has available, the group of processes may have
-    (memory.max of cgroups), and the limit on the process's own addresses leaves.
+    On a CPU it is the least of three: the machine's available memory, what the cgroup's memory.max
+    leaves, and what the limit on the process's address space leaves.
     """
     if str(device).startswith("cuda"):
         import torch
@@ -47,7 +48,7 @@ def free_memory(device: Any = "cpu") -> float:
 
 
 def check_memory(what: str, needed: float, device: Any = "cpu") -> None:
-    """Raise ValueError for what needs more memory than there is, before it is asked for."""
+    """Raise ValueError if `what` needs more memory than a device has free."""
     if needed > (free := free_memory(device)):
         raise ValueError(
             f"{what} needs {size(needed)} of memory or more, {size(free)} are free on {device}; "
@@ -78,12 +79,12 @@ def _number(file: str, otherwise: float = 0.0) -> float:
 def _lines(file: str) -> list[str]:
     try:
         return Path(file).read_text().splitlines()
-    except OSError:  # another system, or one without groups
+    except OSError:  # not Linux, or no cgroups
         return []
 
 
 def size(count: float) -> str:
-    """Say a number of bytes for people."""
+    """Format a number of bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -92,12 +93,12 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Say a time for people."""
+    """Format a time for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def cost(seconds: float, price: float) -> str:
-    """Say a time, and what it costs at so many dollars an hour, where that is known."""
+    """Format a time and, if the price in dollars an hour is known, its cost."""
     return duration(seconds) + (f", ${seconds / 3600 * price:.2f}" if price else "")

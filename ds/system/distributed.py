@@ -1,4 +1,4 @@
-"""Sharing work among the processes that torchrun starts; alone, everything here is a no-op."""
+"""Share work among the processes of torchrun. In a single process, everything is a no-op."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes if torchrun started any, and leave them at the end.
+    """Join the other processes of torchrun, if any, and leave them at the end.
 
-    Inside another `joined`, this does nothing.
+    Nested in another `joined` it does nothing.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -30,7 +30,7 @@ def joined() -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Say whether this is the process that writes and speaks."""
+    """Return whether this process is the one that writes files and messages."""
     return number() == 0
 
 

@@ -1,8 +1,7 @@
-"""What is read: regular files alone, their sizes looked at first, and JSON that is plain.
+"""Read files safely: only regular ones, of a bounded size, and only plain JSON.
 
-Three things can be wrong with a file, and each is told as what it is: it is another kind of thing
-or damaged (ValueError), or it could not be read, which says nothing about it (OSError or
-RuntimeError).
+A file that is damaged, or not a regular file, raises ValueError. One that the machine failed to
+read raises OSError or RuntimeError: its content may well be right.
 """
 
 import hashlib
@@ -18,26 +17,29 @@ from typing import Any, BinaryIO
 
 
 def kind_of(mode: int) -> str:
-    """Say what the mode of a file makes it."""
+    """Return the kind of a file from its mode, as "a directory"."""
     return _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
 def read_json(path: Path, *, finite: bool = True) -> Any:
-    """Read JSON as `parse_json` does; FileNotFoundError if the file is absent."""
+    """Read JSON as `parse_json` does. Raise FileNotFoundError if the file is absent."""
     return parse_json(read_bytes(path), path, finite=finite)
 
 
 def parse_json(content: bytes, where: Any, *, finite: bool = True) -> Any:
-    """Return what JSON says, in UTF-8; ValueError names its place if it is not plain JSON.
+    """Parse UTF-8 JSON. Raise ValueError naming `where` unless it is plain.
 
-    Plain are names that occur once, text that UTF-8 can hold, whole numbers of 64 bits, nesting of
-    32 levels at most, and numbers that are finite, unless they need not be.
+    In plain JSON names are unique, text fits UTF-8, whole numbers fit 64 bits, nesting is at most
+    32 levels deep and, with `finite`, all numbers are finite.
     """
     try:
         data = json.loads(
-            content.decode(), object_pairs_hook=_once, parse_int=_whole, parse_float=_real,
+            content.decode(),
+            object_pairs_hook=_once,
+            parse_int=_whole,
+            parse_float=_real,
             parse_constant=_refused if finite else None,
-        )  # fmt: skip
+        )
         _check_plain(data)
     except RecursionError:
         raise ValueError(f"{where}: not valid JSON (too deeply nested)") from None
@@ -84,16 +86,15 @@ SEAL = "checksum"
 
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields for JSON with one more, by which `unsealed` knows that none has changed."""
+    """Return the fields with one more, a checksum, which `unsealed` checks."""
     return {**fields, SEAL: _checksum(fields)}
 
 
 def unsealed(data: Any, where: Any, *, required: bool = False) -> dict[str, Any]:
-    """Return the fields that were sealed, without the seal.
+    """Return the fields without their checksum.
 
-    Raises ValueError naming the place if they are no fields, or not those that were sealed. Fields
-    without a seal are taken as they are, unless it is required: who changes a file by hand removes
-    it.
+    Raises ValueError naming `where` if `data` is not a dict or the checksum does not match. A
+    missing checksum is accepted unless `required`: a person who edits a file removes it.
     """
     fields = {**by_name(data, where)}
     seal = fields.pop(SEAL, None)
@@ -109,7 +110,7 @@ def unsealed(data: Any, where: Any, *, required: bool = False) -> dict[str, Any]
 
 
 def read_sealed(path: Path, *, finite: bool = True) -> dict[str, Any]:
-    """Read the fields of a JSON file that was sealed; see `unsealed`."""
+    """Read the fields of a JSON file and check their checksum; see `unsealed`."""
     return unsealed(read_json(path, finite=finite), path)
 
 
@@ -118,7 +119,7 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 
 def by_name(data: Any, where: Any) -> dict[str, Any]:
-    """Return JSON that is fields by name; ValueError if it is anything else."""
+    """Return `data` if it is a dict. Raise ValueError otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: holds a {type(data).__name__}, not fields by name")
     return data
@@ -137,14 +138,14 @@ _KINDS = {
 
 
 def present(path: Path) -> bool:
-    """Say whether a name is taken, be it by a link to nothing."""
+    """Return whether a name is taken, even by a broken link."""
     return os.path.lexists(path)
 
 
 def regular(path: Path) -> os.stat_result:
-    """Return the facts of a regular file, or of one that a link leads to.
+    """Return the stat of a regular file, following links.
 
-    Raises ValueError that says what is there instead, FileNotFoundError if it is nothing.
+    Raises ValueError with the kind of anything else, and FileNotFoundError if nothing is there.
     """
     try:
         return _regular(path, os.stat(path))
@@ -162,11 +163,11 @@ def _regular(path: Path, found: os.stat_result) -> os.stat_result:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file to read its bytes; see `regular`. An OSError in the block names it."""
-    regular(path)  # before it is opened, which a device may take for an order
+    """Open a regular file for reading; see `regular`. An OSError in the block names the file."""
+    regular(path)  # before it is opened: opening a device can have effects
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
-        _regular(path, os.fstat(descriptor))  # not what took its place meanwhile
+        _regular(path, os.fstat(descriptor))  # another file may have taken its place
         try:
             yield file
         except OSError as error:
@@ -176,16 +177,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
-    """Read a file of so many bytes at most; ValueError if it is larger, or no regular file."""
+    """Read a regular file of at most `most` bytes. Raise ValueError for any other."""
     with opened(path) as file:
         content = file.read(most + 1)
     return small(content, path, most)
 
 
 def small(content: bytes, where: Any, most: int = MOST_JSON) -> bytes:
-    """Return the content of a file, of which one byte more than allowed was read at most."""
+    """Return content of at most `most` bytes. Raise ValueError if it is longer."""
     if len(content) > most:
-        raise ValueError(f"{where}: larger than {most:,} bytes, which what belongs here never is")
+        raise ValueError(f"{where}: larger than {most:,} bytes; no valid file is")
     return content
 
 
@@ -200,9 +201,10 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def whole(where: Any, kind: str) -> Iterator[None]:
-    """Make whatever a library raises on a damaged file one ValueError: it is no whole `kind`.
+    """Turn whatever a library raises on a damaged file into one ValueError: not a whole `kind`.
 
-    What failed in the machine, such as a lack of memory, is no sign of damage: RuntimeError.
+    A failure of the machine, such as a lack of memory, becomes a RuntimeError: it is no sign of
+    damage.
     """
     try:
         yield
@@ -213,22 +215,22 @@ def whole(where: Any, kind: str) -> Iterator[None]:
 
 
 class Unread(RuntimeError):
-    """What could not be read, which says nothing about what is there."""
+    """A file could not be read; its content may be right."""
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Say whether it is the machine that failed, and not what it was given."""
+    """Return whether the machine failed, rather than the file."""
     if isinstance(error, Unread):
         return True
     if isinstance(error, OSError):
-        return bool(error.errno)  # libraries raise others for what they cannot read
+        return bool(error.errno)  # libraries raise one without errno for content they reject
     text = str(error).lower()
     lacks = ("out of memory", "allocate memory", "cuda error")
     return isinstance(error, MemoryError) or any(words in text for words in lacks)
 
 
 def unjudged(where: Any, error: Exception) -> Unread:
-    """Return the error for what the machine could not read."""
+    """Return the error for a file that the machine failed to read."""
     if isinstance(error, Unread):
         return error
     return Unread(
@@ -238,12 +240,12 @@ def unjudged(where: Any, error: Exception) -> Unread:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, or what it is where it says nothing, in one short line."""
+    """Return the first line of an error's message, cut short, or its type if it has none."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def redacted(text: object) -> str:
-    """Return text without what its URLs have before an @ or after a ?, passwords and tokens."""
+    """Return text with the passwords and tokens of its URLs, before @ and after ?, hidden."""
     hidden = re.sub(r"(://)[^/\s]*@", r"\1***@", str(text))
     return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", hidden)

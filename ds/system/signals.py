@@ -1,7 +1,7 @@
-"""Signals that ask for an end: heard at once, or at the next moment that is safe.
+"""Handle the signals that ask a process to end, at once or at the next safe moment.
 
-SIGINT is Ctrl-C. SIGTERM, SIGUSR1 and SIGHUP are how a scheduler says that time is up, or a
-terminal that it is closed: all three mean one thing.
+SIGINT is Ctrl-C. SIGTERM, SIGUSR1 and SIGHUP come from a cluster whose time is up or from a closed
+terminal, and are treated alike.
 """
 
 import os
@@ -17,15 +17,15 @@ AGAIN = "interrupted; run the same command again to go on"
 
 
 class Interrupted(Exception):
-    """A signal asked the work to stop; what was finished is saved."""
+    """A signal stopped the work. Everything finished is saved."""
 
     def __init__(self, message: str, number: int = 0):
         super().__init__(message)
-        self.number = number  # of the signal, where that makes a difference
+        self.number = number  # of the signal, or 0
 
 
 class Heard(KeyboardInterrupt):
-    """A signal of ENDS, raised where it came."""
+    """One of the ENDS, raised where it arrived."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -33,9 +33,9 @@ class Heard(KeyboardInterrupt):
 
 
 class Stop:
-    """Which signal came, 0 for none: call it to ask. Work between two questions is not cut in half.
+    """Call it to ask which signal has come, 0 for none. Work between two calls is not interrupted.
 
-    A second Ctrl-C does what the first does elsewhere.
+    A second Ctrl-C does what the first does outside.
     """
 
     def __init__(self):
@@ -47,7 +47,7 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Heard within, as soon as a signal comes, for work that may be cut anywhere."""
+        """Raise Heard inside the block as soon as a signal comes. The work may stop anywhere."""
         if self.came:
             raise Heard(self.came)
         self._at_once = True
@@ -57,14 +57,14 @@ class Stop:
             self._at_once = False
 
     def install(self) -> None:
-        """Begin to listen; SIGUSR1 and SIGHUP are left to a program that has a use for them."""
+        """Install the handlers. A program's own handlers of SIGUSR1 and SIGHUP stay."""
         for number in ENDS:
             now = signal.getsignal(number)
             if number in (signal.SIGINT, signal.SIGTERM) or now in (signal.SIG_DFL, *OURS):
                 self._before[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Give back what listened before."""
+        """Put the previous handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -80,9 +80,9 @@ class Stop:
 
 @contextmanager
 def deferred_signals() -> Iterator[Stop]:
-    """Turn the signals of ENDS into a question; see Stop.
+    """Record the signals of ENDS instead of acting on them; see Stop.
 
-    Outside the main thread, where Python installs no handlers, the answer is always 0.
+    Python installs handlers in the main thread only, so elsewhere nothing is recorded.
     """
     stop = Stop()
     if threading.current_thread() is threading.main_thread():
@@ -94,17 +94,17 @@ def deferred_signals() -> Iterator[Stop]:
 
 
 def code_of(number: int) -> int:
-    """Return the exit code after a signal: a scheduler got what it asked for, a person did not."""
+    """Return the exit code after a signal: 2 for Ctrl-C, 0 for the others."""
     return 2 if number in (0, signal.SIGINT) else 0
 
 
 def while_starting(number: int, _: Any) -> None:
-    """End at once: nothing is begun, and what is being imported may swallow an exception."""
+    """End at once: no work has begun, and a module being imported could swallow an exception."""
     _leave(number)
 
 
 def while_working(number: int, _: Any) -> None:
-    """Raise Heard once. A second Ctrl-C ends the process, whatever it is in the middle of."""
+    """Raise Heard once. A second Ctrl-C ends the process wherever it is."""
     for other in ENDS:
         signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
     raise Heard(number)
@@ -112,7 +112,7 @@ def while_working(number: int, _: Any) -> None:
 
 @contextmanager
 def listening(*, last: bool) -> Iterator[None]:
-    """Listen as a command does; afterwards to nothing, if it is the last, or as before."""
+    """Handle signals as a command does. Afterwards ignore them if `last`, else restore handlers."""
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in ENDS if here}
     hook = sys.unraisablehook
@@ -129,9 +129,9 @@ OURS: tuple[Callable, ...] = (while_starting, while_working)
 
 
 def listen(handler: Any) -> None:
-    """Install a handler of this process for all of ENDS, where that can be done.
+    """Install a handler for all of ENDS, if this is the main thread.
 
-    What nohup has made deaf to SIGHUP stays so.
+    A SIGHUP that nohup ignores stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -143,7 +143,7 @@ def listen(handler: Any) -> None:
 
 
 def _swallowed(unraisable: Any) -> None:
-    """End if a signal was heard where nobody can catch it, as in a destructor."""
+    """End the process if a signal was raised where nothing can catch it, as in a destructor."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         _leave(getattr(unraisable.exc_value, "number", 0))
     sys.__unraisablehook__(unraisable)

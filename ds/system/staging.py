@@ -1,12 +1,12 @@
-"""Files that a kill at any moment cannot damage.
+"""Write files so that a kill at any moment cannot damage them.
 
-Everything is made in a directory of its own beside its place, flushed to the disk and renamed, so a
-name either holds the whole of the new content or the whole of the old:
+Everything is written into a stage, a directory beside its destination, flushed to disk, and then
+renamed. So a name holds either all of the old content or all of the new:
 
-    .ds-k3x8w_1f.tmp/lock     held by the process that makes it, while it lives
-    .ds-k3x8w_1f.tmp/new      a file or a directory, until it is whole
-    .ds-commit.tmp/           the same, while the files of `new` take their places around it
-    .ds-commit.tmp/gone       what then goes: files of ours without a new one, by their names
+    .ds-k3x8w_1f.tmp/lock     locked by the writing process while it lives
+    .ds-k3x8w_1f.tmp/new      the file or directory being written
+    .ds-commit.tmp/           the same stage while its files move to their places around it
+    .ds-commit.tmp/gone       names of our old files that have no new version and are removed
 """
 
 import errno
@@ -26,15 +26,15 @@ from ds.system.files import kind_of
 
 LOCK, NEW, GONE, COMMIT = "lock", "new", "gone", ".ds-commit.tmp"
 _STAGE = re.compile(r"\.ds-[a-z0-9_]{8}\.tmp")
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what a rename says of a name that is
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of a rename to a taken name
 
 
 @contextmanager
 def replacing(path: Path, *, force: bool = True, sweep: bool = True) -> Iterator[Path]:
-    """Yield a temporary path; what is written there gets the name `path` if the block succeeds.
+    """Yield a temporary path. A file written there is renamed to `path` if the block succeeds.
 
-    It has the permissions of the umask, whoever wrote it. Without `force`, ValueError if something
-    has the name by then. Without `sweep`, what the dead left beside it is left to another call.
+    Its permissions follow the umask. Without `force`, raise ValueError if `path` exists by then.
+    Without `sweep`, stages of dead processes are left for another call.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _naming(path), staging(path.parent, sweep=sweep) as stage:
@@ -50,12 +50,12 @@ def replacing(path: Path, *, force: bool = True, sweep: bool = True) -> Iterator
 
 @contextmanager
 def replacing_directory(path: Path, old: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a new directory whose files are at `path`, all or none, if the block succeeds.
+    """Yield a temporary directory. If the block succeeds, all its files move to `path`, or none.
 
-    One that is not there yet gets its name by a rename. In one that is there, files take their
-    places one after another, and a kill in between is made good by `recover`. `old` are the files
-    there that are ours, by their relative names: they give way to the new ones or, where there is
-    no new one, go. Nothing else is touched: ValueError if it has the name of a new file.
+    If `path` does not exist, the directory is renamed. Otherwise the files move one by one, and
+    `recover` finishes after a kill. `old` names our files in `path`, by relative name: they are
+    replaced or, without a new version, removed. Nothing else is touched. Raises ValueError if
+    another file has the name of a new one.
     """
     there = path.is_dir()
     if not there:
@@ -78,7 +78,7 @@ def replacing_directory(path: Path, old: Collection[str] = ()) -> Iterator[Path]
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Make what the system says of a place in the making, or of none, name what is made."""
+    """Make an OSError about the stage name the destination instead."""
     try:
         yield
     except OSError as error:
@@ -89,10 +89,10 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(parent: Path, *, sweep: bool = True) -> Iterator[Path]:
-    """Yield a directory in `parent`, to make things in that are then renamed out of it.
+    """Yield a stage: a new directory in `parent` with a random name, removed at the end.
 
-    It is new, has a name that nobody could know, and is gone at the end. It is locked, so that a
-    second process tells the dead's from the living's: first of all, `recover` sweeps `parent`.
+    The process locks it while it lives, so that others can tell an abandoned stage. With `sweep`,
+    `recover` first cleans up `parent`.
     """
     if sweep:
         recover(parent)
@@ -105,7 +105,7 @@ def staging(parent: Path, *, sweep: bool = True) -> Iterator[Path]:
 
 
 def _stage(parent: Path) -> tuple[Path, int]:
-    """Make a directory and lock it; again, where it was swept away before it was locked."""
+    """Create a stage and lock it. Try again if another process removed it before the lock."""
     while True:
         stage = Path(tempfile.mkdtemp(".tmp", ".ds-", parent))
         try:
@@ -115,7 +115,7 @@ def _stage(parent: Path) -> tuple[Path, int]:
         except OSError:
             stage.rmdir()
             raise
-        with suppress(OSError):  # of a file system without locks, where nothing is ever swept
+        with suppress(OSError):  # a file system without locks; nothing is swept there
             fcntl.flock(lock, fcntl.LOCK_EX)
         if is_at(lock, stage / LOCK):
             return stage, lock
@@ -123,10 +123,10 @@ def _stage(parent: Path) -> tuple[Path, int]:
 
 
 def recover(folder: Path) -> None:
-    """Make good what a kill left in a directory: end what was being placed, drop what was not.
+    """Clean up after killed processes: finish stages that were committed, remove all others.
 
-    What a living process makes is left to it, but what it places, in a moment, is waited for. Where
-    nothing can be changed, nothing is.
+    The stage of a living process is left alone; a commit of its, which is short, is waited for. A
+    directory that cannot be changed stays as it is.
     """
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -136,7 +136,7 @@ def recover(folder: Path) -> None:
 
 
 def is_stage(name: str) -> bool:
-    """Say whether a name is one of those under which things are made."""
+    """Return whether a name is that of a stage."""
     return name == COMMIT or _STAGE.fullmatch(name) is not None
 
 
@@ -145,7 +145,7 @@ def _recover(stage: Path) -> None:
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
         return
     inside = {*os.listdir(stage)}
-    if not inside <= {LOCK, NEW, GONE} or (inside and LOCK not in inside):  # not what we make
+    if not inside <= {LOCK, NEW, GONE} or (inside and LOCK not in inside):  # not a stage of ours
         return
     lock = open_own(stage / LOCK, os.O_RDWR | os.O_CREAT)
     try:
@@ -159,7 +159,7 @@ def _recover(stage: Path) -> None:
 
 
 def _drop(stage: Path) -> None:
-    """Remove what was made or not made, the lock last: without it nobody knows that it is ours."""
+    """Remove a stage, its lock last: the lock is what marks it as ours."""
     with suppress(OSError):
         for name in sorted(os.listdir(stage), key=LOCK.__eq__):
             path = stage / name
@@ -171,7 +171,7 @@ def _drop(stage: Path) -> None:
 
 
 def _settle(stage: Path) -> None:
-    """Give what was made the permissions of the umask, as the lock has them, and flush it."""
+    """Give the new files the permissions of the umask, as the lock has them, and flush them."""
     mode = stat.S_IMODE(os.lstat(stage / LOCK).st_mode)
     for name in _files(stage / NEW) or [""]:
         if (file := stage / NEW / name).is_file():
@@ -182,9 +182,9 @@ def _settle(stage: Path) -> None:
 
 
 def _commit(stage: Path, old: Collection[str]) -> None:
-    """Let files take their places in the directory that they were made in.
+    """Move the files of a stage to their places in the directory around it.
 
-    From the moment when the stage has the one name COMMIT they will, whoever does it.
+    Once the stage has the name COMMIT the move will happen, by this process or the next.
     """
     folder, names = stage.parent, _files(stage / NEW)
     for name in {*old} - {*names}:
@@ -192,7 +192,7 @@ def _commit(stage: Path, old: Collection[str]) -> None:
         (stage / GONE / name).touch()
     commit = folder / COMMIT
     for _ in range(100):
-        recover(folder)  # which waits for that of another process
+        recover(folder)  # waits for the commit of another process
         try:
             os.rename(stage, commit)
             break
@@ -214,7 +214,7 @@ def _commit(stage: Path, old: Collection[str]) -> None:
 
 
 def _roll_forward(commit: Path) -> None:
-    """Bring committed files to their places; those that are there already are no longer here."""
+    """Move the files of a commit to their places. Files already moved are no longer in it."""
     folder = commit.parent
     for name in _files(commit / NEW):
         for above in reversed(Path(name).parents[:-1]):
@@ -222,14 +222,14 @@ def _roll_forward(commit: Path) -> None:
         os.replace(commit / NEW / name, folder / name)
     for name in _files(commit / GONE):
         above = (folder / name).parent
-        if above.resolve() == folder.resolve() / Path(name).parent:  # by no link
+        if above.resolve() == folder.resolve() / Path(name).parent:  # not through a link
             check_plain(folder / name)
             (folder / name).unlink(missing_ok=True)
     sync(folder)
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the relative names of the files below a directory; links are not followed."""
+    """Return the relative names of all files below a directory, without following links."""
     return sorted(
         str(Path(above, name).relative_to(folder))
         for above, _, names in (() if folder.is_symlink() else os.walk(folder))
@@ -238,12 +238,12 @@ def _files(folder: Path) -> list[str]:
 
 
 def _place(new: Path, path: Path) -> None:
-    """Give a file a name that is free; ValueError if it is not."""
+    """Rename a file. Raise ValueError if the new name is taken."""
     try:
         os.link(new, path)
     except FileExistsError:
         raise _meanwhile(path) from None
-    except OSError:  # of a file system without hard links
+    except OSError:  # a file system without hard links
         if os.path.lexists(path):
             raise _meanwhile(path) from None
         os.rename(new, path)
@@ -254,7 +254,7 @@ def _meanwhile(path: Path) -> ValueError:
 
 
 def subfolder(path: Path) -> Path:
-    """Make a directory in one of ours if it is not there; ValueError for a link to another."""
+    """Make a directory inside one of ours if needed. Raise ValueError for a link or a file."""
     try:
         path.mkdir()
     except FileExistsError:
@@ -266,10 +266,10 @@ def subfolder(path: Path) -> Path:
 
 
 def check_plain(path: Path) -> None:
-    """Raise ValueError if something else than a file has the name of one of ours.
+    """Raise ValueError if the name of one of our files belongs to anything but a file.
 
-    A directory may have come from anywhere, and a link in it lead anywhere: nothing of ours is a
-    link, none is followed, and nothing that is no file is replaced.
+    A directory may come from anyone, and a link in it may lead anywhere. We write no links, follow
+    none, and replace only files.
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(mode := os.lstat(path).st_mode):
@@ -279,14 +279,14 @@ def check_plain(path: Path) -> None:
 def open_own(path: Path, flags: int) -> int:
     """Open one of our files, never through a link, and return its descriptor.
 
-    Raises ValueError for what is no file.
+    Raises ValueError if it is not a regular file.
     """
     check_plain(path)
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Say whether an open file is still the one of that name."""
+    """Return whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -295,9 +295,9 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the only lock on a directory; the kernel drops it when the process dies.
+    """Hold the lock of a directory. The kernel releases it if the process dies.
 
-    Without `wait`, RuntimeError if another process holds it.
+    Without `wait`, raise RuntimeError if another process holds it.
     """
     descriptor = open_own(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -308,12 +308,12 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # which a child that was forked meanwhile has too
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child shares the lock
         os.close(descriptor)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, is on the disk."""
+    """Flush a file's content, or a directory's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""What may be written where a person says, decided before any work is done for it.
+"""Decide whether a path may be written, before any work is done for it.
 
-A path is taken as `cp` takes it: links are followed, directories above it are made later. What is
-there and was not made by us is left alone; what was is replaced only on request. Every directory
-that we make has a file in it that says what it is, and so which names in it are ours.
+Paths work as with `cp`: links are followed, and missing parent directories are made later. Files of
+others are never replaced; our own are replaced only on request. Every directory that we make holds
+a file that says what the directory is, and so which names in it are ours.
 """
 
 import os
@@ -15,17 +15,17 @@ from typing import Any
 from ds.system.files import kind_of, read_json
 from ds.system.staging import check_plain, is_stage, recover, staging, write_json
 
-MARK = ".denoising-student.json"  # in a directory that has no other file to say what it is
+MARK = ".denoising-student.json"  # in a directory whose kind no other file tells
 MOUNTS = Path("/proc/self/mountinfo")
 Ours = Callable[[str], bool]  # whether a relative name in a directory is one of ours
 Inputs = Iterable[str | Path | None]
 
 
 def file(path: str | Path, *, force: bool = False, apart: Inputs = ()) -> Path:
-    """Return where the file of this name is to be written, links followed.
+    """Return the path at which to write a file, with links followed.
 
-    Raises ValueError for a place that cannot be written to, one that is, contains or lies in an
-    input of the same work (`apart`), and where something is: with `force`, a file gives way.
+    Raises ValueError if the path cannot be written, if it is, contains or lies inside one of the
+    inputs `apart`, and if it exists. With `force` an existing file is accepted.
     """
     where = _followed(path)
     about = _there(where)
@@ -43,14 +43,19 @@ def file(path: str | Path, *, force: bool = False, apart: Inputs = ()) -> Path:
 
 
 def directory(
-    path: str | Path, kind: str, ours: Callable[[Path], Ours | None], *,
-    force: bool = False, again: bool = False, apart: Inputs = (),
-) -> tuple[Path, list[str]]:  # fmt: skip
-    """Return where a new directory of this kind is to be, and the files there that give way to it.
+    path: str | Path,
+    kind: str,
+    ours: Callable[[Path], Ours | None],
+    *,
+    force: bool = False,
+    again: bool = False,
+    apart: Inputs = (),
+) -> tuple[Path, list[str]]:
+    """Return the path at which to write a directory, and the files there that it replaces.
 
-    `ours` says of a directory which names in it are ours, None if it is of another kind. `again`
-    allows for what the same work made before, and leaves other files beside it. Raises ValueError
-    as `file` does; with `force` an older one gives way, if all that is in it is ours.
+    `ours` returns a test for our names in a directory, or None if it is of another kind. With
+    `force` an existing directory is replaced if all its files are ours. With `again`, for repeated
+    work, other files may lie beside ours. Raises ValueError as `file` does.
     """
     where = _followed(path)
     old: list[str] = []
@@ -77,10 +82,10 @@ def directory(
 
 
 def kept(path: str | Path, kind: str, sign: str, *, apart: Inputs = ()) -> Path:
-    """Return where a directory is to be that is made bit by bit: that of a store, of a run.
+    """Return the path of a directory that grows in steps, such as a store or a run.
 
-    It may be there already if it has the file `sign`; what else is in it stays. Raises ValueError
-    as `directory` does.
+    It may exist if it holds the file `sign`; its other files stay. Raises ValueError as `directory`
+    does.
     """
     where = _followed(path)
     if _is_directory(path, where) and (first := _first(where)):
@@ -93,18 +98,18 @@ def kept(path: str | Path, kind: str, sign: str, *, apart: Inputs = ()) -> Path:
 
 
 def numbered(name: str, suffix: str, count: int) -> bool:
-    """Say whether a name is one of so many that are counted: 000000.png, 000001.png, ..."""
+    """Return whether a name is one of `count` numbered ones: 000000.png, ..."""
     number = name.removesuffix(suffix)
     return number.isdecimal() and int(number) < count and name == f"{int(number):06d}{suffix}"
 
 
 def mark(folder: Path, kind: str, **about: Any) -> None:
-    """Say in a directory what it is."""
+    """Write a file into a directory that says what the directory is."""
     write_json(folder / MARK, {"format": f"denoising-student/{kind}/1", **about})
 
 
 def marked(folder: Path, kind: str) -> dict[str, Any] | None:
-    """Return what `mark` has said in a directory, None if it did not say this kind."""
+    """Return what `mark` wrote into a directory, or None if it is not of this kind."""
     check_plain(folder / MARK)
     if not (folder / MARK).exists():
         return None
@@ -114,7 +119,7 @@ def marked(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _followed(path: str | Path) -> Path:
-    """Return where a path leads, every link in it followed; ValueError for one to nothing."""
+    """Return a path with every link followed. Raise ValueError for a broken link."""
     path = Path(path)
     for step in (path, *path.parents):
         if os.path.lexists(step):
@@ -134,7 +139,7 @@ def _there(where: Path) -> os.stat_result | None:
 
 
 def _is_directory(path: str | Path, where: Path) -> bool:
-    """Say whether there is a directory, made good; ValueError if there is something else."""
+    """Return whether a directory is there, after `recover`. Raise ValueError if it is a file."""
     about = _there(where)
     if about and not stat.S_ISDIR(about.st_mode):
         raise ValueError(f"{path}: is {kind_of(about.st_mode)}; give the name of a directory")
@@ -143,13 +148,13 @@ def _is_directory(path: str | Path, where: Path) -> bool:
 
 
 def _first(folder: Path) -> str | None:
-    """Name something in a directory; a lock, and what is just being made there, do not count."""
+    """Return the first name in a directory, other than a lock or a stage, or None."""
     names = sorted(os.listdir(folder))
     return next((n for n in names if n != ".lock" and not is_stage(n)), None)
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the relative names of all files below a directory, and of those that hold none."""
+    """Return the relative names of all files and empty directories below a directory."""
     found: list[Path] = []
     for above, folders, files in os.walk(folder):
         inside = Path(above).relative_to(folder)
@@ -173,14 +178,14 @@ def _check_apart(path: str | Path, where: Path, apart: Inputs) -> None:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Say whether a path is a file or a directory, or below it, under whatever name."""
+    """Return whether a path is `folder` or lies below it, under whatever name."""
     steps = (path, *path.parents)
     there = folder.exists()
     return folder in steps or (there and any(s.exists() and s.samefile(folder) for s in steps))
 
 
 def _is_mounted(where: Path) -> bool:
-    """Say whether a file is mounted in its place, as containers do, be it from the same disk."""
+    """Return whether a file is a mount point, as in a container."""
     named = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in str(where))
     with suppress(FileNotFoundError):
         mounts = MOUNTS.read_text(errors="surrogateescape")
@@ -194,7 +199,7 @@ def _may_replace(where: Path, about: os.stat_result) -> bool:
 
 
 def _check_writable(path: str | Path, folder: Path) -> None:
-    """Try to make something in a directory, or in the nearest above it that is there."""
+    """Raise ValueError if nothing can be made in a directory, or in its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     try:

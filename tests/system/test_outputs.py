@@ -18,6 +18,7 @@ import torch
 import ds
 from ds.cli.__main__ import main
 from ds.evaluation import report
+from ds.evaluation.features import Pixels
 from ds.models import export, images
 from ds.models.convert import to_diffusers
 from ds.nets import UNet, UNetConfig
@@ -124,7 +125,7 @@ def _diffusers(home: Path, out: Path, force: bool) -> None:
 
 
 def _evaluate(home: Path, out: Path, force: bool) -> None:
-    ds.evaluate(GREY, GREY, ds.features.Pixels(), out=out, force=force)
+    ds.evaluate(GREY, GREY, Pixels(), out=out, force=force)
 
 
 MODEL = frozenset({"config.json", "model.safetensors", "README.md"})
