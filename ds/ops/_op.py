@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ds.ops import _transforms
 from ds.ops._takes import PLAIN, make_check
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...] | None]
@@ -18,7 +20,8 @@ DEVICES = ("cpu", "cuda")
 _library = torch.library.Library("ds", "DEF")
 _ops: list["Op"] = []
 _forced: str | None = os.environ.get("DS_BACKEND") or None
-# What goes to an op as it is: all else, such as a number of NumPy's, PyTorch converts.
+_IN_PLACE = "the op writes its arguments"
+# Arguments of these types go to an op as they are. PyTorch converts others, such as NumPy numbers.
 _USUAL = PLAIN | {int, float, bool, type(None), list, torch.dtype}
 
 
@@ -39,44 +42,67 @@ class Row(NamedTuple):
 class Op:
     """`torch.ops.ds.<name>`: define it by its schema and reference, then add backends, best first.
 
-    `takes` says which arguments fit (ds/ops/_takes.py), and that is checked before any backend is
-    called, from wherever. The reference is plain PyTorch, runs everywhere and comes last. With
-    `fake` the op is opaque to torch.compile and autograd, and `fake` gives the outputs' metadata;
-    without it they see through the op to the PyTorch functions that its backends call.
+    `takes` says which arguments fit (ds/ops/_takes.py). That is checked before any backend runs,
+    whoever calls the op. The reference is plain PyTorch, runs everywhere and comes last.
+
+    With `fake`, which returns the outputs' metadata, the op is opaque to torch.compile and
+    autograd. Without it they see through the op to the PyTorch functions that its backends call.
+
+    A derivative that the op has no rule for goes through the reference (docs/notes/0024). An op
+    that writes its arguments has none and refuses, as does one with `no_derivative`, the reason.
     """
 
-    def __init__(self, schema: str, takes: str, reference: Kernel, fake: Kernel | None = None):
+    def __init__(
+        self,
+        schema: str,
+        takes: str,
+        reference: Kernel,
+        fake: Kernel | None = None,
+        *,
+        no_derivative: str = "",
+    ):
         self.name = schema.partition("(")[0]
         self._loaders: dict[tuple[str, str], Callable[[], Kernel]] = {}
         self._reference, self._opaque = reference, fake is not None
         self._chains: dict[tuple[str, str | None], list[tuple[str, Kernel]]] = {}
         self._function: type[torch.autograd.Function] | None = None
+        self._traced: type[torch.autograd.Function] | None = None
+        self._forward: Kernel | None = None
         _library.define(schema)
-        key = "CompositeExplicitAutograd" if fake else "CompositeImplicitAutograd"
-        _library.impl(self.name, self._run, key)
         self._dispatched = getattr(torch.ops.ds, self.name)
         self.schema, self.takes = self._dispatched.default._schema, takes
+        self.no_derivative = no_derivative or _IN_PLACE * self.schema.is_mutable
         self._defaults = [argument.default_value for argument in self.schema.arguments]
-        self.check = make_check(self.schema, takes, fake=False)
-        if fake:
-            check = make_check(self.schema, takes, fake=True)
-
-            def checked(*args):
-                check(*args)
-                return fake(*args)
-
-            torch.library.register_fake(f"ds::{self.name}", checked, lib=_library)
+        self._check = make_check(self.schema, takes, fake=False)
+        self._check_traced = make_check(self.schema, takes, fake=True)
+        if fake is None:
+            _library.impl(self.name, self.compute, "CompositeImplicitAutograd")
+            self._function = _transforms.differentiable_twice(self.name, self.compute, reference)
+        else:
+            self._register(fake)
         _ops.append(self)
 
-    def __call__(self, *args):
-        """Call the op, past PyTorch's dispatcher where nobody but autograd takes notice.
+    def _register(self, fake: Kernel) -> None:
+        """Register what the dispatcher calls of an opaque op."""
 
-        The dispatcher takes longer than the launch (docs/notes/0003), and does nothing then.
+        def checked(*args):
+            self._check_traced(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"ds::{self.name}", checked, lib=_library)
+        _library.impl(self.name, self.compute, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._differentiate, "Autograd")
+        _library.impl(self.name, self._batch, "FuncTorchBatched")
+
+    def __call__(self, *args):
+        """Call the op, past PyTorch's dispatcher if nothing but autograd needs to see the call.
+
+        The dispatcher takes longer than the launch (docs/notes/0003).
         """
         if torch.compiler.is_compiling() or _watched(args):
             return self._dispatched(*args)
         if not torch.is_grad_enabled():
-            return self._run(*args)
+            return self.compute(*args)
         if self._function is None:
             return self._dispatched(*args)
         return self._function.apply(*args, *self._defaults[len(args) :])
@@ -90,18 +116,76 @@ class Op:
         return add
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """Give the op its gradient, as torch.library.register_autograd does."""
-        torch.library.register_autograd(
-            f"ds::{self.name}", backward, setup_context=setup_context, lib=_library
-        )
+        """Give the op its gradient, as torch.library.register_autograd does.
 
-        def forward(ctx, *args):
-            outputs = self._run(*args)
-            setup_context(ctx, args, outputs)
-            return outputs
+        `backward` is called with gradients enabled if it is to be differentiated in turn.
+        """
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.name, (torch.autograd.Function,), methods)
+        def function(compute: Kernel) -> type[torch.autograd.Function]:
+            def forward(ctx, *args):
+                outputs = compute(*args)
+                setup_context(ctx, args, outputs)
+                return outputs
+
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            return type(self.name, (torch.autograd.Function,), methods)
+
+        self._function, self._traced = function(self.compute), function(self._below_autograd)
+
+    def _differentiate(self, *args):
+        """Compute the op for one level of autograd, as the dispatcher's kernel for that.
+
+        A level is plain autograd, dual numbers, or one transform of torch.func. What is no concern
+        of this one is passed on to the level below.
+        """
+        args = (*args, *self._defaults[len(args) :])
+        tensors = _transforms.tensors(args)
+        dual = _transforms.any_dual(tensors)
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if not (dual or recorded):
+            return self._below_autograd(*args)
+        if self.no_derivative:
+            self._refuse_derivatives(args)
+        if dual or self._traced is None or _transforms.in_functorch():
+            return self._call_reference(*args)
+        return self._traced.apply(*args)
+
+    def _below_autograd(self, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._dispatched(*args)
+
+    def _refuse_derivatives(self, args: tuple) -> None:
+        """Raise ValueError if an argument needs a derivative."""
+        for argument, value in zip(self.schema.arguments, args, strict=False):
+            if any(_transforms.needs_derivative(x) for x in _transforms.tensors((value,))):
+                raise ValueError(
+                    f"{self.name}: {argument.name} needs a derivative, and there is none because "
+                    f"{self.no_derivative}; detach it, or call the op under torch.no_grad()"
+                )
+
+    def check(self, *args) -> None:
+        """Raise for arguments that the op does not take, in place of a call."""
+        if not _transforms.active():
+            self._check(*args)
+            return
+        self._check_traced(*args)
+        if self.no_derivative:
+            self._refuse_derivatives(args)
+        if self.schema.is_mutable and _transforms.any_wrapped(args):
+            self._batch(*args)
+
+    def _batch(self, *args):
+        if self.schema.is_mutable:
+            raise ValueError(
+                f"{self.name}: does not run under torch.func transforms, because {_IN_PLACE}; "
+                "call it outside of them"
+            )
+        return self._call_reference(*args, *self._defaults[len(args) :])
+
+    def _call_reference(self, *args):
+        """Call the reference with tensors that may have no memory, for PyTorch to differentiate."""
+        self._check_traced(*args)
+        return self._in_given_dtypes(self._reference, args)
 
     def backends(self) -> set[str]:
         """Return the names of the backends on any device."""
@@ -121,16 +205,22 @@ class Op:
             rows.append(Row(self.name, device, name, status, missing.get(name, "")))
         return rows
 
-    def _run(self, *args):
-        self.check(*args)
+    def compute(self, *args):
+        if not self._opaque and _transforms.active():
+            return self._call_reference(*args)
+        self._check(*args)
+        return self._in_given_dtypes(self._compute, args)
+
+    def _in_given_dtypes(self, compute: Kernel, args: tuple):
+        """Compute without autocast if the op is opaque."""
         device = args[0].device.type
         if self._opaque and device in DEVICES and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # dtypes are those that it is given
-                return self._compute(device, args)
-        return self._compute(device, args)
+            with torch.autocast(device, enabled=False):
+                return compute(*args)
+        return compute(*args)
 
-    def _compute(self, device: str, args: tuple):
-        reason = ""
+    def _compute(self, *args):
+        device, reason = args[0].device.type, ""
         for _, kernel in self._chains.get((device, _forced)) or self._chain(device):
             try:
                 return kernel(*args)
@@ -176,9 +266,10 @@ class Op:
 
 
 def _watched(args: tuple) -> bool:
-    """Say whether a mode, a transform, a tracer or a kind of argument wants to see calls of ops."""
+    """Return whether a mode, a transform, a tracer or a kind of argument must see calls of ops."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._functorch.peek_interpreter_stack()

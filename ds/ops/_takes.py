@@ -290,7 +290,11 @@ def raise_if_unfit(op: str, name: str, x: Tensor, written: bool) -> None:
 
 def check_places(op: str, **tensors: Tensor | None) -> None:
     """Raise for what PyTorch's kernels do not look at: other devices, memory that is not there."""
-    plain = {name: x for name, x in tensors.items() if type(x) in PLAIN}
+    plain = {
+        name: x
+        for name, x in tensors.items()
+        if type(x) in PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    }
     for name, x in plain.items():
         first = next(iter(plain))
         if x.device != plain[first].device:

@@ -161,6 +161,6 @@ def _(q, k, v, weight, bias, residual):
 @residual_op.backend("sdpa", "cpu", "cuda")
 def _():
     def launch(q, k, v, weight, bias, residual):
-        return _with_residual(op(q, k, v), weight, bias, residual)
+        return _with_residual(op.compute(q, k, v), weight, bias, residual)
 
     return launch

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op
+from ds.ops._transforms import is_mapped
 
 
 def gather_rows(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -26,13 +27,16 @@ def _counts(parts: Sequence[Tensor]) -> list[int]:
 
 
 def reference(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Go through the parts and take from each what lies in it."""
+    """Go through the parts and take from each the rows that lie in it."""
+    if is_mapped(indices):
+        raise ValueError("gather_rows: indices cannot be mapped by vmap; flatten them to one list")
     for index in map(int, indices.aminmax()) if indices.numel() else ():
         _check_index(index, sum(_counts(parts)))
     rows, start = fake(indices, parts), 0
-    for part in parts:
-        here = ((indices >= start) & (indices < start + len(part))).nonzero().squeeze(1)
-        rows[here] = part[indices[here] - start]
+    for part in filter(len, parts):
+        here = (indices >= start) & (indices < start + len(part))
+        found = part[(indices - start).clamp(0, len(part) - 1)]
+        rows = found.where(here.view(-1, *[1] * (part.dim() - 1)), rows)
         start += len(part)
     return rows
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops._transforms import like
 from ds.ops.noise import signed
 from ds.ops.quantize import dequantize
 
@@ -30,7 +31,7 @@ def reference(
     """Convert the images and draw the noise, one after the other."""
     x0, noise = fake(images, indices, seed, dtype)
     drawn = torch.ops.ds.noise(indices, seed, x0.shape[1:].numel(), dtype)
-    return x0.copy_(dequantize(images)), noise.copy_(drawn.view(x0.shape))
+    return like(dequantize(images), x0), like(drawn.view(x0.shape), noise)
 
 
 def fake(images, indices, seed, dtype):

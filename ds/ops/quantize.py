@@ -49,7 +49,13 @@ def fake(x, floor):
     return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8)
 
 
-_op = Op("quantize(Tensor x, bool floor) -> Tensor", "x [N, C, ...] floating", reference, fake)
+_op = Op(
+    "quantize(Tensor x, bool floor) -> Tensor",
+    "x [N, C, ...] floating",
+    reference,
+    fake,
+    no_derivative="the result is uint8",
+)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -27,9 +27,6 @@ def solver_update(
     Raises:
         ValueError: a shape or dtype does not fit, or a gradient is asked for.
     """
-    tensors = [x, *terms, *([] if copy is None else [copy])]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise ValueError("solver_update: it has no gradient; call it under torch.no_grad()")
     _op(x, list(terms), table, step, copy)
 
 

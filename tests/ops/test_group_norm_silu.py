@@ -445,15 +445,6 @@ def test_gradcheck_in_float64(silu):
     assert torch.autograd.gradcheck(lambda *args: ours(*args, 3, silu), leaves)
 
 
-def test_a_second_derivative_is_refused():
-    leaves = [value.requires_grad_() for value in inputs((2, 6, 3, 2), torch.float64)]
-    (first,) = torch.autograd.grad(
-        ours(*leaves, 3, True).square().sum(), leaves[0], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_errors_name_what_does_not_fit():
     x, weight, bias = inputs((2, 30, 4, 4), torch.float32)
     message = r"group_norm_silu: channels \(30\) must be a multiple of groups \(32\)"

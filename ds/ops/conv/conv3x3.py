@@ -9,6 +9,7 @@ from torch import Tensor
 from ds.ops import _native
 from ds.ops._op import Op, Unsupported
 from ds.ops._takes import check_places
+from ds.ops._transforms import channels_last
 from ds.ops.conv.winograd import PANEL, pays, winograd_conv
 
 _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
@@ -51,7 +52,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute y[n, o, p] = sum over c and q of weight[o, c, q] x[n, c, p + q - 1], plus bias[o]."""
     y = F.conv2d(x, weight, bias, padding=1)
-    return y.contiguous(memory_format=torch.channels_last)
+    return channels_last(y)
 
 
 def reference_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]):
@@ -59,10 +60,7 @@ def reference_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False]
     )
-    return tuple(
-        dy.new_empty(0) if grad is None else grad.contiguous(memory_format=torch.channels_last)
-        for grad in (dx, dweight)
-    )
+    return tuple(dy.new_empty(0) if grad is None else channels_last(grad) for grad in (dx, dweight))
 
 
 def fake(x, weight, bias):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops._transforms import channels_last
 from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu import reference as reference_of_norm
 
@@ -114,7 +115,7 @@ def reference(
         y = y + bias.to(wide)[..., None, None]
     if residual is not None:
         y = y + residual.to(wide)
-    return y.to(_made(x)).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.to(_made(x)))
 
 
 def _made(x: Tensor) -> torch.dtype:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ds.ops._takes import wide
-from ds.ops.group_norm_silu.layout import dense, format_of, like, resized
+from ds.ops._transforms import like
+from ds.ops.group_norm_silu.layout import dense, in_format_of, resized
 
 
 class Addends(NamedTuple):
@@ -33,7 +34,7 @@ class Addends(NamedTuple):
                 total = total + term
             x = like(total, x)
         if self.skip is not None:
-            x = torch.cat([x, self.skip], 1).contiguous(memory_format=format_of(x))
+            x = in_format_of(x, torch.cat([x, self.skip], 1))
         return x
 
     def merged_before(self, x: Tensor, grad_merged: Tensor | None) -> Tensor:
@@ -58,7 +59,7 @@ class Addends(NamedTuple):
         if split == merged.shape[1]:
             return like(d_norm, merged), d_shift, merged.new_empty(0)
         d_x, d_skip = (
-            resized(merged, part.shape[1]).copy_(part)
+            like(part, resized(merged, part.shape[1]))
             for part in (d_norm[:, :split], d_norm[:, split:])
         )
         return d_x, d_shift, d_skip

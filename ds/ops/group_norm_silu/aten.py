@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops._takes import wide
+from ds.ops._transforms import like
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import like, sizes
+from ds.ops.group_norm_silu.layout import sizes
 
 
 def forward(x, weight, bias, groups, eps, silu, keep=False, *addends):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Kernel, Unsupported
+from ds.ops._transforms import like
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import like, sizes
+from ds.ops.group_norm_silu.layout import sizes
 
 
 def load_forward() -> Kernel:

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops._op import Unsupported, same_order
+from ds.ops._transforms import channels_last
 
 
 def dense(x: Tensor) -> Tensor:
     """Return x, or a dense copy: channels_last if the channels of a pixel are neighbors."""
     if x.is_contiguous():
         return x
-    if x.dim() == 4 and x.stride(1) == 1:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
+    return channels_last(x) if x.dim() == 4 and x.stride(1) == 1 else x.contiguous()
 
 
 def resized(x: Tensor, channels: int) -> Tensor:
@@ -31,10 +30,9 @@ def format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def like(y: Tensor, x: Tensor) -> Tensor:
-    """Return y in the dtype and strides of x, which PyTorch's kernels do not always keep."""
-    same = y.dtype == x.dtype and y.stride() == x.stride()
-    return y if same else torch.empty_like(x).copy_(y)
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in the memory format of a dense x."""
+    return y.contiguous() if x.is_contiguous() else channels_last(y)
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:

@@ -3,14 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds.ops._op import Op
 from ds.ops._takes import wide
+from ds.ops._transforms import like, vjp
 from ds.ops.float8 import FLOAT8, to_float8
 from ds.ops.group_norm_silu import aten, cpu, cuda, triton
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import dense, like, resized
+from ds.ops.group_norm_silu.layout import dense, resized
 
 _DIVIDES = """
     groups >= 1 and C + S >= 1 and (C + S) % groups == 0 : channels ({C + S}) must be a multiple \
@@ -95,7 +95,8 @@ def reference_backward(
     g = grad.to(wide(x.dtype))
     if silu:
         y = flat * _per_channel(weight, x) + _per_channel(bias, x)
-        g = torch.ops.aten.silu_backward(g, y)
+        s = y.sigmoid()
+        g = g * (s * (1 + y * (1 - s)))
     d_bias, d_weight = g.sum(outer), (g * flat).sum(outer)
     h = (g * _per_channel(weight, x)).unflatten(1, grouped.shape[1:3])
     along = (h * xhat).mean(inner, keepdim=True)
@@ -145,7 +146,7 @@ backward.backend("aten", "cpu", "cuda")(lambda: aten.backward)
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, ctx.groups, _, ctx.silu, ctx.keep, *addends = inputs
+    x, weight, bias, ctx.groups, ctx.eps, ctx.silu, ctx.keep, *addends = inputs
     shift, residual, skip = addends
     _, mean, rstd, merged = output
     ctx.split = x.shape[1]
@@ -156,8 +157,9 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for outputs that are not used
 
 
-@once_differentiable
-def _gradient(ctx, grad, _mean, _rstd, grad_merged):
+def _gradient(ctx, grad, d_mean, d_rstd, grad_merged):
+    if torch.is_grad_enabled() or d_mean is not None or d_rstd is not None:
+        return _gradient_of_reference(ctx, grad, d_mean, d_rstd, grad_merged)
     x, weight, bias, mean, rstd, *addends = ctx.saved_tensors
     if not ctx.keep:
         grad_merged = None
@@ -171,11 +173,29 @@ def _gradient(ctx, grad, _mean, _rstd, grad_merged):
     d_x, d_weight, d_bias, d_shift, d_skip = backward(
         grad, x, weight, bias, mean, rstd, *settings, *addends
     )
-    if ctx.split == weight.shape[0]:
+    d_addends = _given(ctx, d_x, d_shift, d_skip)
+    return d_x, d_weight, d_bias, None, None, None, None, *d_addends
+
+
+def _gradient_of_reference(ctx, *grads: Tensor | None):
+    """Return _gradient, also that of the statistics, by steps that can be differentiated again."""
+    x, weight, bias, _, _, *addends = ctx.saved_tensors
+    args = x, weight, bias, ctx.groups, ctx.eps, ctx.silu, ctx.keep
+    if not ctx.keep:
+        return tuple(vjp(reference, (*args, *addends), (*grads[:3], None)))
+    d_merged, *others = vjp(reference, args, grads)
+    if d_merged is None:
+        return None, *others, None, None, None
+    parts = Addends(*addends).split_gradient(d_merged, x, ctx.split, None)
+    return parts[0], *others, *_given(ctx, *parts)
+
+
+def _given(ctx, d_x: Tensor, d_shift: Tensor, d_skip: Tensor) -> list[Tensor | None]:
+    """Return the gradients of the addends that forward was given."""
+    if d_skip.dim() == 1:
         d_skip = d_x[:, :0]  # of a skip without channels
     gradients = zip((d_shift, d_x, d_skip), ctx.given, strict=True)
-    d_addends = [gradient if given else None for gradient, given in gradients]
-    return d_x, d_weight, d_bias, None, None, None, None, *d_addends
+    return [gradient if given else None for gradient, given in gradients]
 
 
 forward.register_autograd(_gradient, _save)
@@ -199,5 +219,6 @@ forward_float8 = Op(
     _TAKES,
     reference_float8,
     _fake_float8,
+    no_derivative="the result is float8",
 )
 forward_float8.backend("triton", "cuda")(triton.load_forward_float8)
