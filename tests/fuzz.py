@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from ds import ops
-from ds.ops import _native, _op, _takes
-from ds.ops._op import Op
+from ds.ops import _native
+from ds.ops.dispatch import op as dispatch
+from ds.ops.dispatch import takes as declared
+from ds.ops.dispatch.op import Op
 from ds.ops.group_norm_silu import reference as reference_of_norm
 
 if "DS_SANITIZED" in os.environ:
     from tests import sanitized  # noqa: F401
 
-OPS = [*_op._ops]
+OPS = [*dispatch._ops]
 LEARNING = {"group_norm_silu", "attention", "attention_residual", "conv3x3"}
 REFUSALS = ValueError, RuntimeError, TypeError, IndexError, NotImplementedError
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -93,7 +95,7 @@ class Call:
         return True
 
     def _value(self, expression: str, sizes: dict[str, Any]):
-        return eval(_compiled(expression), vars(_takes) | self.made | sizes)
+        return eval(_compiled(expression), vars(declared) | self.made | sizes)
 
     def _scalar(self, name: str, kind: str):
         draw = self.draw
@@ -161,12 +163,12 @@ class Call:
         if rule == "any":
             return self.draw.choice(DTYPES)
         if of:
-            convert = getattr(_takes, kind.strip()) if kind else lambda dtype: dtype
+            convert = getattr(declared, kind.strip()) if kind else lambda dtype: dtype
             return convert(self.made[other].dtype)
         words = rule.split(" or ")
         if "floating" in words and self.draw.random() < 0.7:
             return self.draw.choice(FLOATS[:2])
-        return self.draw.choice(sorted(set().union(*(_takes.DTYPES[w] for w in words)), key=str))
+        return self.draw.choice(sorted(set().union(*(declared.DTYPES[w] for w in words)), key=str))
 
     def _filled(self, name: str, value):
         if isinstance(value, list):
@@ -393,7 +395,7 @@ def twin(x):
         return x
     if x.is_quantized or x.is_neg() or x._is_zerotensor():
         return x
-    if _takes._reach(x) > x.untyped_storage().nbytes():
+    if declared._reach(x) > x.untyped_storage().nbytes():
         return x
     with torch.inference_mode(x.is_inference()):
         storage = x.new_empty(0).set_(x.untyped_storage().clone())

@@ -1,12 +1,12 @@
 """Operations with several implementations: one public function each, backends chosen behind it."""
 
 from ds.ops._native import build_info
-from ds.ops._op import Row, table, use_backend
 from ds.ops.adam import adam_step
 from ds.ops.attention import attention, attention_residual
 from ds.ops.conv.conv3x3 import conv3x3
 from ds.ops.conv.fused import conv, conv_group_norm_silu, phase_weight
 from ds.ops.conv.winograd import winograd_conv, winograd_weight
+from ds.ops.dispatch.op import Row, table, use_backend
 from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.gather_rows import gather_rows
 from ds.ops.group_norm_silu import fused_add_group_norm_silu, group_norm, group_norm_silu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, same_order
+from ds.ops.dispatch.op import Op, Unsupported, same_order
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.dispatch.op import Op, Unsupported, triton_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Micikevicius et al. 2022, "FP8 formats for deep learning", arXiv:2209.05433, sec
 import torch
 from torch import Tensor
 
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448

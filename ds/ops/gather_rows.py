@@ -7,8 +7,8 @@ from itertools import accumulate
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op
-from ds.ops._transforms import is_mapped
+from ds.ops.dispatch.op import Op
+from ds.ops.dispatch.transforms import is_mapped
 
 
 def gather_rows(indices: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.dispatch.op import Op, Unsupported, triton_kernels
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

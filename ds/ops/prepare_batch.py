@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, triton_kernels
-from ds.ops._transforms import like
+from ds.ops.dispatch.op import Op, Unsupported, triton_kernels
+from ds.ops.dispatch.transforms import like
 from ds.ops.noise import signed
 from ds.ops.quantize import dequantize
 

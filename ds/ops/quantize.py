@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, triton_kernels
+from ds.ops.dispatch.op import Op, Unsupported, triton_kernels
 
 Rounding = Literal["round", "floor"]
 

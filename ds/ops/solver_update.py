@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported, same_order, triton_kernels
+from ds.ops.dispatch.op import Op, Unsupported, same_order, triton_kernels
 
 
 def solver_update(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ds.ops
 from ds.ops import adam
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from tests.ops.test_group_norm_silu import poisoned
 
 # Nothing, one element, ragged vectors, chunks of 8192 that end early, and a convolution.

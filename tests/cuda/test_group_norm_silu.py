@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.group_norm_silu import forward
 from tests.ops.test_group_norm_silu import (
     assert_as_exact,

@@ -5,7 +5,7 @@ import torch
 
 from ds import ops
 from ds.diffusion.noise import noise
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.noise import signed
 from ds.ops.prepare_batch import _op
 from tests.ops.test_group_norm_silu import poisoned

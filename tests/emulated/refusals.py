@@ -12,7 +12,7 @@ from torch import nn
 
 from ds import ops
 from ds.engine import Engine, Loop, Recurrence
-from ds.ops._op import triton_kernels
+from ds.ops.dispatch.op import triton_kernels
 from ds.ops.prepare_batch import _op as prepare_batch
 from tests.emulated import launches
 from tests.emulated.interpreter import rounding_as_a_gpu

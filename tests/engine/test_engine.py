@@ -16,7 +16,7 @@ from ds.diffusion.solvers import Heun
 from ds.engine import Engine, Place, Plan, Rewrites, calls
 from ds.methods import DenoisingStudent
 from ds.models.sampler import uses_engine
-from ds.ops._op import triton_kernels
+from ds.ops.dispatch.op import triton_kernels
 from ds.training.presets import PRESETS, SOLVERS
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton
 
 from ds import ops
 from ds.nets.unet import Attention
-from ds.ops._op import Unsupported
 from ds.ops.attention import residual_op
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import attention as kernels
 from tests.nets.test_unet import TINY
 from tests.ops.test_attention import assert_as_exact, inputs, plain_residual, residual_inputs

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from ds import ops
 from ds.engine import Engine, Rewrites
-from ds.ops._op import Unsupported
 from ds.ops.conv import fused as OPS
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import conv as kernels
 from tests.nets.test_unet import build, inputs, relative_rms
 from tests.ops.conv.test_fused import (

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import conv_hopper as kernels
 from tests.kernels.test_conv import (
     CONV,

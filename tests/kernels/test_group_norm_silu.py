@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.group_norm_silu import backward, forward, forward_float8
 from ds.ops.kernels import group_norm_silu as kernels
 from ds.ops.kernels import group_norm_silu_backward, group_norm_tiles

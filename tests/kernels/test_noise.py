@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ds import ops
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import noise as kernels
 from ds.ops.noise import _op, philox
 from tests.kernels.test_group_norm_silu import DEVICE
@@ -118,7 +119,7 @@ def test_a_program_writes_its_own_tile_and_nothing_else():
 
 
 def test_what_it_does_not_take_it_leaves_to_others():
-    with pytest.raises(ops._op.Unsupported, match=r"not torch.float64"):
+    with pytest.raises(Unsupported, match=r"not torch.float64"):
         run(INDICES, 1, 5, torch.float64)
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton
 
 from ds import ops
 from ds.ops import noise
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import prepare_batch as kernels
 from ds.ops.noise import _op as noise_op
 from ds.ops.prepare_batch import _op
@@ -89,7 +90,7 @@ def test_a_program_writes_its_own_tiles_and_nothing_else():
 
 
 def test_what_it_does_not_take_it_leaves_to_others():
-    with pytest.raises(ops._op.Unsupported, match=r"not torch.float64"):
+    with pytest.raises(Unsupported, match=r"not torch.float64"):
         run(levels((1, 2, 2, 1)), INDICES[:1], 0, torch.float64)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import quantize as kernels
 from ds.ops.quantize import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
@@ -72,7 +73,7 @@ def test_every_level_is_written_by_its_own_program():
 
 
 def test_what_it_does_not_take_it_leaves_to_others():
-    with pytest.raises(ops._op.Unsupported, match=r"not torch.float64"):
+    with pytest.raises(Unsupported, match=r"not torch.float64"):
         run(torch.zeros(1, 1, dtype=torch.float64), "round")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import solver_update as kernels
 from ds.ops.solver_update import _op
 from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
@@ -88,11 +89,11 @@ def test_a_program_updates_its_own_tile_and_nothing_else():
 
 def test_what_it_does_not_take_it_leaves_to_others():
     x, terms, table = case((2, 3, 4, 10), [torch.float32])
-    with pytest.raises(ops._op.Unsupported, match="in float32"):
+    with pytest.raises(Unsupported, match="in float32"):
         run(x.double(), terms, table, 0)
-    with pytest.raises(ops._op.Unsupported, match="terms and copy in"):
+    with pytest.raises(Unsupported, match="terms and copy in"):
         run(x, [terms[0].double()], table, 0)
-    with pytest.raises(ops._op.Unsupported, match="contiguous or channels_last"):
+    with pytest.raises(Unsupported, match="contiguous or channels_last"):
         launch = _op._load("cuda", "triton")
         launch(x[..., ::2], [terms[0][..., ::2]], table, torch.tensor(0), None)
 

@@ -7,7 +7,7 @@ import torch
 
 import ds.ops
 from ds.ops import adam
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from tests.cuda import test_adam as kernels
 
 SHAPES = [(3, 5), (16, 3, 3, 3), (), (7,)]

@@ -10,9 +10,9 @@ from torch.func import grad, jacfwd, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ds import ops
-from ds.ops import _op
+from ds.ops.dispatch import op as dispatch
 
-OPS = {op.name: op for op in _op._ops}
+OPS = {op.name: op for op in dispatch._ops}
 Function = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
 
@@ -228,7 +228,7 @@ every_derivative = pytest.mark.parametrize("derivative", FIRST | SECOND)
 
 
 def test_every_op_has_its_rows():
-    assert {name.partition(",")[0] for name in ARGUMENTS} == {op.name for op in _op._ops}
+    assert {name.partition(",")[0] for name in ARGUMENTS} == {op.name for op in dispatch._ops}
 
 
 @every_derivative

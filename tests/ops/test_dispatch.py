@@ -13,8 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds.ops
-from ds.ops import _native, _op
-from ds.ops._op import Op, Unsupported
+from ds.ops import _native
+from ds.ops.dispatch import op as dispatch
+from ds.ops.dispatch.op import Op, Unsupported
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def op() -> Iterator[Op]:
         return lambda x: x + 3
 
     yield op
-    _op._ops.remove(op)  # the table of later tests is the library's own
+    dispatch._ops.remove(op)  # the table of later tests is the library's own
 
 
 def ran(dtype=torch.float32) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds import ops
-from ds.ops._op import Unsupported
+from ds.ops.dispatch.op import Unsupported
 from ds.ops.float8 import FLOAT8, check_converts
 
 BITS = torch.arange(256, dtype=torch.int16).to(torch.uint8)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import ds.ops
-from ds.ops import _op
+from ds.ops.dispatch import op as dispatch
 from tests import fuzz
 
 F32 = torch.float32
@@ -116,17 +116,17 @@ def unreached(monkeypatch):
     def kernel(*args):
         raise AssertionError("a kernel was called")
 
-    for op in _op._ops:
+    for op in dispatch._ops:
         chains = {(device, None): [("kernel", kernel)] for device in ("cpu", "meta", "cuda")}
         monkeypatch.setattr(op, "_chains", chains)
 
 
-def op_of(name: str) -> _op.Op:
-    return next(op for op in _op._ops if op.name == name)
+def op_of(name: str) -> dispatch.Op:
+    return next(op for op in dispatch._ops if op.name == name)
 
 
 def test_every_op_is_tried():
-    assert set(FIT) == {op.name for op in _op._ops}
+    assert set(FIT) == {op.name for op in dispatch._ops}
 
 
 def test_what_fits_reaches_a_kernel(unreached):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported
-from ds.ops._takes import check_places
-from ds.ops._transforms import channels_last
 from ds.ops.conv.winograd import PANEL, pays, winograd_conv
+from ds.ops.dispatch.op import Op, Unsupported
+from ds.ops.dispatch.takes import check_places
+from ds.ops.dispatch.transforms import channels_last
 
 _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in a cache
 

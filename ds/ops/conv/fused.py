@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds.ops._op import Op, Unsupported, triton_kernels
-from ds.ops._transforms import channels_last
+from ds.ops.dispatch.op import Op, Unsupported, triton_kernels
+from ds.ops.dispatch.transforms import channels_last
 from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu import reference as reference_of_norm
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Op, Unsupported
-from ds.ops._transforms import channels_last
+from ds.ops.dispatch.op import Op, Unsupported
+from ds.ops.dispatch.transforms import channels_last
 
 # The finite points. With 0, 1, -1, 2, -2, the usual ones, float32 loses a digit; with these it is
 # as exact as the direct sum (0.99e-6 and 0.83e-6 of the result, root mean square, 256 channels).

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds.ops._takes import wide
-from ds.ops._transforms import like
+from ds.ops.dispatch.takes import wide
+from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.layout import dense, in_format_of, resized
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds.ops._takes import wide
-from ds.ops._transforms import like
+from ds.ops.dispatch.takes import wide
+from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import sizes
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Kernel, Unsupported
-from ds.ops._transforms import like
+from ds.ops.dispatch.op import Kernel, Unsupported
+from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import sizes
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Kernel, Unsupported
+from ds.ops.dispatch.op import Kernel, Unsupported
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import check_gpu_kernels_take, from_rows, sizes, to_rows
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops._op import Unsupported, same_order
-from ds.ops._transforms import channels_last
+from ds.ops.dispatch.op import Unsupported, same_order
+from ds.ops.dispatch.transforms import channels_last
 
 
 def dense(x: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds.ops._op import Op
-from ds.ops._takes import wide
-from ds.ops._transforms import like, vjp
+from ds.ops.dispatch.op import Op
+from ds.ops.dispatch.takes import wide
+from ds.ops.dispatch.transforms import like, vjp
 from ds.ops.float8 import FLOAT8, to_float8
 from ds.ops.group_norm_silu import aten, cpu, cuda, triton
 from ds.ops.group_norm_silu.addends import Addends

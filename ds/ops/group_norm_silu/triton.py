@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ds.ops._op import Kernel, triton_kernels
+from ds.ops.dispatch.op import Kernel, triton_kernels
 from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ds.ops import _transforms
-from ds.ops._takes import PLAIN, make_check
+from ds.ops.dispatch import transforms
+from ds.ops.dispatch.takes import PLAIN, make_check
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...] | None]
 DEVICES = ("cpu", "cuda")
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 class Op:
     """`torch.ops.ds.<name>`: define it by its schema and reference, then add backends, best first.
 
-    `takes` says which arguments fit (ds/ops/_takes.py). That is checked before any backend runs,
+    `takes` says which arguments fit (takes.py here). That is checked before any backend runs,
     whoever calls the op. The reference is plain PyTorch, runs everywhere and comes last.
 
     With `fake`, which returns the outputs' metadata, the op is opaque to torch.compile and
@@ -77,7 +77,7 @@ class Op:
         self._check_traced = make_check(self.schema, takes, fake=True)
         if fake is None:
             _library.impl(self.name, self.compute, "CompositeImplicitAutograd")
-            self._function = _transforms.differentiable_twice(self.name, self.compute, reference)
+            self._function = transforms.differentiable_twice(self.name, self.compute, reference)
         else:
             self._register(fake)
         _ops.append(self)
@@ -139,14 +139,14 @@ class Op:
         of this one is passed on to the level below.
         """
         args = (*args, *self._defaults[len(args) :])
-        tensors = _transforms.tensors(args)
-        dual = _transforms.any_dual(tensors)
+        tensors = transforms.tensors(args)
+        dual = transforms.any_dual(tensors)
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if not (dual or recorded):
             return self._below_autograd(*args)
         if self.no_derivative:
             self._refuse_derivatives(args)
-        if dual or self._traced is None or _transforms.in_functorch():
+        if dual or self._traced is None or transforms.in_functorch():
             return self._call_reference(*args)
         return self._traced.apply(*args)
 
@@ -157,7 +157,7 @@ class Op:
     def _refuse_derivatives(self, args: tuple) -> None:
         """Raise ValueError if an argument needs a derivative."""
         for argument, value in zip(self.schema.arguments, args, strict=False):
-            if any(_transforms.needs_derivative(x) for x in _transforms.tensors((value,))):
+            if any(transforms.needs_derivative(x) for x in transforms.tensors((value,))):
                 raise ValueError(
                     f"{self.name}: {argument.name} needs a derivative, and there is none because "
                     f"{self.no_derivative}; detach it, or call the op under torch.no_grad()"
@@ -165,13 +165,13 @@ class Op:
 
     def check(self, *args) -> None:
         """Raise for arguments that the op does not take, in place of a call."""
-        if not _transforms.active():
+        if not transforms.active():
             self._check(*args)
             return
         self._check_traced(*args)
         if self.no_derivative:
             self._refuse_derivatives(args)
-        if self.schema.is_mutable and _transforms.any_wrapped(args):
+        if self.schema.is_mutable and transforms.any_wrapped(args):
             self._batch(*args)
 
     def _batch(self, *args):
@@ -206,7 +206,7 @@ class Op:
         return rows
 
     def compute(self, *args):
-        if not self._opaque and _transforms.active():
+        if not self._opaque and transforms.active():
             return self._call_reference(*args)
         self._check(*args)
         return self._in_given_dtypes(self._compute, args)

@@ -1,0 +1,1 @@
+"""How an op is defined, checked, called and differentiated."""
