@@ -21,11 +21,11 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import noise
-from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
+from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, integrate
 from ds.engine import Engine
 from ds.evaluation.solver_search import candidates
 from ds.methods import Denoising
-from ds.models.teacher import Teacher, integrate
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Images, digits
 from ds.training import presets
 from ds.training.trainer import Trainer

@@ -13,11 +13,13 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds import nets as nets
     from ds import ops as ops
     from ds.diffusion import grids as grids
+    from ds.diffusion import predictions as predictions
     from ds.diffusion import schedules as schedule  # noqa: F401
     from ds.diffusion import solvers as solvers
     from ds.diffusion.denoiser import Denoiser as Denoiser
-    from ds.diffusion.denoiser import Estimate as Estimate
+    from ds.diffusion.noise import Draws as Draws
     from ds.diffusion.noise import noise as noise
+    from ds.diffusion.predictions import Estimate as Estimate
     from ds.evaluation.evaluate import evaluate as evaluate
     from ds.models import export as export
     from ds.models.hub import from_pretrained as from_pretrained
@@ -40,7 +42,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Denoiser": "ds.diffusion.denoiser",
-    "Estimate": "ds.diffusion.denoiser",
+    "Draws": "ds.diffusion.noise",
+    "Estimate": "ds.diffusion.predictions",
     "Images": "ds.pairs.sources",
     "PairStore": "ds.pairs.store",
     "Pairs": "ds.pairs.sources",
@@ -66,6 +69,7 @@ _MODULES = {
     "methods": "ds.methods",
     "nets": "ds.nets",
     "ops": "ds.ops",
+    "predictions": "ds.diffusion.predictions",
     "schedule": "ds.diffusion.schedules",
     "solvers": "ds.diffusion.solvers",
 }

@@ -1,75 +1,73 @@
 """The one interface every solver and method sees: a network, its schedule, and what it predicts."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.predictions import (
+    AbstractPrediction,
+    Estimate,
+    Prediction,
+    as_prediction,
+    time_dtype,
+)
 from ds.diffusion.schedules import AbstractSchedule
-
-Prediction = Literal["eps", "x0", "v"]
-PREDICTIONS = ("eps", "x0", "v")
-
-
-class Estimate(NamedTuple):
-    """What a denoiser says about x_t = alpha * x0 + sigma * eps, both shaped like x_t.
-
-    Both are given because deriving one from the other divides by alpha or by sigma, and each of
-    them is nearly zero at one end of the schedule.
-    """
-
-    x0: Tensor
-    eps: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
     """A network with the meaning of its output: denoiser(x_t, t) -> Estimate.
 
-    The network is called as net(x_t [N, *shape], t [N]) and has an attribute `shape`, the shape of
-    one sample without the batch. It may predict the noise ("eps", Ho et al. 2020), the clean image
-    ("x0"), or v = alpha * eps - sigma * x0 ("v", Salimans & Ho 2022, arXiv:2202.00512, Eq. 11).
+    The network is called as net(x [N, *shape], c_noise [N], **cond), where x and c_noise are what
+    the prediction feeds it: x_t and t for "eps", "x0" and "v". It has an attribute `shape`, the
+    shape of one sample without the batch. `prediction` is a value of ds.predictions or one of the
+    short names; it is kept as a value. Raises ValueError for a prediction that the schedule lacks.
     """
 
     net: nn.Module
     schedule: AbstractSchedule
-    prediction: Prediction = "eps"
+    prediction: AbstractPrediction | Prediction = "eps"
+    cond: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"Denoiser: prediction must be one of {', '.join(PREDICTIONS)}, "
-                f"not {self.prediction!r}"
-            )
+        object.__setattr__(self, "prediction", as_prediction(self.prediction))
+        self.prediction.check(self.schedule)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample, for images (C, H, W)."""
         return tuple(self.net.shape)
 
-    def __call__(self, x_t: Tensor, t: int | Tensor) -> Estimate:
-        """Estimate x0 and eps from x_t [N, *shape] at the index t, one for all or one each [N].
+    def given(self, **cond: Any) -> "Denoiser":
+        """Return the same denoiser with conditions for its network, such as labels y [N]."""
+        return replace(self, cond={**self.cond, **cond})
 
-        An int keeps the loop free of device synchronisation; a tensor serves training.
+    def __call__(self, x_t: Tensor, t: float | Tensor) -> Estimate:
+        """Estimate x0 and eps from x_t [N, *shape] at time t, one for all or one each [N].
+
+        A number, Python's or NumPy's, keeps a loop free of device synchronisation; a tensor serves
+        training. Raises ValueError for a number that is not a time of the schedule.
         """
-        if isinstance(t, int):
-            alpha, sigma = self.schedule.at(t)
-            t = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
-        else:
+        if isinstance(t, Tensor):
+            t = t.expand(len(x_t))
             alpha, sigma = self.schedule.gather(t, x_t)
-        out = self.net(x_t, t)
-        if self.prediction == "eps":
-            return Estimate((x_t - sigma * out) / alpha, out)
-        if self.prediction == "x0":
-            return Estimate(out, (x_t - alpha * out) / sigma)
-        return Estimate(alpha * x_t - sigma * out, sigma * x_t + alpha * out)
+        else:
+            alpha, sigma = self.schedule.at(t)
+            t = _filled(x_t, t)
+        x, c_noise = self.prediction.inputs(x_t, t, alpha, sigma)
+        return self.prediction.estimate(x_t, self.net(x, c_noise, **self.cond), alpha, sigma)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what the network should have predicted at times t [N], shaped like x0."""
-        if self.prediction == "eps":
-            return eps
-        if self.prediction == "x0":
-            return x0
-        alpha, sigma = self.schedule.gather(t, x0)
-        return alpha * eps - sigma * x0
+        return self.prediction.target(x0, eps, *self.schedule.gather(t, x0))
+
+
+def _filled(x: Tensor, t: Real) -> Tensor:
+    """Return a time for every sample of x: int64 for an index, else real."""
+    if isinstance(t, Integral):
+        return torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
+    return torch.full((len(x),), float(t), dtype=time_dtype(x), device=x.device)

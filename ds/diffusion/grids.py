@@ -1,84 +1,144 @@
-"""Grids: which times a solver visits, from noise down to data, as a tuple of distinct indices.
+"""Grids: which times a solver visits, from noise down to data, as a tuple of distinct times.
 
-Grids that are even in another variable than the index are rounded to indices, and where that gives
-the same time twice, it is listed once: asking for more times than there are gives fewer calls.
+The step from the last time to the data is understood. On a table of steps the times are indices:
+those of a grid that is even in another variable are rounded, and where that gives the same time
+twice, it is listed once, so asking for more times than there are gives fewer calls. In continuous
+time they are real numbers.
+
 The 2021 implementation visits some small times of its quadratic grid more than once. A step from
 t to t changes nothing, so a grid here lists each time once: the same endpoint for fewer calls.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
 
-from ds.diffusion.schedules import MOST, AbstractSchedule
+from ds.diffusion.schedules import MOST, AbstractSchedule, AbstractTable, LinearBeta
 from ds.system.config import Between, require
 
-Grid = tuple[int, ...]
+Grid = tuple[float, ...]
 Times = Annotated[int, Between(-math.inf, MOST)]  # before the rules of each grid
+# The noise levels, sigma / alpha, of EDM: the ends of a grid on a schedule that has no own.
+LARGEST, SMALLEST = 80.0, 0.002
 
 
-def uniform(n: int, *, num_steps: int = 1000) -> Grid:
-    """Return n evenly spaced times, 0 included: 980, 960, ..., 0 for n = 50.
+def uniform(n: int, schedule: AbstractSchedule | None = None) -> Grid:
+    """Return n evenly spaced times: 980, 960, ..., 0 for n = 50 and LinearBeta(), the default.
 
-    Raises ValueError unless 1 <= n <= num_steps. Where n does not divide num_steps the spacing is
-    rounded down and the largest times stay unvisited. Song et al. 2020, arXiv:2010.02502, D.2.
+    On a table, 0 is one of them. Where n does not divide num_steps the spacing is rounded down and
+    the largest times stay unvisited. In continuous time, n even steps lead from the noise to the
+    data. Raises ValueError unless n is at least 1 and a table has n times. Song et al. 2020,
+    arXiv:2010.02502, D.2.
     """
-    require("uniform", int, n=n, num_steps=num_steps)
-    if not 1 <= n <= num_steps:
-        raise ValueError(f"uniform: n must lie between 1 and {num_steps}, not {n}")
-    spacing = num_steps // n
-    return tuple(range((n - 1) * spacing, -1, -spacing))
+    schedule = schedule or LinearBeta()
+    most = schedule.num_steps if isinstance(schedule, AbstractTable) else MOST
+    require("uniform", int, n=n)
+    if not 1 <= n <= most:
+        raise ValueError(f"uniform: n must lie between 1 and {most}, not {n}")
+    if isinstance(schedule, AbstractTable):
+        spacing = most // n
+        return tuple(range((n - 1) * spacing, -1, -spacing))
+    return tuple(schedule.noise * (i / n) for i in range(n, 0, -1))
 
 
-def quadratic(n: int, *, top: int = 800) -> Grid:
-    """Return the distinct times among int(linspace(0, sqrt(top), n)**2): dense near the data.
+def quadratic(
+    n: int, schedule: AbstractSchedule | None = None, *, top: float | None = None
+) -> Grid:
+    """Return times evenly spaced in their square root: dense near the data.
 
-    quadratic(100) has 96 times, 800 down to 0. Raises ValueError unless n >= 2 and top >= 1.
-    Song et al. 2020, arXiv:2010.02502, D.2; Luhman & Luhman 2021 for CIFAR-10 and CelebA.
+    On a table they are the distinct times among int(linspace(0, sqrt(top), n)**2), with top at 4/5
+    of its steps by default: quadratic(100) has 96 times, 800 down to 0, of LinearBeta(). In
+    continuous time, n steps lead from top, by default the noise, to the data. Raises ValueError
+    unless n >= 2, top is positive and a time of the schedule, if one is given. Song et al. 2020,
+    arXiv:2010.02502, D.2; Luhman & Luhman 2021 for CIFAR-10 and CelebA.
     """
+    if schedule is not None and not isinstance(schedule, AbstractTable):
+        top = schedule.noise if top is None else top
+        _check("quadratic", n, top, 0)
+        schedule.check(top)
+        return tuple(top * (i / n) ** 2 for i in range(n, 0, -1))
+    if top is None:
+        top = (schedule or LinearBeta()).num_steps * 4 // 5
     require("quadratic", Times, n=n, top=top)
-    if n < 2 or top < 1:
-        raise ValueError(f"quadratic: need n >= 2 and top >= 1, not n = {n} and top = {top}")
-    times = {int(t) for t in np.linspace(0, np.sqrt(top), n) ** 2}
-    return tuple(sorted(times, reverse=True))
+    _check("quadratic", n, top, 1)
+    if schedule is not None:
+        schedule.check(top)
+    return _distinct((np.linspace(0, np.sqrt(top), n) ** 2).astype(int))
 
 
-def log_snr(n: int, schedule: AbstractSchedule, *, top: int | None = None) -> Grid:
-    """Return n times evenly spaced in lam = log(alpha / sigma), from top, or the last, down to 0.
+def log_snr(
+    n: int, schedule: AbstractSchedule, *, top: float | None = None, bottom: float | None = None
+) -> Grid:
+    """Return n times evenly spaced in lam = log(alpha / sigma), from `top` down to `bottom`.
 
-    log_snr(24, LinearBeta(), top=800) has 24 times, log_snr(100, ...) 90. Raises ValueError
-    unless n >= 2 and top is an index of the schedule above 0. Lu et al. 2022, arXiv:2206.00927,
-    where it is the grid "logSNR".
+    top is by default the noisiest time; where alpha is 0 there, it is the one of sigma / alpha = 80
+    (of a table, the one before the last). bottom is by default index 0 of a table, else the time of
+    sigma / alpha = 0.002. log_snr(24, LinearBeta(), top=800) has 24 times, log_snr(100, ...) 90.
+    Raises ValueError unless n >= 2 and both are times of the schedule, bottom below top. Lu et al.
+    2022, arXiv:2206.00927, where it is the grid "logSNR".
     """
-    lam = _lam("log_snr", n, schedule, top)
-    return _nearest(np.linspace(lam[-1], lam[0], n), lam)
+    top, bottom = _ends("log_snr", n, schedule, top, bottom)
+    return _at(schedule, np.linspace(schedule.lam(top), schedule.lam(bottom), n), top, bottom)
 
 
-def karras(n: int, schedule: AbstractSchedule, *, top: int | None = None, rho: float = 7.0) -> Grid:
-    """Return n times evenly spaced in (sigma / alpha)**(1 / rho), from top, or the last, to 0.
+def karras(
+    n: int,
+    schedule: AbstractSchedule,
+    *,
+    top: float | None = None,
+    bottom: float | None = None,
+    rho: float = 7.0,
+) -> Grid:
+    """Return n times evenly spaced in (sigma / alpha)**(1 / rho), from `top` down to `bottom`.
 
-    Raises ValueError unless n >= 2, rho > 0 and top is an index of the schedule above 0. Karras et
-    al. 2022, arXiv:2206.00364, Eq. 5 with sigma_min and sigma_max those of the times 0 and top.
+    Both are by default those of log_snr. Raises ValueError as log_snr does, and unless rho > 0.
+    Karras et al. 2022, arXiv:2206.00364, Eq. 5.
     """
     if not rho > 0:
         raise ValueError(f"karras: rho must be positive, not {rho}")
-    lam = _lam("karras", n, schedule, top)
-    return _nearest(-rho * np.log(np.linspace(*np.exp(-lam[[-1, 0]] / rho), n)), lam)
+    top, bottom = _ends("karras", n, schedule, top, bottom)
+    ends = np.exp(-np.array([schedule.lam(top), schedule.lam(bottom)]) / rho)
+    return _at(schedule, -rho * np.log(np.linspace(*ends, n)), top, bottom)
 
 
-def _lam(name: str, n: int, schedule: AbstractSchedule, top: int | None) -> np.ndarray:
-    """Check the arguments of a grid; return lam of the times 0 to top."""
-    top = schedule.num_steps - 1 if top is None else top
-    require(name, Times, n=n, top=top)
-    if n < 2 or top < 1:
-        raise ValueError(f"{name}: need n >= 2 and top >= 1, not n = {n} and top = {top}")
-    schedule.check(top)
-    abar = schedule.alphas_bar()[: top + 1].numpy()
-    return np.log(abar / (1 - abar)) / 2
+def _ends(
+    name: str, n: int, schedule: AbstractSchedule, top: float | None, bottom: float | None
+) -> tuple[float, float]:
+    """Check the arguments of a grid; return its first and last time."""
+    table = isinstance(schedule, AbstractTable)
+    if top is None:
+        top = schedule.noise
+        if schedule.lam(top) == -math.inf:
+            top = top - 1 if table else schedule.time(-math.log(LARGEST))
+    if bottom is None:
+        bottom = 0 if table else schedule.time(-math.log(SMALLEST))
+    _check(name, n, top, bottom if bottom else 1)
+    schedule.check(top, bottom)
+    if table:
+        require(name, Times, top=top, bottom=bottom)
+    if not schedule.data < bottom < top or schedule.lam(top) == -math.inf:
+        raise ValueError(
+            f"{name}: need data < bottom < top and some signal at top, not bottom = {bottom} and "
+            f"top = {top}"
+        )
+    return top, bottom
 
 
-def _nearest(wanted: np.ndarray, lam: np.ndarray) -> Grid:
-    """Return the distinct indices nearest to the wanted lam, between indices linear in lam."""
-    times = np.interp(wanted, lam[::-1], np.arange(len(lam))[::-1]).round()
+def _check(name: str, n: int, top: float, least: float) -> None:
+    require(name, Times, n=n)
+    if n < 2 or not top >= least or not top > 0:
+        words = f"top >= {least}" if least else "top > 0"
+        raise ValueError(f"{name}: need n >= 2 and {words}, not n = {n} and top = {top}")
+
+
+def _at(schedule: AbstractSchedule, lams: np.ndarray, top: float, bottom: float) -> Grid:
+    """Return the times of given lam, the first and the last of which are `top` and `bottom`."""
+    if isinstance(schedule, AbstractTable):
+        return _distinct(schedule.nearest(lams))
+    return (top, *map(schedule.time, lams[1:-1].tolist()), bottom)
+
+
+def _distinct(times: Iterable[int]) -> Grid:
     return tuple(sorted({int(t) for t in times}, reverse=True))

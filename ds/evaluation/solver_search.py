@@ -11,10 +11,10 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule
-from ds.diffusion.solvers import AbstractSolver, DPMSolverPP
+from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, integrate
 from ds.models.model import device_of
 from ds.models.sampler import Precision, Sampler, fp8_is_open, uses_engine
-from ds.models.teacher import Teacher, integrate
+from ds.models.teacher import Teacher
 from ds.training.presets import SolveConfig
 
 CALLS = (8, 12, 16, 24, 36)

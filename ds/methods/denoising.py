@@ -7,13 +7,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ds.diffusion import grids
-from ds.diffusion.denoiser import Denoiser, Prediction
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import Prediction
 from ds.diffusion.schedules import LinearBeta
-from ds.diffusion.solvers import DDIM
+from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress
-from ds.models.teacher import Teacher, integrate
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Batch
 from ds.system.config import check
 
@@ -46,7 +47,7 @@ class Denoising(AbstractMethod):
         return (modules["student"](alpha * x0 + sigma * eps, t) - target).square().mean()
 
     def times(self, nfe: int) -> Grid:
-        return grids.uniform(nfe, num_steps=self.schedule.num_steps)
+        return grids.uniform(nfe, self.schedule)
 
     def sample(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
+from ds.diffusion.predictions import AbstractPrediction
 from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.models import pretrained
@@ -67,7 +68,10 @@ def _teacher(path: str | Path) -> Teacher:
     config, net = pretrained.read(path, Teacher.kind)
     entry = partial(pretrained.entry, config)
     with pretrained.naming(path):
-        schedule, prediction = entry("schedule", AbstractSchedule), entry("prediction", str)
+        schedule, prediction = (
+            entry("schedule", AbstractSchedule),
+            entry("prediction", AbstractPrediction),
+        )
         denoiser = Denoiser(net, schedule, prediction)
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
         return Teacher(denoiser, solver, grid, config.get("provenance", {}))
@@ -106,5 +110,5 @@ def _paper_grid(found: Imported) -> Grid:
     """What the paper integrated a network of this size on, for as many steps as there are."""
     steps = found.schedule.num_steps
     if found.config.image_size > 64:
-        return grids.uniform(min(50, steps), num_steps=steps)
-    return grids.quadratic(100, top=steps * 4 // 5)
+        return grids.uniform(min(50, steps), found.schedule)
+    return grids.quadratic(100, found.schedule)

@@ -245,7 +245,7 @@ def describe(net: nn.Module) -> Any:
 def fingerprint(denoiser: Denoiser) -> str:
     """Hash what a denoiser computes: network, weights, schedule, prediction. SHA-256, hex."""
     digest = hashlib.sha256()
-    about = (describe(denoiser.net), to_json(denoiser.schedule), denoiser.prediction)
+    about = (describe(denoiser.net), to_json(denoiser.schedule), to_json(denoiser.prediction))
     digest.update(repr(about).encode())
     for name, w in sorted(_state(denoiser.net).items()):
         hash_weight(digest, name, w)

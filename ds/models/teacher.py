@@ -6,27 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
-from ds.diffusion.schedules import DATA
-from ds.diffusion.solvers import AbstractSolver
+from ds.diffusion.noise import Draws
+from ds.diffusion.solvers import AbstractSolver, integrate
 from ds.models.model import Model, describe_shape
 from ds.system.config import to_json
-
-
-def integrate(
-    denoiser: Denoiser, solver: AbstractSolver, grid: Grid, x: Tensor, *, progress: bool = False
-) -> Tensor:
-    """Follow the probability-flow ODE from x [N, *shape] at time grid[0] down to the data.
-
-    The loop never waits for the device: times and coefficients are numbers on the host.
-    """
-    state = None
-    for t, s in tqdm(list(pairwise((*grid, DATA))), disable=not progress, leave=False):
-        x, state = solver.step(denoiser, x, t, s, state)
-    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +30,11 @@ class Teacher(Model):
 
     def __post_init__(self):
         falling = all(t > s for t, s in pairwise(self.grid))
-        if not self.grid or not falling or self.grid[-1] <= DATA:
-            raise ValueError(f"Teacher: a grid falls from noise to 0 or above, not {self.grid}")
+        data = self.denoiser.schedule.data
+        if not self.grid or not falling or self.grid[-1] <= data:
+            raise ValueError(
+                f"Teacher: a grid falls from noise to a time above {data}, not {self.grid}"
+            )
         self.denoiser.schedule.check(*self.grid)
 
     @property
@@ -59,13 +48,20 @@ class Teacher(Model):
         return self.solver.nfe(self.grid)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, *, progress: bool = False) -> Tensor:
-        """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped."""
-        return integrate(self.denoiser, self.solver, self.grid, noise, progress=progress)
+    def sample(
+        self, noise: Tensor, *, progress: bool = False, draws: Draws | None = None
+    ) -> Tensor:
+        """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped.
+
+        A stochastic solver takes its noise from `draws`.
+        """
+        x = self.denoiser.schedule.prior(noise, self.grid[0])
+        return integrate(self.denoiser, self.solver, self.grid, x, progress=progress, draws=draws)
 
     @torch.no_grad()
     def call(self, noise: Tensor) -> Tensor:
-        return self.denoiser(noise, self.grid[0]).x0
+        x = self.denoiser.schedule.prior(noise, self.grid[0])
+        return self.denoiser(x, self.grid[0]).x0
 
     def using(self, net: nn.Module) -> "Teacher":
         return replace(self, denoiser=replace(self.denoiser, net=net))
@@ -79,7 +75,7 @@ class Teacher(Model):
     def _about(self) -> dict[str, Any]:
         return {
             "schedule": to_json(self.denoiser.schedule),
-            "prediction": self.denoiser.prediction,
+            "prediction": to_json(self.denoiser.prediction),
             "solver": to_json(self.solver),
             "grid": list(self.grid),
         }

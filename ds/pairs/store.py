@@ -72,7 +72,7 @@ class _Teacher(TypedDict):
     sha256: Sha256
     net: Any
     schedule: Any
-    prediction: str
+    prediction: Any
 
 
 class _Finished(TypedDict, total=False):
@@ -352,7 +352,7 @@ def _manifest(
             "sha256": fingerprint(teacher.denoiser),
             "net": describe(teacher.net),
             "schedule": to_json(teacher.denoiser.schedule),
-            "prediction": teacher.denoiser.prediction,
+            "prediction": to_json(teacher.denoiser.prediction),
         },
         "solver": to_json(teacher.solver),
         "grid": list(teacher.grid),

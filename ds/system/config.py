@@ -30,7 +30,13 @@ from typing import (
 )
 
 # A file may name the dataclasses of these modules.
-FAMILIES = ("ds.diffusion.schedules", "ds.diffusion.solvers", "ds.nets", "ds.methods")
+FAMILIES = (
+    "ds.diffusion.schedules",
+    "ds.diffusion.predictions",
+    "ds.diffusion.solvers",
+    "ds.nets",
+    "ds.methods",
+)
 
 
 def to_json(value: Any) -> Any:

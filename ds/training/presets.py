@@ -88,9 +88,9 @@ class SolveConfig:
 
     def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
-            return grids.uniform(self.steps, num_steps=schedule.num_steps)
+            return grids.uniform(self.steps, schedule)
         if self.grid == "quadratic":
-            return grids.quadratic(self.steps, top=self.top)
+            return grids.quadratic(self.steps, schedule, top=self.top)
         grid = {"log_snr": grids.log_snr, "karras": grids.karras}[self.grid]
         return grid(self.steps, schedule, top=self.top)
 

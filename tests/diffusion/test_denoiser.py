@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds.diffusion.denoiser import PREDICTIONS, Denoiser
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
 
 SCHEDULE = LinearBeta()
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+predictions = pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 
 
 class Says(nn.Module):
@@ -97,5 +97,5 @@ def test_a_time_the_schedule_lacks_is_named():
 
 
 def test_an_unknown_prediction_is_named():
-    with pytest.raises(ValueError, match="one of eps, x0, v, not 'noise'"):
+    with pytest.raises(ValueError, match=r"one of eps, x0, v, .* not 'noise'"):
         Denoiser(Says(None), SCHEDULE, "noise")

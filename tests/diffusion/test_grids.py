@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from ds import analytic, noise
 from ds.diffusion import grids
 from ds.diffusion.schedules import LinearBeta
-from ds.diffusion.solvers import DDIM
-from ds.models.teacher import integrate
+from ds.diffusion.solvers import DDIM, integrate
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
 
@@ -54,7 +53,7 @@ def test_quadratic_is_the_formula_without_repeats(n, top):
 def test_uniform_is_evenly_spaced_from_zero(sizes):
     n, num_steps = sizes
     expected = np.arange(n) * (num_steps // n)
-    assert grids.uniform(n, num_steps=num_steps) == tuple(expected[::-1].tolist())
+    assert grids.uniform(n, LinearBeta(num_steps)) == tuple(expected[::-1].tolist())
 
 
 def test_times_are_plain_integers():

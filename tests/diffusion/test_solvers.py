@@ -15,7 +15,7 @@ from torch import nn
 from ds import analytic, noise
 from ds.diffusion import grids, solvers
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import DATA, LinearBeta
+from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import (
     DDIM,
     AbstractSolver,
@@ -119,7 +119,7 @@ def test_a_solver_leaves_its_input_alone(solver):
 
 def ddim_factor(grid, variance):
     """What DDIM multiplies a deviation from the mean by: the product of its steps' factors."""
-    times = [LinearBeta().at(t) for t in (*grid, DATA)]
+    times = [LinearBeta().at(t) for t in (*grid, LinearBeta.data)]
     return math.prod(
         (a_s * a_t * variance + s_s * s_t) / (a_t**2 * variance + s_t**2)
         for (a_t, s_t), (a_s, s_s) in pairwise(times)
@@ -214,7 +214,7 @@ def test_every_step_is_that_of_diffusers(solver, peer, options, n):
     denoiser = data.teacher(solver, grid).denoiser
     x = z = noise(0, range(16), data.shape, dtype=torch.float64)
     state, peers = None, states_of_diffusers(scheduler, denoiser, grid, z)
-    for (t, s), expected in zip(pairwise((*grid, DATA)), peers, strict=True):
+    for (t, s), expected in zip(pairwise((*grid, LinearBeta.data)), peers, strict=True):
         x, state = solver.step(denoiser, x, t, s, state)
         torch.testing.assert_close(x, expected.double(), rtol=0, atol=1e-5)
 

@@ -52,5 +52,5 @@ def test_its_result_is_a_teacher_with_its_prediction():
     method = Denoising(prediction="v")
     teacher = method.result(starts()[0].net)
     z = ds.noise(0, range(2), SHAPE)
-    assert (teacher.denoiser.prediction, teacher.nfe) == ("v", 20)
+    assert (teacher.denoiser.prediction, teacher.nfe) == (ds.predictions.V(), 20)
     assert torch.equal(teacher.sample(z), method.sample(teacher.net, z))

@@ -37,7 +37,7 @@ def build(seed=0):
 
 def teacher():
     schedule = LinearBeta(500, 2e-4, 0.03)
-    return ds.Teacher(Denoiser(build(), schedule, "v"), DDIM(), grids.uniform(5, num_steps=500))
+    return ds.Teacher(Denoiser(build(), schedule, "v"), DDIM(), grids.uniform(5, schedule))
 
 
 def student():
@@ -257,7 +257,7 @@ DAMAGE = {
     "a grid that rises": (configure(grid=[1, 2]), "config.json: Teacher: a grid falls"),
     "a time the schedule lacks": (configure(grid=[500, 0]), "config.json: schedule: t = 500"),
     "no prediction": (lambda f: drop_from_config(f, "prediction"), "config.json: 'prediction'"),
-    "an unknown prediction": (configure(prediction="u"), "config.json: Denoiser: prediction"),
+    "an unknown prediction": (configure(prediction="u"), "config.json: 'prediction'"),
     "no weights": (remove("model.safetensors"), "model.safetensors: the weights are missing"),
     "weights cut": (truncate, "model.safetensors: not a whole safetensors file"),
     "weights empty": (write("model.safetensors", b""), "model.safetensors: not a whole"),

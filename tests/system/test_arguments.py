@@ -37,7 +37,8 @@ HUGE = (10**9, 10**12, 2**62)
 def dataclasses_of_ds() -> set[type]:
     """Every dataclass that is set by people: of presets, methods, schedules, solvers, verbs."""
     found = set()
-    for name in ("training", "diffusion", "diffusion.solvers", "methods", "nets", "cli"):
+    parts = "diffusion", "diffusion.schedules", "diffusion.solvers"
+    for name in ("training", *parts, "methods", "nets", "cli"):
         module = importlib.import_module(f"ds.{name}")
         parts = [module] if not hasattr(module, "__path__") else [
             importlib.import_module(f"{module.__name__}.{part.name}")
@@ -56,7 +57,7 @@ def usual(cls: type) -> Any:
     if cls in (Distill, MakePairs, Teach):
         return cls.of("digits", digits)
     paths = {"source": "x", "out": "y"} if cls.__name__ == "Convert" else {}
-    given = {"model": "x", "store": "x", "out": "y"} | paths
+    given = {"model": "x", "store": "x", "out": "y", "values": (0.1, 0.2)} | paths
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
     return cls(**{name: given[name] for name in needed})
 

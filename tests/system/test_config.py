@@ -94,9 +94,28 @@ def test_equal_configurations_have_no_difference():
 
 # Files name types so: a tag that changes orphans them. A new type adds a line.
 TAGS = {
-    "linear_beta", "ddim", "heun", "dpm_solver_pp", "dpm_solver_pp_singlestep", "unipc", "unet",
-    "denoising", "denoising_student",
-}  # fmt: skip
+    "linear_beta",
+    "scaled_linear",
+    "cosine",
+    "table",
+    "edm",
+    "linear",
+    "trig",
+    "eps",
+    "x0",
+    "v",
+    "velocity",
+    "preconditioned",
+    "trig_flow",
+    "ddim",
+    "heun",
+    "dpm_solver_pp",
+    "dpm_solver_pp_singlestep",
+    "unipc",
+    "unet",
+    "denoising",
+    "denoising_student",
+}
 
 
 def test_tags_stay_as_they_are():

@@ -1,102 +1,186 @@
-"""Noise schedules: alpha(t) and sigma(t) with x_t = alpha * x0 + sigma * eps.
+"""Schedules of discrete steps: tables of betas, whose times are the indices 0 to num_steps - 1.
 
-Time is an integer index: 0 is the first, almost clean step, num_steps - 1 the noisiest one, and
-DATA (-1) stands for the data itself, alpha = 1 and sigma = 0. Tables are float64; a schedule is
-a frozen value without tensors, so it hashes, compares and prints.
+Index 0 is the first, almost clean step, and -1 is the data. Between indices, time is linear in
+log alpha-bar, so that continuous solvers and noise levels between two steps have a meaning.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated
+from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ds.system.config import Between, Positive, check
+from ds.diffusion.schedules.base import AbstractSchedule, wide
+from ds.system.config import Between, Positive, Share, check
 
-DATA = -1
 MOST = 1_000_000  # indices that a schedule may have: known ones have 50 to 4,000
+Steps = Annotated[int, Between(1, MOST)]
+_LEAST = -100.0  # of log alpha-bar, where the last step of a table may leave no signal at all
 
 
-class AbstractSchedule(ABC):
-    """A variance-preserving schedule over the indices 0 .. num_steps - 1."""
+class AbstractTable(AbstractSchedule):
+    """A variance-preserving schedule given by its betas: alpha-bar is the product of 1 - beta."""
+
+    data: ClassVar[int] = -1
 
     num_steps: int
 
     @abstractmethod
+    def betas(self) -> Tensor:
+        """Return the variance that each step adds, float64 [num_steps]."""
+
+    @property
+    def noise(self) -> int:
+        return self.num_steps - 1
+
     def alphas_bar(self) -> Tensor:
-        """Return alpha(t)**2, DDPM's alpha-bar, for every index: float64 [num_steps], falling."""
+        """Return alpha(t)**2 for every index: float64 [num_steps], falling. DDPM, Eq. 4."""
+        return torch.cumprod(1 - self.betas(), dim=0)
 
-    def at(self, t: int) -> tuple[float, float]:
-        """Return (alpha, sigma) at index t, or (1, 0) at DATA, in float64.
-
-        Plain numbers, so that a sampling loop that calls this never waits for a device.
-        """
+    def at(self, t: float) -> tuple[float, float]:
         self.check(t)
-        return _pairs(self)[t] if t != DATA else (1.0, 0.0)
+        if t == int(t):
+            return _pairs(self)[int(t) - self.data]
+        log_abar = float(np.interp(t, *_knots(self)))
+        return math.exp(log_abar / 2), math.sqrt(-math.expm1(log_abar))
 
-    def lam(self, t: int) -> float:
-        """Return log(alpha / sigma) at index t, half the log-SNR: rising towards the data."""
-        alpha, sigma = self.at(t)
-        return math.log(alpha / sigma)
+    def time(self, lam: float) -> float:
+        times, log_abar = _knots(self)
+        return float(np.interp(-np.logaddexp(0, -2 * lam), log_abar[::-1], times[::-1]))
 
-    def gather(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha and sigma at the indices t [N], shaped to multiply `like` [N, ...].
+    def nearest(self, lam: np.ndarray) -> list[int]:
+        """Return the indices whose log(alpha / sigma) is nearest to each of `lam`."""
+        abar = self.alphas_bar().numpy()
+        with np.errstate(divide="ignore"):
+            known = np.log(abar / (1 - abar)) / 2
+        found = np.interp(lam, known[::-1], np.arange(self.num_steps)[::-1])
+        return found.round().astype(int).tolist()
 
-        DATA is an index like any other. The indices are not checked.
-        """
-        abar = _table(self, like.device)[t - DATA].reshape(-1, *[1] * (like.dim() - 1))
-        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        abar = _table(self, t.device)
+        if not t.is_floating_point():
+            abar = abar[t - self.data]
+            return abar.sqrt(), (1 - abar).sqrt()
+        t = wide(t)
+        below = t.detach().floor().clamp(self.data, self.noise - 1).long()
+        start, end = (abar[below - self.data + i].log().clamp(min=_LEAST) for i in (0, 1))
+        log_abar = torch.lerp(start, end, t - below)
+        return (log_abar / 2).exp(), (-log_abar.expm1()).sqrt()
 
-    def check(self, *times: int) -> None:
-        """Raise ValueError if an index is not one of this schedule's."""
-        for t in times:
-            if not DATA <= t < self.num_steps:
-                raise ValueError(
-                    f"schedule: t = {t} does not exist; {self} has the indices 0 to "
-                    f"{self.num_steps - 1}"
-                )
+    def prior(self, z: Tensor, t: float | None = None) -> Tensor:
+        return z
+
+    def _range(self) -> str:
+        return f"the indices 0 to {self.noise}"
 
 
 @dataclass(frozen=True)
-class LinearBeta(AbstractSchedule):
+class LinearBeta(AbstractTable):
     """Betas on a straight line, as in DDPM. Ho et al. 2020, arXiv:2006.11239, section 4."""
 
-    num_steps: Annotated[int, Between(1, MOST)] = 1000
+    num_steps: Steps = 1000
     beta_start: Positive = 1e-4
     beta_end: Positive = 0.02
 
     def __post_init__(self):
-        check(self, "LinearBeta: ")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"LinearBeta: need 0 < beta_start <= beta_end < 1, not {self.beta_start} and "
-                f"{self.beta_end}"
-            )
+        _check_betas(self)
 
-    def alphas_bar(self) -> Tensor:
-        betas = torch.linspace(
-            self.beta_start, self.beta_end, self.num_steps, dtype=torch.float64, device="cpu"
-        )
-        return torch.cumprod(1 - betas, dim=0)  # Eq. 4
+    def betas(self) -> Tensor:
+        return _line(self.beta_start, self.beta_end, self.num_steps)
+
+
+@dataclass(frozen=True)
+class ScaledLinear(AbstractTable):
+    """Square roots of betas on a straight line. Rombach et al. 2022, arXiv:2112.10752."""
+
+    num_steps: Steps = 1000
+    beta_start: Positive = 0.00085
+    beta_end: Positive = 0.012
+
+    def __post_init__(self):
+        _check_betas(self)
+
+    def betas(self) -> Tensor:
+        return _line(self.beta_start**0.5, self.beta_end**0.5, self.num_steps) ** 2
+
+
+@dataclass(frozen=True)
+class Cosine(AbstractTable):
+    """Alpha-bar as a squared cosine, each beta at most `max_beta`.
+
+    Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17. `offset` is their s.
+    """
+
+    num_steps: Steps = 1000
+    offset: Positive = 0.008
+    max_beta: Share = 0.999
+
+    def __post_init__(self):
+        check(self, "Cosine: ")
+
+    def betas(self) -> Tensor:
+        t = _line(0, 1, self.num_steps + 1)
+        abar = torch.cos((t + self.offset) / (1 + self.offset) * (math.pi / 2)).square()
+        return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
+
+
+@dataclass(frozen=True)
+class Table(AbstractTable):
+    """Any betas, such as those of a checkpoint. A last beta of 1 leaves no signal at the end."""
+
+    values: Annotated[tuple[Annotated[float, Between(0, 1, "(]")], ...], Between(1, MOST)]
+
+    def __post_init__(self):
+        check(self, "Table: ")
+        if 1 in self.values[:-1]:
+            raise ValueError("Table: only the last of the values may be 1")
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
+
+    @property
+    def num_steps(self) -> int:
+        """How many indices there are."""
+        return len(self.values)
+
+    def betas(self) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float64, device="cpu")
+
+
+def _line(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
+
+
+def _check_betas(schedule: LinearBeta | ScaledLinear) -> None:
+    name, first, last = type(schedule).__name__, schedule.beta_start, schedule.beta_end
+    check(schedule, f"{name}: ")
+    if not 0 < first <= last < 1:
+        raise ValueError(f"{name}: need 0 < beta_start <= beta_end < 1, not {first} and {last}")
 
 
 @torch.compiler.assume_constant_result  # else a compiled loss would make it again at every step
-def _table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
+def _table(schedule: AbstractTable, device: torch.device) -> Tensor:
     return _made_table(schedule, device)
 
 
 @cache
 @torch.inference_mode(False)  # what is kept serves training as well
-def _made_table(schedule: AbstractSchedule, device: torch.device) -> Tensor:
-    # The row of DATA, before those of 0 and onwards.
-    data = torch.ones(1, dtype=torch.float64, device="cpu")
-    return torch.cat([data, schedule.alphas_bar()]).to(device)
+def _made_table(schedule: AbstractTable, device: torch.device) -> Tensor:
+    """Return alpha-bar of the data and then of every index, float64 [num_steps + 1]."""
+    return torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar()]).to(device)
 
 
 @cache
-def _pairs(schedule: AbstractSchedule) -> list[tuple[float, float]]:
+def _pairs(schedule: AbstractTable) -> list[tuple[float, float]]:
+    """Return (alpha, sigma) of the data and then of every index."""
     abar = schedule.alphas_bar()
-    return list(zip(abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True))
+    return [(1.0, 0.0), *zip(abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), strict=True)]
+
+
+@cache
+def _knots(schedule: AbstractTable) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times -1 to num_steps - 1 and log alpha-bar there."""
+    abar = _made_table(schedule, torch.device("cpu"))
+    return np.arange(-1.0, schedule.num_steps), abar.log().clamp(min=_LEAST).numpy()

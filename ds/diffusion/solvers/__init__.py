@@ -1,9 +1,17 @@
-"""Solvers of the probability-flow ODE, one file each."""
+"""Solvers of the probability-flow ODE and SDE, one file each."""
 
-from ds.diffusion.solvers.base import AbstractSolver
+from ds.diffusion.solvers.base import AbstractSolver, integrate
 from ds.diffusion.solvers.ddim import DDIM
 from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
 from ds.diffusion.solvers.heun import Heun
 from ds.diffusion.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "AbstractSolver", "DPMSolverPP", "DPMSolverPPSinglestep", "Heun", "UniPC"]
+__all__ = [
+    "DDIM",
+    "AbstractSolver",
+    "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "Heun",
+    "UniPC",
+    "integrate",
+]

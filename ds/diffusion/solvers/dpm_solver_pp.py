@@ -10,16 +10,17 @@ data, where lam is infinite, that leaves D itself.
 """
 
 from dataclasses import dataclass
-from math import expm1
+from math import expm1, isinf
 
 from torch import Tensor
 
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import DATA, AbstractSchedule
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers.base import AbstractSolver
 from ds.system.config import check
 
-History = tuple[tuple[int, Tensor], ...]  # times and the x0 predicted there, the oldest first
+History = tuple[tuple[float, Tensor], ...]  # times and the x0 predicted there, the oldest first
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,23 @@ class DPMSolverPP(AbstractSolver):
         check_order(self, self.order)
 
     def step(
-        self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: History | None
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: History | None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, History]:
         x0 = denoiser(x, t).x0
         history = (*(state or ()), (t, x0))[-self.order :]
-        if s == DATA:
+        if s == denoiser.schedule.data:
             return x0, history
         usable = history[-2:] if self.lower_order_final and s == 0 else history
         return self._extrapolate(denoiser.schedule, x, s, usable), history
 
     def _extrapolate(
-        self, schedule: AbstractSchedule, x: Tensor, s: int, history: History
+        self, schedule: AbstractSchedule, x: Tensor, s: float, history: History
     ) -> Tensor:
         """Move x from the last time of the history to s with the polynomial through all of it."""
         (t, d0), *older = reversed(history)
@@ -90,18 +97,26 @@ class DPMSolverPPSinglestep(AbstractSolver):
         check_order(self, self.order)
 
     def step(
-        self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: tuple[Tensor, History] | None
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: tuple[Tensor, History] | None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, tuple[Tensor, History] | None]:
         x0 = denoiser(x, t).x0
-        if s == DATA:
+        if s == denoiser.schedule.data:
             return x0, None
         start, history = state or (x, ())
         history = (*history, (t, x0))
         moved = _from_start(denoiser.schedule, start, s, history)
-        return moved, None if len(history) == self.order else (start, history)
+        # Where alpha is 0, lam is infinite: a group starts at the next time.
+        done = len(history) == self.order or isinf(denoiser.schedule.lam(t))
+        return moved, None if done else (start, history)
 
 
-def _from_start(schedule: AbstractSchedule, x: Tensor, s: int, history: History) -> Tensor:
+def _from_start(schedule: AbstractSchedule, x: Tensor, s: float, history: History) -> Tensor:
     """Move x from the first time of the history to s; its last prediction gives the slope."""
     (t, d0), (u, d) = history[0], history[-1]
     h = schedule.lam(s) - schedule.lam(t)

@@ -1,5 +1,6 @@
-"""Heun's method, the sampler of EDM without its noise."""
+"""Heun's method, the sampler of EDM, with or without its noise."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,8 +8,12 @@ from torch import Tensor
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
-from ds.diffusion.schedules import DATA
-from ds.diffusion.solvers.base import AbstractSolver
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import AbstractSchedule
+from ds.diffusion.solvers.base import AbstractSolver, fresh_noise
+from ds.system.config import NotNegative, Positive, check
+
+_STREAM = 0x3D9A6F02C75E18B4
 
 
 @dataclass(frozen=True)
@@ -16,19 +21,44 @@ class Heun(AbstractSolver):
     """Explicit trapezoid in sigma / alpha: two network calls a step, one in the step to the data.
 
     In y = x / alpha and r = sigma / alpha the ODE is dy/dr = eps (Song et al. 2020,
-    arXiv:2010.02502, Eq. 14). Karras et al. 2022, arXiv:2206.00364, Algorithm 1.
+    arXiv:2010.02502, Eq. 14). Where alpha falls to 0, the rule is the same in the angle
+    atan(sigma / alpha), which both ends of the path have. With churn, each step first raises the
+    noise. Karras et al. 2022, arXiv:2206.00364, Algorithms 1 and 2.
     """
 
     order: ClassVar[int] = 2
 
+    churn: NotNegative = 0.0  # share by which a step raises sigma first: EDM's S_churn / steps
+    s_min: NotNegative = 0.0  # the least sigma / alpha that is raised
+    s_max: Positive = 1e9  # the largest one
+    s_noise: Positive = 1.0  # deviation of the noise that raises it
+
+    def __post_init__(self):
+        check(self, "Heun: ")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.churn > 0
+
     def step(
-        self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: None
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, None]:
-        alpha, sigma = denoiser.schedule.at(t)
-        alpha_s, sigma_s = denoiser.schedule.at(s)
+        schedule = denoiser.schedule
+        if self.churn:
+            x, t = self._raised(schedule, x, t, draws)
         x0, slope = denoiser(x, t)
-        if s == DATA:
+        if s == schedule.data:
             return x0, None  # the slope at sigma = 0 does not exist: Euler's step, as line 6 says
+        if schedule.at(schedule.noise)[0] == 0:
+            return _in_angle(denoiser, x, t, s, x0, slope), None
+        alpha, sigma = schedule.at(t)
+        alpha_s, sigma_s = schedule.at(s)
         distance = sigma_s / alpha_s - sigma / alpha
         guess = alpha_s * (x / alpha + distance * slope)
         slope = (slope + denoiser(guess, s).eps) / 2
@@ -36,3 +66,31 @@ class Heun(AbstractSolver):
 
     def nfe(self, grid: Grid) -> int:
         return 2 * len(grid) - 1
+
+    def _raised(
+        self, schedule: AbstractSchedule, x: Tensor, t: float, draws: Draws | None
+    ) -> tuple[Tensor, float]:
+        """Add noise to x; return it and the time of its new level, at most the noisiest."""
+        level = math.exp(-schedule.lam(t))
+        if not self.s_min <= level <= self.s_max:
+            return x, t
+        raised = level * (1 + min(self.churn, math.sqrt(2) - 1))
+        later = min(max(schedule.time(-math.log(raised)), t), schedule.noise)
+        raised = math.exp(-schedule.lam(later))
+        z = fresh_noise(draws, _STREAM, x, t)
+        y = x / schedule.at(t)[0] + self.s_noise * math.sqrt(raised**2 - level**2) * z
+        return schedule.at(later)[0] * y, later
+
+
+def _in_angle(denoiser: Denoiser, x: Tensor, t: float, s: float, x0: Tensor, eps: Tensor) -> Tensor:
+    """Take Heun's step in the angle, over which u = x / hypot(alpha, sigma) changes by
+
+    du/dangle = cos(angle) * eps - sin(angle) * x0.
+    """
+    (alpha, sigma), (alpha_s, sigma_s) = denoiser.schedule.at(t), denoiser.schedule.at(s)
+    angle, angle_s = math.atan2(sigma, alpha), math.atan2(sigma_s, alpha_s)
+    u, norm = x / math.hypot(alpha, sigma), math.hypot(alpha_s, sigma_s)
+    slope = math.cos(angle) * eps - math.sin(angle) * x0
+    x0, eps = denoiser(norm * (u + (angle_s - angle) * slope), s)
+    slope = (slope + math.cos(angle_s) * eps - math.sin(angle_s) * x0) / 2
+    return norm * (u + (angle_s - angle) * slope)

@@ -1,14 +1,15 @@
 """UniPC: one polynomial predicts the next x, and with one more point on it corrects the last."""
 
 from dataclasses import dataclass
-from math import expm1, factorial
+from math import expm1, factorial, isfinite
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import DATA, AbstractSchedule
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers.base import AbstractSolver
 from ds.diffusion.solvers.dpm_solver_pp import History, check_order
 
@@ -42,11 +43,17 @@ class UniPC(AbstractSolver):
         return self.p + 1
 
     def step(
-        self, denoiser: Denoiser, x: Tensor, t: int, s: int, state: _State | None
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: _State | None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, _State]:
         schedule = denoiser.schedule
         x0 = denoiser(x, t).x0
-        if s == DATA:
+        if s == schedule.data:
             return x0, state
         history: History = ((t, x0),)
         if state:
@@ -57,12 +64,14 @@ class UniPC(AbstractSolver):
 
 
 def _move(
-    schedule: AbstractSchedule, x: Tensor, s: int, history: History, at_s: Tensor | None = None
+    schedule: AbstractSchedule, x: Tensor, s: float, history: History, at_s: Tensor | None = None
 ) -> Tensor:
     """Move x from the last time of the history to s; at_s, the x0 predicted there, corrects."""
-    (t, d0), *older = reversed(history)
+    (t, d0), *earlier = reversed(history)
+    older = [(schedule.lam(u), d) for u, d in earlier]
     h = schedule.lam(s) - schedule.lam(t)
-    points = [((schedule.lam(u) - schedule.lam(t)) / h, d) for u, d in older]
+    # A time of infinite lam, where alpha is 0, is too far away to say anything.
+    points = [((lam - schedule.lam(t)) / h, d) for lam, d in older if isfinite(lam)]
     if at_s is not None:
         points.append((1.0, at_s))
     alpha_s, sigma_s = schedule.at(s)

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Size, Tensor
 
+from ds.diffusion.predictions import AbstractPrediction, as_prediction
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.models.convert.imported import Imported, fit, named, naming, tensors
 from ds.nets.unet import UNetConfig
@@ -255,13 +256,16 @@ def _schedule(folder: Path) -> tuple[LinearBeta, str, dict[str, Any]]:
     return schedule, _PREDICTIONS[fields["prediction_type"]], facts
 
 
-def _scheduler_fields(schedule: AbstractSchedule, prediction: str, where: Path) -> dict[str, Any]:
+def _scheduler_fields(
+    schedule: AbstractSchedule, prediction: AbstractPrediction | str, where: Path
+) -> dict[str, Any]:
     """Return the fields of the DDIMScheduler with our schedule and our last step, to the data."""
-    types = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    types = {as_prediction(ours): theirs for theirs, ours in _PREDICTIONS.items()}
+    prediction = as_prediction(prediction)
     if not isinstance(schedule, LinearBeta) or prediction not in types:
         raise ValueError(
-            f"{where}: cannot write {schedule} with the prediction {prediction!r}; accepted are "
-            f"LinearBeta and {', '.join(types)}"
+            f"{where}: cannot write {schedule} with the prediction {prediction}; accepted are "
+            f"LinearBeta and {', '.join(map(str, types))}"
         )
     return {
         "_class_name": "DDIMScheduler",

@@ -1,0 +1,211 @@
+"""What a network predicts about x_t = alpha * x0 + sigma * eps, and what it is fed.
+
+A prediction is a frozen value. Its time input is part of a checkpoint's format: a network that
+was trained on log(sigma) / 4 answers nonsense to sigma.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds.diffusion.schedules import AbstractSchedule
+from ds.system.config import Positive, check
+
+Prediction = Literal["eps", "x0", "v"]  # the short names that Denoiser takes
+Level = float | Tensor  # alpha or sigma: a number for all samples, or a tensor that broadcasts
+
+
+class Estimate(NamedTuple):
+    """What a denoiser says about x_t = alpha * x0 + sigma * eps, both shaped like x_t.
+
+    Both are given because deriving one from the other divides by alpha or by sigma, and each of
+    them is nearly zero at one end of the schedule.
+    """
+
+    x0: Tensor
+    eps: Tensor
+
+
+class AbstractPrediction(ABC):
+    """The meaning of a network's output, and the inputs it needs."""
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        """Return what the network is fed for x_t [N, *shape] and times t [N]: by default both."""
+        return x, t
+
+    @abstractmethod
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        """Return x0 and eps, given x_t and the network's output."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """Return what the network should have predicted, shaped like x0."""
+
+    def check(self, schedule: AbstractSchedule) -> None:  # noqa: B027
+        """Raise ValueError for a schedule on which the prediction has no meaning."""
+
+
+@dataclass(frozen=True)
+class Eps(AbstractPrediction):
+    """The noise. Ho et al. 2020, arXiv:2006.11239. It says nothing of x0 where alpha is 0."""
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return Estimate((x - sigma * out) / alpha, out)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return eps
+
+
+@dataclass(frozen=True)
+class X0(AbstractPrediction):
+    """The clean image. It says nothing of the noise where sigma is 0."""
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return Estimate(out, (x - alpha * out) / sigma)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return x0
+
+
+@dataclass(frozen=True)
+class V(AbstractPrediction):
+    """v = alpha * eps - sigma * x0, for schedules with alpha**2 + sigma**2 = 1.
+
+    Salimans & Ho 2022, arXiv:2202.00512, Eq. 11.
+    """
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return Estimate(alpha * x - sigma * out, sigma * x + alpha * out)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return alpha * eps - sigma * x0
+
+    def check(self, schedule: AbstractSchedule) -> None:
+        alpha, sigma = schedule.at((schedule.data + schedule.noise) / 2)
+        if abs(alpha**2 + sigma**2 - 1) > 1e-9:
+            raise ValueError(
+                f"prediction V needs alpha**2 + sigma**2 = 1, which {schedule} does not keep; "
+                f"use Velocity() or TrigFlow()"
+            )
+
+
+@dataclass(frozen=True)
+class Velocity(AbstractPrediction):
+    """The velocity eps - x0 of the straight path, fed time_scale * t.
+
+    It determines x0 and eps on every schedule. Liu et al. 2022, arXiv:2209.03003, Eq. 1, with time
+    running towards noise; their networks are fed 999 * t.
+    """
+
+    time_scale: Positive = 1.0
+
+    def __post_init__(self):
+        check(self, "Velocity: ")
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        return x, self.time_scale * t
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        total = alpha + sigma
+        return Estimate((x - sigma * out) / total, (x + alpha * out) / total)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return eps - x0
+
+
+@dataclass(frozen=True)
+class Preconditioned(AbstractPrediction):
+    """EDM's preconditioning: the network's input and target have variance 1 at every noise level.
+
+    sigma_data is the standard deviation of the data. The network is fed
+    noise_scale * log(sigma / alpha). Karras et al. 2022, arXiv:2206.00364, Eq. 7 and Table 1.
+    """
+
+    sigma_data: Positive = 0.5
+    noise_scale: Positive = 0.25
+
+    def __post_init__(self):
+        check(self, "Preconditioned: ")
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        noise = _each(sigma, x) / _each(alpha, x)
+        return x / _norm(alpha * self.sigma_data, sigma), self.noise_scale * noise.log()
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return _rotated(x, out, alpha, sigma, self.sigma_data)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        a = alpha * self.sigma_data
+        return (sigma / self.sigma_data * x0 - a * eps) / _norm(a, sigma)
+
+
+@dataclass(frozen=True)
+class TrigFlow(AbstractPrediction):
+    """The velocity F on the arc from data to noise, fed the angle t = atan(sigma / sigma_data).
+
+    On ds.schedule.Trig(sigma_data) the ODE is dx/dt = sigma_data * F(x / sigma_data, t); any other
+    schedule is rescaled to it. F is minus the output of `Preconditioned`. Lu & Song 2024,
+    arXiv:2410.11081, Eq. 5.
+    """
+
+    sigma_data: Positive = 1.0
+
+    def __post_init__(self):
+        check(self, "TrigFlow: ")
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        angle = torch.atan2(_each(sigma, x), _each(alpha, x) * self.sigma_data)
+        return x / _norm(alpha * self.sigma_data, sigma), angle
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return _rotated(x, -out, alpha, sigma, self.sigma_data)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        a = alpha * self.sigma_data
+        return (a * eps - sigma / self.sigma_data * x0) / _norm(a, sigma)
+
+
+def _rotated(x: Tensor, out: Tensor, alpha: Level, sigma: Level, sigma_data: float) -> Estimate:
+    """Return the estimate of a preconditioned output, without dividing by alpha or sigma.
+
+    With u = x / norm of unit variance, x0 / sigma_data and eps are a rotation of u and the output.
+    """
+    a = alpha * sigma_data
+    norm = _norm(a, sigma)
+    cos, sin, u = a / norm, sigma / norm, x / norm
+    return Estimate(sigma_data * (cos * u + sin * out), sin * u - cos * out)
+
+
+def _norm(a: Level, b: Level) -> Level:
+    return (a * a + b * b) ** 0.5
+
+
+def _each(level: Level, x: Tensor) -> Tensor:
+    """Return alpha or sigma as one number a sample, [N]."""
+    if isinstance(level, Tensor):
+        return level.reshape(-1)
+    return torch.full((len(x),), level, dtype=time_dtype(x), device=x.device)
+
+
+def time_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of real times for a state x: float32, or float64 if x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_prediction(prediction: AbstractPrediction | str) -> AbstractPrediction:
+    """Return the prediction of a short name, "eps", "x0" or "v"; a prediction is returned as is.
+
+    Raises ValueError for anything else.
+    """
+    if isinstance(prediction, AbstractPrediction):
+        return prediction
+    names = {"eps": Eps(), "x0": X0(), "v": V()}
+    if not isinstance(prediction, str) or prediction not in names:
+        raise ValueError(
+            f"prediction must be one of {', '.join(names)}, or a value of ds.predictions such as "
+            f"Velocity(), not {prediction!r}"
+        )
+    return names[prediction]

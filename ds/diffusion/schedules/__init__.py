@@ -1,0 +1,25 @@
+"""Noise schedules: alpha(t) and sigma(t), as tables of steps or as paths in continuous time."""
+
+from ds.diffusion.schedules.base import AbstractSchedule
+from ds.diffusion.schedules.paths import EDM, Linear, Trig
+from ds.diffusion.schedules.tables import (
+    MOST,
+    AbstractTable,
+    Cosine,
+    LinearBeta,
+    ScaledLinear,
+    Table,
+)
+
+__all__ = [
+    "EDM",
+    "MOST",
+    "AbstractSchedule",
+    "AbstractTable",
+    "Cosine",
+    "Linear",
+    "LinearBeta",
+    "ScaledLinear",
+    "Table",
+    "Trig",
+]
