@@ -28,15 +28,15 @@ asan: $(VENV)/.test ## the C++ kernels under sanitizers: the ops' tests, and any
 	$(SANITIZED_PYTHON) -m tests.fuzz --seconds 60 --log build/asan/last-call || \
 		{ cat build/asan/last-call; false; }
 	$(SANITIZED_PYTHON) -m pytest -q -p tests.sanitized $(SANITIZED_TESTS) \
-		--deselect tests/ops/test_group_norm_silu.py::test_silu_over_its_whole_range
+		--deselect tests/ops/group_norm_silu/test_forward.py::test_silu_over_its_whole_range
 
 SANITIZERS = -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED_PYTHON = DS_SANITIZED=build/asan OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python
-SANITIZED_TESTS = $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows group_norm_silu noise \
-	prepare_batch quantize solver_update)) \
+SANITIZED_TESTS = tests/ops/group_norm_silu $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows \
+	noise prepare_batch quantize solver_update)) \
 	tests/ops/conv/test_conv3x3.py tests/ops/conv/test_winograd.py
 
 check: fmt lint test ## what a change must pass

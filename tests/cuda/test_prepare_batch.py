@@ -8,7 +8,7 @@ from ds.diffusion.noise import noise
 from ds.ops.dispatch.op import Unsupported
 from ds.ops.noise import signed
 from ds.ops.prepare_batch import _op
-from tests.ops.test_group_norm_silu import poisoned
+from tests.oracle import poison
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INDICES = [0, 1, 2**32 - 1, 2**32 + 7, 2**63 - 1, -1]  # the last has the bits of 2**64 - 1
@@ -67,7 +67,7 @@ def test_a_million_normals_are_within_four_roundings(run, device):
 def test_bits_depend_neither_on_the_batch_nor_on_the_order_of_threads(
     run, device, dtype, in_both_orders, monkeypatch
 ):
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    poison(monkeypatch)
     images = draw_images((3, 17, 19, 3), device)
     indices = torch.tensor([4, 5, 6], device=device)
     first, second = in_both_orders(lambda: run(images, indices, 3, dtype))

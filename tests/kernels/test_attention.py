@@ -18,8 +18,8 @@ from ds.ops.attention import residual_op
 from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import attention as kernels
 from tests.nets.test_unet import TINY
-from tests.ops.test_attention import assert_as_exact, inputs, plain_residual, residual_inputs
-from tests.ops.test_group_norm_silu import poisoned
+from tests.ops.test_attention import inputs, plain_residual, residual_inputs
+from tests.oracle import assert_close, poison
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = [
@@ -54,7 +54,7 @@ def check(*arguments: Tensor | None) -> None:
     exact = plain_residual(*(x if x is None else x.double() for x in arguments))
     y = run(*arguments)
     assert y.shape == exact.shape
-    assert_as_exact(y, plain_residual(*arguments), exact, factor=2)
+    assert_close("y", exact, y, plain_residual(*arguments))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -123,7 +123,7 @@ def test_scores_of_ten_thousand(shape, dtype):
     y, plain = (f(q, k, v, weight, bias, residual) for f in (run, plain_residual))
     assert clear.any()
     assert y.isfinite().all()
-    assert_as_exact(y * clear, plain * clear, exact * clear, factor=2)
+    assert_close("y", exact * clear, y * clear, plain * clear)
 
 
 @small
@@ -167,7 +167,7 @@ def test_nan_and_infinity_propagate_as_in_pytorch(shape, bad, where):
 def test_every_element_is_written_with_the_same_bits_twice(shape, monkeypatch):
     arguments = values(shape, torch.float32)
     before = run(*arguments)
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    poison(monkeypatch)
     assert torch.equal(run(*arguments), before)
     assert not before.isnan().any()
 

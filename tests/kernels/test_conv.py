@@ -31,8 +31,8 @@ from tests.ops.conv.test_fused import (
     norm_of,
     packed,
 )
-from tests.ops.test_attention import assert_as_exact
-from tests.ops.test_group_norm_silu import poisoned, pytorch
+from tests.ops.group_norm_silu.cases import pytorch
+from tests.oracle import assert_close, poison, poisoned
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = [
@@ -85,7 +85,7 @@ def check(arguments, stride) -> None:
     exact, peer = exact_and_peer(arguments, stride)
     assert y.shape == exact.shape
     assert y.is_contiguous(memory_format=NHWC)
-    assert_as_exact(y, peer, exact, factor=2)
+    assert_close("y", exact, y, peer)
 
 
 def norm_values(out, groups, dtype) -> tuple:
@@ -97,14 +97,14 @@ def check_norm(arguments, stride, norm, silu=True, op=NORM) -> None:
     """Compare the norm with that of y as rounded, which is compared with what it should be."""
     normed, y = op(*arguments, stride, *norm, silu, True)
     exact, peer = exact_and_peer(arguments, stride)
-    assert_as_exact(y, peer, exact, factor=2)
+    assert_close("y", exact, y, peer)
     alone, empty = op(*arguments, stride, *norm, silu, False)
     assert torch.equal(normed, alone)
     assert not len(empty)
     weight, bias, groups, eps = norm
     exact = pytorch(y.double(), weight.double(), bias.double(), groups, silu, eps)
     peer = pytorch(y, weight.to(y.dtype), bias.to(y.dtype), groups, silu, eps)
-    assert_as_exact(normed, peer, exact, factor=2)
+    assert_close("normed", exact, normed, peer)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,7 @@ def test_every_element_is_written_with_the_same_bits_twice(place, monkeypatch):
         return *NORM(*arguments, stride, *norm, True, True), CONV(*doubled, 1)
 
     before = run()
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    poison(monkeypatch)
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
     for a, b in zip(run(), before, strict=True):
         assert torch.equal(a, b)  # which a NaN is not to itself

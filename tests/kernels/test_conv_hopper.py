@@ -24,8 +24,7 @@ from tests.kernels.test_conv import (
     norm_values,
     values,
 )
-from tests.ops.test_attention import assert_as_exact
-from tests.ops.test_group_norm_silu import poisoned
+from tests.oracle import assert_close, poisoned
 
 SM_90 = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -50,7 +49,7 @@ def check(arguments: list[Tensor | None]) -> None:
     exact, peer = exact_and_peer(arguments, 1)
     assert y.shape == exact.shape
     assert y.is_contiguous(memory_format=NHWC)
-    assert_as_exact(y, peer, exact, factor=2)
+    assert_close("y", exact, y, peer)
 
 
 # A box of many images, the last of them missing; of four; of a part of one; and what sticks out.
@@ -229,4 +228,4 @@ def test_the_op_runs_it_on_a_gpu(geometry):
         y = ops.conv(*arguments)
     assert torch.equal(y, HOPPER(*arguments, 1))
     exact, _ = exact_and_peer(arguments, 1)
-    assert_as_exact(y, CONV(*arguments, 1), exact, factor=1.1)
+    assert_close("y", exact, y, CONV(*arguments, 1), factor=1.1)

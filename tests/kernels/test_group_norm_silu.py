@@ -18,39 +18,46 @@ from ds.ops.dispatch.op import Unsupported
 from ds.ops.group_norm_silu import backward, forward, forward_float8
 from ds.ops.kernels import group_norm_silu as kernels
 from ds.ops.kernels import group_norm_silu_backward, group_norm_tiles
-from tests.ops.test_group_norm_silu import (
-    SOURCES,
-    assert_as_exact,
-    cancelling,
+from tests.kernels import DEVICE, DTYPES, NHWC
+from tests.ops.group_norm_silu.cases import (
+    ADDENDS,
+    LAYOUTS,
+    adversarial,
+    both_silu,
+    check_addends,
     check_float8,
-    check_merging,
     combinations,
+    compare_gradients,
+    draw_addends,
     gpu_silu_error,
     inputs,
-    merge_alone,
-    poisoned,
+    norm_alone,
     pytorch,
     results,
     some_gradients,
-    sources,
-    spike,
     unfused,
 )
+from tests.oracle import assert_close, assert_same_bits, gradient_like, poison
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NHWC = torch.channels_last
 # The last two do not fit one pass: too many pixels, too wide a group.
 SHAPES = [
-    ((2, 96, 5, 3), 8), ((1, 384, 4, 4), 32), ((2, 30, 3, 11), 10), ((1, 7, 13, 1), 7),
-    ((2, 21, 8, 8), 1), ((2, 5, 1, 1), 1), ((1, 70, 41, 26), 7), ((2, 272, 3, 3), 1),
-]  # fmt: skip
+    ((2, 96, 5, 3), 8),
+    ((1, 384, 4, 4), 32),
+    ((2, 30, 3, 11), 10),
+    ((1, 7, 13, 1), 7),
+    ((2, 21, 8, 8), 1),
+    ((2, 5, 1, 1), 1),
+    ((1, 70, 41, 26), 7),
+    ((2, 272, 3, 3), 1),
+]
+# The tile of a program that takes 3 groups of 3 channels, and 5 pixels.
+SLICE = {"PIXELS": 5, "GROUPS": 3, "PER_GROUP": 3, "BLOCK_P": 8, "BLOCK_G": 4, "BLOCK_C": 16}
+fused = ops.fused_add_group_norm_silu
 every_shape = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-both_silu = pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])
 
 
 @pytest.fixture(params=["one pass", "two passes"])
@@ -87,25 +94,12 @@ def check_forward(x, weight, bias, groups, silu) -> None:
     assert y.shape == x.shape
     assert mean.shape == rstd.shape == (len(x), groups)
     exact = pytorch(x.double(), weight.double(), bias.double(), groups, silu)
-    assert_as_exact(y, pytorch(x, weight, bias, groups, silu), exact, factor=2)
+    assert_close("y", exact, y, pytorch(x, weight, bias, groups, silu))
 
 
 def check_backward(grad, x, weight, bias, groups, silu) -> None:
-    def gradients(dtype):
-        leaves = [value.detach().to(dtype).requires_grad_() for value in (x, weight, bias)]
-        return torch.autograd.grad(pytorch(*leaves, groups, silu), leaves, grad.to(dtype))
-
-    actual = run_backward(grad, x, weight, bias, groups, silu)
-    baseline, exact = gradients(x.dtype), gradients(torch.float64)
-    terms = cancelling("triton", x, weight, grad, groups).values()
-    for a, b, e, size in zip(actual, baseline, exact, terms, strict=True):
-        assert a.shape == e.shape
-        assert_as_exact(a, b, e, factor=3, terms=size)
-
-
-def gradient_like(x: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+    found = run_backward(grad, x, weight, bias, groups, silu)
+    compare_gradients("triton", found, x, weight, bias, groups, silu, grad)
 
 
 @every_shape
@@ -151,7 +145,7 @@ def test_any_shape_and_strides(images, groups, per_group, size, dtype, view, two
         check_forward(x, weight, bias, groups, True)
         check_backward(gradient_like(x), x, weight, bias, groups, True)
         y = run(x, weight, bias, groups, True)[0]
-    for layout in (torch.contiguous_format, NHWC):
+    for layout in LAYOUTS:
         if x.is_contiguous(memory_format=layout):
             assert y.is_contiguous(memory_format=layout)
 
@@ -170,16 +164,7 @@ def test_any_number_of_images_and_dimensions(shape, passes):
         assert not d_bias.any()
 
 
-@pytest.mark.parametrize(
-    "disturb",
-    [
-        pytest.param(lambda x: x + 2e4, id="mean of 1e4 standard deviations"),
-        pytest.param(lambda x: x - 2e4, id="negative mean"),
-        pytest.param(lambda x: x * 1e-39, id="denormals"),
-        pytest.param(lambda x: x * 1e12, id="large"),
-        pytest.param(lambda x: x + spike(x), id="outlier"),
-    ],
-)
+@adversarial
 def test_adversarial_values(disturb, passes):
     x, weight, bias = values((2, 24, 5, 8), torch.float32)
     check_forward(disturb(x), weight, bias, 6, True)
@@ -206,9 +191,8 @@ def test_nan_and_infinity_propagate_as_in_pytorch(bad, silu, passes):
     bias[1], bias[13], bias[14] = bad, 200, -200
     y, _, _ = run(x, weight, bias, 6, silu)
     expected = pytorch(x, weight, bias, 6, silu)
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isposinf(), expected.isposinf())
-    assert torch.equal(y.isneginf(), expected.isneginf())
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(y), kind(expected))
     bias[1] = 0
     d_x, _, _ = run_backward(torch.ones_like(x), x, weight, bias, 6, silu)
     expected = torch.zeros_like(x, dtype=torch.bool)
@@ -228,12 +212,9 @@ def test_silu_over_its_whole_range(passes):
 def test_every_element_is_written(passes, monkeypatch):
     arguments = values((2, 30, 5, 3), torch.float32)
     expected = [*run(*arguments, 10, True), *run_backward(arguments[0], *arguments, 10, True)]
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    results = [*run(*arguments, 10, True), *run_backward(arguments[0], *arguments, 10, True)]
-    for result, before in zip(results, expected, strict=True):
-        assert not result.isnan().any()
-        assert torch.equal(result, before)  # and the same bits twice
+    poison(monkeypatch)
+    again = [*run(*arguments, 10, True), *run_backward(arguments[0], *arguments, 10, True)]
+    assert_same_bits(again, expected)
 
 
 @every_dtype
@@ -244,9 +225,7 @@ def test_bits_do_not_depend_on_the_batch(dtype, passes):
     d_x, _, _ = run_backward(grad, x, weight, bias, 8, True)
     for i in range(len(x)):
         one = slice(i, i + 1)
-        alone = run(x[one], weight, bias, 8, True)
-        for a, b in zip(alone, (y, mean, rstd), strict=True):
-            assert torch.equal(a, b[one])
+        assert_same_bits(run(x[one], weight, bias, 8, True), [t[one] for t in (y, mean, rstd)])
         assert torch.equal(run_backward(grad[one], x[one], weight, bias, 8, True)[0], d_x[one])
 
 
@@ -256,9 +235,12 @@ def test_a_program_writes_its_own_slice_and_nothing_else():
     y, mean, rstd = (torch.full(s, float("nan")) for s in ((1, 5, 24), (1, 8), (1, 8)))
     x, weight, bias, y, mean, rstd = (t.to(DEVICE) for t in (x, weight, bias, y, mean, rstd))
     kernels._fwd_kernel[(1,)](
-        x, None, None, None, weight, bias, y, mean, rstd, None, 24, 24, 0, 8, 3, 1e-6,
-        PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
-    )  # fmt: skip
+        **group_norm_tiles.source_arguments(x, 24),
+        **kernels.Norm(weight, bias, 8, 1e-6, True).pointers(),
+        **{"y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "merged_ptr": None},
+        **{"groups": 8, "slices": 3, "eps": 1e-6, "SILU": True},
+        **SLICE,
+    )
     assert not y[..., :9].isnan().any()
     assert y[..., 9:].isnan().all()
     for statistic in (mean, rstd):
@@ -272,7 +254,7 @@ def test_parameters_may_differ_from_x_in_dtype(other):
     weight, bias = weight.to(other), bias[::2].repeat_interleave(2)[:32]
     y, _, _ = run(x, weight, bias, 8, True)
     exact = pytorch(x.double(), weight.double(), bias.double(), 8, True)
-    assert_as_exact(y, exact.to(x.dtype), exact, factor=2)
+    assert_close("y", exact, y, exact.to(x.dtype))
     _, d_weight, d_bias = run_backward(x, x, weight, bias, 8, True)
     assert (d_weight.dtype, d_bias.dtype) == (other, bias.dtype)
 
@@ -314,27 +296,27 @@ def choose(monkeypatch) -> None:
         monkeypatch.setitem(op._chains, (DEVICE, None), chain)
 
 
-def on_device(values, parts):
-    return [v.to(DEVICE) for v in values], {name: v.to(DEVICE) for name, v in parts.items()}
+def on_device(values, addends):
+    return [v.to(DEVICE) for v in values], {name: v.to(DEVICE) for name, v in addends.items()}
 
 
 @every_dtype
 @combinations
-def test_absorbing_is_as_exact_as_pytorch(dtype, names, chosen):
+def test_with_addends_it_is_as_exact_as_pytorch(dtype, names, chosen):
     # The second of three groups has channels of both.
-    values, parts = on_device(*sources(names, (2, 12, 4, 3), 6, dtype))
-    y, merged = check_merging(ops.fused_add_group_norm_silu, values, parts, 3)
-    assert torch.equal(check_merging(merge_alone, values, parts, 3)[0], y)
-    # What is handed on is what was normalized, to the bit.
+    values, addends = on_device(*draw_addends(names, (2, 12, 4, 3), 6, dtype))
+    y, merged = check_addends(fused, values, addends, 3)
+    assert torch.equal(check_addends(norm_alone, values, addends, 3)[0], y)
+    # The second result is what was normalized, to the bit.
     assert torch.equal(run(merged, *values[1:], 3, True)[0], y)
 
 
-@pytest.mark.parametrize("function", [ops.fused_add_group_norm_silu, merge_alone])
-@pytest.mark.parametrize("names", [("shift",), ("residual", "skip"), SOURCES], ids="+".join)
-def test_absorbing_in_two_passes_is_as_exact_as_pytorch(names, function, chosen, monkeypatch):
+@pytest.mark.parametrize("function", [fused, norm_alone])
+@pytest.mark.parametrize("names", [("shift",), ("residual", "skip"), ADDENDS], ids="+".join)
+def test_with_addends_two_passes_are_as_exact_as_pytorch(names, function, chosen, monkeypatch):
     small_tiles(monkeypatch)
-    values, parts = on_device(*sources(names, (2, 12, 4, 3), 6, torch.float32))
-    check_merging(function, values, parts, 3)
+    values, addends = on_device(*draw_addends(names, (2, 12, 4, 3), 6, torch.float32))
+    check_addends(function, values, addends, 3)
 
 
 @settings(max_examples=12, deadline=None)
@@ -345,7 +327,7 @@ def test_absorbing_in_two_passes_is_as_exact_as_pytorch(names, function, chosen,
     per_group=st.integers(2, 9),
     seam=st.integers(1, 44),
     size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    layouts=st.tuples(*[st.sampled_from([torch.contiguous_format, NHWC])] * 3),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     shift_rows=st.booleans(),
     two_passes=st.booleans(),
 )
@@ -354,90 +336,89 @@ def test_two_sources_are_their_concatenation(
 ):
     channels = groups * per_group
     names, seam = [*sorted(names), "skip"], 1 + seam % (channels - 1)
-    values, parts = sources(
+    values, addends = draw_addends(
         names, (images, channels, *size), seam, torch.float32, shift_rows=shift_rows
     )
     x, *affine = values
     x = x.contiguous(memory_format=layouts[0])
     for name, layout in zip(("residual", "skip"), layouts[1:], strict=True):
-        if name in parts:
-            parts[name] = parts[name].contiguous(memory_format=layout)
-    values, parts = on_device((x, *affine), parts)
+        if name in addends:
+            addends[name] = addends[name].contiguous(memory_format=layout)
+    values, addends = on_device((x, *affine), addends)
     with pytest.MonkeyPatch.context() as monkeypatch:
         choose(monkeypatch)
         if two_passes:
             small_tiles(monkeypatch)
-        y, merged = check_merging(ops.fused_add_group_norm_silu, values, parts, groups)
-        assert torch.equal(merged, unfused(*values, groups, **parts)[1])
+        y, merged = check_addends(fused, values, addends, groups)
+        assert torch.equal(merged, unfused(*values, groups, **addends)[1])
         assert torch.equal(y, run(merged, *values[1:], groups, True)[0])
 
 
 def test_no_images_have_no_gradients(passes, chosen):
-    values, parts = on_device(*sources(SOURCES, (0, 12, 3, 3), 5, torch.float32))
-    outputs, found = results(merge_alone, values, parts, 3, some_gradients)
+    values, addends = on_device(*draw_addends(ADDENDS, (0, 12, 3, 3), 5, torch.float32))
+    outputs, found = results(norm_alone, values, addends, 3, some_gradients)
     assert [list(y.shape) for y in outputs] == [[0, 12, 3, 3]] * 2
-    for name, value in parts.items():
+    for name, value in addends.items():
         assert found[name].shape == value.shape
     assert not found["weight"].any()
 
 
-@pytest.mark.parametrize("place", SOURCES)
+@pytest.mark.parametrize("place", ADDENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_spreads_as_in_pytorch(place, bad, passes, chosen):
-    values, parts = on_device(*sources(SOURCES, (2, 12, 3, 3), 6, torch.float32))
-    parts[place][1, 1] = bad
-    outputs, found = results(merge_alone, values, parts, 3, some_gradients)
-    expected, found_expected = results(unfused, values, parts, 3, some_gradients)
-    pairs = zip([*outputs, *found.values()], [*expected, *found_expected.values()], strict=True)
-    for a, b in pairs:
-        assert torch.equal(a.isfinite(), b.isfinite())
+    values, addends = on_device(*draw_addends(ADDENDS, (2, 12, 3, 3), 6, torch.float32))
+    addends[place][1, 1] = bad
+    outputs, found = results(norm_alone, values, addends, 3, some_gradients)
+    expected, found_expected = results(unfused, values, addends, 3, some_gradients)
+    for a, b in ((outputs, expected), (found.values(), found_expected.values())):
+        assert_same_bits([t.isfinite() for t in a], [t.isfinite() for t in b])
 
 
-@pytest.mark.parametrize("function", [ops.fused_add_group_norm_silu, merge_alone])
+@pytest.mark.parametrize("function", [fused, norm_alone])
 def test_every_element_is_written_once_and_the_same(function, passes, chosen, monkeypatch):
-    values, parts = on_device(*sources(SOURCES, (2, 12, 4, 3), 5, torch.float32))
-    expected = results(function, values, parts, 3, some_gradients)
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    again = results(function, values, parts, 3, some_gradients)
-    pairs = zip([*again[0], *again[1].values()], [*expected[0], *expected[1].values()], strict=True)
-    for a, b in pairs:
-        assert torch.equal(a, b)  # which a NaN is not to itself
+    values, addends = on_device(*draw_addends(ADDENDS, (2, 12, 4, 3), 5, torch.float32))
+    expected = results(function, values, addends, 3, some_gradients)
+    poison(monkeypatch)
+    again = results(function, values, addends, 3, some_gradients)
+    assert_same_bits(again[0], expected[0])
+    assert_same_bits(again[1].values(), expected[1].values())
 
 
-def test_bits_of_absorbing_do_not_depend_on_the_batch(passes, chosen):
-    values, parts = on_device(*sources(SOURCES, (2, 12, 4, 3), 5, torch.float32))
+def test_bits_with_addends_do_not_depend_on_the_batch(passes, chosen):
+    values, addends = on_device(*draw_addends(ADDENDS, (2, 12, 4, 3), 5, torch.float32))
     grads = [g.to(DEVICE) for g, _ in some_gradients([torch.empty(2, 12, 4, 3)] * 2)]
 
     def compute(images):
         some = [values[0][images], *values[1:]]
-        own = {name: value[images] for name, value in parts.items()}
-        outputs, found = results(
-            ops.fused_add_group_norm_silu, some, own, 3,
-            lambda outputs: [(g[images], y) for g, y in zip(grads, outputs, strict=True)],
-        )  # fmt: skip
-        return *outputs, *(found[name] for name in ("x", *SOURCES))
+        own = {name: value[images] for name, value in addends.items()}
+        drawn = [grad[images] for grad in grads]
+        outputs, found = results(fused, some, own, 3, lambda ys: zip(drawn, ys, strict=True))
+        return *outputs, *(found[name] for name in ("x", *ADDENDS))
 
     batch = compute(slice(None))
     for i in range(2):
-        for alone, together in zip(compute(slice(i, i + 1)), batch, strict=True):
-            assert torch.equal(alone, together[i : i + 1])
+        assert_same_bits(compute(slice(i, i + 1)), [t[i : i + 1] for t in batch])
 
 
 def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
     """It has 9 of 24 channels, of which 5 are left of the seam and 4 right of it."""
     nan, x, skip, grad = float("nan"), *(torch.randn(1, 5, c) for c in (5, 19, 24))
-    outputs = d_x, d_skip, d_shift, rows = [
+    d_x, d_skip, d_shift, rows = [
         torch.full(shape, nan, device=DEVICE)
         for shape in ((1, 5, 5), (1, 5, 19), (1, 5), (1, 2, 24))
     ]
     shift, weight, bias = torch.zeros(1, 5), torch.ones(24), torch.zeros(24)
     mean, rstd = torch.zeros(1, 8), torch.ones(1, 8)
     tensors = [t.to(DEVICE) for t in (grad, x, shift, skip, weight, bias, mean, rstd)]
+    grad, x, shift, skip, weight, bias, mean, rstd = tensors
     group_norm_silu_backward._bwd_kernel[(1,)](
-        *tensors[:3], None, *tensors[3:], None, *outputs, 5, 24, 5, 8, 3,
-        PIXELS=5, GROUPS=3, PER_GROUP=3, SILU=True, BLOCK_P=8, BLOCK_G=4, BLOCK_C=16,
-    )  # fmt: skip
+        **group_norm_tiles.source_arguments(x, 24, shift, None, skip),
+        **{"grad_ptr": grad, "weight_ptr": weight, "bias_ptr": bias, "grad_merged_ptr": None},
+        **{"mean_ptr": mean, "rstd_ptr": rstd, "rows_ptr": rows},
+        **{"d_x_ptr": d_x, "d_skip_ptr": d_skip, "d_shift_ptr": d_shift},
+        **{"groups": 8, "slices": 3, "SILU": True},
+        **SLICE,
+    )
     assert not d_x.isnan().any() and not d_shift.isnan().any()
     for tensor, own in ((d_skip, 4), (rows, 9)):
         assert not tensor[..., :own].isnan().any()
@@ -452,13 +433,13 @@ def test_the_op_runs_them_on_a_gpu():
 
 @pytest.mark.usefixtures("rounds_to_float8")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [[], ["shift"], ["skip"], SOURCES], ids="+".join)
+@pytest.mark.parametrize("names", [[], ["shift"], ["skip"], ADDENDS], ids="+".join)
 def test_in_float8_it_is_the_norm_rounded_once(passes, dtype, names):
-    (x, weight, bias), parts = sources(names, (2, 12, 4, 3), 8, dtype)
+    (x, weight, bias), addends = draw_addends(names, (2, 12, 4, 3), 8, dtype)
     weight[3] = 1e3
     launch = forward_float8._load("cuda", "triton")
     tensors = [t.to(DEVICE) for t in (x, weight, bias)]
-    given = [parts[name].to(DEVICE) if name in parts else None for name in SOURCES]
+    given = [addends[name].to(DEVICE) if name in addends else None for name in ADDENDS]
     y, merged = launch(*tensors, 4, 1e-6, True, *given)
     alone, empty = launch(*tensors, 4, 1e-6, False, *given)
     assert torch.equal(y.float(), alone.float())

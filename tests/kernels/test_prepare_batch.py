@@ -16,10 +16,10 @@ from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import prepare_batch as kernels
 from ds.ops.noise import _op as noise_op
 from ds.ops.prepare_batch import _op
-from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
-from tests.ops.test_group_norm_silu import poisoned
+from tests.kernels import DEVICE, DTYPES, NHWC
 from tests.ops.test_noise import INDICES
 from tests.ops.test_prepare_batch import levels
+from tests.oracle import poison
 
 
 def run(images, indices, seed, dtype):
@@ -66,7 +66,7 @@ def test_bits_depend_on_neither_batch_order_nor_repetition(monkeypatch):
     images, indices = levels((3, 23, 19, 3)), INDICES[:3]
     whole = run(images, indices, 5, torch.float32)
     turned = run(images.flip(0), indices.flip(0), 5, torch.float32)
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    poison(monkeypatch)
     again = run(images, indices, 5, torch.float32)
     alone = run(images[1:2], indices[1:2], 5, torch.float32)
     for a, b, c, d in zip(whole, again, turned, alone, strict=True):

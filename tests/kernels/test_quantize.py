@@ -11,7 +11,7 @@ from ds import ops
 from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import quantize as kernels
 from ds.ops.quantize import _op
-from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
+from tests.kernels import DEVICE, DTYPES, NHWC
 from tests.ops.test_quantize import ROUNDINGS, border, formula, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")

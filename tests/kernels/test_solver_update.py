@@ -14,7 +14,7 @@ from ds import ops
 from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import solver_update as kernels
 from ds.ops.solver_update import _op
-from tests.kernels.test_group_norm_silu import DEVICE, DTYPES, NHWC
+from tests.kernels import DEVICE, DTYPES, NHWC
 from tests.ops.test_solver_update import NARROW, assert_updated, case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")

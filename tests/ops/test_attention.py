@@ -13,8 +13,8 @@ from torch import Tensor
 import ds.ops
 from ds.ops.attention import op, reference_residual
 from ds.training.throughput import flop_counter
+from tests.oracle import FLOATS, assert_close
 
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 backends = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 
 
@@ -45,16 +45,6 @@ def plain_residual(q, k, v, weight, bias, residual) -> Tensor:
     return residual + (heads + bias if weight is None else F.linear(heads, weight, bias))
 
 
-def assert_as_exact(actual: Tensor, baseline: Tensor, exact: Tensor, factor: float) -> None:
-    """Allow `factor` times the error of plain PyTorch in the same dtype, plus a rounding floor."""
-    assert actual.dtype == baseline.dtype
-    if not exact.numel():
-        return
-    roundings = 16 if actual.dtype == torch.float64 else 2
-    floor = roundings * torch.finfo(actual.dtype).eps * exact.abs().max()
-    assert (actual - exact).abs().max() <= factor * (baseline - exact).abs().max() + floor
-
-
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
@@ -78,14 +68,14 @@ def test_forward_and_gradients_are_as_exact_as_plain_pytorch(backend, dtype):
         actual = run(ds.ops.attention, dtype)
     results = zip(actual, run(plain, dtype), run(plain, torch.float64), strict=True)
     for i, (a, baseline, exact) in enumerate(results):
-        assert_as_exact(a, baseline, exact, factor=3 if i else 2)
+        assert_close("y", exact, a, baseline, factor=3 if i else 2)
 
 
 def test_sdpa_on_a_cpu_takes_bfloat16_without_a_gradient_only():
     values = inputs((2, 1, 16, 8), torch.bfloat16)
     with ds.ops.use_backend("sdpa"):
         y = ds.ops.attention(*values)
-        assert_as_exact(y, plain(*values), plain(*(v.double() for v in values)), factor=2)
+        assert_close("y", plain(*(v.double() for v in values)), y, plain(*values))
         with pytest.raises(RuntimeError, match="does not take bfloat16 with a gradient"):
             ds.ops.attention(*(v.requires_grad_() for v in values))
 
@@ -114,7 +104,7 @@ def test_any_shape_and_strides(backend, shape, layout):
         y = ds.ops.attention(q, k, v)
     exact = plain(q.double(), k.double(), v.double())
     assert y.shape == exact.shape
-    assert_as_exact(y, plain(q, k, v), exact, factor=2)
+    assert_close("y", exact, y, plain(q, k, v))
 
 
 @backends
@@ -190,7 +180,7 @@ def test_on_a_gpu_cudnn_comes_first_and_the_callers_order_comes_back():
     )
     assert seen[0][:4] == [cudnn, flash, efficient, math_]
     assert order() == before
-    assert_as_exact(y, plain(*values), plain(*(v.double() for v in values)), factor=2)
+    assert_close("y", plain(*(v.double() for v in values)), y, plain(*values))
 
 
 def test_the_order_for_a_gpu_breaks_no_graph(monkeypatch):
@@ -225,7 +215,7 @@ def test_residual_and_its_gradients_are_as_exact_as_plain_pytorch(shape, backend
         actual, run(plain_residual, dtype), run(plain_residual, torch.float64), strict=True
     )
     for i, (a, baseline, exact) in enumerate(results):
-        assert_as_exact(a, baseline, exact, factor=3 if i else 2)
+        assert_close("y", exact, a, baseline, factor=3 if i else 2)
 
 
 @every_residual

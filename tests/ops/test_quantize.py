@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ds.ops
-from tests.ops.test_group_norm_silu import _built  # noqa: F401
-from tests.ops.test_noise import instructions  # noqa: F401
 
 LAST = torch.channels_last
 BACKENDS = ["reference", "cpu"]
@@ -54,7 +52,7 @@ def test_levels_at_their_borders(backend, dtype, rounding):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 @both_roundings
-def test_every_instruction_set_gives_the_same_levels(backend, rounding, instructions):  # noqa: F811
+def test_every_instruction_set_gives_the_same_levels(backend, rounding, instructions):
     x = torch.cat([border(torch.float32), values((4, 3, 511, 1), torch.float32)])
     for layout in (torch.contiguous_format, LAST):
         laid = x.contiguous(memory_format=layout)

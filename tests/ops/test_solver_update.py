@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ds.ops
-from tests.ops.test_group_norm_silu import _built  # noqa: F401
-from tests.ops.test_noise import instructions  # noqa: F401
 
 LAST = torch.channels_last
 NARROW = torch.bfloat16
@@ -80,7 +78,7 @@ def test_any_shape_terms_and_strides(backend, shape, dtypes, layouts, step, copi
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
-def test_every_instruction_set_is_as_exact(backend, instructions):  # noqa: F811
+def test_every_instruction_set_is_as_exact(backend, instructions):
     x, terms, table = case((2, 3, 41, 29), [NARROW])
     before, copy = x.clone(), torch.empty_like(x, dtype=NARROW)
     with ds.ops.use_backend(backend):

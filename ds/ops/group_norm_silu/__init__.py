@@ -33,7 +33,7 @@ def group_norm_silu(
 
     x is [N, C, ...]; weight and bias are [C]. Statistics are float32, or float64 for a float64 x.
     The result has the dtype of x. It keeps the memory format of a contiguous or channels_last x,
-    and is contiguous otherwise. It can be differentiated once.
+    and is contiguous otherwise.
 
     The additions and the concatenation that precede a norm can be fused into it. The op then
     normalizes cat(x + shift + residual, skip), summed in float32 and rounded to the dtype of x:
