@@ -33,9 +33,10 @@ from ds.models.teacher import Teacher
 from ds.nets import UNet
 from ds.pairs.sources import Batch, Images, Pairs, digits
 from ds.pairs.store import generate_pairs
-from ds.training import optim, presets
+from ds.training import ema, presets
+from ds.training.config import TrainConfig
 from ds.training.presets import Preset
-from ds.training.trainer import TrainConfig, Trainer
+from ds.training.trainer import Trainer
 
 Phases = dict[str, float]
 HELD_OUT = 64
@@ -194,7 +195,7 @@ def _train(
             loss.backward()
             optimizer.step()
             rate.step()
-            optim.average(averages, weights, c.ema_decay)
+            ema.average(averages, weights, c.ema_decay)
             if (step := step + 1) == steps:
                 break
     return average

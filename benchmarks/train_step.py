@@ -8,7 +8,6 @@ first step. On CPUs a step is split; a GPU would have to be waited for between i
 
 import copy
 import functools
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,8 @@ from ds.diffusion.noise import Draws
 from ds.methods import DenoisingStudent, Progress
 from ds.nets import UNet
 from ds.pairs.sources import Batch
-from ds.training import optim, presets
+from ds.training import ema, optim, presets
+from ds.training.config import TrainConfig
 
 METHOD, EMA = DenoisingStudent(), 0.995
 PARTS = "forward", "backward", "optimizer"
@@ -73,13 +73,13 @@ class _Training:
         self.first = first  # the weight whose gradient is compared
         weights = list(self.net.parameters())
         averages = [w.detach().clone() for w in weights]
-        options = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0}
+        config = TrainConfig(lr=1e-6, betas=(0.9, 0.98))
         if ours:
-            self.optimizer = optim.build("adam", weights, averages, max_norm=math.inf, **options)
+            self.optimizer = optim.build(config, weights, averages)
             self.optimizer.param_groups[0]["ema_decay"] = EMA
         else:
-            self.optimizer = torch.optim.Adam(weights, fused=True, **options)
-            self.optimizer.register_step_post_hook(lambda *_: optim.average(averages, weights, EMA))
+            self.optimizer = torch.optim.Adam(weights, lr=config.lr, betas=config.betas, fused=True)
+            self.optimizer.register_step_post_hook(lambda *_: ema.average(averages, weights, EMA))
         self.call = torch.compile(self.net, dynamic=False) if compiles else self.net
 
 

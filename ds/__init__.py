@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.pairs.sources import Pairs as Pairs
     from ds.pairs.store import PairStore as PairStore
     from ds.pairs.store import generate_pairs as generate_pairs
+    from ds.training.config import TrainConfig as TrainConfig
     from ds.training.ema import post_hoc_ema as post_hoc_ema
-    from ds.training.trainer import TrainConfig as TrainConfig
     from ds.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _PUBLIC = {
     "Sampler": "ds.models.sampler",
     "Student": "ds.models.student",
     "Teacher": "ds.models.teacher",
-    "TrainConfig": "ds.training.trainer",
+    "TrainConfig": "ds.training.config",
     "Trainer": "ds.training.trainer",
     "evaluate": "ds.evaluation.evaluate",
     "from_pretrained": "ds.models.hub",

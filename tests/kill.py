@@ -76,7 +76,7 @@ def _timeless(file: Path) -> bytes:
         return repr(_plain(dict(sorted(load_file(file).items())))).encode()
     if file.suffix != ".jsonl":
         return file.read_bytes()
-    from ds.training.trainer import MEASURED
+    from ds.training.log import MEASURED
 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return repr([{k: v for k, v in m.items() if k not in MEASURED} for m in lines]).encode()

@@ -41,8 +41,9 @@ from ds.system import cost, distributed
 from ds.system.config import Count, from_json, to_json
 from ds.system.distributed import is_first
 from ds.training.batches import check_rows
+from ds.training.config import Runtime, TrainConfig
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.training.trainer import Runtime, TrainConfig, Trainer, autocast
+from ds.training.trainer import Trainer
 
 log = logging.getLogger("ds")
 
@@ -289,7 +290,7 @@ def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: Tr
     index = torch.arange(most, dtype=torch.int64, device=device)
 
     def work(n: int) -> None:
-        with autocast(device, train.on(device).precision):
+        with train.on(device).autocast(device):
             batch = Batch(z[:n], z[:n], index[:n], Draws(0, index[:n]))
             loss = method.loss(modules, batch, Progress(0, 1))
         loss.backward()

@@ -28,8 +28,9 @@ from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.pairs.sources import Images, digits
 from ds.system.config import Seed
+from ds.training.config import TrainConfig
 from ds.training.presets import Machine, Preset, SolveConfig
-from ds.training.trainer import TrainConfig, Trainer
+from ds.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from ds.system import targets
 from ds.system.config import NotNegative, check, to_json
 from ds.system.distributed import is_first, joined
 from ds.system.files import redacted
+from ds.training.config import RUN, TrainConfig
 from ds.training.presets import PRESETS, Machine, SolveConfig
-from ds.training.trainer import RUN, TrainConfig
 
 Model = Annotated[Path, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder

@@ -1,16 +1,16 @@
-"""The state that a run goes on from, written while it goes on, whole or not at all.
+"""Checkpoints: the state that a run goes on from, written whole or not at all.
 
-Processes that hold the same write one file; processes that hold shards write a directory, each its
-own: safetensors by torch.distributed.checkpoint, and JSON for what is no more than a number. Either
-can be read into a run of any number of processes, sharded or not, and runs no code.
+An unsharded run writes one file. A sharded run writes a directory: each process its shards, in
+safetensors by torch.distributed.checkpoint, and the first one JSON for the numbers. Either can be
+read into a run of any number of processes, sharded or not. Reading runs no code.
 
-Nothing is read that its checksums do not vouch for, those that a file of torch.save has, or the
-hashes of the shards in the JSON beside them. So what fails later is not damage.
+Checksums are verified before anything is used: those in a file of torch.save, or the hashes of the
+shards, which are in the JSON. So an error after that is not damage.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as pytree
 
 from ds.system import distributed
 from ds.system.arrays import load_tensors
@@ -50,7 +51,7 @@ NUMBERS = "numbers.json"
 
 
 class _Noted(TypedDict):
-    """What is written beside shards."""
+    """The JSON beside shards."""
 
     numbers: dict[str, Any]
     files: dict[str, Sha256]
@@ -59,7 +60,7 @@ class _Noted(TypedDict):
 class Checkpoint:
     """The state of a run in its directory: nested dicts of tensors and numbers.
 
-    A kill at any moment leaves the last one that was written, and the next one takes its place.
+    A kill at any moment leaves the last one that was written whole.
     """
 
     def __init__(self, out: Path, device: torch.device, *, sharded: bool):
@@ -68,36 +69,36 @@ class Checkpoint:
         self.sharded = sharded
         self.pending: Future | None = None
         self.thread = ThreadPoolExecutor(1)
-        # Of its own, since the run speaks through the other one while this is written.
+        # The run uses the default group while this one writes.
         self.group = dist.new_group(backend="gloo") if sharded else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Copy a state to the memory of the CPU, and begin to write it once the last is written."""
         self.close()
         if self.sharded:
-            tensors, numbers = _parts(state)
+            tensors, numbers = _split(_named(state))
             self.writer = _Writer(self, numbers)
             self.pending = dcp.async_save(
                 tensors, storage_writer=self.writer, process_group=self.group
             )
         elif distributed.is_first():
-            self.pending = self.thread.submit(self._write, _mapped(_copied, state))
+            self.pending = self.thread.submit(self._write, _copied(state))
 
     def _write(self, state: dict[str, Any]) -> None:
         with replacing(self.file) as path:
             torch.save(state, path)
-        for name in sorted(self._parts(), key=NUMBERS.__ne__):  # without which none is read
+        for name in sorted(self._files(), key=NUMBERS.__ne__):  # without NUMBERS none is read
             (self.folder / name).unlink()
-        with suppress(OSError):  # there is none, or something in it that is not ours
+        with suppress(OSError):  # it does not exist, or holds something that is not ours
             self.folder.rmdir()
 
-    def _parts(self) -> list[str]:
-        """Return the names of the files in the directory of a sharded checkpoint that are ours."""
+    def _files(self) -> list[str]:
+        """Return the names of our files in the directory of a sharded checkpoint."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return [name for name in names if name == NUMBERS or name.endswith(".safetensors")]
 
     def close(self) -> None:
-        """Wait until what was saved is on the disk; RuntimeError or OSError if it could not be."""
+        """Wait until the state is on the disk. Raise RuntimeError or OSError if it cannot be."""
         pending, self.pending = self.pending, None
         try:
             if pending:
@@ -108,9 +109,9 @@ class Checkpoint:
             raise RuntimeError(f"{self.folder}: not written ({_reason(error)})") from None
 
     def load(self, run: Stateful) -> None:
-        """Give a run the state that was saved last, if any.
+        """Give a run the last state that was saved, if there is one.
 
-        Raises ValueError if it is damaged or of another run, RuntimeError if it could not be read.
+        Raises ValueError if it is damaged or of another run, RuntimeError if it cannot be read.
         """
         distributed.from_first(lambda: recover(self.folder))
         if not (found := self._found()):
@@ -132,7 +133,7 @@ class Checkpoint:
             run.load_state_dict(saved)
 
     def exists(self) -> bool:
-        """Say whether anything was saved."""
+        """Return whether a state was saved."""
         recover(self.folder)
         return bool(self._found())
 
@@ -145,16 +146,16 @@ class Checkpoint:
         return found
 
     def _filled(self, state: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
-        """Fill the tensors of a state with what is saved in a directory; return that state."""
-        tensors, _ = _parts(state)
-        with warnings.catch_warnings():  # that one process alone reads
+        """Fill the tensors of a state from a directory; return the state with saved numbers."""
+        tensors, _ = _split(_named(state))
+        with warnings.catch_warnings():  # a warning that one process alone reads
             warnings.simplefilter("ignore", UserWarning)
             reader = HuggingFaceStorageReader(str(self.folder))
             dcp.load(tensors, storage_reader=reader, process_group=self.group)
-        return _mapped(lambda name, x: x if name in tensors else _like(x, numbers[name]), state)
+        return _with_numbers(state, numbers)
 
     def _vouched(self) -> dict[str, Any]:
-        """Hold the shards against their hashes; return the numbers that are with them."""
+        """Compare the shards with their hashes; return the numbers beside them."""
         noted = checked(read_sealed(self.folder / NUMBERS, finite=False), _Noted, NUMBERS)
         there = {file.name: file for file in self.folder.glob("*.safetensors")}
         if other := sorted(there.keys() ^ noted["files"].keys()):
@@ -167,7 +168,10 @@ class Checkpoint:
 
 @contextmanager
 def _judged(where: Path, words: str) -> Iterator[None]:
-    """Say in these words what is wrong with a checkpoint, unless it is the machine that failed."""
+    """Raise what is wrong with a checkpoint as ValueError in these words.
+
+    A failure of the machine stays a RuntimeError.
+    """
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -178,16 +182,16 @@ def _judged(where: Path, words: str) -> Iterator[None]:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes shards to a temporary directory, which gets its name when all have been written."""
+    """Writes shards to a temporary directory, and gives it its name when all are written."""
 
     def __init__(self, checkpoint: Checkpoint, numbers: dict[str, Any]):
         self.checkpoint, self.numbers, self.opened = checkpoint, numbers, ExitStack()
-        new = replacing_directory(checkpoint.folder, checkpoint._parts())
+        new = replacing_directory(checkpoint.folder, checkpoint._files())
         self.folder = distributed.from_first(lambda: self.opened.enter_context(new))
         super().__init__(str(self.folder), save_distributed=True)
 
     def finish(self, metadata: Metadata, results: list) -> None:
-        """In the first process, after all have written."""
+        """Write the JSON and give the directory its name; the first process alone calls this."""
         super().finish(metadata, results)
         files = {file.name: sha256(file) for file in self.folder.glob("*.safetensors")}
         write_json(self.folder / NUMBERS, sealed({"numbers": self.numbers, "files": files}))
@@ -195,26 +199,33 @@ class _Writer(HuggingFaceStorageWriter):
         self.checkpoint.file.unlink(missing_ok=True)
 
 
-def _mapped(make: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
-    """Return nested dicts and lists with make(dotted name, leaf) for every leaf."""
-    if isinstance(tree, dict):
-        return {key: _mapped(make, value, f"{name}.{key}") for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(make, value, f"{name}.{i}") for i, value in enumerate(tree))
-    return make(name.removeprefix("."), tree)
+def _named(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the leaves of nested dicts and lists under dotted names."""
+    paths, _ = pytree.tree_flatten_with_path(state)
+    return {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in paths}
 
 
-def _parts(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a state, and its numbers, each under its dotted name."""
-    leaves: dict[str, Any] = {}
-    _mapped(leaves.__setitem__, state)
+def _key(entry: Any) -> Any:
+    return entry.idx if isinstance(entry, pytree.SequenceKey) else entry.key
+
+
+def _split(leaves: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, and the numbers, among which are tensors of no dimensions."""
     tensors = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.dim()}
     numbers = {name: x for name, x in leaves.items() if name not in tensors}
     return tensors, {n: x.item() if isinstance(x, Tensor) else x for n, x in numbers.items()}
 
 
-def _copied(_: str, leaf: Any) -> Any:
-    return leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+def _with_numbers(state: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with its own tensors and other numbers."""
+    leaves = _named(state)
+    tensors, _ = _split(leaves)
+    new = [x if name in tensors else _like(x, numbers[name]) for name, x in leaves.items()]
+    return pytree.tree_unflatten(new, pytree.tree_structure(state))
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), state)
 
 
 def _like(old: Any, number: Any) -> Any:
@@ -222,15 +233,15 @@ def _like(old: Any, number: Any) -> Any:
 
 
 def _shared_out(saved: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Fill the tensors of a sharded state with whole ones; return that state."""
-    tensors, (full, numbers) = _parts(state)[0], _parts(saved)
-    for name, tensor in tensors.items():
+    """Fill the tensors of a sharded state with whole ones; return it with saved numbers."""
+    full, numbers = _split(_named(saved))
+    for name, tensor in _split(_named(state))[0].items():
         tensor.copy_(_share(full[name], tensor))
-    return _mapped(lambda name, x: x if name in tensors else _like(x, numbers[name]), state)
+    return _with_numbers(state, numbers)
 
 
 def _share(full: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that every process has, shared out as another is."""
+    """Return a tensor that every process has, sharded as another is."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(
@@ -239,7 +250,7 @@ def _share(full: Tensor, like: Tensor) -> Tensor:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """Return the first of what went wrong in the processes."""
+    """Return the error of the first process that failed, or the error itself."""
     if not isinstance(error, CheckpointException):
         return error
     return next(cause for cause, _ in error.failures.values())

@@ -23,14 +23,14 @@ from ds.system.config import Natural, require
 from ds.system.cost import check_memory
 from ds.training.batches import Batches
 
-Kind = Literal["auto", "memory_map", "dali", "resident"]
+LoaderKind = Literal["auto", "memory_map", "dali", "resident"]
 Loader = Generator[tuple[Tensor, Tensor], None, None]
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU that the rows may take
 log = logging.getLogger("ds")
 
 
 def load(
-    batches: Batches, start: int, device: torch.device, kind: Kind = "auto", prefetch: int = 2
+    batches: Batches, start: int, device: torch.device, kind: LoaderKind = "auto", prefetch: int = 2
 ) -> Loader:
     """Yield (images, indices) on the device for the steps from `start` on; close it at the end.
 
@@ -49,14 +49,14 @@ def load(
     return _memory_map(batches, start, device, prefetch)
 
 
-def check(batches: Batches, kind: Kind, prefetch: int) -> None:
+def check(batches: Batches, kind: LoaderKind, prefetch: int) -> None:
     """Raise ValueError for a loader that there is not, and a prefetch that the memory cannot hold.
 
     So is DALI where it cannot be imported.
     """
     require("loader", Natural, prefetch=prefetch)
-    if kind not in get_args(Kind):
-        raise ValueError(f"loader must be one of {', '.join(get_args(Kind))}, not {kind!r}")
+    if kind not in get_args(LoaderKind):
+        raise ValueError(f"loader must be one of {', '.join(get_args(LoaderKind))}, not {kind!r}")
     if kind == "dali":
         _dali_modules()
     row = batches.source.read([0]).nbytes + 8  # with its index
@@ -64,7 +64,7 @@ def check(batches: Batches, kind: Kind, prefetch: int) -> None:
     check_memory(f"loader: a prefetch of {prefetch}", prefetch * (waits + len(batches.part) * row))
 
 
-def _choose(batches: Batches, device: torch.device) -> Kind:
+def _choose(batches: Batches, device: torch.device) -> LoaderKind:
     if device.type != "cuda":
         return "memory_map"
     size = len(batches.source) * batches.source.read([0]).nbytes

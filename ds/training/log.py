@@ -1,18 +1,21 @@
-"""What a run notes of itself: metrics.jsonl always, and whoever else wants the same figures."""
+"""The log of a run: metrics in JSONL, TensorBoard and Weights & Biases."""
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ds.system import distributed
 from ds.system.files import opened, parse_json, present
 from ds.system.staging import open_own, replacing, subfolder
 
 METRICS = "metrics.jsonl"
+# Metrics that differ between runs to the same bits.
+MEASURED = ("images_per_second", "tflops", "peak_share", "loader_wait", "memory_gb")
 LONGEST = 1 << 20  # bytes of a line
 log = logging.getLogger("ds")
 
@@ -23,17 +26,21 @@ def check_project(project: str) -> None:
         raise ValueError("runtime.wandb: wandb is not installed: pip install wandb")
 
 
-class Records:
-    """The figures of a run, a line for each log and each check in metrics.jsonl.
+class RunLog:
+    """Writes the figures of a run to metrics.jsonl, a line for each log and each check.
 
-    TensorBoard gets them too where it is installed, Weights & Biases where a project is named.
-    Lines after `step`, where the run goes on, are dropped: those steps are taken again.
+    TensorBoard gets them too where it is installed, and Weights & Biases where a project is named.
+    The first process of a run writes; in the others nothing happens. Lines after `step`, where the
+    run goes on, are dropped: those steps are taken again.
     """
 
-    def __init__(self, out: Path, step: int, run: dict[str, Any], *, wandb: str = ""):
+    def __init__(self, out: Path, step: int, run: Mapping[str, Any], *, wandb: str = ""):
         self.path, self.step = out / METRICS, step
-        self._trim()
         self.board = self.project = None
+        self.writes = distributed.is_first()
+        if not self.writes:
+            return
+        self._trim()
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -45,8 +52,10 @@ class Records:
             name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
             self.project = init(project=wandb, dir=out, id=name, resume="allow", config=run)
 
-    def note(self, step: int, **figures: float) -> None:
-        """Write the figures of a step down."""
+    def write(self, step: int, **figures: float) -> None:
+        """Write the figures of a step."""
+        if not self.writes:
+            return
         with open(open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         if self.board is not None:
@@ -56,7 +65,7 @@ class Records:
             self.project.log(figures, step=step)
 
     def close(self) -> None:
-        """Hand over what still waits to be written."""
+        """Write what still waits to be written."""
         if self.board is not None:
             self.board.close()
         if self.project is not None:
@@ -70,22 +79,22 @@ class Records:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return what was noted in a run: figures by name, and their step.
+    """Return the lines of a run's metrics.jsonl: figures by name, and their step.
 
-    A line that is damaged is left out, and the log says which.
+    A damaged line is left out with a warning.
     """
     return [note for _, note in _lines(run / METRICS)]
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the whole lines of a file of notes, and what they say."""
+    """Yield the whole lines of a file, and the figures in each."""
     with opened(path) as file:
         number = 0
         while line := file.readline(LONGEST):
             number += 1
             if note := _note(line):
                 yield line, note
-            elif line.endswith(b"\n"):  # a last one without an end was being written
+            elif line.endswith(b"\n"):  # without its end, the last line was being written
                 log.warning("%s: line %d is damaged, and left out", path, number)
 
 

@@ -1,8 +1,8 @@
-"""What moves the weights: Adam in its variants, and the average that follows."""
+"""Adam in its variants, and the networks and optimisers of a run."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,20 @@ from torch.distributed.tensor import DTensor
 
 from ds import ops
 from ds.system import apex
-from ds.training.fsdp import local
+from ds.training.config import TrainConfig
+from ds.training.ema import Averages, average
+from ds.training.parallel import local
 
-Kind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
 MOMENTS = "exp_avg", "exp_avg_sq"  # the names that torch.optim.Adam gives them
 
 
 class Adam(torch.optim.Optimizer):
     """Adam or AdamW that clips the gradient and moves the average of the weights in the same pass.
 
-    A step is one call of ds.ops.adam_step. `averages` belong to the first of `params`, which are
-    one group, and move by 1 - group["ema_decay"] towards them. A weight that has no gradient is
-    stepped with zeros. Of sharded weights a process steps its part, when all have clipped together.
+    A step is one call of ds.ops.adam_step. averages[i] tracks params[i] and moves towards it by
+    1 - group["ema_decay"]; there may be fewer averages than params. `params` are one group. A
+    weight without a gradient is stepped with zeros. With sharded weights, all processes clip
+    together, and then each steps its part.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Adam(torch.optim.Optimizer):
     def step(self) -> Tensor:
         """Step once; return the norm of the gradient, of no dimensions, before it was clipped.
 
-        Of sharded weights it is that of this process's part, after.
+        With sharded weights: the norm of this process's part, after clipping.
         """
         (group,) = self.param_groups
         params = group["params"]
@@ -66,17 +68,16 @@ class Adam(torch.optim.Optimizer):
 
 
 def build(
-    kind: Kind, params: Iterable[nn.Parameter], averages: Sequence[Tensor], *, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float,
-) -> torch.optim.Optimizer:  # fmt: skip
-    """Return Adam or AdamW, ours or NVIDIA apex's; a step clips, and moves the averages as well.
+    config: TrainConfig, params: Iterable[nn.Parameter], averages: Sequence[Tensor]
+) -> torch.optim.Optimizer:
+    """Return Adam or AdamW, ours or NVIDIA apex's, whose steps clip and move the averages too.
 
     Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Raises
-    ValueError where an apex optimiser is asked for and weights are sharded, or apex is missing or
-    not NVIDIA's.
+    ValueError for an apex optimiser if weights are sharded, or if apex is missing or not NVIDIA's.
     """
+    c, kind, max_norm = config, config.optimizer, config.max_norm or math.inf
+    options = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     params = list(params)
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not kind.startswith("apex"):
         return Adam(params, averages, decoupled=kind == "adamw", max_norm=max_norm, **options)
     if _sharded(params):
@@ -109,18 +110,72 @@ def _clip(params: Sequence[Tensor], max_norm: float) -> Callable[..., None]:
     return clip
 
 
-@torch.no_grad()
-def average(averages: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
-    """Move averages by 1 - decay towards the first of params."""
-    averages = local(averages)
-    wide = [p.to(mean.dtype) for p, mean in zip(local(params), averages, strict=False)]
-    torch._foreach_lerp_(averages, wide, 1 - decay)
+class TrainState:
+    """The networks of a run, an optimiser for each that takes turns, and the steps taken.
 
-
-def power_decay(step: int, gamma: float) -> float:
-    """Return the decay at a step, from 0, of the average whose weights grow as step**gamma.
-
-    Karras et al. 2024, arXiv:2312.02696, section 3.1: (1 - 1/t)**(gamma + 1). Its length is a share
-    of the whole run, whatever that is: gamma = 6.94 averages over about 10 % of it.
+    The step of the student's optimiser moves the student's average as well.
     """
-    return (1 - 1 / (step + 1)) ** (gamma + 1)
+
+    def __init__(
+        self, modules: nn.ModuleDict, turns: Sequence[str], averages: Averages, config: TrainConfig
+    ):
+        self.modules, self.turns, self.config, self.step = modules, turns, config, 0
+        if "student" not in turns or not {*turns} <= {*modules}:
+            raise ValueError(
+                f"the turns of a method name the student and others of its modules, "
+                f"{', '.join(modules)}; not {', '.join(turns)}"
+            )
+        student = modules["student"].parameters()
+        both = zip(student, averages.ema.parameters(), strict=True)
+        averaged = {p: mean for p, mean in both if p.requires_grad}
+        self.learns = {turn: self._learns(turn, averaged) for turn in dict.fromkeys(turns)}
+        self.optimizers = {
+            turn: build(config, params, [*averaged.values()] if turn == "student" else [])
+            for turn, params in self.learns.items()
+        }
+        device = next(self.modules.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        # By turn, the sum of the losses since the last log.
+        self.losses = {
+            turn: torch.zeros((), dtype=torch.float32, device=device) for turn in self.optimizers
+        }
+
+    def _learns(self, turn: str, averaged: dict[nn.Parameter, Tensor]) -> list[nn.Parameter]:
+        """Return the weights that learn in a turn; those of no turn learn with the student."""
+        if turn != "student":
+            return [p for p in self.modules[turn].parameters() if p.requires_grad]
+        others = {p for name in {*self.turns} - {turn} for p in self.modules[name].parameters()}
+        rest = (p for p in self.modules.parameters() if p.requires_grad and p not in others)
+        return [*averaged, *(p for p in rest if p not in averaged)]
+
+    def update(self, turn: str, lr: float, ema_decay: float) -> None:
+        """Take the optimiser step of a turn."""
+        optimizer = self.optimizers[turn]
+        for group in optimizer.param_groups:
+            group["lr"], group["ema_decay"] = lr, ema_decay
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients: a loss may reach weights whose turn it is not."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run goes on from; the tensors are those in use."""
+        return {
+            "step": self.step,
+            "modules": self.modules.state_dict(),
+            "optimizers": {turn: o.state_dict() for turn, o in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "losses": self.losses,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.step = saved["step"]
+        self.modules.load_state_dict(saved["modules"])
+        for turn, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][turn])
+            self.losses[turn].copy_(saved["losses"][turn])
+        self.scaler.load_state_dict(saved["scaler"])

@@ -25,7 +25,7 @@ from ds.models.sampler import Precision
 from ds.nets import UNetConfig
 from ds.pairs.store import Quantizer
 from ds.system.config import Between, Count, Natural, Seed, check
-from ds.training.trainer import TrainConfig
+from ds.training.config import TrainConfig
 
 THREADS = 16  # for each CPU, at most: more only wait, and too many end the process
 

@@ -1,7 +1,12 @@
-"""What a training makes of its device: the arithmetic of a row, and the device at its best."""
+"""Throughput: FLOPs per row, the peak of the device, and what a run reaches of it."""
 
 import copy
 import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -9,12 +14,56 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ds.methods import AbstractMethod, Progress
 from ds.pairs.sources import Batch
+from ds.system import distributed
+
+
+class Throughput:
+    """Rows per second since `start`, their arithmetic, the wait for data, and memory.
+
+    `flops` are those of a row. `dtype` is that of matrix products: on a GPU its peak is measured.
+    """
+
+    def __init__(self, device: torch.device, flops: float, dtype: torch.dtype):
+        self.device, self.flops = device, flops
+        self.peak = matmul_tflops(device, dtype) if device.type == "cuda" else 0.0
+        self.start(0)
+
+    def start(self, rows: int) -> None:
+        """Measure from here on, after so many rows: work between steps does not count."""
+        self.since, self.first, self.waited = time.perf_counter(), rows, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of a wait for data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    def figures(self, rows: int) -> dict[str, float]:
+        """Return what was measured since `start`, now after so many rows of all processes."""
+        seconds = time.perf_counter() - self.since
+        each = (rows - self.first) / seconds
+        tflops = each * self.flops / distributed.world() / 1e12
+        return {
+            "images_per_second": round(each, 1),
+            "tflops": float(f"{tflops:.4g}"),
+            **({"peak_share": round(tflops / self.peak, 4)} if self.peak else {}),
+            "loader_wait": round(self.waited / seconds, 4),
+            "memory_gb": round(self._memory(), 3),
+        }
+
+    def _memory(self) -> float:
+        """Return the most memory that was used so far, in GB: of the GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return PyTorch's counter, which sees through our ops or is told what they do.
+    """Return PyTorch's counter with the formulas of our ops.
 
-    ds.ops.conv3x3 counts as the sum that it is, whatever it saves.
+    ds.ops.conv3x3 counts as a plain convolution, although its algorithm multiplies less.
     """
 
     def forward(x, weight, *_, out_shape=None, **__) -> int:
@@ -41,8 +90,8 @@ def flops_per_row(
 ) -> int:
     """Count the operations of a loss and its gradient, on a batch of one row.
 
-    Multiplications and additions of convolutions, matrix products and attention are counted, each
-    as one, and nothing else. The modules are left as they are.
+    Only convolutions, matrix products and attention count. A multiplication is one operation, and
+    so is an addition. The modules are left as they are.
     """
     device = row.noise.device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -54,7 +103,7 @@ def flops_per_row(
 def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """Measure a GPU's matrix product in a tenth of a second; return its best TFLOP/s.
 
-    In float32 this is float32, while cuDNN's convolutions may take TF32 and so be faster.
+    float32 products do not use TF32. cuDNN's convolutions may, and then exceed this figure.
     """
     a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     best = 0.0

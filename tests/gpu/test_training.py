@@ -13,8 +13,9 @@ from ds.methods import DenoisingStudent
 from ds.pairs.sources import Images, Pairs
 from ds.system.signals import Interrupted
 from ds.training.batches import Batches
+from ds.training.config import Runtime, TrainConfig
 from ds.training.loader import load
-from ds.training.trainer import Runtime, TrainConfig, Trainer
+from ds.training.trainer import Trainer
 from tests import emulated
 from tests.training.test_trainer import assert_same_bits, lines, state, steady, stop_at, store
 
@@ -33,7 +34,7 @@ LEVELS = torch.arange(40 * 8 * 8).view(40, 8, 8, 1).remainder(251).byte()
 def quick(monkeypatch):
     """Let an emulated GPU not measure its matrix product, and draw 2 images instead of 64."""
     if emulated.VARIABLE in os.environ:
-        monkeypatch.setattr("ds.training.trainer.matmul_tflops", lambda *_: 1.0)
+        monkeypatch.setattr("ds.training.throughput.matmul_tflops", lambda *_: 1.0)
         monkeypatch.setattr("ds.training.trainer.noise", lambda seed, _, *args, **options: ds.noise(
             seed, range(2), *args, **options))  # fmt: skip
 

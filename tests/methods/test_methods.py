@@ -19,7 +19,9 @@ from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.pairs.sources import Batch, Images, Noise, digits
 from ds.system.config import from_json, to_json
-from ds.training.trainer import TrainConfig, Trainer, _Loss
+from ds.training.config import TrainConfig
+from ds.training.parallel import Loss
+from ds.training.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 NET = UNetConfig(
@@ -186,7 +188,7 @@ def test_the_loss_is_one_graph_for_all_steps(method):
     """Network, target, randomness and all, under autocast and in training."""
     modules = start(method)[1].train()
     graphs = CompileCounter()
-    loss = torch.compile(_Loss(method, modules), fullgraph=True, backend=graphs)
+    loss = torch.compile(Loss(method, modules), fullgraph=True, backend=graphs)
     with torch.autocast("cpu", torch.bfloat16):
         for step in range(3):
             rows, progress = batch(method, step), Progress(step, TOTAL, method.turns[-1])
@@ -264,14 +266,13 @@ def test_a_method_trains_and_its_run_is_resumed_to_the_same_bits(method, tmp_pat
     )  # fmt: skip
     run = Trainer(method, teacher, source(method), source(method), tmp_path, config)
     student = run.fit()
-    moved = bits(run.modules["student"])
+    moved = bits(run.state.modules["student"])
     assert not same(moved, bits(modules["student"]))
     with torch.no_grad():
         rows = [(batch(method), Progress(step, TOTAL)) for step in range(10)]
-        before, after = (
-            sum(method.loss(m.eval(), *row).item() for row in rows) for m in (modules, run.modules)
-        )
+        both = modules.eval(), run.state.modules.eval()
+        before, after = (sum(method.loss(m, *row).item() for row in rows) for m in both)
     assert after < 0.8 * before or method.turns[0] != "student"
     again = Trainer(method, teacher, source(method), source(method), tmp_path, config)
     assert same(again.fit().state_dict(), student.state_dict())
-    assert same(bits(again.modules["student"]), moved)
+    assert same(bits(again.state.modules["student"]), moved)

@@ -26,8 +26,9 @@ from ds.system import cost
 from ds.system.config import Between, _hints
 from ds.training import presets
 from ds.training.batches import Batches
+from ds.training.config import Runtime, TrainConfig
 from ds.training.loader import load
-from ds.training.trainer import Runtime, TrainConfig, Trainer
+from ds.training.trainer import Trainer
 
 DATA = ds.analytic.Gaussian()
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))

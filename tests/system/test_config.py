@@ -12,8 +12,8 @@ from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.nets import UNetConfig
 from ds.system.config import difference, from_json, known, to_json
+from ds.training.config import TrainConfig
 from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
-from ds.training.trainer import TrainConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)

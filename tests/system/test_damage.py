@@ -87,14 +87,13 @@ def images(path: Path | str) -> torch.Tensor:
 
 def resumed(run: Trainer) -> dict[str, Any]:
     """Go on from a checkpoint with a trainer that knows nothing any more."""
-    run.step = -1
-    for module in (run.modules, run.ema, run.best, run.tracked):
+    run.state.step = -1
+    for module in (run.state.modules, run.averages.ema, run.averages.best, run.averages.tracked):
         for w in module.parameters():
             w.data.zero_()
-    run._claim()
+    run.run.claim()
     run.checkpoint.load(run)
-    leaves: dict[str, Any] = {}
-    checkpoint._mapped(leaves.__setitem__, run.state_dict())
+    leaves = checkpoint._named(run.state_dict())
     return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in leaves.items()}
 
 
@@ -168,7 +167,7 @@ def all_kinds(root: Path, cache: Path) -> dict[str, Kind]:
         "shard": kind("store/images-00001.npy", lambda: images(a / "store")),
         "configuration": kind("s/config.json", lambda: weights(a / "s")),
         "weights": kind("s/model.safetensors", lambda: weights(a / "s")),
-        "run": kind("run/run.json", run._claim),
+        "run": kind("run/run.json", run.run.claim),
         "checkpoint": kind("run/checkpoint.pt", lambda: resumed(run)),
         "numbers": kind("shards/checkpoint/numbers.json", lambda: read_shards(a / "shards")),
         "sharded checkpoint": kind(str(shard.relative_to(a)), lambda: read_shards(a / "shards")),

@@ -62,8 +62,7 @@ class Run:
 
 def flat(run: Run) -> dict:
     """The leaves of a state, whole and out of the reach of what is done to it in place."""
-    leaves = {}
-    checkpoint._mapped(leaves.__setitem__, run.state)
+    leaves = checkpoint._named(run.state)
     full = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in leaves.items()}
     return {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in full.items()}
 
@@ -141,7 +140,7 @@ def test_what_could_not_be_written_is_told_and_the_last_one_stays(tmp_path, monk
     expected = flat(run)
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", fail)
-        patch.setattr(checkpoint._Writer, "write_data", fail)
+        patch.setattr("ds.training.checkpoint._Writer.write_data", fail)
         checkpoint.save(Run(sharded=sharded, value=9.0, step=8).state_dict())
         with pytest.raises((OSError, RuntimeError), match="No space left on device"):
             checkpoint.save(run.state_dict())

@@ -10,7 +10,7 @@ from torch import nn
 
 import ds
 from ds.system.signals import Interrupted
-from ds.training import ema, optim
+from ds.training import ema
 from tests.system.test_reading import NO_FILES, no_file
 from tests.training.test_trainer import SHORT, TEACHER, stop_at, trainer
 
@@ -36,8 +36,8 @@ def walked(tmp_path_factory):
     for step in range(STEPS):
         net.weight.data += torch.randn(64, generator=draw) / STEPS**0.5
         for length, mean in lengths:
-            decay = optim.power_decay(step, ema.gamma_of(length))
-            optim.average([mean.weight], [net.weight], decay)
+            decay = ema.power_decay(step, ema.gamma_of(length))
+            ema.average([mean.weight], [net.weight], decay)
         for mean in tracked:
             mean.count.fill_(step)
         if (step + 1) % EVERY == 0:
@@ -67,7 +67,7 @@ def test_a_training_writes_snapshots_and_goes_on_with_its_averages(tmp_path, mon
     store = ds.generate_pairs(TEACHER, tmp_path / "store", 512 + 256, batch_size=1024)
     config = replace(SHORT, snapshot_every=5)
     whole = trainer(store, tmp_path / "whole", config)
-    before = {name: w.clone() for name, w in whole.modules["student"].state_dict().items()}
+    before = {name: w.clone() for name, w in whole.state.modules["student"].state_dict().items()}
     whole.fit()
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
@@ -79,10 +79,10 @@ def test_a_training_writes_snapshots_and_goes_on_with_its_averages(tmp_path, mon
     for file in files:
         other = tmp_path / "cut" / "snapshots" / file.name
         assert file.read_bytes() == other.read_bytes()
-    student = copy.deepcopy(whole.modules["student"])
+    student = copy.deepcopy(whole.state.modules["student"])
     student.load_state_dict(ds.post_hoc_ema(tmp_path / "whole", 0.1))
     for name, w in student.state_dict().items():
-        torch.testing.assert_close(w, whole.tracked[1].state_dict()[name])
+        torch.testing.assert_close(w, whole.averages.tracked[1].state_dict()[name])
         assert not torch.equal(w, before[name])
 
 

@@ -20,8 +20,9 @@ from ds.pairs.sources import Pairs
 from ds.system import distributed
 from ds.system.signals import Interrupted
 from ds.training import checkpoint
-from ds.training.fsdp import blocks, local, whole
-from ds.training.trainer import Runtime, Trainer
+from ds.training.config import Runtime
+from ds.training.parallel import blocks, local, whole
+from ds.training.trainer import Trainer
 from tests.processes import Two
 from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, unet
 from tests.training.test_trainer_ranks import Telling, curve
@@ -83,10 +84,11 @@ def finish(run: Trainer) -> None:
     """Train to the end; leave what was learnt, whole, and how much of it this process has."""
     best = run.fit()
     assert {type(w) for w in best.parameters()} == {nn.Parameter}
-    nets = {"now": run.modules["student"], "ema": run.ema}
+    nets = {"now": run.state.modules["student"], "ema": run.averages.ema}
     learnt = {name: whole(net).state_dict() for name, net in nets.items()}
-    moments = [w for state in run.optimizer.state.values() for w in state.values()]
-    tensors = [*run.modules.parameters(), *run.ema.parameters(), *run.best.parameters(), *moments]
+    moments = [w for s in run.state.optimizers["student"].state.values() for w in s.values()]
+    kept = run.state.modules, run.averages.ema, run.averages.best
+    tensors = [*(w for module in kept for w in module.parameters()), *moments]
     share = sum(w.numel() for w in local(tensors)) / sum(w.numel() for w in tensors)
     learnt |= {"best": best.state_dict(), "share": share}
     torch.save(learnt, run.out / f"learnt-{distributed.number()}.pt")

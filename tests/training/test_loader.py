@@ -18,13 +18,13 @@ from ds.pairs.sources import Images, Pairs, digits
 from ds.system.distributed import share
 from ds.training import loader
 from ds.training.batches import Batches
-from ds.training.loader import Kind, load
+from ds.training.loader import LoaderKind, load
 
 CPU = torch.device("cpu")
 ROWS, BATCH = 103, 12
 # Where there is a wheel of DALI, it is installed with what the tests need.
 HAS_DALI = (platform.system(), platform.machine()) == ("Linux", "x86_64")
-KINDS = [kind for kind in get_args(Kind) if kind != "dali" or HAS_DALI]
+KINDS = [kind for kind in get_args(LoaderKind) if kind != "dali" or HAS_DALI]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -44,7 +44,7 @@ def source(request, stores):
     return stores.get(request.param) or Images(digits()[0][:ROWS], seed=3)
 
 
-def taken(batches: Batches, kind: Kind, start: int, count: int, prefetch: int = 2) -> list:
+def taken(batches: Batches, kind: LoaderKind, start: int, count: int, prefetch: int = 2) -> list:
     with closing(load(batches, start, CPU, kind, prefetch)) as steps:
         return list(itertools.islice(steps, count))
 

@@ -30,8 +30,10 @@ from ds.system.config import to_json
 from ds.system.files import read_json, read_sealed
 from ds.system.signals import Interrupted, Stop
 from ds.system.staging import locked
-from ds.training.optim import average, power_decay
-from ds.training.trainer import MEASURED, PAYS, Runtime, TrainConfig, Trainer
+from ds.training.config import Runtime, TrainConfig
+from ds.training.ema import average, power_decay
+from ds.training.log import MEASURED
+from ds.training.trainer import COMPILE_STEPS, Trainer
 from tests.training.test_loader import KINDS
 
 DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
@@ -112,9 +114,10 @@ def timeless(out: Path) -> list[dict]:
 
 def state(run: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a run has learnt."""
+    kinds = {"now": run.state.modules, "ema": run.averages.ema, "best": run.averages.best}
     return {
         f"{kind} {name}": w
-        for kind, module in (("now", run.modules), ("ema", run.ema), ("best", run.best))
+        for kind, module in kinds.items()
         for name, w in module.state_dict().items()
     }
 
@@ -171,7 +174,7 @@ def test_the_student_starts_as_noise_minus_the_teachers_network(store, tmp_path)
     z = ds.noise(0, range(4), init.shape)
     init.net.eval()
     expected = z - init.net(z, torch.full((4,), 999))
-    for net in (run.modules["student"].eval(), run.ema, run.best):
+    for net in (run.state.modules["student"].eval(), run.averages.ema, run.averages.best):
         assert torch.equal(run.method.sample(net, z), expected)
 
 
@@ -193,7 +196,7 @@ def test_training_leaves_the_teacher_as_it_is(store, tmp_path):
 def test_the_learning_rate_rises_linearly_and_then_decays(store, tmp_path, decay, expected):
     run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, decay=decay))
     for step, share in expected.items():
-        run.step = step
+        run.state.step = step
         assert run._lr() == pytest.approx(share * SHORT.lr)
 
 
@@ -201,7 +204,7 @@ def test_the_first_adam_step_moves_by_the_learning_rate(store, tmp_path):
     """The learning rate gets to the optimiser: Adam's first step is lr * sign(gradient)."""
     run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, epochs=1 / 8))
     run.fit()
-    moved = [p.item() for p in run.modules["student"].parameters()]
+    moved = [p.item() for p in run.state.modules["student"].parameters()]
     assert moved == pytest.approx([SHORT.lr / 4, SHORT.lr / 4], rel=1e-5)
 
 
@@ -211,21 +214,21 @@ def test_the_average_is_its_closed_form(store, tmp_path, monkeypatch):
 
     def note():
         advance()
-        weights.append(run.modules["student"].gain.item())
+        weights.append(run.state.modules["student"].gain.item())
 
     monkeypatch.setattr(run, "_advance", note)
     run.fit()
     d, k = SHORT.ema_decay, len(weights) - 1
     expected = d**k * weights[0] + sum((1 - d) * d ** (k - i) * weights[i] for i in range(1, k + 1))
     assert k == 12
-    assert run.ema.gain.item() == pytest.approx(expected, rel=1e-6)
+    assert run.averages.ema.gain.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_average_is_float32_where_the_network_is_not(store, tmp_path):
     init = affine()
     init.net.to(torch.bfloat16)
     run = trainer(store, tmp_path, init=init)
-    assert {p.dtype for p in run.ema.parameters()} == {torch.float32}
+    assert {p.dtype for p in run.averages.ema.parameters()} == {torch.float32}
 
 
 def test_the_best_average_is_the_one_with_the_lowest_held_out_loss(store, tmp_path, monkeypatch):
@@ -235,7 +238,8 @@ def test_the_best_average_is_the_one_with_the_lowest_held_out_loss(store, tmp_pa
 
     def note():
         check()
-        seen.append((lines(tmp_path)[-1]["held_out_loss"], copy.deepcopy(run.ema.state_dict())))
+        loss = lines(tmp_path)[-1]["held_out_loss"]
+        seen.append((loss, copy.deepcopy(run.averages.ema.state_dict())))
 
     monkeypatch.setattr(run, "_check", note)
     net = run.fit()
@@ -250,7 +254,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_rows(store, tmp_path):
     run = trainer(store, tmp_path, replace(SHORT, batch_size=48))  # 64 rows: a batch and a rest
     run.fit()
     z, x0 = store.noise(range(64)), store.targets(range(64))
-    expected = (run.method.sample(run.ema, z) - x0).square().mean().item()
+    expected = (run.method.sample(run.averages.ema, z) - x0).square().mean().item()
     assert lines(tmp_path)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -300,7 +304,7 @@ def test_the_trainer_notes_what_an_evaluation_finds(store, tmp_path):
     found = {line["step"]: line["distance"] for line in lines(tmp_path) if "distance" in line}
     assert list(found) == [5, 10, 12]
     assert list(found.values()) == seen
-    assert seen[-1] == run.ema.gain.item()
+    assert seen[-1] == run.averages.ema.gain.item()
     with pytest.raises(ValueError, match=r"runtime\.evaluate_every needs an `evaluate`"):
         trainer(store, tmp_path, runtime=Runtime(evaluate_every=5))
 
@@ -315,7 +319,7 @@ def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_pat
     monkeypatch.setattr("ds.training.trainer.save_png", draw)
     run = trainer(store, tmp_path)
     run.fit()
-    made = run.method.sample(run.ema, ds.noise(SHORT.seed, range(64), DATA.shape))
+    made = run.method.sample(run.averages.ema, ds.noise(SHORT.seed, range(64), DATA.shape))
     assert torch.equal(drawn[-1], tile(to_uint8(made), columns=8))
     sheets = sorted(f.name for f in (tmp_path / "samples").iterdir())
     assert sheets == [f"step-{step:07d}.png" for step in (4, 8, 12)]
@@ -345,11 +349,11 @@ def test_a_run_records_the_precision_that_it_has(store, tmp_path):
 @pytest.mark.parametrize(
     ("device", "net", "steps", "asked", "found"),
     [
-        ("cuda", "unet", PAYS, "auto", True),
-        ("cuda", "unet", PAYS - 1, "auto", False),
-        ("cpu", "unet", PAYS, "auto", False),
-        ("cuda", "other", PAYS, "auto", False),
-        ("cuda", "unet", PAYS, "no", False),
+        ("cuda", "unet", COMPILE_STEPS, "auto", True),
+        ("cuda", "unet", COMPILE_STEPS - 1, "auto", False),
+        ("cpu", "unet", COMPILE_STEPS, "auto", False),
+        ("cuda", "other", COMPILE_STEPS, "auto", False),
+        ("cuda", "unet", COMPILE_STEPS, "no", False),
         ("cpu", "other", 1, "yes", True),
     ],
 )
@@ -380,7 +384,7 @@ def test_float16_trains_and_scales_its_gradients(store, tmp_path):
     losses = [line["held_out_loss"] for line in lines(tmp_path) if "held_out_loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     assert {w.dtype for w in state(run).values()} == {torch.float32}
-    assert run.scaler.get_scale() > 1
+    assert run.state.scaler.get_scale() > 1
 
 
 def test_a_step_that_overflows_is_left_out(store, tmp_path):
@@ -396,7 +400,7 @@ def test_a_step_that_overflows_is_left_out(store, tmp_path):
     run.fit()
     same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert [step for step, equal in enumerate(same, 1) if equal] == [2]
-    assert run.scaler.get_scale() == 32_768
+    assert run.state.scaler.get_scale() == 32_768
 
 
 def _flat(modules: nn.ModuleDict) -> torch.Tensor:
@@ -435,7 +439,7 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
         decay="cosine", ema_gamma=2.0,
     )  # fmt: skip
     run = trainer(store, tmp_path / "run", c, init=unet())
-    theirs = copy.deepcopy(run.modules["student"])
+    theirs = copy.deepcopy(run.state.modules["student"])
     ema = copy.deepcopy(theirs)
     cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     expected = cls(theirs.parameters(), betas=c.betas, weight_decay=c.weight_decay)
@@ -448,12 +452,12 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
         expected.param_groups[0]["lr"] = run._lr()
         expected.step()
         weights = [p.detach() for p in theirs.parameters()]
-        average(list(ema.parameters()), weights, power_decay(run.step, c.ema_gamma))
+        average(list(ema.parameters()), weights, power_decay(run.state.step, c.ema_gamma))
 
     run.method = _after_every_step(run.method, follow)
     run.fit()
     assert len(norms) == 12
-    for a, b in ((run.modules["student"], theirs), (run.ema, ema)):
+    for a, b in ((run.state.modules["student"], theirs), (run.averages.ema, ema)):
         for p, other in zip(a.parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
 
@@ -470,7 +474,7 @@ def test_a_weight_without_a_gradient_is_stepped_with_zeros(store, tmp_path):
     config = replace(SHORT, optimizer="adamw", weight_decay=0.3, epochs=1 / 8)
     run = trainer(store, tmp_path, config, init=init, method=Half())
     run.fit()
-    assert run.modules["student"].shift.item() == pytest.approx(0.5 * (1 - 1e-2 * 0.3))
+    assert run.state.modules["student"].shift.item() == pytest.approx(0.5 * (1 - 1e-2 * 0.3))
 
 
 @pytest.mark.parametrize(
@@ -487,7 +491,7 @@ def test_weight_decay_is_that_of_the_optimiser(store, tmp_path, optimizer, expec
     config = replace(SHORT, optimizer=optimizer, weight_decay=0.3, epochs=1 / 8)
     run = trainer(store, tmp_path, config, init=init, method=Flat())
     run.fit()
-    assert run.modules["student"].gain.item() == pytest.approx(expected, rel=1e-6)
+    assert run.state.modules["student"].gain.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_apex_that_is_not_nvidias_is_named(store, tmp_path, monkeypatch):
@@ -513,7 +517,8 @@ def test_the_trainer_takes_the_power_function_average(store, tmp_path):
     gains = []
     run.method = _after_every_step(run.method, lambda m: gains.append(m["student"].gain.item()))
     run.fit()
-    assert run.ema.gain.item() == pytest.approx(gains[0] / 16 + gains[1] * 15 / 16, rel=1e-6)
+    expected = gains[0] / 16 + gains[1] * 15 / 16
+    assert run.averages.ema.gain.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 8])
@@ -548,7 +553,7 @@ def test_parts_of_a_batch_have_dropout_of_their_own(store, tmp_path):
     run = trainer(store, tmp_path)
     draws = []
     for part in (0, 1, 0):
-        with run._seeded(part):
+        with run._seeded(0, part):
             draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
 
@@ -570,7 +575,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
 
     whole = compiled("whole")
     whole.fit()
-    assert whole.loss._compiled_call_impl is not None
+    assert whole.losses["student"]._compiled_call_impl is not None
     assert list((tmp_path / "cache" / "fxgraph").rglob("*")), "the cache is where it was asked for"
     plain = trainer(store, tmp_path / "plain")
     plain.fit()
@@ -647,7 +652,7 @@ def test_dropout_is_on_while_training(store, tmp_path):
     """Without it the resumption with dropout above would say nothing."""
     run = trainer(store, tmp_path, init=unet())
     batch = run.batches.at(0)
-    losses = {run.method.loss(run.modules, batch, Progress(0, 12)).item() for _ in range(3)}
+    losses = {run.method.loss(run.state.modules, batch, Progress(0, 12)).item() for _ in range(3)}
     assert len(losses) == 3
 
 
@@ -659,7 +664,7 @@ def test_steps_after_the_last_checkpoint_are_taken_again(store, tmp_path, monkey
     advance = cut._advance
 
     def die_at_seven():
-        if cut.step == 7:
+        if cut.state.step == 7:
             raise MemoryError
         advance()
 
@@ -711,11 +716,11 @@ def test_a_run_that_is_made_longer_is_the_one_that_was_as_long_from_its_start(
             trainer(store, tmp_path / "cut", first).fit()
     resumed, steps = trainer(store, tmp_path / "cut", longer), []
     advance = resumed._advance
-    monkeypatch.setattr(resumed, "_advance", lambda: (steps.append(resumed.step), advance()))
+    monkeypatch.setattr(resumed, "_advance", lambda: (steps.append(resumed.state.step), advance()))
     resumed.fit()
     assert steps == [*range(cut or 12, 24)]
     assert_same_bits(whole, resumed)
-    assert read_sealed(tmp_path / "cut" / "run.json") == whole.run
+    assert read_sealed(tmp_path / "cut" / "run.json") == whole.run.fields
     losses = [
         [(m["step"], m["loss"]) for m in lines(tmp_path / out) if "loss" in m and m["step"] > 15]
         for out in ("whole", "cut")
@@ -765,7 +770,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_stands_in_no_way(store, tm
         trainer(store, tmp_path, replace(SHORT, check_every=10), method=Exploding()).fit()
     run = trainer(store, tmp_path)
     run.fit()
-    assert read_sealed(tmp_path / "run.json") == run.run
+    assert read_sealed(tmp_path / "run.json") == run.run.fields
     assert [line["step"] for line in lines(tmp_path)] == [3, 4, 6, 8, 9, 12, 12]
 
 
@@ -791,7 +796,7 @@ def test_snapshots_can_be_given_up(store, tmp_path):
     trainer(store, tmp_path, replace(SHORT, snapshot_every=4)).fit()
     run = trainer(store, tmp_path, replace(SHORT, epochs=2))
     run.fit()
-    assert run.step == 16
+    assert run.state.step == 16
 
 
 def test_the_identity_of_a_run_is_what_makes_it_another_one(store, tmp_path):
@@ -1006,7 +1011,7 @@ def test_a_method_with_a_moving_target_and_a_frozen_teacher_trains_and_resumes(
     resumed = trainer(store, tmp_path / "cut", method=Anchored())
     resumed.fit()
     assert_same_bits(whole, resumed)
-    student, target, teacher = (whole.modules[n] for n in ("student", "target", "teacher"))
+    student, target, teacher = (whole.state.modules[n] for n in ("student", "target", "teacher"))
     assert teacher.gain == 0
     assert 0 < target.gain < student.gain
     assert target.shift == 0

@@ -17,7 +17,8 @@ from ds.methods import Denoising
 from ds.pairs.sources import Images, digits
 from ds.system import distributed
 from ds.system.signals import Interrupted
-from ds.training.trainer import Runtime, Trainer
+from ds.training.config import Runtime
+from ds.training.trainer import Trainer
 from tests.processes import Two
 from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 
@@ -65,10 +66,10 @@ def do_jobs(home: Path) -> None:
             run.method = Telling(run, 7)
             with pytest.raises(Interrupted) as caught:
                 run.fit()
-            assert (caught.value.number, run.step) == (signal.SIGTERM, 7)
+            assert (caught.value.number, run.state.step) == (signal.SIGTERM, 7)
         else:
             run.fit()
-            weights = torch.cat([p.flatten() for p in run.modules.parameters()])
+            weights = torch.cat([p.flatten() for p in run.state.modules.parameters()])
             assert len(distributed.gather(weights[None]).unique(dim=0)) == 1
 
 
