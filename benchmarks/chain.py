@@ -31,8 +31,8 @@ from ds.diffusion.noise import Draws, noise
 from ds.methods import AbstractMethod, Progress
 from ds.models.teacher import Teacher
 from ds.nets import UNet
+from ds.pairs.generate import generate_pairs
 from ds.pairs.sources import Batch, Images, Pairs, digits
-from ds.pairs.store import generate_pairs
 from ds.training import ema, presets
 from ds.training.config import TrainConfig
 from ds.training.presets import Preset

@@ -69,7 +69,8 @@ SCRIPTS = {
     "ours": FRAME.format(
         imports="import ds; ds.Sampler",
         load='student = ds.load_student(folder + "/student", device=device)\n'
-        "sampler = ds.Sampler(student, batch_size=1, precision=precision)",
+        "execution = ds.Execution.default(student, precision=precision)\n"
+        "sampler = ds.Sampler(student, batch_size=1, execution=execution)",
         draw="sampler.draw(z)",
     ),
 }

@@ -42,7 +42,7 @@ class _Rows(Dataset):
         self.source = source
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        shard, place = divmod(int(row), self.source.store.manifest["shard_size"])
+        shard, place = divmod(int(row), self.source.store.manifest.shard_size)
         return self.source.store.shard(shard)[place].clone(), int(row)
 
 

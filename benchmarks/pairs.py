@@ -23,9 +23,9 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.models.sampler import Precision
+from ds.models.execution import Execution, Precision
 from ds.models.teacher import Teacher
-from ds.pairs.store import generate_pairs
+from ds.pairs.generate import generate_pairs
 
 GRID = (150, 100, 50, 0)
 Shape = tuple[int, ...]
@@ -71,7 +71,8 @@ def _pipeline(
 
 
 def _ours(teacher: Teacher, count: int, batch: int, precision: Precision, folder: Path) -> Tensor:
-    store = generate_pairs(teacher, folder, count, batch_size=batch, precision=precision)
+    execution = Execution.default(teacher, precision=precision)
+    store = generate_pairs(teacher, folder, count, batch_size=batch, execution=execution)
     images = store.images(range(count))
     shutil.rmtree(folder)
     return images

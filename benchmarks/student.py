@@ -16,6 +16,7 @@ from benchmarks.harness import Case, Side, Size, late
 from benchmarks.network import about, exact_levels, random_cifar10, twin
 from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline
 from ds.methods import DenoisingStudent
+from ds.models.execution import Execution
 from ds.models.sampler import Sampler
 from ds.models.student import Student
 from ds.nets import UNet
@@ -60,8 +61,9 @@ def contenders(
             missing |= SLOW
     except ImportError as error:
         missing["diffusers"] = str(error)
-    options = {"batch_size": images, "precision": str(dtype)[6:]}
-    sides["ours"] = late(lambda: Sampler(Student(net, METHOD), **options).draw)
+    student = Student(net, METHOD)
+    execution = Execution.default(student, precision=str(dtype)[6:])
+    sides["ours"] = late(lambda: Sampler(student, batch_size=images, execution=execution).draw)
     return sides, missing
 
 

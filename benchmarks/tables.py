@@ -23,7 +23,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "training.md",
-    ROOT / "ds" / "sample.py",
+    ROOT / "ds" / "models" / "sampler.py",
 )
 PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(

@@ -12,6 +12,7 @@ instructions for it. FLOPs are those of the plain network.
 import copy
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from benchmarks.peers import Loop, ddim_loop
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
+from ds.models.execution import Execution
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
 from ds.nets import UNet
@@ -65,10 +67,12 @@ def contenders(
     teacher = Teacher(Denoiser(net, LinearBeta()), DDIM(), GRID)
     loops["engine"] = late(lambda: teacher.engine(images, dtype=dtype).sample)
     if device.type == "cuda":
-        options = {"batch_size": images, "precision": str(dtype)[6:]}
+        ours = Execution.default(teacher, precision=str(dtype)[6:])
+        tuned = replace(ours, tune=True)
         if slow:
-            loops["ours, tuned"] = late(lambda: Sampler(teacher, tune=True, **options).sample)
-        loops["ours"] = late(lambda: Sampler(teacher, **options).sample)
+            options = {"batch_size": images, "execution": tuned}
+            loops["ours, tuned"] = late(lambda: Sampler(teacher, **options).sample)
+        loops["ours"] = late(lambda: Sampler(teacher, batch_size=images, execution=ours).sample)
     return loops, missing
 
 

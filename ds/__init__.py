@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.diffusion.predictions import Estimate as Estimate
     from ds.evaluation.evaluate import evaluate as evaluate
     from ds.models import export as export
+    from ds.models.execution import Execution as Execution
     from ds.models.hub import from_pretrained as from_pretrained
     from ds.models.hub import push_to_hub as push_to_hub
     from ds.models.load import load_student as load_student
@@ -30,10 +31,10 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.models.student import Student as Student
     from ds.models.teacher import Teacher as Teacher
     from ds.pairs import archives as archives
+    from ds.pairs.generate import generate_pairs as generate_pairs
     from ds.pairs.sources import Images as Images
     from ds.pairs.sources import Pairs as Pairs
     from ds.pairs.store import PairStore as PairStore
-    from ds.pairs.store import generate_pairs as generate_pairs
     from ds.training.config import TrainConfig as TrainConfig
     from ds.training.ema import post_hoc_ema as post_hoc_ema
     from ds.training.trainer import Trainer as Trainer
@@ -44,6 +45,7 @@ _PUBLIC = {
     "Denoiser": "ds.diffusion.denoiser",
     "Draws": "ds.diffusion.noise",
     "Estimate": "ds.diffusion.predictions",
+    "Execution": "ds.models.execution",
     "Images": "ds.pairs.sources",
     "PairStore": "ds.pairs.store",
     "Pairs": "ds.pairs.sources",
@@ -54,7 +56,7 @@ _PUBLIC = {
     "Trainer": "ds.training.trainer",
     "evaluate": "ds.evaluation.evaluate",
     "from_pretrained": "ds.models.hub",
-    "generate_pairs": "ds.pairs.store",
+    "generate_pairs": "ds.pairs.generate",
     "load_student": "ds.models.load",
     "load_teacher": "ds.models.load",
     "noise": "ds.diffusion.noise",

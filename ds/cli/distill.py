@@ -38,7 +38,7 @@ from ds.models.teacher import Teacher
 from ds.pairs.sources import Batch, Generated, Images, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
-from ds.system.config import Count, from_json, to_json
+from ds.system.config import Count
 from ds.system.distributed import is_first
 from ds.training.batches import check_rows
 from ds.training.config import Runtime, TrainConfig
@@ -121,14 +121,15 @@ class Distill(Verb):
         """Return the options that say of a finished store what it is not."""
         if not is_finished(self.store):
             return {}
-        p, there = self.pairs, PairStore(self.store).manifest
+        p, store = self.pairs, PairStore(self.store)
+        there = store.manifest
         wanted = {
-            "pairs.count": (p.count, there["count"] - p.held_out),
-            "pairs.seed": (p.seed, there["seed"]),
-            "pairs.shard-size": (p.shard_size, there["shard_size"]),
-            "pairs.quantizer": (p.quantizer, there["quantizer"]),
-            "pairs.precision": (p.precision, there["precision"]),
-            "pairs.engine": (p.engine, there["engine"]),
+            "pairs.count": (p.count, there.count - p.held_out),
+            "pairs.seed": (p.seed, there.seed),
+            "pairs.shard-size": (p.shard_size, there.shard_size),
+            "pairs.quantizer": (p.quantizer, there.quantizer),
+            "pairs.precision": (p.precision, there.execution.precision),
+            "pairs.mode": (p.mode, there.execution.mode),
         }
         if self.online:  # those that are not kept are made with these
             wanted = {n: v for n, v in wanted.items() if n in ("pairs.seed", "pairs.quantizer")}
@@ -138,10 +139,10 @@ class Distill(Verb):
         where = f"on {self.store}, which is finished and has"
         idle = {name: f"{where} {value}" for name, value in found.items()}
         solver, grid = self.solve.build(load_teacher(self.teacher).denoiser.schedule)
-        if to_json(solver) != there["solver"]:
-            idle["solve.solver"] = f"{where} {from_json(there['solver'])}"
-        if list(grid) != there["grid"]:
-            times = f"{len(there['grid'])} times from {there['grid'][0]} to {there['grid'][-1]}"
+        if solver != store.solver:
+            idle["solve.solver"] = f"{where} {store.solver}"
+        if grid != store.grid:
+            times = f"{len(store.grid)} times from {store.grid[0]} to {store.grid[-1]}"
             idle |= dict.fromkeys(("solve.grid", "solve.steps", "solve.top"), f"{where} {times}")
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
@@ -183,10 +184,10 @@ class Distill(Verb):
         student.save_pretrained(
             self.out,
             force=self.force,
-            teacher_sha256=store.manifest["teacher"]["sha256"],
+            teacher_sha256=store.teacher_sha256,
             pairs_sha256=store.sha256,
             pairs=self._pairs_seen(store, trainer.steps),
-            teacher_nfe=from_json(store.manifest["solver"]).nfe(store.manifest["grid"]),
+            teacher_nfe=store.solver.nfe(store.grid),
             steps=trainer.steps,
             held_out_loss=trainer.best_loss,
             version=ds.__version__,
@@ -200,7 +201,7 @@ class Distill(Verb):
         store: PairStore | None,
     ) -> Trainer:  # fmt: skip
         """Return the run on the pairs of the finished store; without one it cannot be fit."""
-        if store and fingerprint(teacher.denoiser) != store.manifest["teacher"]["sha256"]:
+        if store and fingerprint(teacher.denoiser) != store.teacher_sha256:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
@@ -232,13 +233,13 @@ class Distill(Verb):
         return self.pairs.held_out + (0 if self.online else self.pairs.count)
 
     def _generated(self, store: PairStore | None) -> Generated:
-        p, teacher, seed = self.pairs, self._maker().solver(), self.pairs.seed
+        p, maker, seed = self.pairs, self._maker(), self.pairs.seed
+        teacher = maker.solver()
         if store:
-            solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
-            teacher, seed = replace(teacher, solver=solver, grid=grid), store.seed
+            teacher, seed = replace(teacher, solver=store.solver, grid=store.grid), store.seed
         return Generated(
             teacher, self.pool * self.train.batch_size, seed=seed, first=p.held_out,
-            reuse=self.reuse, batch_size=p.batch_size, precision=p.precision, engine=p.engine,
+            reuse=self.reuse, batch_size=p.batch_size, execution=maker.execution(teacher),
         )  # fmt: skip
 
     def _pairs_seen(self, store: PairStore, steps: int) -> int:

@@ -12,8 +12,9 @@ import tyro
 from torch import Tensor
 
 from ds.cli.verb import Here, Model, Verb, say
-from ds.evaluation.evaluate import Moments, check_count, evaluate, read_reference, record
+from ds.evaluation.evaluate import check_count, evaluate, record
 from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.evaluation.references import Moments, read_reference
 from ds.models import pretrained
 from ds.models.load import load
 from ds.models.student import Student

@@ -22,13 +22,15 @@ from ds.cli.verb import (
 )
 from ds.diffusion.noise import noise
 from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
+from ds.models.execution import Execution
 from ds.models.load import load_teacher
 from ds.models.sampler import Sampler, least_memory
 from ds.models.teacher import Teacher
 from ds.pairs import archives
+from ds.pairs.generate import estimate, generate_pairs, prepare
 from ds.pairs.storage import place
-from ds.pairs.store import PairStore, check_target, estimate, generate_pairs, info, prepare, to_make
-from ds.system.config import Count, from_json
+from ds.pairs.store import PairStore, check_target, info, to_make
+from ds.system.config import Count
 from ds.system.cost import check_memory
 from ds.system.distributed import is_first
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
@@ -84,7 +86,7 @@ class MakePairs(Verb):
         p, teacher = self.pairs, self.solver()
         options = {
             "seed": p.seed, "batch_size": p.batch_size, "shard_size": p.shard_size,
-            "quantizer": p.quantizer, "precision": p.precision, "engine": p.engine,
+            "quantizer": p.quantizer, "execution": self.execution(teacher),
         }  # fmt: skip
         prepare(teacher, place(self.out), count, **options)
         return partial(self._make, teacher, count, options)
@@ -102,6 +104,10 @@ class MakePairs(Verb):
         solver, grid = self.solve.build(teacher.denoiser.schedule)
         return replace(teacher, solver=solver, grid=grid)
 
+    def execution(self, teacher: Teacher) -> Execution:
+        """Return how the teacher is run."""
+        return Execution.default(teacher, precision=self.pairs.precision, mode=self.pairs.mode)
+
     def budget(self) -> str:
         """Say what the pairs that are missing will cost."""
         if self.plan:
@@ -111,15 +117,13 @@ class MakePairs(Verb):
 
     def estimate(self, count: int) -> tuple[str, float]:
         """Say what so many pairs will cost, and how many seconds they take."""
-        p = self.pairs
-        sampler = Sampler(
-            self.solver(), batch_size=p.batch_size, precision=p.precision, engine=p.engine
-        )
+        p, teacher = self.pairs, self.solver()
+        sampler = Sampler(teacher, batch_size=p.batch_size, execution=self.execution(teacher))
         return estimate(sampler, count, p.quantizer, self.price)
 
     def _plan(self, teacher: Teacher) -> None:
         p = self.pairs
-        options = {"batch_size": p.batch_size, "precision": p.precision, "engine": p.engine}
+        options = {"batch_size": p.batch_size, "execution": self.execution(teacher)}
         seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
         z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
         found = frontier(teacher.denoiser, z, self.solve, progress=watched())
@@ -154,8 +158,7 @@ class PairsVerify(Verb):
         store, teacher = PairStore(self.store), None
         if self.teacher is not None:
             teacher = load_teacher(self.teacher, device=self.machine.use())
-            solver, grid = from_json(store.manifest["solver"]), tuple(store.manifest["grid"])
-            teacher = replace(teacher, solver=solver, grid=grid)
+            teacher = replace(teacher, solver=store.solver, grid=store.grid)
         return partial(self._verify, store, teacher)
 
     def _verify(self, store: PairStore, teacher: Teacher | None) -> None:

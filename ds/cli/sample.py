@@ -11,10 +11,11 @@ from typing import Any
 
 from ds.cli.verb import Here, Model, Verb, say
 from ds.diffusion.noise import noise
+from ds.models.execution import Execution, Precision
 from ds.models.images import save, target
 from ds.models.interpolate import great_circle
 from ds.models.load import load
-from ds.models.sampler import Precision, Sampler, count
+from ds.models.sampler import Sampler, count
 from ds.system.config import Count, Natural, Seed
 from ds.system.cost import check_memory
 from ds.training.presets import Machine
@@ -77,7 +78,8 @@ class Sample(Verb):
         model = load(self.model, device=self.machine.use())
         if len(model.shape) == 3:  # others are refused where they are drawn
             self._check_size(indices.count, model.shape)
-        sampler = Sampler(model, batch_size=self.batch_size, precision=self.precision)
+        execution = self.precision and Execution.default(model, precision=self.precision)
+        sampler = Sampler(model, batch_size=self.batch_size, execution=execution)
         return partial(self._draw, sampler, indices)
 
     def _check_size(self, count: int, shape: tuple[int, ...]) -> None:

@@ -12,8 +12,9 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, integrate
+from ds.models.execution import Execution, Precision
 from ds.models.model import device_of
-from ds.models.sampler import Precision, Sampler, fp8_is_open, uses_engine
+from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
 from ds.training.presets import SolveConfig
 
@@ -156,23 +157,26 @@ def _answer(found: Frontier) -> str:
 def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
     """Return how far a few endpoints move, root mean square, when products are less precise.
 
-    Against the same teacher in float32, for the precisions that its device has; fp8 where its gate
-    is open.
+    They are compared with the same teacher in float32, for the precisions that its device has; fp8
+    only if its gate is open.
     """
-    cuda = device_of(teacher.net).type == "cuda"
 
     def endpoints(precision: Precision) -> Tensor:
-        sampler = Sampler(teacher, batch_size=count, precision=precision)
+        execution = Execution.default(teacher, precision=precision)
+        sampler = Sampler(teacher, batch_size=count, execution=execution)
         return torch.cat([*sampler.batches(seed, range(count))])
 
     exact = endpoints("float32")
-    there = {
-        "tf32": cuda,
-        "bfloat16": True,
-        "fp8": fp8_is_open() and uses_engine(teacher.net, "fp8"),
-    }
-    lower: list[Precision] = [precision for precision, is_there in there.items() if is_there]
+    lower = [p for p in ("tf32", "bfloat16", "fp8") if _is_supported(teacher, p)]
     return {precision: _rms(endpoints(precision), exact) for precision in lower}
+
+
+def _is_supported(teacher: Teacher, precision: Precision) -> bool:
+    try:
+        Execution.default(teacher, precision=precision).check(teacher, device_of(teacher.net))
+    except ValueError:
+        return False
+    return True
 
 
 def fidelity_table(moved: dict[Precision, float], found: Frontier) -> str:

@@ -1,130 +1,43 @@
 """Draw samples from a model in batches."""
 
-import copy
 import logging
 import math
-import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds.diffusion.noise import noise
-from ds.engine import Engine, Loop, Place, Plan, Recurrence
+from ds.engine import Place, Plan
+from ds.models.execution import Execution, Runner
 from ds.models.images import Rounding, to_uint8
-from ds.models.model import Model, device_of, dtype_of
+from ds.models.model import Model, device_of
 from ds.nets import UNet
 from ds.system.ambient import without_ambient
 from ds.system.config import Count, Seed, require
-from ds.system.cost import check_memory, seconds_each
+from ds.system.cost import check_memory
 
-# Of a network's products; states are float32. fp8 is an experiment, behind a gate.
-Precision = Literal["float32", "tf32", "bfloat16", "fp8"]
-_LOW = {"bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_PLAINER = {"cuda_graph": "engine", "engine": "eager"}
 log = logging.getLogger("ds")
-
-
-def uses_engine(net: nn.Module, precision: Precision = "float32") -> bool:
-    """Say whether a Sampler runs a network through ds.engine unless it is told otherwise.
-
-    On CUDA it does every U-Net, on CPUs those in float32, where the images are the same but for the
-    rounding of float32. Nothing else computes in fp8.
-    """
-    if not isinstance(net, UNet):
-        return False
-    narrow = device_of(net).type == "cpu" and dtype_of(net) != torch.float32
-    return precision == "fp8" or not narrow
-
-
-def count(indices: Sequence[int]) -> int:
-    """Return how many indices there are; a range may have more than len() can say."""
-    if isinstance(indices, range):
-        return max(0, -((indices.start - indices.stop) // indices.step))
-    return len(indices)
-
-
-def least_memory(model: Model) -> int:
-    """Return bytes that sampling takes for each image at least, whatever runs the network.
-
-    A state, its noise prediction and its x0 are float32. The last block of a U-Net reads two maps
-    of its first width, of 2 bytes a number or more, and writes one.
-    """
-    state = 3 * 4 * math.prod(model.shape)
-    if not isinstance(model.net, UNet):
-        return state
-    c = model.net.config
-    return state + 3 * 2 * c.channels * c.channel_mult[0] * c.image_size**2
-
-
-def usual_batch(model: Model) -> int:
-    """Return how many images a Sampler takes at a time unless it is told otherwise.
-
-    256; of a U-Net on CUDA about 512, as many as keep every multiprocessor busy in every layer and
-    fit an eighth of the memory.
-    """
-    device = device_of(model.net)
-    if device.type != "cuda" or not isinstance(model.net, UNet):
-        return 256
-    gpu, place = torch.cuda.get_device_properties(device), Place(device, torch.bfloat16, 1)
-    plan = Plan.of(model.net, place)
-    fit = gpu.total_memory / 8 / (plan.peak() * place.dtype.itemsize)
-    full = plan.full_batch(gpu.multi_processor_count)
-    return full * max(1, round(min(512, fit) / full))
-
-
-def usual_precision(net: nn.Module) -> Precision:
-    """Return the precision that nobody asked for: bfloat16 for U-Nets on CUDA, else float32."""
-    wide = isinstance(net, UNet) and dtype_of(net) == torch.float32
-    return "bfloat16" if wide and device_of(net).type == "cuda" else "float32"
-
-
-def uses_loop(model: Model, device: torch.device) -> bool:
-    """Say whether a Sampler with an engine replays a captured step unless it is told otherwise.
-
-    On CUDA it does, of every model whose samples are a ds.engine.Recurrence; others are announced.
-    """
-    if device.type != "cuda":
-        return False
-    try:
-        Recurrence.of(model)
-    except ValueError as error:
-        log.warning("Sampler: steps are launched one by one, which is slower: %s", error)
-        return False
-    return True
 
 
 class Sampler:
     """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
 
-    `device` and `dtype` move the model's network, in place. `precision` is that of its products:
-    "float32" as the weights are, "tf32" on CUDA, "bfloat16" in a copy of the network, "fp8" in an
-    engine, which is an experiment and asks for DS_EXPERIMENTAL=fp8 in the environment; by default
-    bfloat16 for U-Nets on CUDA, else float32. Then
+    `device` and `dtype` move the model's network in place. `execution` says how it is run, by
+    default as `Execution.default` chooses; the attribute of that name says what is used. If the
+    default fails, a warning says why and a plainer mode is used; an execution that was asked for
+    raises. `batch_size` is by default that of `default_batch_size`. `latency` is for one image at
+    a time: the batch size is 1, and the default execution is the fastest for it.
 
-        compile    compiles the network, on a CPU frozen with its weights as they are now
-        engine     runs a U-Net through ds.engine, with weights as they are now and packed for this
-                   batch size; by default where `uses_engine` says so
-        loop       with an engine, replays one step for all steps, on CUDA a captured graph; by
-                   default where `uses_loop` says so
-        tune       with an engine on CUDA, lets cuDNN try its algorithms and take the fastest, which
-                   another process may find to be another one: images then differ by rounding
-        latency    takes one image at a time: on a CPU by the fastest of the network itself and two
-                   engines, tried here
+    An image's noise depends on (seed, index) alone. So any split of the indices gives the same
+    images, up to the rounding of convolutions whose algorithm depends on the batch size. A Sampler
+    is pickled as its model and options, and prepared anew where it is unpickled.
 
-    `batch_size` is that of `usual_batch` by default. Where an engine or a loop that nobody asked
-    for cannot be had, a warning says why, and the network itself is run, or its steps one by one.
-
-    The noise of an image depends on (seed, index) alone, so any split of the indices gives the same
-    images, up to the rounding of a convolution whose algorithm depends on the batch size.
-    `cold_start` has the seconds it took to plan (pack weights), compile and capture. A Sampler is
-    pickled as its model and its options, and plans anew where it is unpickled.
-
-    What the CIFAR-10 network was measured to reach (benchmarks/results; docs/performance.md):
+    Measured with the CIFAR-10 network (benchmarks/results; docs/performance.md):
 
     .. table: sampler
 
@@ -138,9 +51,8 @@ class Sampler:
 
     .. end
 
-    Raises ValueError for a batch_size below 1 or beyond the memory, for compile and engine at once,
-    for tf32 without CUDA, for fp8 without an engine or unless the gate is open, and for a loop
-    without an engine or of a model that is no ds.engine.Recurrence.
+    Raises ValueError for a batch_size below 1 or beyond the memory, and for an execution that the
+    model or its device does not support.
     """
 
     @without_ambient()
@@ -151,75 +63,34 @@ class Sampler:
         batch_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        precision: Precision | None = None,
-        compile: bool = False,
-        engine: bool | None = None,
-        loop: bool | None = None,
-        tune: bool = False,
+        execution: Execution | None = None,
         latency: bool = False,
     ):
         require("Sampler", Count | None, batch_size=batch_size)
-        if compile and (engine or latency):
-            raise ValueError("Sampler: compile and engine are two ways to do one thing; choose one")
+        require("Sampler", Execution | None, execution=execution)
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
-        self.precision = precision or usual_precision(model.net)
-        self.batch_size = 1 if latency else batch_size or usual_batch(model)
+        self.batch_size = 1 if latency else batch_size or default_batch_size(model)
         self._again = partial(
-            Sampler, model, batch_size=self.batch_size, precision=self.precision, compile=compile,
-            engine=engine, loop=loop, tune=tune, latency=latency,
-        )  # fmt: skip
+            Sampler, model, batch_size=self.batch_size, execution=execution, latency=latency
+        )
         check_memory(
             f"Sampler: a batch_size of {self.batch_size}",
             self.batch_size * least_memory(model),
             self.device,
         )
-        self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
-        usual = engine is None and not compile and uses_engine(model.net, self.precision)
-        check_precision(self.precision, self.device, engine or usual)
-        low = _LOW.get(self.precision)
-        self.model, self._loop = model, None
-        if engine or usual:
-            with self._timed("plan"), _tried(engine or self.precision == "fp8"):
-                self.model = self._packed(model, low or dtype_of(model.net), latency, tune)
-        if self.model is model and low:
-            with self._timed("plan"):
-                self.model = model.using(copy.deepcopy(model.net).to(low))
-        if compile:
-            with self._timed("compile"):
-                self.model = self.model.compile()
-                z = torch.zeros(
-                    self.batch_size, *model.shape, dtype=torch.float32, device=self.device
-                )
-                self.model.call(z)
-        runs = isinstance(self.model.net, Engine)
-        if loop and not runs:
-            raise ValueError("Sampler: loop needs an engine, and so a U-Net")
-        if loop or (loop is None and runs and uses_loop(model, self.device)):
-            with self._timed("capture"), _tried(loop):
-                self._loop = Loop(self.model.net, Recurrence.of(model))
+        if execution is None:
+            execution = Execution.default(model, latency=latency)
+            self._runner = _prepared(model, execution, self.batch_size)
+        else:
+            execution.check(model, self.device)
+            self._runner = _asked(model, execution, self.batch_size)
+        self.model, self.execution = self._runner.model, self._runner.execution
+        self.cold_start = self._runner.cold_start
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the model and the options; plans, engines and graphs are made anew from them."""
         return self._again, ()
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        with _tf32(self.precision == "tf32"):
-            yield
-        self.cold_start[part] = time.perf_counter() - begin
-
-    def _packed(self, model: Model, dtype: torch.dtype, latency: bool, tune: bool) -> Model:
-        """Return the model with an engine for its network, or with what is quicker on one image."""
-        packed = model.engine(self.batch_size, dtype=dtype, tune=tune)
-        if not latency or self.device.type == "cuda":
-            return packed
-        direct = replace(packed.net.rewrites, winograd=False)
-        ways = [packed, model.engine(1, dtype=dtype, rewrites=direct)]
-        if dtype == dtype_of(model.net):
-            ways.append(model)
-        return min(ways, key=_latency)
 
     def __call__(
         self, seed: int = 0, indices: Sequence[int] = range(64), *, rounding: Rounding = "round"
@@ -258,85 +129,73 @@ class Sampler:
             part = indices[start : start + self.batch_size]
             yield self.sample(noise(seed, part, self.model.shape, device=self.device))
 
-    @without_ambient()
-    def seconds_each(self) -> float:
-        """Measure how long an image takes, by a few network calls."""
-        if self._loop is not None:
-
-            def step(_: int) -> None:
-                self._loop.start().sum().item()  # waits for the device
-
-            return seconds_each(step, 1) / self.batch_size * self.model.nfe
-        z = noise(0, range(self.batch_size), self.model.shape, device=self.device)
-
-        def work(n: int) -> None:
-            with _tf32(self.precision == "tf32"):
-                self.model.call(z[:n]).sum().item()
-
-        return seconds_each(work, self.batch_size) * self.model.nfe
-
-    @without_ambient()
     def sample(self, z: Tensor) -> Tensor:
         """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1]."""
-        with _tf32(self.precision == "tf32"):
-            if self._loop is None:
-                return self.model.sample(z)
-            return torch.cat([self._looped(part) for part in z.split(self._loop.images)])
+        return self._runner.sample(z)
 
-    def _looped(self, z: Tensor) -> Tensor:
-        missing = self._loop.images - len(z)
-        filled = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]) if missing else z
-        return self._loop(filled)[: len(z)].clone()
+    def seconds_each(self) -> float:
+        """Measure the seconds that an image takes, from a few network calls."""
+        return self._runner.seconds_each()
 
 
-@contextmanager
-def _tried(asked: bool | None) -> Iterator[None]:
-    """Do what may be left out unless it was asked for; a failure is told then."""
+def _asked(model: Model, execution: Execution, batch_size: int) -> Runner:
+    """Prepare an execution that was asked for; a RuntimeError says what to do instead."""
     try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if asked:
-            raise
+        return execution.prepare(model, batch_size)
+    except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        log.warning("Sampler: goes on without the engine or its loop, which is slower: %s", reason)
+        raise RuntimeError(
+            f"Sampler: {execution} cannot run here: {reason}; mode eager runs the network itself"
+        ) from error
 
 
-def check_precision(precision: str, device: torch.device, engine: bool) -> None:
-    """Raise ValueError for a precision that there is not, or not on this device and in this way."""
-    if precision not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
-        raise ValueError(f"precision must be one of {known}, not {precision!r}")
-    if precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"precision tf32 is for CUDA GPUs, not for {device.type}")
-    if precision == "fp8" and not fp8_is_open():
-        raise ValueError(
-            "precision fp8 is an experiment: endpoints of the digits move 4 times as far as in "
-            "bfloat16, its speed was not measured; to use it all the same, set DS_EXPERIMENTAL=fp8"
-        )
-    if precision == "fp8" and not engine:
-        raise ValueError("precision fp8 is for U-Nets in the engine: leave engine on, compile off")
-
-
-def fp8_is_open() -> bool:
-    """Say whether the environment asks for the experiment by its name."""
-    return os.environ.get("DS_EXPERIMENTAL") == "fp8"
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in products and convolutions, which PyTorch keeps for the process."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
+def _prepared(model: Model, execution: Execution, batch_size: int) -> Runner:
+    """Prepare the default execution, or a plainer one if that fails, with a warning."""
     try:
-        for place in places:
-            place.allow_tf32 = allowed
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            place.allow_tf32 = was
+        return execution.prepare(model, batch_size)
+    except (RuntimeError, ValueError) as error:
+        if (plainer := _PLAINER.get(execution.mode)) is None:
+            raise
+        log.warning(
+            "Sampler: mode %s failed, %s is used instead, which is slower: %s",
+            execution.mode,
+            plainer,
+            str(error).partition("\n")[0],
+        )
+    return _prepared(model, replace(execution, mode=plainer), batch_size)
 
 
-def _latency(model: Model) -> float:
-    """Return how long a network call for one image takes."""
-    z = torch.zeros(1, *model.shape, dtype=torch.float32, device="cpu")
-    return seconds_each(lambda _: model.call(z), 1)
+def count(indices: Sequence[int]) -> int:
+    """Return the number of indices; a range may have more than len() can return."""
+    if isinstance(indices, range):
+        return max(0, -((indices.start - indices.stop) // indices.step))
+    return len(indices)
+
+
+def least_memory(model: Model) -> int:
+    """Return a lower bound on the bytes that sampling an image takes, whatever runs the network.
+
+    A state, its noise prediction and its x0 are float32. The last block of a U-Net reads two maps
+    of its first width, of at least 2 bytes an element, and writes one.
+    """
+    state = 3 * 4 * math.prod(model.shape)
+    if not isinstance(model.net, UNet):
+        return state
+    c = model.net.config
+    return state + 3 * 2 * c.channels * c.channel_mult[0] * c.image_size**2
+
+
+def default_batch_size(model: Model) -> int:
+    """Return the batch size of a Sampler that is given none.
+
+    256; for a U-Net on a GPU about 512, chosen to keep every multiprocessor busy in every layer and
+    to fit an eighth of the memory.
+    """
+    device = device_of(model.net)
+    if device.type != "cuda" or not isinstance(model.net, UNet):
+        return 256
+    gpu, place = torch.cuda.get_device_properties(device), Place(device, torch.bfloat16, 1)
+    plan = Plan.of(model.net, place)
+    fit = gpu.total_memory / 8 / (plan.peak() * place.dtype.itemsize)
+    full = plan.full_batch(gpu.multi_processor_count)
+    return full * max(1, round(min(512, fit) / full))

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ds import ops
 from ds.diffusion.noise import Draws, noise
+from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
+from ds.pairs.quantizer import quantize, row_of
 from ds.pairs.rows import as_indices
-from ds.pairs.store import PairStore, quantize
+from ds.pairs.store import PairStore
 from ds.system import distributed
 from ds.system.config import Count, Natural, Seed, require, to_json
 from ds.system.cost import check_memory
@@ -117,7 +119,8 @@ class Generated(AbstractSource):
     teacher would make with this seed and batch_size. So the pairs of a step depend on the step
     alone, and a resumed run makes the pool of its step again. The processes of torchrun share the
     work. `rows` must be a multiple of the run's batch size: all processes then change pools at the
-    same step. The teacher's network is on the device that trains. `options` go to its ds.Sampler.
+    same step. The teacher's network is on the device that trains, and `execution` says how it is
+    run, as for a ds.Sampler.
 
     Raises ValueError for sizes below 1.
     """
@@ -126,7 +129,7 @@ class Generated(AbstractSource):
 
     def __init__(
         self, teacher: Teacher, rows: int, *, seed: int, first: int = 0, reuse: int = 1,
-        batch_size: int | None = None, **options: Any,
+        batch_size: int | None = None, execution: Execution | None = None,
     ):  # fmt: skip
         require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
         require("Generated", Natural, first=first)
@@ -134,12 +137,12 @@ class Generated(AbstractSource):
         kept = 1 if len(teacher.shape) == 3 else 4  # bytes; and once more while put together
         check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows * prod(teacher.shape))
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
-        self._sampler = Sampler(teacher, batch_size=batch_size, **options)
+        self._sampler = Sampler(teacher, batch_size=batch_size, execution=execution)
         self._quantizer = "round" if len(teacher.shape) == 3 else "float32"
         self._pool, self._number = torch.empty(0, dtype=torch.float32, device="cpu"), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
-            f"{self._sampler.batch_size} at a time, {options}"
+            f"{self._sampler.batch_size} at a time, {self._sampler.execution}"
         )
 
     def __len__(self) -> int:
@@ -165,9 +168,9 @@ class Generated(AbstractSource):
         share = distributed.share(-(-self.rows // size))
         mine = range(start, start + self.rows)[share.start * size : share.stop * size]
         made = [quantize(x, self._quantizer) for x in self._sampler.batches(self.seed, mine)]
-        c, *rest = self._sampler.model.shape
-        empty = np.empty((0, *rest, c), np.uint8 if self._quantizer == "round" else np.float32)
-        return distributed.gather(torch.from_numpy(np.concatenate([empty, *made])))
+        row = row_of(self._sampler.model.shape, self._quantizer)
+        empty = torch.empty(0, *row.shape, dtype=row.dtype, device="cpu")
+        return distributed.gather(torch.cat([empty, *made]))
 
     def fingerprint(self) -> str:
         return (

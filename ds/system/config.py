@@ -190,9 +190,9 @@ def require(where: str, kind: Any, **values: Any) -> None:
 def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     """Return how a value breaks its type, as "path must be a number, not 'x'"; None if it fits.
 
-    A type is a plain type, list, tuple, dict, union, literal, class, TypedDict (with no names but
-    its own), or one of them Annotated with bounds. A bool is not a number. A whole number is also a
-    real one, and text is also a path.
+    A type is a plain type, list, tuple, dict, union, literal, class, or one of them Annotated with
+    bounds. It may also be a TypedDict or a dataclass, for a dict with no names but its own. A bool
+    is not a number. A whole number is also a real one, and text is also a path.
     """
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -212,7 +212,7 @@ def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     if origin is Literal:
         fits = any(type(value) is type(one) and value == one for one in args)
         return None if fits else _not(at, _words(kind), value)
-    if is_typeddict(kind):
+    if is_typeddict(kind) or (dataclasses.is_dataclass(kind) and not isinstance(value, kind)):
         return _fields_mismatch(value, kind, at)
     if not _is_a(value, origin or kind):
         return _not(at, _words(kind), value)
@@ -231,12 +231,20 @@ def _fields_mismatch(value: Any, kind: Any, at: str) -> str | None:
     if not isinstance(value, dict):
         return _not(at, _WORDS[dict], value)
     hints = _hints(kind)
-    for name in sorted(kind.__required_keys__ - {*value}):
+    for name in sorted(_required(kind) - {*value}):
         return f"{_join(at, name)} is missing"
     for name in value:
         if name not in hints:
             return f"{_join(at, short(repr(name)))} is no field of it"
     return _first(mismatch(v, hints[name], _join(at, name)) for name, v in value.items())
+
+
+def _required(kind: Any) -> frozenset[str]:
+    if is_typeddict(kind):
+        return kind.__required_keys__
+    free = dataclasses.MISSING
+    rules = dataclasses.fields(kind)
+    return frozenset(f.name for f in rules if f.default is free and f.default_factory is free)
 
 
 def _first(found: Any) -> str | None:

@@ -21,9 +21,9 @@ from ds.diffusion.solvers import (
     UniPC,
 )
 from ds.methods import Denoising, DenoisingStudent
-from ds.models.sampler import Precision
+from ds.models.execution import Mode, Precision
 from ds.nets import UNetConfig
-from ds.pairs.store import Quantizer
+from ds.pairs.quantizer import Quantizer
 from ds.system.config import Between, Count, Natural, Seed, check
 from ds.training.config import TrainConfig
 
@@ -116,9 +116,9 @@ class PairsConfig:
     batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
     shard_size: Count = 16_384
     quantizer: Quantizer = "round"
-    # None: bfloat16 on GPUs, float32 on CPUs
+    # of the teacher's matrix products; None: bfloat16 on GPUs, float32 on CPUs
     precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
-    engine: bool | None = None  # run the teacher through ds.engine; None: GPUs, and float32 on CPUs
+    mode: Mode | None = None  # what runs the teacher; None: the fastest way its device has
 
     def __post_init__(self):
         check(self, "pairs.")

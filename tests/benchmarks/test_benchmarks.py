@@ -28,6 +28,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Case, Side
 from ds.engine import Place, Plan, rewrites
+from ds.models.execution import Execution
 
 CPU = torch.device("cpu")
 
@@ -324,7 +325,7 @@ def test_a_case_draws_in_the_precision_of_its_peers(module, monkeypatch):
     real = getattr(module, name)
 
     def noting(*args, **options):
-        asked.append(options["precision"])
+        asked.append(options["execution"].precision)
         return real(*args, **options)
 
     monkeypatch.setattr(module, name, noting)
@@ -344,8 +345,9 @@ def test_a_loop_on_a_gpu_is_timed_as_a_sampler_runs_it(monkeypatch):
     loops, _ = teacher_loop.contenders(net, 2, torch.bfloat16, torch.device("cuda"), slow=True)
     assert [*loops] == ["net", "engine", "ours, tuned", "ours"]
     assert loops["ours"](-1) == loops["ours, tuned"](-1) == 1
-    asked = {"batch_size": 2, "precision": "bfloat16"}
-    assert made == [asked, {"tune": True, **asked}]
+    way = Execution("bfloat16", "engine")  # of a network on a CPU
+    tuned = replace(way, tune=True)
+    assert made == [{"batch_size": 2, "execution": e} for e in (way, tuned)]
 
 
 def test_kinds_of_layers():

@@ -32,7 +32,7 @@ def test_the_chain_leaves_models_that_load(chain):
     store.verify(teacher_of(chain, steps=5))
     assert (teacher.nfe, student.nfe, len(store)) == (12, 1, 160)
     about = json.loads((chain / "student" / "config.json").read_text())["provenance"]
-    assert about["teacher_sha256"] == store.manifest["teacher"]["sha256"]
+    assert about["teacher_sha256"] == store.teacher_sha256
     assert about["pairs_sha256"] == store.sha256
     assert (about["pairs"], about["steps"]) == (128, 6)
 
@@ -94,7 +94,7 @@ def test_a_second_chain_reuses_what_is_there(home, monkeypatch):
 
     before = stable()
     monkeypatch.setattr(Trainer, "_advance", work)
-    monkeypatch.setattr("ds.pairs.store._make", work)
+    monkeypatch.setattr("ds.pairs.generate._make", work)
     run_chain(home)
     assert stable() == before
 
@@ -102,7 +102,7 @@ def test_a_second_chain_reuses_what_is_there(home, monkeypatch):
 def test_another_solver_makes_pairs_and_its_calls_are_counted(home):
     solver = ("--solve.solver", "heun", "--solve.grid", "log_snr")
     assert main(pairs_of(*solver)) == 0
-    assert ds.PairStore("new").manifest["solver"] == {"type": "heun"}
+    assert ds.PairStore("new").solver == ds.solvers.Heun()
     assert main([*distill_of("--store", "new", "--out", "other")]) == 0
     about = json.loads(Path("other/config.json").read_text())["provenance"]
     assert about["teacher_nfe"] == 9

@@ -110,7 +110,7 @@ IDLE = [  # a verb, what is set beside the option, the option and a value
     ("distill", "", "--pairs.quantizer floor"),
     ("distill", "", "--precision bfloat16"),
     ("distill", "", "--pairs.precision bfloat16"),
-    ("distill", "", "--pairs.engine False"),
+    ("distill", "", "--pairs.mode eager"),
     ("distill", "", "--solve.steps 6"),
     ("distill", "", "--solve.solver heun"),
     ("distill", "", "--solve.top 700"),

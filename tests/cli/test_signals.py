@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import ds
-import ds.pairs.store
 from ds.cli.__main__ import main
+from ds.pairs import shards
 from ds.system import signals
 from ds.system.signals import ENDS, Heard, Interrupted, deferred_signals
 
@@ -84,7 +84,7 @@ def test_a_signal_is_heard_between_two_calls_of_the_network(number, tmp_path, mo
         return step(self, *args)
 
     monkeypatch.setattr(ds.solvers.DDIM, "step", counted)
-    monkeypatch.setattr("ds.pairs.store.estimate", lambda *_: ("", 0))
+    monkeypatch.setattr("ds.pairs.generate.estimate", lambda *_: ("", 0))
     with pytest.raises(Interrupted, match="2 of 4 shards are safe; run the same") as found:
         ds.generate_pairs(TEACHER, tmp_path, 32, shard_size=8)
     assert found.value.number == number
@@ -94,13 +94,13 @@ def test_a_signal_is_heard_between_two_calls_of_the_network(number, tmp_path, mo
 
 
 def test_a_shard_that_is_being_written_is_written(tmp_path, monkeypatch):
-    write = ds.pairs.store._Plan.write
+    write = shards.write
 
-    def interrupted(self, shard, put, images):
+    def interrupted(*args):
         send(signal.SIGINT)
-        write(self, shard, put, images)
+        write(*args)
 
-    monkeypatch.setattr(ds.pairs.store._Plan, "write", interrupted)
+    monkeypatch.setattr(shards, "write", interrupted)
     with pytest.raises(Interrupted, match="1 of 4 shards are safe"):
         ds.generate_pairs(TEACHER, tmp_path, 32, shard_size=8)
 

@@ -15,7 +15,7 @@ from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import Heun
 from ds.engine import Engine, Place, Plan, Rewrites, calls
 from ds.methods import DenoisingStudent
-from ds.models.sampler import uses_engine
+from ds.models.execution import Execution
 from ds.ops.dispatch.op import triton_kernels
 from ds.training.presets import PRESETS, SOLVERS
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
@@ -84,7 +84,7 @@ def test_a_sampler_draws_a_teacher_s_images_with_the_engine(batch_size):
 def test_a_sampler_draws_a_student_s_images_with_the_engine():
     model = ds.Student(build(), DenoisingStudent())
     z = ds.noise(3, range(7), model.shape)
-    (found,) = ds.Sampler(model, engine=True).batches(3, range(7))
+    (found,) = ds.Sampler(model, execution=Execution(mode="engine")).batches(3, range(7))
     assert relative_rms(found, model.sample(z)) < 1e-5
 
 
@@ -98,23 +98,6 @@ def test_an_engine_is_made_for_the_times_of_its_model(solver):
     known = len(found._times)
     model.using(found).sample(torch.zeros(1, *model.shape))
     assert len(found._times) == known  # none had to be added
-
-
-def test_the_engine_is_used_unasked_for_float32_only_on_cpus(monkeypatch):
-    assert uses_engine(build())
-    assert not uses_engine(build().bfloat16())
-    with monkeypatch.context() as patched:
-        patched.setattr("ds.models.sampler.device_of", lambda _: torch.device("cuda"))
-        assert uses_engine(build()) and uses_engine(build().bfloat16(), "bfloat16")
-        assert not uses_engine(nn.Linear(1, 1))
-    assert not uses_engine(nn.Linear(1, 1))
-    net = teacher().net
-    assert ds.Sampler(teacher(net), engine=False).model.net is net
-
-
-def test_compile_and_engine_are_not_combined():
-    with pytest.raises(ValueError, match=r"^Sampler: compile and engine"):
-        ds.Sampler(teacher(), compile=True, engine=True)
 
 
 # --- the printed plan

@@ -13,8 +13,9 @@ from ds import analytic
 from ds.diffusion import grids
 from ds.diffusion.solvers import DDIM
 from ds.evaluation import metrics
-from ds.evaluation.evaluate import evaluate, read_reference, record, split_floor
+from ds.evaluation.evaluate import evaluate, record, split_floor
 from ds.evaluation.features import Pixels
+from ds.evaluation.references import read_reference
 from ds.models.images import to_float
 from ds.pairs.sources import Pairs, digits
 
@@ -68,14 +69,17 @@ def test_the_pair_error_is_the_distance_to_what_is_stored(pairs):
 
 def test_the_protocol_says_how_the_figures_were_obtained(pairs):
     result = evaluate(
-        TEACHER, REFERENCE, Pixels(), n=8, seed=3, batch_size=5, rounding="floor", held_out=pairs
-    )
+        TEACHER, REFERENCE, Pixels(), n=8, seed=3, batch_size=5, rounding="floor", held_out=pairs,
+        execution=ds.Execution("bfloat16"),
+    )  # fmt: skip
     assert result["protocol"] == {
         "version": ds.__version__,
         "quantizer": "floor",
         "nfe": 5,
         "seed": 3,
         "batch_size": 5,
+        "execution": {"precision": "bfloat16", "mode": "eager", "tune": False, "winograd": True},
+        "device": "cpu",
         "held_out": pairs.fingerprint(),
         "n": 8,
         "reference": {

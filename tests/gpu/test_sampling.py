@@ -10,6 +10,7 @@ import ds
 from ds.engine import Engine, Loop, Recurrence
 from ds.evaluation.evaluate import evaluate
 from ds.evaluation.features import Pixels
+from ds.models.execution import Execution
 from tests import emulated
 from tests.gpu import CONFIG, GRID, student, teacher
 from tests.nets.test_unet import build, relative_rms
@@ -23,7 +24,7 @@ every_precision = pytest.mark.parametrize("precision", TOLERANCE)
 def quick(monkeypatch):
     """Let an emulated GPU take the time of one call, where a real one is asked for the least."""
     if emulated.VARIABLE in os.environ:
-        monkeypatch.setattr("ds.models.sampler.seconds_each", lambda work, most: work(1) or 1.0)
+        monkeypatch.setattr("ds.models.execution.seconds_each", lambda work, most: work(1) or 1.0)
 
 
 def z(count: int = 2) -> torch.Tensor:
@@ -54,16 +55,19 @@ def test_an_engine_is_its_network(precision):
 )
 def test_a_sampler_replays_a_captured_step(make, precision, caplog):
     with caplog.at_level(logging.WARNING):
-        sampler = ds.Sampler(make(), batch_size=2, device="cuda", precision=precision)
+        model = make()
+        model.net.cuda()
+        execution = Execution.default(model, precision=precision)
+        sampler = ds.Sampler(model, batch_size=2, execution=execution)
     assert not caplog.messages, "what is not captured is announced"
-    assert isinstance(sampler.model.net, Engine) and sampler._loop is not None
+    assert sampler.execution == Execution(precision, "cuda_graph")
     found = sampler.sample(z(1).cuda())  # and another image, which fills the batch
     assert found.is_cuda and relative_rms(found.cpu(), exact(make(), 1)) < TOLERANCE[precision]
 
 
 def test_a_sampler_runs_the_network_itself_if_it_is_told():
-    sampler = ds.Sampler(teacher(), batch_size=2, device="cuda", engine=False)
-    assert sampler.precision == "bfloat16"
+    sampler = ds.Sampler(teacher(), batch_size=2, device="cuda", execution=Execution("bfloat16"))
+    assert not isinstance(sampler.model.net, Engine)
     assert relative_rms(sampler.sample(z().cuda()).cpu(), exact(teacher())) < 0.03
 
 
@@ -84,6 +88,8 @@ def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
     on_cpu = evaluate(model, real, Pixels(), n=4)
     model.net.cuda()
     on_gpu = evaluate(model, real, Pixels(), n=4, batch_size=2)
+    assert on_gpu["protocol"]["device"] == "cuda"
+    assert on_gpu["protocol"]["execution"]["precision"] == "bfloat16"
     assert on_gpu["frechet_distance"] == pytest.approx(on_cpu["frechet_distance"], rel=0.02)
 
 

@@ -1,13 +1,16 @@
 """The one conversion between levels and floats, and pictures of many images."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ds.models.images import save_png, tile, to_float, to_uint8
+from ds.models.images import save, save_png, tile, to_float, to_uint8
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
+IMAGES = torch.randint(0, 256, (5, 4, 6, 3), generator=torch.Generator().manual_seed(0)).byte()
 
 
 def test_every_level_survives_the_round_trip():
@@ -75,3 +78,43 @@ def test_a_png_holds_each_pixel_enlarged(tmp_path, channels):
     save_png(image, tmp_path / "image.png", scale=4)
     read = np.asarray(Image.open(tmp_path / "image.png")).reshape(8, 12, channels)
     np.testing.assert_array_equal(read, image.numpy().repeat(4, 0).repeat(4, 1))
+
+
+@pytest.mark.parametrize("columns", [None, 2])
+def test_a_sheet_is_a_png_with_enlarged_pixels(tmp_path, columns):
+    save(IMAGES, tmp_path / "sheet.png", columns=columns, scale=3)
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "sheet.png")))
+    expected = tile(IMAGES, columns or math.ceil(math.sqrt(5)))
+    assert torch.equal(sheet[1::3, 1::3], expected)
+    assert torch.equal(sheet[::3, 2::3], expected)
+
+
+def test_a_directory_has_a_png_for_each_image(tmp_path):
+    save(IMAGES, tmp_path / "folder")
+    for i, image in enumerate(IMAGES):
+        stored = np.array(Image.open(tmp_path / "folder" / f"{i:06d}.png"))
+        assert torch.equal(torch.from_numpy(stored), image)
+
+
+def test_arrays_hold_the_images_as_they_are(tmp_path):
+    save(IMAGES, tmp_path / "a.npy")
+    save(IMAGES, tmp_path / "a.npz")
+    assert (np.load(tmp_path / "a.npy") == IMAGES.numpy()).all()
+    assert (np.load(tmp_path / "a.npz")["images"] == IMAGES.numpy()).all()
+
+
+def test_an_animation_goes_there_and_back(tmp_path):
+    grey = (torch.arange(5) * 60).byte().reshape(-1, 1, 1, 1).expand(-1, 4, 4, 1)
+    save(grey, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as animation:
+        shades = []
+        for frame in range(animation.n_frames):
+            animation.seek(frame)
+            shades.append(animation.convert("L").getpixel((0, 0)))
+    assert shades == [0, 60, 120, 180, 240, 180, 120, 60]
+
+
+def test_another_name_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.bmp: the name must end in one of \.png, \.gif"):
+        save(IMAGES, tmp_path / "new" / "a.bmp")
+    assert not list(tmp_path.iterdir())

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ds.evaluation.evaluate import Moments, evaluate, read_reference
+from ds.evaluation.evaluate import evaluate
 from ds.evaluation.features import AbstractExtractor, Inception, Pixels
 from ds.evaluation.metrics import frechet_distance, inception_score
+from ds.evaluation.references import Moments, read_reference
 from ds.models.images import to_float
 
 IMAGES = torch.randint(0, 256, (40, 4, 5, 3), generator=torch.Generator().manual_seed(0)).byte()

@@ -17,8 +17,11 @@ import torch
 
 import ds
 from ds.cli.__main__ import main
+from ds.models.images import to_uint8
+from ds.pairs import generate as pairs
+from ds.pairs import shards
 from ds.pairs import storage as places
-from ds.pairs import store as pairs
+from ds.pairs.store import info, is_finished
 from ds.system.files import redacted
 from tests.pairs.test_store import GAUSSIAN, all_images, contents, make
 
@@ -64,7 +67,7 @@ def test_a_bucket_holds_what_a_directory_would(url, tmp_path):
     assert store.path == url and store.sha256 == local.sha256
     assert torch.equal(all_images(store), all_images(local))
     store.verify(GAUSSIAN)
-    assert pairs.info(url) == pairs.info(tmp_path / "s")
+    assert info(url) == info(tmp_path / "s")
 
 
 def test_a_store_in_a_bucket_is_resumed_and_grows(url, tmp_path):
@@ -88,9 +91,9 @@ def test_a_store_in_a_bucket_is_resumed_and_grows(url, tmp_path):
 def test_writers_of_one_bucket_make_what_one_makes_and_no_shard_twice(url, tmp_path, monkeypatch):
     made, real = [], pairs._make
 
-    def counted(plan, sampler, shard, *rest):
+    def counted(manifest, sampler, shard, shown):
         made.append(shard)
-        return real(plan, sampler, shard, *rest)
+        return real(manifest, sampler, shard, shown)
 
     monkeypatch.setattr(pairs, "_make", counted)
     with ThreadPoolExecutor(4) as pool:
@@ -130,21 +133,21 @@ def test_what_the_dead_have_claimed_is_taken_over_and_cleared_away(url, tmp_path
 
 def test_of_two_that_make_a_shard_the_first_has_written_it(url, monkeypatch):
     """As when a process sleeps, is taken for dead, and wakes up; the machines round otherwise."""
-    real = pairs._make
+    real, bucket = pairs._make, places.place(url)
 
-    def overtaken(plan, sampler, shard, *rest):
-        images = real(plan, sampler, shard, *rest)
+    def overtaken(manifest, sampler, shard, shown):
+        images = real(manifest, sampler, shard, shown)
         if shard == 1:
             monkeypatch.setattr(pairs, "_make", real)
-            plan.place.remove(places.claim_of(SHARD))
-            with plan.place.claim(SHARD) as put:
-                plan.write(1, put, images ^ 1)
+            bucket.remove(places.claim_of(SHARD))
+            with bucket.claim(SHARD) as put:
+                shards.write(bucket, 1, put, images ^ 1)
         return images
 
     monkeypatch.setattr(pairs, "_make", overtaken)
     store = make(url)
     store.verify()
-    expected = pairs.to_uint8(GAUSSIAN.sample(store.noise(range(16, 32))))
+    expected = to_uint8(GAUSSIAN.sample(store.noise(range(16, 32))))
     assert torch.equal(store.images(range(16, 32)), expected ^ 1)
 
 
@@ -168,7 +171,7 @@ def test_a_changed_object_is_named(url, tmp_path, monkeypatch):
 
 def test_a_damaged_copy_on_this_machine_is_fetched_again(url, tmp_path):
     """Whoever comes upon it: a store that is opened, one that reads, one that is verified."""
-    digest = make(url).manifest["sha256"][1]
+    digest = make(url).manifest.sha256[1]
     (kept,) = (tmp_path / "cache").glob(f"{digest}.npy")
     whole = kept.read_bytes()
     for content in (b"", whole[:-1], whole[:-1] + b"?"):
@@ -236,7 +239,7 @@ def test_no_error_says_them(monkeypatch, call, error):
 
     monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{call}", fail)
     with pytest.raises(OSError) as said:
-        pairs.is_finished(url) if call == "ls" else ds.PairStore(url)
+        is_finished(url) if call == "ls" else ds.PairStore(url)
     assert "pa55" not in str(said.value) and "memory://***@host/x" in str(said.value)
 
 

@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import ds
 from ds.analytic import Gaussian, GaussianMixture
+from ds.models.execution import Execution
 from ds.models.images import to_uint8
 from ds.models.pretrained import fingerprint
 from ds.nets import UNetConfig
+from ds.pairs import generate as pairs
+from ds.pairs import shards
 from ds.pairs import storage as places
-from ds.pairs import store as pairs
 from ds.system.config import to_json
 from ds.system.files import read_sealed, sealed
 from ds.system.staging import write_json
@@ -129,7 +130,7 @@ def test_an_open_store_keeps_no_file_open(tmp_path):
 
 
 def test_the_manifest_says_what_made_the_store(tmp_path):
-    manifest = make(tmp_path / "s").manifest
+    manifest = make(tmp_path / "s").manifest.json
     hashes = [
         hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted((tmp_path / "s").glob("images-*.npy"))
@@ -149,9 +150,12 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
             },
             "prediction": {"type": "eps"},
         },
-        "engine": False,
-        "loop": False,
-        "precision": "float32",
+        "execution": {
+            "precision": "float32",
+            "mode": "eager",
+            "tune": False,
+            "winograd": True,
+        },
         "device": "cpu",
         "solver": {"type": "ddim", "eta": 0.0},
         "grid": list(ds.grids.quadratic(10)),
@@ -264,7 +268,7 @@ def test_a_deleted_shard_is_written_again_and_the_others_are_left(tmp_path):
 
 def test_a_finished_store_is_not_computed_again(tmp_path, monkeypatch):
     make(tmp_path / "s")
-    monkeypatch.setattr("ds.pairs.store.Sampler", None)
+    monkeypatch.setattr("ds.pairs.generate.Sampler", None)
     assert len(make(tmp_path / "s")) == COUNT
 
 
@@ -285,7 +289,7 @@ def test_a_larger_count_adds_shards_and_leaves_the_old_ones(tmp_path, monkeypatc
 def test_overhead_is_linear_in_the_number_of_shards(tmp_path, monkeypatch):
     """Every call is counted, of Python and of C, and every name of a listing as one more."""
     listdir = os.listdir
-    images = np.zeros((1, 4, 4, 2), np.uint8)
+    images = torch.zeros(1, 4, 4, 2, dtype=torch.uint8)
     monkeypatch.setattr(pairs, "_make", lambda *_: images)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for time; it would count the same
 
@@ -330,7 +334,7 @@ def test_a_store_that_grows_is_read_when_it_is_finished_again(tmp_path, monkeypa
     with pytest.raises(ValueError, match="count: 60, not 40"):
         make(tmp_path / "s", count=40)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="not finished"):
-        patch.setattr(pairs._Plan, "finish", lambda plan: None)
+        patch.setattr(shards, "finish", lambda *_: None)
         make(tmp_path / "s", count=60)
     assert len(make(tmp_path / "s", count=60)) == 60
 
@@ -357,7 +361,8 @@ def test_verify_refuses_a_teacher_with_other_weights(tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_verify_computes_as_the_store_was_computed(tmp_path, unet, precision):
-    store = make(tmp_path / "s", unet, precision=precision)
+    execution = Execution.default(unet, precision=precision)
+    store = make(tmp_path / "s", unet, execution=execution)
     store.verify(unet, recompute=COUNT)
 
 
@@ -377,8 +382,7 @@ def test_an_unfinished_store_is_not_read(tmp_path):
 
 def test_a_store_without_its_hashes_is_not_read(tmp_path):
     store = make(tmp_path / "s")
-    manifest = {k: v for k, v in store.manifest.items() if k != "sha256"}
-    write_json(tmp_path / "s" / "manifest.json", sealed(manifest))
+    write_json(tmp_path / "s" / "manifest.json", sealed({**store.manifest.json, "sha256": []}))
     with pytest.raises(ValueError, match="not finished"):
         ds.PairStore(tmp_path / "s")
 
@@ -387,10 +391,11 @@ def test_a_store_without_its_hashes_is_not_read(tmp_path):
 def test_a_shard_whose_hash_was_lost_is_taken_as_it_is_and_said(tmp_path, caplog, how):
     """Else the store would be unfinished for ever: the shard is there, so nobody makes it again."""
     manifest = make(tmp_path / "s").manifest
-    lost = manifest | {"sha256": [manifest["sha256"][0], None, manifest["sha256"][2]]}
+    first, second, third = manifest.sha256
+    lost = manifest.json | {"sha256": [first, None, third]}
     write_json(tmp_path / "s" / "manifest.json", sealed(lost))
     if how != "gone":
-        content = b"\xff" * 64 if how == "no text" else manifest["sha256"][1][:-1].encode()
+        content = b"\xff" * 64 if how == "no text" else second[:-1].encode()
         (tmp_path / "s" / "images-00001.sha256").write_bytes(content)
     assert make(tmp_path / "s").manifest == manifest
     assert "images-00001.npy: its hash was lost" in caplog.text
@@ -433,7 +438,8 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
         ({"count": 39}, r"count: 40, not 39"),
         ({"shard_size": 8}, r"shard_size: 16, not 8"),
         ({"quantizer": "floor"}, r"quantizer: round, not floor"),
-        ({"precision": "bfloat16"}, r"precision: float32, not bfloat16"),
+        ({"execution": Execution("bfloat16")}, r"execution.precision: float32, not bfloat16"),
+        ({"execution": Execution(mode="compile")}, r"execution.mode: eager, not compile"),
         ({"teacher": replace(GAUSSIAN, grid=ds.grids.quadratic(9))}, r"grid: \[800, "),
         (
             {"teacher": Gaussian(shape=(2, 4, 4)).teacher(GAUSSIAN.solver, GAUSSIAN.grid)},
@@ -469,18 +475,18 @@ def test_a_size_below_one_is_refused_before_anything_is_written(tmp_path, name, 
 
 def test_tf32_is_refused_on_a_cpu_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="precision tf32 is for CUDA GPUs, not for cpu"):
-        make(tmp_path / "s", precision="tf32")
+        make(tmp_path / "s", execution=Execution("tf32"))
     assert not (tmp_path / "s").exists()
 
 
 def test_fp8_is_refused_before_anything_is_written(tmp_path, unet, monkeypatch):
     monkeypatch.delenv("DS_EXPERIMENTAL", raising=False)
     with pytest.raises(ValueError, match="DS_EXPERIMENTAL=fp8"):
-        make(tmp_path / "s", unet, precision="fp8")
+        make(tmp_path / "s", unet, execution=Execution("fp8", "engine"))
     monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
-    for teacher, engine in ((unet, False), (GAUSSIAN, None)):
-        with pytest.raises(ValueError, match="precision fp8 is for U-Nets in the engine"):
-            make(tmp_path / "s", teacher, precision="fp8", engine=engine)
+    for teacher, mode in ((unet, "eager"), (GAUSSIAN, "engine")):
+        with pytest.raises(ValueError, match="precision fp8 is for U-Nets in the mode engine"):
+            make(tmp_path / "s", teacher, execution=Execution("fp8", mode))
     assert not (tmp_path / "s").exists()
 
 
@@ -488,13 +494,13 @@ def test_fp8_is_refused_before_anything_is_written(tmp_path, unet, monkeypatch):
 def test_fp8_and_bfloat16_never_mix(tmp_path, unet, monkeypatch, first, then):
     """A store with a shard to make refuses another precision, though both are of the engine."""
     monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
-    store = make(tmp_path / "s", unet, engine=True, precision=first)
-    assert (store.manifest["precision"], store.manifest["engine"]) == (first, True)
+    store = make(tmp_path / "s", unet, execution=Execution(first, "engine"))
+    assert store.manifest.execution == Execution(first, "engine")
     store.verify(unet, recompute=COUNT)
     (tmp_path / "s" / "images-00002.npy").unlink()
     before = contents(tmp_path / "s")
-    with pytest.raises(ValueError, match=rf"made otherwise \(precision: {first}, not {then}"):
-        make(tmp_path / "s", unet, engine=True, precision=then)
+    with pytest.raises(ValueError, match=rf"\(execution.precision: {first}, not {then}"):
+        make(tmp_path / "s", unet, execution=Execution(then, "engine"))
     assert contents(tmp_path / "s") == before
 
 
@@ -506,7 +512,7 @@ def test_points_are_not_stored_as_images(tmp_path):
 
 def test_a_disk_too_small_is_noticed_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=COUNT * 32 - 1))
-    monkeypatch.setattr("ds.pairs.store.estimate", None)  # the first work there is
+    monkeypatch.setattr("ds.pairs.generate.estimate", None)  # the first work there is
     with pytest.raises(RuntimeError, match=r"40 pairs need 1\.28 kB, the disk has 1\.28 kB free"):
         make(tmp_path / "s")
     monkeypatch.undo()

@@ -117,7 +117,10 @@ def of_gradients(s: Setting) -> list[Tensor]:
 
 
 def of_a_sampler(s: Setting) -> list[Tensor]:
-    engine, plain = ds.Sampler(s.teacher), ds.Sampler(s.teacher, engine=False, batch_size=2)
+    engine, plain = (
+        ds.Sampler(s.teacher),
+        ds.Sampler(s.teacher, execution=ds.Execution(), batch_size=2),
+    )
     return [engine(0, range(3)), plain(0, range(3)), next(engine.batches(0, range(2)))]
 
 

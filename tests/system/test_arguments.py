@@ -17,8 +17,8 @@ import ds
 from ds.cli.distill import Distill
 from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
-from ds.evaluation.evaluate import Moments
 from ds.evaluation.features import Pixels
+from ds.evaluation.references import Moments
 from ds.models.interpolate import great_circle
 from ds.nets import UNetConfig
 from ds.pairs.sources import Generated, Images
@@ -190,8 +190,7 @@ def test_a_seed_that_is_none_is_refused_before_anything_is_made(ask, seed, tmp_p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"engine": "yes"}, "engine must be true or false or null, not 'yes'"),
-        ({"precision": "half"}, "precision must be one of"),
+        ({"execution": "eager"}, "execution must be a Execution or null, not 'eager'"),
         ({"quantizer": "int4"}, "quantizer must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"shard_size": 2.0}, "shard_size must be a whole number, not 2.0"),

@@ -149,7 +149,7 @@ def all_kinds(root: Path, cache: Path) -> dict[str, Kind]:
     run = trainer(a)
     url = f"memory://damage/{next(itertools.count())}"
     kept = store(url)
-    cached = cache / f"{kept.manifest['sha256'][1]}.npy"
+    cached = cache / f"{kept.manifest.sha256[1]}.npy"
     (shard,) = (a / "shards" / FOLDER).glob("*.safetensors")
 
     def kind(name: str, use: Callable[[], Any]) -> Kind:

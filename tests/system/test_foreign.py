@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ds.diffusion.schedules import LinearBeta
-from ds.evaluation.evaluate import Moments, read_reference
 from ds.evaluation.features import Inception
+from ds.evaluation.references import Moments, read_reference
 from ds.models.convert import read, to_diffusers
 from ds.models.load import load
 from ds.nets import UNetConfig

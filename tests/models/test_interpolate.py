@@ -1,0 +1,18 @@
+"""Paths between noise tensors."""
+
+import pytest
+import torch
+
+from ds.models.interpolate import great_circle
+
+
+@pytest.mark.parametrize("between", [0, 1, 9])
+def test_a_great_circle_passes_through_its_points_in_even_steps(between):
+    z = torch.nn.functional.normalize(torch.randn(3, 20, dtype=torch.float64), dim=1) * 4
+    path = great_circle(z, between)
+    assert len(path) == 2 * (between + 1) + 1
+    torch.testing.assert_close(path[:: between + 1], z)
+    torch.testing.assert_close(path.norm(dim=1), torch.full((len(path),), 4.0).double())
+    steps = torch.acos((path[1:] * path[:-1]).sum(1) / 16)
+    for leg in steps.split(between + 1):
+        torch.testing.assert_close(leg, leg[:1].expand_as(leg))
