@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.pairs.store import PairStore as PairStore
     from ds.training.config import TrainConfig as TrainConfig
     from ds.training.ema import post_hoc_ema as post_hoc_ema
+    from ds.training.stages import Stages as Stages
     from ds.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ _PUBLIC = {
     "PairStore": "ds.pairs.store",
     "Pairs": "ds.pairs.sources",
     "Sampler": "ds.models.sampler",
+    "Stages": "ds.training.stages",
     "Student": "ds.models.student",
     "Teacher": "ds.models.teacher",
     "TrainConfig": "ds.training.config",

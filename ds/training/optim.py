@@ -120,11 +120,8 @@ class TrainState:
         self, modules: nn.ModuleDict, turns: Sequence[str], averages: Averages, config: TrainConfig
     ):
         self.modules, self.turns, self.config, self.step = modules, turns, config, 0
-        if "student" not in turns or not {*turns} <= {*modules}:
-            raise ValueError(
-                f"the turns of a method name the student and others of its modules, "
-                f"{', '.join(modules)}; not {', '.join(turns)}"
-            )
+        if missing := {*turns} - {*modules}:
+            raise ValueError(f"turns name {missing.pop()}; `init` made {', '.join(modules)}")
         student = modules["student"].parameters()
         both = zip(student, averages.ema.parameters(), strict=True)
         averaged = {p: mean for p, mean in both if p.requires_grad}

@@ -104,6 +104,8 @@ class Trainer:
             raise ValueError(
                 f"{type(method).__name__} needs {method.feeds}, the source has {source.feeds}"
             )
+        if "student" not in method.turns:
+            raise ValueError(f"the turns of a method include the student, not {method.turns} alone")
         r.check(self.config.batch_size, self.device, coupled=method.coupled)
         if r.evaluate_every and self.evaluate is None:
             raise ValueError("runtime.evaluate_every needs an `evaluate` of the Trainer")

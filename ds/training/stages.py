@@ -1,0 +1,133 @@
+"""Stages: a method trained in several runs, each of which starts from the result of the last."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ds.methods import AbstractMethod
+from ds.models.model import Model
+from ds.models.teacher import Teacher
+from ds.pairs.generate import generate_pairs
+from ds.pairs.sources import AbstractSource, Noise, Pairs
+from ds.system.config import Count, require, to_json
+from ds.training.config import TrainConfig
+from ds.training.trainer import Trainer
+
+_SEED = 0x51E377A900000000  # of the pairs of later stages; no run is likely to use it elsewhere
+log = logging.getLogger("ds")
+
+
+class Stages:
+    """Train the stages of a method one after the other, each in a directory that can be resumed.
+
+    The first stage is an ordinary run in `out`. Stage k, from 2 on, is a run in `out`/stage-k with
+    the same config and a fresh optimiser, and starts from the result of stage k - 1. What it is
+    trained on depends on what it feeds:
+
+        pairs     pairs that this result makes, in the store `out`/stage-k-pairs: `pairs` of them,
+                  by default as many as `source` has rows, and as many more as `held_out` has
+        noise     fresh noise, as many rows as `source` has
+        other     `source` and `held_out`
+
+    Call it again after an interruption: finished stages are read, the others go on to the same
+    bits. `evaluate` makes figures of a model, and `options` go to each Trainer.
+
+    Raises ValueError as Trainer does.
+    """
+
+    def __init__(
+        self,
+        method: AbstractMethod,
+        start: Teacher,
+        source: AbstractSource,
+        held_out: AbstractSource,
+        out: str | Path,
+        config: TrainConfig,
+        *,
+        pairs: int | None = None,
+        evaluate: Callable[[Model], dict[str, float]] | None = None,
+        **options: Any,
+    ):
+        require("Stages", Count | None, pairs=pairs)
+        self.method, self.stages, self.out, self.config = method, method.stages(), Path(out), config
+        self.sources, self.pairs = (source, held_out), pairs or len(source)
+        self.evaluate, self.options = evaluate, options
+        for number, stage in enumerate(self.stages[1:], 2):
+            if stage.feeds not in ("pairs", "noise", source.feeds):
+                raise ValueError(
+                    f"stage {number} of {type(method).__name__} needs {stage.feeds}, the source "
+                    f"has {source.feeds}"
+                )
+        self.first = self._trainer(0, start, self.sources)
+        self.trainer = self.first  # of the stage that was reached
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256, in hexadecimal, of what makes these runs others than any."""
+        if len(self.stages) == 1:
+            return self.first.identity
+        about = [to_json(self.method), self.first.identity, self.pairs]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise ValueError if `out` holds another run, or one that cannot go on so."""
+        self.first.check()
+
+    def fit(self) -> Model:
+        """Train every stage to its end; return the result of the last.
+
+        Raises as Trainer.fit does.
+        """
+        self.trainer = self.first
+        result = self.stages[0].result(self.trainer.fit())
+        for number, stage in enumerate(self.stages[1:], 1):
+            log.info("stage %d of %d: %s", number + 1, len(self.stages), stage)
+            if not isinstance(result, Teacher):
+                raise ValueError(
+                    f"stage {number + 1} of {type(self.method).__name__} starts from a teacher; "
+                    f"the `result` of the stage before it is a {type(result).__name__}"
+                )
+            self.trainer = self._trainer(number, result, self._sources(number, result))
+            result = stage.result(self.trainer.fit())
+        return result
+
+    def _trainer(
+        self, number: int, start: Teacher, sources: tuple[AbstractSource, AbstractSource]
+    ) -> Trainer:
+        """Return the run of a stage."""
+        stage, judge = self.stages[number], self.evaluate
+
+        def evaluate(net: nn.Module) -> dict[str, float]:
+            return judge(stage.result(net))
+
+        out = self.out / f"stage-{number + 1}" if number else self.out
+        options = self.options | ({"evaluate": evaluate} if judge else {})
+        return Trainer(stage, start, *sources, out, self.config, **options)
+
+    def _sources(self, number: int, last: Teacher) -> tuple[AbstractSource, AbstractSource]:
+        """Return the rows to train a later stage on, and those held out."""
+        source, held_out = self.sources
+        feeds, count, seed = self.stages[number].feeds, len(held_out), self._seed(number)
+        if feeds == "noise":
+            return Noise(len(source), last.shape, seed=seed), Noise(
+                count, last.shape, seed=seed + 1
+            )
+        if feeds != "pairs":
+            return source, held_out
+        store = generate_pairs(
+            last,
+            self.out / f"stage-{number + 1}-pairs",
+            count + self.pairs,
+            seed=seed,
+            quantizer="round" if len(last.shape) == 3 else "float32",
+            progress=self.options.get("progress", False),
+        )
+        return Pairs(store, range(count, len(store))), Pairs(store, range(count))
+
+    def _seed(self, number: int) -> int:
+        return self.config.seed ^ (_SEED + 2 * number)
