@@ -1,12 +1,8 @@
 """Data with closed-form answers: teachers that are exact, and tests that cannot be fooled."""
 
-from ds.analytic.data import (
-    AbstractData,
-    ExactNet,
-    Gaussian,
-    GaussianField,
-    GaussianMixture,
-)
+from ds.analytic.base import AbstractData, ExactNet
+from ds.analytic.gaussian import Gaussian, GaussianField
+from ds.analytic.mixture import GaussianMixture
 
 __all__ = [
     "AbstractData",

@@ -1,8 +1,9 @@
-"""Teachers with known answers: data whose score, denoiser and sampling endpoint are closed forms.
+"""What data with known answers offers: score, denoiser and sampling endpoint as closed forms.
 
 For x_t = alpha * x0 + sigma * eps with data that is Gaussian, or a mixture of Gaussians, the best
-possible noise prediction E[eps | x_t] is a formula. Such a teacher is exact, needs no training and
-runs on any machine, so a solver or a distillation method can be held against the truth:
+possible predictions E[x0 | x_t] and E[eps | x_t] are formulas in x_t, alpha and sigma, so they hold
+on every schedule. Such a teacher is exact, needs no training and runs on any machine, so a solver
+or a distillation method can be held against the truth:
 
     data = ds.analytic.GaussianMixture()
     teacher = data.teacher(ds.solvers.DDIM(), ds.grids.quadratic(100))
@@ -10,27 +11,35 @@ runs on any machine, so a solver or a distillation method can be held against th
     exact = data.endpoint(noise, alpha, sigma)  # what the ODE makes of it
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
-from ds.diffusion.noise import noise
+from ds.diffusion.predictions import (
+    AbstractPrediction,
+    Eps,
+    Level,
+    Preconditioned,
+    TrigFlow,
+    Velocity,
+    as_prediction,
+)
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.diffusion.solvers import AbstractSolver
 from ds.models.teacher import Teacher
 
+Levels = tuple[Level, Level]  # alpha and sigma
+
 
 class AbstractData(ABC):
-    """A distribution of data with a closed-form score at every noise level.
+    """A distribution of data with closed forms at every noise level.
 
-    alpha and sigma are numbers, or tensors that broadcast against x [N, *shape]. Everything is
-    computed in the dtype of x.
+    alpha and sigma are numbers, or tensors that broadcast against x [N, *shape], in which case
+    results are differentiable in them. Everything is computed in the dtype of x.
     """
 
     shape: tuple[int, ...]
@@ -40,166 +49,75 @@ class AbstractData(ABC):
         """Draw exact samples, float32 [N, *shape]; row n depends on (seed, indices[n]) alone."""
 
     @abstractmethod
-    def eps(self, x: Tensor, alpha, sigma) -> Tensor:
+    def eps(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """Return E[eps | x], the best noise prediction, shaped like x."""
 
     @abstractmethod
-    def endpoint(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """Follow the probability-flow ODE from x at (alpha, sigma) to the data, shaped like x."""
+    def x0(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """Return E[x0 | x], the best guess of the data, shaped like x."""
 
-    def score(self, x: Tensor, alpha, sigma) -> Tensor:
+    @abstractmethod
+    def flow(self, x: Tensor, start: Levels, end: Levels) -> Tensor:
+        """Follow the probability-flow ODE from x at the levels `start` to the levels `end`.
+
+        `start` and `end` are (alpha, sigma), such as schedule.at(t); sigma may be 0 at the end.
+        """
+
+    def endpoint(self, x: Tensor, alpha: Level, sigma: Level, **cond: Any) -> Tensor:
+        """Follow the probability-flow ODE from x at (alpha, sigma) to the data, shaped like x."""
+        return self.flow(x, (alpha, sigma), (1.0, 0.0), **cond)
+
+    def score(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """Return the gradient of the log density of x_t, -E[eps | x] / sigma."""
         return -self.eps(x, alpha, sigma) / sigma
 
     def teacher(
-        self, solver: AbstractSolver, grid: Grid, schedule: AbstractSchedule | None = None
+        self,
+        solver: AbstractSolver,
+        grid: Grid,
+        schedule: AbstractSchedule | None = None,
+        prediction: AbstractPrediction | str | None = None,
     ) -> Teacher:
-        """Return a teacher whose network is the exact noise prediction under `schedule`."""
+        """Return a teacher whose network is the exact prediction under `schedule`.
+
+        By default that is LinearBeta, and the noise; on a schedule whose alpha falls to 0, where
+        the noise says nothing of x0, it is the velocity.
+        """
         schedule = schedule or LinearBeta()
-        return Teacher(Denoiser(ExactNet(self, schedule), schedule), solver, grid)
+        if prediction is None:
+            prediction = Eps() if schedule.at(schedule.noise)[0] > 0 else Velocity()
+        net = ExactNet(self, schedule, as_prediction(prediction))
+        return Teacher(Denoiser(net, schedule, prediction), solver, grid)
 
 
 class ExactNet(nn.Module):
-    """The exact noise prediction in the shape of a network: net(x [N, *shape], t [N])."""
+    """An exact prediction in the shape of a network: net(x [N, *shape], c_noise [N], **cond)."""
 
-    def __init__(self, config: AbstractData, schedule: AbstractSchedule):
+    def __init__(
+        self, config: AbstractData, schedule: AbstractSchedule, prediction: AbstractPrediction
+    ):
         super().__init__()
-        self.config = config
-        self.schedule = schedule
+        self.config, self.schedule, self.prediction = config, schedule, prediction
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return self.config.shape
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.config.eps(x, *self.schedule.gather(t, x))
+    def forward(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
+        x, alpha, sigma = self._state(x, c_noise)
+        eps = self.config.eps(x, alpha, sigma, **cond)
+        if self.prediction == Eps():
+            return eps
+        return self.prediction.target(self.config.x0(x, alpha, sigma, **cond), eps, alpha, sigma)
 
-
-@dataclass(frozen=True)
-class Gaussian(AbstractData):
-    """Independent elements N(mean, std**2): every solver step is an affine map."""
-
-    mean: float = 0.1
-    std: float = 0.15
-    shape: tuple[int, ...] = (1, 8, 8)
-
-    def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
-        return self.mean + self.std * noise(seed, indices, self.shape)
-
-    def eps(self, x: Tensor, alpha, sigma) -> Tensor:
-        variance = alpha**2 * self.std**2 + sigma**2
-        return sigma * (x - alpha * self.mean) / variance
-
-    def endpoint(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        deviation = math.sqrt(alpha**2 * self.std**2 + sigma**2)
-        return self.mean + self.std * (x - alpha * self.mean) / deviation
-
-
-@dataclass(frozen=True)
-class GaussianField(AbstractData):
-    """A stationary Gaussian random field on a torus, C = 1, with a power-law spectrum.
-
-    Fourier modes are independent: mode k has the variance proportional to (1 + |k|)**-power, scaled
-    so that a pixel has the variance std**2.
-    """
-
-    size: int = 16
-    power: float = 2.0
-    std: float = 0.5
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of one image."""
-        return (1, self.size, self.size)
-
-    def spectrum(self, like: Tensor) -> Tensor:
-        """Return the variance of each mode of the orthonormal FFT, [size, size]."""
-        k = torch.fft.fftfreq(self.size, 1 / self.size, device=like.device, dtype=like.dtype)
-        power = (1 + (k[:, None] ** 2 + k[None, :] ** 2).sqrt()) ** -self.power
-        return self.std**2 * power / power.mean()
-
-    def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
-        white = noise(seed, indices, self.shape)
-        return self._filter(white, self.spectrum(white).sqrt())
-
-    def eps(self, x: Tensor, alpha, sigma) -> Tensor:
-        return self._filter(x, sigma / (alpha**2 * self.spectrum(x) + sigma**2))
-
-    def endpoint(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        spectrum = self.spectrum(x)
-        return self._filter(x, (spectrum / (alpha**2 * spectrum + sigma**2)).sqrt())
-
-    def _filter(self, x: Tensor, gain: Tensor) -> Tensor:
-        return torch.fft.ifft2(torch.fft.fft2(x, norm="ortho") * gain, norm="ortho").real
-
-
-@dataclass(frozen=True)
-class GaussianMixture(AbstractData):
-    """Round Gaussians of one width in the plane, of unequal weight.
-
-    The weights differ because a symmetric mixture hides errors in the mass of its modes.
-    """
-
-    means: tuple[tuple[float, ...], ...] = (
-        (1.3, 0.2), (0.4, 1.2), (-0.9, 1.0), (-1.4, -0.3), (-0.3, -1.2), (1.0, -1.0),
-    )  # fmt: skip
-    weights: tuple[float, ...] = (0.30, 0.20, 0.20, 0.15, 0.10, 0.05)
-    std: float = 0.12
-
-    @property
-    def shape(self) -> tuple[int]:
-        """The shape of one point."""
-        return (len(self.means[0]),)
-
-    def centres(self, like: Tensor) -> Tensor:
-        """Return the means as a tensor [K, D] in the dtype and on the device of `like`."""
-        return torch.tensor(self.means, dtype=like.dtype, device=like.device)
-
-    def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
-        (dim,) = self.shape
-        z = noise(seed, indices, (dim + 1,))
-        edges = torch.tensor(self.weights, dtype=torch.float32, device="cpu").cumsum(0)
-        # The last element decides the mode: its normal distribution function is uniform.
-        mode = torch.bucketize(torch.special.ndtr(z[:, dim]), edges[:-1])
-        return self.centres(z)[mode] + self.std * z[:, :dim]
-
-    def eps(self, x: Tensor, alpha, sigma) -> Tensor:
-        variance = alpha**2 * self.std**2 + sigma**2
-        away = x[:, None, :] - self._at(alpha) * self.centres(x)  # [N, K, D]
-        prior = torch.tensor(self.weights, dtype=x.dtype, device=x.device).log()
-        logits = prior - away.square().sum(-1) / (2 * variance)
-        share = logits.softmax(dim=1)  # which mode x_t came from, [N, K]
-        return sigma * (share[..., None] * away).sum(1) / variance
-
-    def endpoint(self, x: Tensor, alpha: float, sigma: float, *, steps: int = 400) -> Tensor:
-        """Integrate the ODE with classical Runge-Kutta; error about 1e-9 in float64 by default.
-
-        In y = x / alpha and r = sigma / alpha the ODE is dy/dr = E[eps | x]
-        (Song et al. 2020, arXiv:2010.02502, Eq. 14). The step is even in asinh(r / r0), which is
-        linear where the mixture decides and logarithmic far away.
-        """
-        scale, dtype = self.std, x.dtype
-        stops = torch.linspace(
-            math.asinh(sigma / alpha / scale), 0, steps + 1, dtype=torch.float64, device="cpu"
-        )
-        y = x.double() / alpha
-
-        def slope(u: float, y: Tensor) -> Tensor:  # dy/du with r = scale * sinh(u)
-            r = scale * math.sinh(u)
-            a = 1 / math.sqrt(1 + r * r)
-            return self.eps(a * y, a, a * r) * (scale * math.cosh(u))
-
-        for u, v in zip(stops[:-1].tolist(), stops[1:].tolist(), strict=True):
-            h, middle = v - u, (u + v) / 2
-            k1 = slope(u, y)
-            k2 = slope(middle, y + h / 2 * k1)
-            k3 = slope(middle, y + h / 2 * k2)
-            k4 = slope(v, y + h * k3)
-            y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return y.to(dtype)
-
-    @staticmethod
-    def _at(alpha):
-        """Give a tensor alpha, [N, 1] or a single value, the shape that meets [N, K, D]."""
-        return alpha.reshape(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+    def _state(self, x: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_t, alpha and sigma, given the inputs that the prediction made of them."""
+        p, c = self.prediction, c_noise.reshape(-1, *[1] * (x.dim() - 1))
+        if isinstance(p, Preconditioned):
+            sigma = (c / p.noise_scale).exp().to(x.dtype)
+            return x * (sigma**2 + p.sigma_data**2).sqrt(), sigma.new_ones(sigma.shape), sigma
+        if isinstance(p, TrigFlow):
+            return x * p.sigma_data, c.cos().to(x.dtype), (p.sigma_data * c.sin()).to(x.dtype)
+        t = c_noise / p.time_scale if isinstance(p, Velocity) else c_noise
+        return x, *self.schedule.gather(t, x)
