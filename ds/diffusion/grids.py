@@ -114,7 +114,7 @@ def _ends(
             top = top - 1 if table else schedule.time(-math.log(LARGEST))
     if bottom is None:
         bottom = 0 if table else schedule.time(-math.log(SMALLEST))
-    _check(name, n, top, bottom if bottom else 1)
+    _check(name, n, top, 1 if table else 0)
     schedule.check(top, bottom)
     if table:
         require(name, Times, top=top, bottom=bottom)

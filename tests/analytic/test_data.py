@@ -244,3 +244,93 @@ def test_the_table_prints_value_floor_and_control(judged):
         name, *figures = line.split()
         assert name == row.name
         assert figures == [f"{x:.4f}" for x in (row.value, row.floor, row.control)]
+
+
+ENDS = [*LEVELS, (1.0, 0.0), (0.0, 1.0), (1.0, 20.0), (0.3, 0.7)]
+
+
+@every_data
+@pytest.mark.parametrize(("alpha", "sigma"), ENDS)
+def test_the_guesses_of_data_and_noise_add_up_to_x(data, alpha, sigma):
+    x = noised(data, alpha, sigma)
+    found = alpha * data.x0(x, alpha, sigma) + sigma * data.eps(x, alpha, sigma)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+
+
+@every_data
+def test_without_signal_the_guess_is_the_mean_of_the_data(data):
+    x = noised(data, 0.0, 1.0, n=3)
+    found = data.x0(x, 0.0, 1.0)
+    mean = data.sample(0, range(50_000)).double().mean(0)
+    torch.testing.assert_close(found, mean.expand_as(found), rtol=0, atol=0.03)  # 5 deviations
+    torch.testing.assert_close(found, found[:1].expand_as(found))
+
+
+@every_data
+@pytest.mark.parametrize("start", [(0.05, 0.9), (0.0, 1.0), (1.0, 30.0), (0.2, 0.8)])
+def test_flows_compose_and_do_not_depend_on_the_path(data, start):
+    z = noise(2, range(5), data.shape, dtype=torch.float64) * start[1]
+    whole = data.endpoint(z, *start)
+    middle = (0.7, 0.35)
+    torch.testing.assert_close(data.flow(data.flow(z, start, middle), middle, (1.0, 0.0)), whole)
+    # twice the scale is the same point
+    twice = data.flow(2 * z, (2 * start[0], 2 * start[1]), (0.5, 0.0))
+    torch.testing.assert_close(2 * twice, whole, rtol=1e-7, atol=1e-9)
+
+
+@every_data
+def test_a_flow_turns_back(data):
+    clean = data.sample(0, range(5)).double()
+    level = (0.6, 0.8)
+    there = data.flow(clean, (1.0, 0.0), level)
+    torch.testing.assert_close(data.endpoint(there, *level), clean, rtol=0, atol=1e-7)
+
+
+@every_data
+def test_a_flow_moves_at_the_velocity_of_the_denoiser(data):
+    """On the straight path dx/dt = E[eps | x] - E[x0 | x]; levels may be tensors, one a row."""
+    x = noised(data, 0.4, 0.6, n=3)
+    shape = (3, *[1] * (x.dim() - 1))
+    few = {"least_steps": 5} if isinstance(data, GaussianMixture) else {}
+
+    def moved(t):
+        t = t.reshape(shape)
+        start = torch.full_like(t, 0.4), torch.full_like(t, 0.6)
+        return data.flow(x, start, (1 - t, t), **few)
+
+    t = torch.full((3,), 0.6, dtype=torch.float64)
+    _, slope = torch.func.jvp(moved, (t,), (torch.ones_like(t),))
+    expected = data.eps(x, 0.4, 0.6) - data.x0(x, 0.4, 0.6)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-8)
+
+
+def test_a_class_is_the_mixture_of_its_modes():
+    data, x = GaussianMixture(), noise(3, range(30), (2,), dtype=torch.float64)
+    y = torch.arange(30) % 3
+    found = data.x0(x, 0.6, 0.8, y), data.eps(x, 0.6, 0.8, y), data.endpoint(x, 0.6, 0.8, y=y)
+    for label in range(3):
+        own = slice(2 * label, 2 * label + 2)
+        weights = torch.tensor(data.weights[own])
+        alone = GaussianMixture(data.means[own], tuple((weights / weights.sum()).tolist()))
+        rows = y == label
+        expected = (f(x[rows], 0.6, 0.8) for f in (alone.x0, alone.eps, alone.endpoint))
+        for part, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(part[rows], exact, rtol=0, atol=1e-6)  # float32 weights
+
+
+def test_samples_of_a_class_are_of_its_modes():
+    data, n = GaussianMixture(), 30_000
+    y = torch.arange(n) % 3
+    x = data.sample(0, range(n), y)
+    mode = torch.cdist(x, torch.tensor(data.means)).argmin(1)
+    assert torch.equal(mode // 2, y)
+    shares = [float((mode == k).sum() / (y == k // 2).sum()) for k in range(6)]
+    assert shares == pytest.approx([0.6, 0.4, 4 / 7, 3 / 7, 2 / 3, 1 / 3], abs=0.025)
+
+
+def test_a_teacher_takes_classes():
+    data = GaussianMixture()
+    teacher = data.teacher(DDIM(), grids.uniform(3))
+    z, y = noise(0, range(6), (2,)), torch.arange(6) % 3
+    x0 = teacher.denoiser.given(y=y)(z, 400).x0
+    torch.testing.assert_close(x0, data.x0(z, *LinearBeta().at(400), y), rtol=0, atol=1e-5)

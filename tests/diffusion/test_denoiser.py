@@ -1,5 +1,6 @@
 """What a network predicts, and what that says about x0 and eps."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.schedules import EDM, LinearBeta
 
 SCHEDULE = LinearBeta()
 predictions = pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -99,3 +100,49 @@ def test_a_time_the_schedule_lacks_is_named():
 def test_an_unknown_prediction_is_named():
     with pytest.raises(ValueError, match=r"one of eps, x0, v, .* not 'noise'"):
         Denoiser(Says(None), SCHEDULE, "noise")
+
+
+@pytest.mark.parametrize("number", [7, np.int64(7), np.uint8(7)])
+def test_any_whole_number_is_an_index(number):
+    x, answer = draw(4)
+    net = Says(answer)
+    found = Denoiser(net, SCHEDULE)(x, number)
+    assert net.asked.dtype == torch.int64 and net.asked.tolist() == [7, 7, 7, 7]
+    assert torch.equal(found.x0, Denoiser(net, SCHEDULE)(x, 7).x0)
+
+
+@pytest.mark.parametrize("number", [7.5, np.float64(7.5), np.float32(7.5), torch.tensor(7.5)])
+@pytest.mark.parametrize(("dtype", "asked"), [(torch.float32,) * 2, (torch.float64,) * 2])
+def test_any_real_number_is_a_time(number, dtype, asked):
+    x, answer = draw(4, dtype=dtype)
+    net = Says(answer)
+    found = Denoiser(net, SCHEDULE)(x, number)
+    assert net.asked.tolist() == [7.5] * 4
+    assert isinstance(number, torch.Tensor) or net.asked.dtype == asked
+    alpha, sigma = SCHEDULE.at(7.5)
+    expected = (x - sigma * answer) / alpha
+    torch.testing.assert_close(found.x0, expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+class Labelled(nn.Module):
+    shape = (2, 3)
+
+    def forward(self, x, t, *, y, scale=1.0):
+        return scale * y[:, None, None] * torch.ones_like(x)
+
+
+def test_given_conditions_reach_the_network():
+    x, _ = draw(4)
+    denoiser = Denoiser(Labelled(), SCHEDULE)
+    labels = torch.arange(4.0, dtype=x.dtype)
+    given_y = denoiser.given(y=labels)
+    assert torch.equal(given_y(x, 5).eps, Labelled()(x, 5, y=labels))
+    assert torch.equal(given_y.given(scale=2.0)(x, 5).eps, 2 * given_y(x, 5).eps)
+    assert denoiser.cond == {} and given_y.prediction is denoiser.prediction
+    with pytest.raises(TypeError, match="'y'"):
+        denoiser(x, 5)
+
+
+def test_a_prediction_that_the_schedule_lacks_is_refused():
+    with pytest.raises(ValueError, match="prediction V needs"):
+        Denoiser(Says(None), EDM(), "v")

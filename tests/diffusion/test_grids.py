@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ds import analytic, noise
 from ds.diffusion import grids
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.schedules import EDM, Linear, LinearBeta, Table, Trig
 from ds.diffusion.solvers import DDIM, integrate
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
@@ -123,3 +123,65 @@ def test_grids_even_in_noise_name_a_top_the_schedule_lacks(grid):
 def test_karras_names_an_impossible_rho():
     with pytest.raises(ValueError, match="rho must be positive, not 0"):
         grids.karras(10, LinearBeta(), rho=0)
+
+
+PATHS = pytest.mark.parametrize("schedule", [EDM(), Linear(), Trig(), Trig(0.5)], ids=repr)
+
+
+@PATHS
+def test_grids_in_continuous_time_are_even_in_their_variable(schedule):
+    def steps(values):
+        return np.diff(np.asarray(values))
+
+    n = 9
+    uniform, quadratic = grids.uniform(n, schedule), grids.quadratic(n, schedule)
+    np.testing.assert_allclose(steps(uniform), -schedule.noise / n)
+    np.testing.assert_allclose(steps(np.sqrt(quadratic)), -(schedule.noise**0.5) / n)
+    assert uniform[0] == quadratic[0] == schedule.noise
+    lams = [schedule.lam(t) for t in grids.log_snr(n, schedule)]
+    np.testing.assert_allclose(steps(lams), (lams[-1] - lams[0]) / (n - 1))
+    roots = [np.exp(-schedule.lam(t) / 7) for t in grids.karras(n, schedule)]
+    np.testing.assert_allclose(steps(roots), (roots[-1] - roots[0]) / (n - 1))
+
+
+@PATHS
+@EVEN
+def test_in_continuous_time_sigma_over_alpha_runs_from_80_to_a_500th_by_default(grid, schedule):
+    times = grid(7, schedule)
+    assert len(times) == 7 and all(type(t) is float for t in times)
+    assert [np.exp(-schedule.lam(t)) for t in (times[0], times[-1])] == pytest.approx([80, 0.002])
+
+
+@EVEN
+def test_the_ends_of_a_grid_can_be_set(grid):
+    assert grid(5, Linear(), top=0.9, bottom=0.1)[::4] == (0.9, 0.1)
+    assert grid(5, LinearBeta(), top=900, bottom=10)[::4] == (900, 10)
+
+
+def test_karras_on_edm_is_the_formula():
+    i, n = np.arange(18), 18
+    expected = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(grids.karras(18, EDM()), expected)
+
+
+@EVEN
+def test_a_table_without_signal_at_its_end_is_visited_from_the_time_before(grid):
+    assert grid(3, Table((0.1, 0.5, 0.9, 1.0)))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: grids.uniform(0, Linear()), "between 1 and 1000000, not 0"),
+        (lambda: grids.quadratic(5, Linear(), top=1.5), "t = 1.5 does not exist"),
+        (lambda: grids.quadratic(5, LinearBeta(100), top=100), "t = 100 does not exist"),
+        (lambda: grids.quadratic(5, EDM(), top=0), "top > 0"),
+        (lambda: grids.log_snr(5, Linear(), top=1.0), "some signal at top"),
+        (lambda: grids.karras(5, Linear(), top=0.5, bottom=0.6), "data < bottom < top"),
+        (lambda: grids.karras(5, Linear(), bottom=0.0), "data < bottom"),
+        (lambda: grids.karras(5, LinearBeta(), top=10.5), "top must be a whole number"),
+    ],
+)
+def test_what_a_grid_cannot_be_is_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

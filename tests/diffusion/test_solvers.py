@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+import ds
 from ds import analytic, noise
 from ds.diffusion import grids, solvers
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.schedules import EDM, AbstractTable, Linear, LinearBeta, Table, Trig
 from ds.diffusion.solvers import (
     DDIM,
     AbstractSolver,
@@ -63,27 +64,173 @@ class Counting(nn.Module):
         return self.net(x, t)
 
 
-def measured_order(solver):
-    data = analytic.Gaussian(std=0.5)
-    z = noise(0, range(2), data.shape, dtype=torch.float64)
+def karras(n, schedule):
+    """A grid that ends so near the data that the last step does not show."""
+    table = isinstance(schedule, AbstractTable)
+    return grids.karras(n, schedule, bottom=None if table else schedule.time(math.log(1e5)))
+
+
+def measured_order(solver, schedule=FINE, grid=karras):
+    data = analytic.Gaussian(std=0.5, shape=(3,))
+    z = noise(0, range(4), data.shape, dtype=torch.float64)
     calls, errors = [], []
     for n in (79, 157, 313):  # whole groups of a singlestep solver
-        grid = grids.karras(n, FINE)
-        endpoint = data.teacher(solver, grid, FINE).sample(z)
-        exact = data.endpoint(z, *FINE.at(grid[0]))
-        calls.append(len(grid))
+        times = grid(n, schedule)
+        endpoint = data.teacher(solver, times, schedule).sample(z)
+        exact = data.endpoint(schedule.prior(z, times[0]), *schedule.at(times[0]))
+        calls.append(len(times))
         errors.append(float((endpoint - exact).square().mean().sqrt()))
     return -np.polyfit(np.log(calls), np.log(errors), 1)[0]
 
 
+@pytest.mark.parametrize("schedule", [FINE, EDM(20.0), Linear(), Trig(), Trig(0.5)], ids=repr)
 @every_solver
-def test_the_endpoint_converges_with_the_declared_order(solver):
-    assert measured_order(solver) == pytest.approx(solver.order, abs=0.15)
+def test_the_endpoint_converges_with_the_declared_order(solver, schedule):
+    assert measured_order(solver, schedule) == pytest.approx(solver.order, abs=0.15)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Trig()], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "least", "most"),
+    # The first steps that are even in time never become even in lam, which is infinite there.
+    [(DDIM(), 0.85, 1.15), (Heun(), 1.85, 2.15), (DPMSolverPP(), 1.5, 2.15), (UniPC(), 1.8, 2.2)],
+)
+def test_the_order_from_where_there_is_no_signal_at_all(solver, schedule, least, most):
+    assert least < measured_order(solver, schedule, grids.uniform) < most
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Trig(), Table((0.1, 0.2, 0.9, 1.0))], ids=repr)
+@every_solver
+def test_a_sample_from_where_there_is_no_signal_at_all_is_finite(solver, schedule):
+    data = analytic.GaussianMixture()
+    z = noise(0, range(4), data.shape, dtype=torch.float64)
+    for n in (1, 2, 4):
+        grid = grids.uniform(n, schedule)
+        assert grid[0] == (schedule.noise if schedule.data == 0 or n == 4 else grid[0])
+        assert data.teacher(solver, grid, schedule).sample(z).isfinite().all()
+
+
+def test_the_exact_ode_is_the_same_on_every_path():
+    """From one x / alpha and one range of sigma / alpha, paths end at one x / alpha."""
+    data = analytic.GaussianMixture()
+    y = 20 * noise(0, range(8), data.shape, dtype=torch.float64)
+    ends = []
+    for schedule in (FINE, EDM(), Linear(), Trig(), Trig(0.5)):
+        top, bottom = (schedule.time(-math.log(r)) for r in (20, 0.1))
+        if isinstance(schedule, AbstractTable):
+            top, bottom = round(top), round(bottom)
+        grid = grids.log_snr(200, schedule, top=top, bottom=bottom)
+        denoiser = data.teacher(UniPC(), grid, schedule).denoiser
+        x, state = schedule.at(top)[0] * y, None
+        for t, s in pairwise(grid):
+            x, state = UniPC().step(denoiser, x, t, s, state)
+        ends.append(x / schedule.at(bottom)[0])
+    for end in ends[1:]:
+        # the ends of the table's grid are rounded to one of 200,000 indices
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=2e-4)
+    for end in ends[2:]:
+        torch.testing.assert_close(end, ends[1], rtol=0, atol=1e-9)
 
 
 def test_the_third_order_as_released_converges_with_order_2():
     released = DPMSolverPP(order=3, as_released=True)
     assert 1.5 < measured_order(released) < 2.2
+
+
+STOCHASTIC = [
+    (DDIM(eta=1.0), LinearBeta()),
+    (DDIM(eta=0.5), EDM()),
+    (DDIM(eta=1.0), Linear()),
+    (Heun(churn=0.1), EDM()),
+    (Heun(churn=0.1, s_min=0.05, s_max=50.0, s_noise=1.003), LinearBeta()),
+    (Heun(churn=0.1), Trig()),
+]
+every_stochastic = pytest.mark.parametrize(("solver", "schedule"), STOCHASTIC, ids=repr)
+DRAWS = ds.Draws(5, torch.arange(64))
+
+
+@every_stochastic
+def test_a_sample_is_a_function_of_seed_and_index_in_any_split(solver, schedule):
+    data = analytic.Gaussian(shape=(3,))
+    teacher = data.teacher(solver, grids.uniform(6, schedule), schedule)
+    z = noise(0, DRAWS.index, data.shape)
+    whole = teacher.sample(z, draws=DRAWS)
+    for rows in ([3], [40, 7, 3]):
+        part = teacher.sample(z[rows], draws=ds.Draws(5, DRAWS.index[rows]))
+        assert torch.equal(part, whole[rows])
+    other = teacher.sample(z, draws=ds.Draws(6, DRAWS.index))
+    assert (other - whole).abs().min() > 0
+
+
+@every_stochastic
+def test_a_solver_that_adds_noise_asks_for_draws(solver, schedule):
+    teacher = analytic.Gaussian(shape=(3,)).teacher(solver, grids.uniform(3, schedule), schedule)
+    assert solver.stochastic
+    with pytest.raises(ValueError, match=r"adds noise.*draws=ds\.Draws"):
+        teacher.sample(torch.zeros(1, 3))
+
+
+def ddim_variance(grid, schedule, eta, variance):
+    """The variance of DDIM's sample of Gaussian data: each step is a linear map plus noise."""
+    found = float(schedule.prior(torch.ones(1, dtype=torch.float64), grid[0])) ** 2
+    for t, s in pairwise((*grid, schedule.data)):
+        (a, b), (a_s, b_s) = schedule.at(t), schedule.at(s)
+        fresh = eta**2 * b_s**2 * (1 - (a * b_s / (a_s * b)) ** 2)  # Eq. 16 for any alpha, sigma
+        slope = a_s * a * variance + math.sqrt(b_s**2 - fresh) * b
+        found = (slope / (a**2 * variance + b**2)) ** 2 * found + fresh
+    return found
+
+
+@pytest.mark.parametrize("schedule", [LinearBeta(), EDM(), Linear()], ids=repr)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_s_noise_has_the_variance_of_its_formula(schedule, eta):
+    data, n = analytic.Gaussian(mean=0.0, std=0.5, shape=(64,)), 512
+    grid = grids.karras(10, schedule)
+    teacher = data.teacher(DDIM(eta), grid, schedule)
+    z = noise(0, range(n), data.shape, dtype=torch.float64)
+    x = teacher.sample(z, draws=ds.Draws(1, torch.arange(n)))
+    expected = ddim_variance(grid, schedule, eta, 0.25)
+    deviation = expected * math.sqrt(2 / x.numel())
+    assert abs(float(x.square().mean()) - expected) < 5 * deviation
+    # the formula tells the noise levels apart
+    for other in {0.0, 0.5, 1.0} - {eta}:
+        assert abs(ddim_variance(grid, schedule, other, 0.25) - expected) > 5 * deviation
+
+
+def test_ddim_with_fresh_noise_converges_to_the_variance_of_the_data():
+    errors = [
+        abs(ddim_variance(grids.karras(n, EDM()), EDM(), 1.0, 0.25) / 0.25 - 1) for n in (40, 400)
+    ]
+    assert errors[1] < errors[0] / 5 and errors[1] < 0.05
+
+
+@pytest.mark.parametrize("schedule", [EDM(), LinearBeta()], ids=repr)
+def test_churn_keeps_the_variance_that_its_noise_makes_up_for(schedule):
+    data, n = analytic.Gaussian(mean=0.0, std=0.5, shape=(64,)), 512
+    grid = grids.karras(40, schedule)
+    z = noise(0, range(n), data.shape, dtype=torch.float64)
+
+    def variance(**options):
+        teacher = data.teacher(Heun(**options), grid, schedule)
+        x = teacher.sample(z, draws=ds.Draws(1, torch.arange(n)))
+        return float(x.square().mean()) / 0.25
+
+    # 5 deviations of a variance of 32,768 numbers, and the error of 40 steps
+    assert variance(churn=0.1) == pytest.approx(1, abs=0.04 + 0.01)
+    assert variance(churn=0.1, s_noise=0.5) < 0.9
+    assert variance(churn=0.1, s_max=1e-9) == variance()
+
+
+def test_a_time_between_two_indices_is_a_time_of_a_table():
+    data, schedule = analytic.Gaussian(std=0.5), LinearBeta(100)
+    z = noise(0, range(2), data.shape, dtype=torch.float64)
+    exact = data.endpoint(z, *schedule.at(90))
+    grid = tuple(i / 4 for i in range(360, -1, -1))
+    fine, coarse = (
+        (data.teacher(DDIM(), times, schedule).sample(z) - exact).abs().max()
+        for times in (grid, grid[::4])
+    )
+    assert fine < coarse / 3
 
 
 @every_solver

@@ -60,7 +60,7 @@ class AbstractSchedule(ABC):
         """Raise ValueError for what is not a time of this schedule."""
         for t in times:
             if not isinstance(t, Real) or not self.data <= t <= self.noise:
-                raise ValueError(f"schedule: t = {t} does not exist; {self} has {self._range()}")
+                raise ValueError(f"schedule: t = {t!r} does not exist; {self} has {self._range()}")
 
     def _range(self) -> str:
         return f"the times {self.data:g} to {self.noise:g}"

@@ -68,7 +68,7 @@ class AbstractTable(AbstractSchedule):
         t = wide(t)
         below = t.detach().floor().clamp(self.data, self.noise - 1).long()
         start, end = (abar[below - self.data + i].log().clamp(min=_LEAST) for i in (0, 1))
-        log_abar = torch.lerp(start, end, t - below)
+        log_abar = start + (end - start) * (t - below)
         return (log_abar / 2).exp(), (-log_abar.expm1()).sqrt()
 
     def prior(self, z: Tensor, t: float | None = None) -> Tensor:
