@@ -7,28 +7,29 @@ Without a weight the heads are added as they are: the projection is folded into 
 
 Vaswani et al. 2017, arXiv:1706.03762, Eq. 1.
 
-A U-Net attends over 16, 64 or 256 pixels, so a whole row of scores fits registers: no running
-maximum, nothing is rescaled, and q, k and v are read in slices of BLOCK_D columns, whatever D is. A
-program takes BLOCK_M queries of an image: of one head, or with a weight of all heads in turn, since
-the projection adds them up. There P v goes slice by slice from registers into the next product.
+A U-Net attends over 16, 64 or 256 pixels, so a whole row of scores fits registers. There is no
+running maximum and nothing is rescaled; q, k and v are read in slices of BLOCK_D columns.
+A program takes BLOCK_M queries of an image. Without a weight they are of one head. With a weight
+they are of all heads in turn, since the projection adds the heads up, and each slice of P v goes
+from registers into the next product.
 
-Traffic, in elements for each element of q: 5 (q, k, v and residual read, y written), where
-attention, projection and addition apart take 9. The blocks of queries of an image read k, v and
-weight again, out of the L2 cache. FLOPs of an image: 4 T^2 D a head, and 2 T C D a head with a
-weight; with 256 queries and channels 101 MFLOP on 0.66 MB of bfloat16, or 154 a byte, where an H200
-has about 180 to offer. Of one head and more than 256 channels, and of several heads, the compiler
-has both halves of a program compute each P v: 25 % more arithmetic at 256 queries of 512 channels.
+Traffic, in elements for each element of q: 5 (q, k, v and residual read, y written). Separate
+attention, projection and addition take 9. The blocks of queries of an image read k, v and weight
+again, from the L2 cache. FLOPs of an image: 4 T^2 D a head, and 2 T C D a head with a weight. With
+256 queries and channels, that is 101 MFLOP on 0.66 MB of bfloat16, or 154 a byte; an H200 offers
+about 180. With one head and more than 256 channels, and with several heads, the compiler makes both
+halves of a program compute each P v: 25 % more arithmetic at 256 queries of 512 channels.
 
-What limits the sizes is registers: 64 rows of 512 sums, or 128 of 256, beside the scores. `refusal`
-says what does not fit. Half precision spills nothing at the sizes of the paper's networks and with
-heads of 64 (benchmarks/results/aot.json); float32 up to 216 bytes a thread at 256 tokens. GPU
+Registers limit the sizes: 64 rows of 512 sums, or 128 of 256, beside the scores. `refusal` returns
+what does not fit. Half precision spills nothing at the sizes of the paper's networks and with heads
+of 64 (benchmarks/results/aot.json); float32 spills up to 216 bytes a thread at 256 tokens. GPU
 figures: not measured yet.
 
-Contract: all tensors are of one type, on one device. q, k and v [N, heads, T, D] may have any
-strides and are copied only where the last is not 1. Scores, softmax and sums are float32; P and P v
-are rounded to the type of v before they are multiplied. Products of float32 take three of TF32,
-about 22 bits. No atomics: equal arguments give equal bits, and an image those that it would have
-alone. NaN and infinity make NaN of the queries whose scores they reach.
+Contract: all tensors have one type and are on one device. q, k and v [N, heads, T, D] may have any
+strides; they are copied only if the last stride is not 1. Scores, softmax and sums are float32; P
+and P v are rounded to the type of v before they are multiplied. Products of float32 take three of
+TF32, about 22 bits. No atomics: equal arguments give equal bits, and an image gives the bits that
+it would give alone. NaN and infinity turn the queries whose scores they reach into NaN.
 """
 
 import math
@@ -39,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TOKENS = 256
-MAX_CHANNELS = 512  # of a projection; half as many where the scores leave less room
+MAX_CHANNELS = 512  # of a projection; half of that if the scores leave less room
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -47,9 +48,15 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _tile(
-    ptr, stride, first_row, rows, first_column, columns,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    stride,
+    first_row,
+    rows,
+    first_column,
+    columns,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Load a tile of a matrix whose columns are neighbors, with zeros outside of the matrix."""
     r = (first_row + tl.arange(0, BLOCK_R))[:, None]
     c = (first_column + tl.arange(0, BLOCK_C))[None, :]
@@ -58,11 +65,20 @@ def _tile(
 
 @triton.jit
 def _exponentials(
-    q_ptr, k_ptr, q_stride, k_stride, first_query, scale,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Return [BLOCK_M, BLOCK_T], proportional to the softmax, and 1 / its sum of each row."""
+    q_ptr,
+    k_ptr,
+    q_stride,
+    k_stride,
+    first_query,
+    scale,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return [BLOCK_M, BLOCK_T], proportional to the softmax, and 1 / the sum of each row."""
     scores = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     for d in tl.range(0, WIDTH, BLOCK_D):
         q = _tile(q_ptr, q_stride, first_query, TOKENS, d, WIDTH, BLOCK_M, BLOCK_D)
@@ -70,17 +86,27 @@ def _exponentials(
         scores = tl.dot(q, k.T, scores, input_precision=PRECISION)
     if TOKENS < BLOCK_T:
         scores = tl.where((tl.arange(0, BLOCK_T) < TOKENS)[None, :], scores, -float("inf"))
-    # Scaled after the subtraction, which is exact near the maximum, however large that is.
+    # Scale after the subtraction, which is exact near the maximum, however large that is.
     p = tl.exp2((scores - tl.max(scores, 1)[:, None]) * (scale * LOG2_E))
     return p, 1.0 / tl.sum(p, 1)
 
 
 @triton.jit
 def _store_sum(
-    y, bias_ptr, residual_ptr, y_ptr, image, first_query, first_column, column, inside,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Store y + bias + residual, y being a tile of [TOKENS, CHANNELS] of an image."""
+    y,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    image,
+    first_query,
+    first_column,
+    column,
+    inside,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Store y + bias + residual, where y is a tile of [TOKENS, CHANNELS] of an image."""
     row = (first_query + tl.arange(0, BLOCK_M))[:, None]
     offset = image * TOKENS * CHANNELS + (row * CHANNELS + first_column + column[None, :])
     mask = (row < TOKENS) & inside[None, :]
@@ -91,21 +117,49 @@ def _store_sum(
 
 @triton.jit
 def _heads_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, residual_ptr, y_ptr,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token, scale,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    q_image,
+    q_head,
+    q_token,
+    k_image,
+    k_head,
+    k_token,
+    v_image,
+    v_head,
+    v_token,
+    scale,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Without a weight: BLOCK_M queries of one head."""
     blocks: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
     first_query = tl.program_id(0) % blocks * BLOCK_M
     head = (tl.program_id(0) // blocks % HEADS).to(tl.int64)
     image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
     p, inverse = _exponentials(
-        q_ptr + image * q_image + head * q_head, k_ptr + image * k_image + head * k_head,
-        q_token, k_token, first_query, scale,
-        TOKENS, WIDTH, PRECISION, BLOCK_M, BLOCK_T, BLOCK_D,
-    )  # fmt: skip
+        q_ptr + image * q_image + head * q_head,
+        k_ptr + image * k_image + head * k_head,
+        q_token,
+        k_token,
+        first_query,
+        scale,
+        TOKENS,
+        WIDTH,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_T,
+        BLOCK_D,
+    )
     p = p.to(v_ptr.dtype.element_ty)
     v_ptr += image * v_image + head * v_head
     for d in tl.range(0, WIDTH, BLOCK_D):
@@ -113,19 +167,50 @@ def _heads_kernel(
         o = tl.dot(p, v, input_precision=PRECISION) * inverse[:, None]
         column = d + tl.arange(0, BLOCK_D)
         _store_sum(
-            o, bias_ptr, residual_ptr, y_ptr, image, first_query, head * WIDTH, column,
-            column < WIDTH, TOKENS, HEADS * WIDTH, BLOCK_M,
-        )  # fmt: skip
+            o,
+            bias_ptr,
+            residual_ptr,
+            y_ptr,
+            image,
+            first_query,
+            head * WIDTH,
+            column,
+            column < WIDTH,
+            TOKENS,
+            HEADS * WIDTH,
+            BLOCK_M,
+        )
 
 
 @triton.jit
 def _projected_kernel(
-    q_ptr, k_ptr, v_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token, scale,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    q_image,
+    q_head,
+    q_token,
+    k_image,
+    k_head,
+    k_token,
+    v_image,
+    v_head,
+    v_token,
+    scale,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """With a weight [CHANNELS, HEADS * WIDTH]: BLOCK_M queries of all heads, all channels."""
     blocks: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
     first_query = tl.program_id(0) % blocks * BLOCK_M
@@ -136,9 +221,19 @@ def _projected_kernel(
     y = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for _ in range(HEADS):
         p, inverse = _exponentials(
-            q_ptr, k_ptr, q_token, k_token, first_query, scale,
-            TOKENS, WIDTH, PRECISION, BLOCK_M, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
+            q_ptr,
+            k_ptr,
+            q_token,
+            k_token,
+            first_query,
+            scale,
+            TOKENS,
+            WIDTH,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_T,
+            BLOCK_D,
+        )
         p = p.to(v_ptr.dtype.element_ty)
         for d in tl.range(0, WIDTH, BLOCK_D):
             v = _tile(v_ptr, v_token, 0, TOKENS, d, WIDTH, BLOCK_T, BLOCK_D)
@@ -151,13 +246,23 @@ def _projected_kernel(
         weight_ptr += WIDTH
     column = tl.arange(0, BLOCK_C)
     _store_sum(
-        y, bias_ptr, residual_ptr, y_ptr, image, first_query, 0, column, column < CHANNELS,
-        TOKENS, CHANNELS, BLOCK_M,
-    )  # fmt: skip
+        y,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        image,
+        first_query,
+        0,
+        column,
+        column < CHANNELS,
+        TOKENS,
+        CHANNELS,
+        BLOCK_M,
+    )
 
 
 def refusal(q: Tensor, weight: Tensor | None) -> str | None:
-    """Return why the kernels do not take these arguments, or None where they do."""
+    """Return why the kernels do not take these arguments, or None if they do."""
     _, heads, tokens, _ = q.shape
     if q.dtype not in DTYPES:
         return f"it takes float32, float16 or bfloat16, not {q.dtype}"
@@ -178,10 +283,10 @@ def refusal(q: Tensor, weight: Tensor | None) -> str | None:
 
 
 def _blocks(q: Tensor, channels: int | None) -> dict[str, int | str]:
-    """Return the largest tiles that fit, and constants, for a weight of so many channels or none.
+    """Return the largest tiles that fit, and constants, for a weight of this many channels or none.
 
-    Slices narrower than D keep a loop around the scores; without one the compiler takes them for
-    the first half of a chain and computes them twice.
+    Slices narrower than D keep a loop around the scores. Without the loop, the compiler takes the
+    scores for the first half of a chain of products and computes them twice.
     """
     _, heads, tokens, width = q.shape
     block_t = max(triton.next_power_of_2(tokens), 16)
@@ -192,37 +297,60 @@ def _blocks(q: Tensor, channels: int | None) -> dict[str, int | str]:
     else:
         block_m, block_d = 128, 64 if width > 64 else 32
     return {
-        "TOKENS": tokens, "HEADS": heads, "WIDTH": width,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",  # "tf32" where none is
-        "BLOCK_M": min(block_m, block_t), "BLOCK_T": block_t, "BLOCK_D": block_d,
-    }  # fmt: skip
+        "TOKENS": tokens,
+        "HEADS": heads,
+        "WIDTH": width,
+        "PRECISION": "tf32x3"
+        if q.dtype == torch.float32
+        else "tf32",  # no effect on half precision
+        "BLOCK_M": min(block_m, block_t),
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+    }
 
 
 def attention_residual(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor, residual: Tensor
 ) -> Tensor:
-    """Return y [N, T, C] for q, k and v [N, heads, T, D] that `refusal` has nothing against.
+    """Return y [N, T, C] for q, k and v [N, heads, T, D] that `refusal` accepts.
 
-    weight is [C, heads * D], or None where C = heads * D; bias is [C], residual [N, T, C].
+    weight is [C, heads * D], or None if C = heads * D; bias is [C], residual [N, T, C].
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     images, heads, tokens, width = q.shape
-    bias, residual = bias.contiguous(), residual.contiguous()
+    residual = residual.contiguous()
     y = torch.empty_like(residual)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    scale = 1 / math.sqrt(width)
+    inputs = {"q": q, "k": k, "v": v}
+    common = {
+        **{f"{name}_ptr": x for name, x in inputs.items()},
+        **{
+            f"{name}_{step}": stride
+            for name, x in inputs.items()
+            for step, stride in zip(("image", "head", "token"), x.stride(), strict=False)
+        },
+        "bias_ptr": bias.contiguous(),
+        "residual_ptr": residual,
+        "y_ptr": y,
+        "scale": 1 / math.sqrt(width),
+    }
     if weight is None:
         blocks = _blocks(q, None)
         _heads_kernel[(images * heads * triton.cdiv(tokens, blocks["BLOCK_M"]),)](
-            q, k, v, bias, residual, y, *strides, scale, **blocks,
-            num_warps=max(blocks["BLOCK_M"] // 16, 4), num_stages=2,
-        )  # fmt: skip
+            **common,
+            **blocks,
+            num_warps=max(blocks["BLOCK_M"] // 16, 4),
+            num_stages=2,
+        )
     else:
         channels = len(weight)
         blocks = _blocks(q, channels)
         _projected_kernel[(images * triton.cdiv(tokens, blocks["BLOCK_M"]),)](
-            q, k, v, weight.contiguous(), bias, residual, y, *strides, scale, **blocks,
-            CHANNELS=channels, BLOCK_C=max(triton.next_power_of_2(channels), 16),
-            num_warps=8, num_stages=2,
-        )  # fmt: skip
+            **common,
+            **blocks,
+            weight_ptr=weight.contiguous(),
+            CHANNELS=channels,
+            BLOCK_C=max(triton.next_power_of_2(channels), 16),
+            num_warps=8,
+            num_stages=2,
+        )
     return y

@@ -6,31 +6,31 @@
 on [N, H, W, C], for weights of 3x3, of 1x1, and of 2x2 with the phases of doubled pixels; weights,
 d and phases are those of conv.py.
 
-What a tap sees of a box of pixels, so many images, rows and columns of them, is the same box moved
-by a pixel. The copy engine (TMA) fetches it from x by four coordinates, with zeros where it sticks
-out of the image, and one thread asks for it: nothing is gathered, and no other thread computes an
-address or a mask. The weights that a tap needs are a box of rows. The result and a residual are
-boxes, too; for a phase, which has every second row and column of y, of y as [N, H, 2, W, 2 * O].
-Where an image has fewer pixels than a box, several images fill it. What sticks out, of the last
-image or of a size that is no power of two, is not written.
+A box of pixels is a number of images, rows and columns. What a tap sees of it is the same box moved
+by a pixel. The copy engine (TMA) fetches that box from x by four coordinates, with zeros outside of
+the image. One thread asks for it: nothing is gathered, and no other thread computes an address or a
+mask. The weights that a tap needs are a box of rows. The result and a residual are boxes as well. A
+phase has every second row and column of y, which is a box of y seen as [N, H, 2, W, 2 * O]. If an
+image has fewer pixels than a box, several images fill it. What sticks out of the last image, or of
+a size that is no power of two, is not written.
 
-Products are taken as channels x pixels. Triton gives the tensor cores the right factor of a product
-from shared memory, where the copy engine leaves it, but moves a left one that was reshaped, as the
-box of pixels is, to registers first; so the weight is on the left. The pixels, of which every layer
-has enough, make the longer side of the tile then, where some layers have 128 channels and no more.
+Products are taken as channels x pixels. Triton feeds the right factor of a product to the tensor
+cores from shared memory, where the copy engine leaves it. A left factor that was reshaped, as the
+box of pixels is, it would move to registers first; so the weight is on the left. The pixels are the
+longer side of the tile, because every layer has enough of them and some have only 128 channels.
 
 A program takes tiles of 128 channels x 256 pixels, one after the other; there are as many programs
 as multiprocessors. Loads run three steps ahead of the products, past the end of a tile: while its
-sums are rounded and stored, the next one's factors are under way. With a residual, or a bias of
-each image, they run two steps ahead, since shared memory has no room for more. Warps are not
-specialized: docs/notes/0018 says why.
+sums are rounded and stored, the factors of the next tile are on their way. With a residual, or a
+bias for each image, loads run two steps ahead, since shared memory has no room for more. Warps are
+not specialized; docs/notes/0018 gives the reason.
 
-Traffic to and from memory is that of conv.py. Out of the L2 cache a step of a program has 85 FLOPs
-for a byte, instead of 64. GPU figures: not measured yet.
+Traffic to and from memory is that of conv.py. A step of a program has 85 FLOPs for a byte of the L2
+cache, instead of 64. GPU figures: not measured yet.
 
 Contract: tensors are contiguous, on one device and of one type, float16 or bfloat16; bias and the
-norm's parameters may have any floating type; channels are a multiple of 64 and results one of 128.
-Sums are float32, and what conv.py promises of its bits holds here.
+norm's parameters may have any floating type; input channels are a multiple of 64 and output
+channels of 128. Sums are float32. The bits depend on what they depend on in conv.py.
 """
 
 import math
@@ -46,15 +46,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float16, torch.bfloat16)
-CHANNELS, DEPTH = 128, 64  # of a tile: channels of the result, and of x and the weight in a step
-PIXELS = 256, 128  # of a tile; the second where the first leaves multiprocessors idle
-COLUMNS = 64  # of a box, at most: half of a tile is a box then, too
-MULTIPROCESSORS = 132  # of a GPU that is not there
+CHANNELS, DEPTH = 128, 64  # of a tile: output channels, and input channels a step
+PIXELS = 256, 128  # of a tile; the second if the first leaves multiprocessors idle
+COLUMNS = 64  # most columns of a box, so that half of a tile is a box as well
+MULTIPROCESSORS = 132  # assumed where there is no GPU
 
 
 @triton.jit
 def _add_and_store(y, residual_desc, y_desc, n, i, a, j, o):
-    """Add the residual to y [BLOCK_N, pixels], round, store it as a box, and return what it is."""
+    """Add the residual to y [BLOCK_N, pixels], round, store as a box; return the rounded y."""
     if residual_desc is not None:
         box = residual_desc.load([n, i, a, j, o])
         y += tl.reshape(box, [y.shape[1], y.shape[0]]).T.to(tl.float32)
@@ -65,13 +65,26 @@ def _add_and_store(y, residual_desc, y_desc, n, i, a, j, o):
 
 @triton.jit(do_not_specialize=["images", "height", "width"])
 def _conv_hopper_kernel(
-    x_desc, weight_desc, bias_ptr, residual_desc, y_desc, table_ptr,
-    images, height, width, channels, out,
-    KERNEL: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Tiles of BLOCK_N channels of boxes of IMAGES x ROWS x COLUMNS pixels, one after the other."""
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_desc,
+    y_desc,
+    table_ptr,
+    images,
+    height,
+    width,
+    channels,
+    out,
+    KERNEL: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute tiles of BLOCK_N channels of boxes of IMAGES x ROWS x COLUMNS pixels in turn."""
     PHASES: tl.constexpr = 4 if KERNEL == 2 else 1
     TAPS: tl.constexpr = KERNEL * KERNEL
     BLOCK_M: tl.constexpr = IMAGES * ROWS * COLUMNS
@@ -128,13 +141,13 @@ class _Box(NamedTuple):
 
     @classmethod
     def of(cls, pixels: int, height: int, width: int) -> "_Box":
-        """Return the box of so many pixels of images of a size, as wide as they are."""
+        """Return the box of this many pixels for images of a size, as wide as they are."""
         columns = min(triton.next_power_of_2(width), COLUMNS)
         rows = min(triton.next_power_of_2(height), pixels // columns)
         return cls(pixels // (rows * columns), rows, columns)
 
     def count(self, images: int, height: int, width: int) -> int:
-        """Return how many of them cover all images."""
+        """Return how many boxes cover all images."""
         sizes = zip((images, height, width), self, strict=True)
         return math.prod(triton.cdiv(size, own) for size, own in sizes)
 
@@ -146,7 +159,7 @@ class _Box(NamedTuple):
 
 
 def refusal(x: Tensor, weight: Tensor, stride: int) -> str | None:
-    """Return why the kernel does not take x [N, C, H, W] and its weight, or None where it does."""
+    """Return why the kernel does not take x [N, C, H, W] and its weight, or None if it does."""
     channels, out = x.shape[1], len(weight) // (4 if weight.shape[2] == 2 else 1)
     if stride != 1:
         return f"it takes stride 1, not {stride}"
@@ -158,7 +171,7 @@ def refusal(x: Tensor, weight: Tensor, stride: int) -> str | None:
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Return y of conv.conv, for arguments that `refusal` has nothing against."""
+    """Return y of conv.conv, for arguments that `refusal` accepts."""
     y = x.new_empty(_shape(x, weight))
     _launch(x, weight, bias, residual, y)
     return y
@@ -172,9 +185,9 @@ def conv_group_norm_silu(
     norm: Norm,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return normed, and y of conv, or None if it is not to be kept.
+    """Return normed, and y of conv if `keep`, else None.
 
-    The norm is made from the sums of tiles where it would take two passes, or apart.
+    A norm of two passes gets the sums of the first from the tiles; others are computed separately.
     """
     images, height, width, out = shape = _shape(x, weight)
     y, box = x.new_empty(shape), _Box.of(PIXELS[0], height, width)
@@ -218,21 +231,29 @@ def _launch(
     rows = bias is not None and bias.dim() == 2
     phases, half = (*size[:2], side, size[2], side * out), [*box.half(), CHANNELS]
     _conv_hopper_kernel[(min(tiles, programs),)](
-        _boxes(x, x.shape, [*box, DEPTH]),
-        _boxes(weight, (len(weight), weight[0].numel()), [CHANNELS, DEPTH]),
-        bias if bias is None else bias.contiguous(),
-        residual if residual is None else _boxes(residual, phases, half),
-        _boxes(y, phases, half), table, *size, channels, out,
-        KERNEL=kernel, BIAS_ROWS=rows, IMAGES=box.images, ROWS=box.rows, COLUMNS=box.columns,
-        BLOCK_N=CHANNELS, BLOCK_K=DEPTH, num_warps=8,
-        num_stages=3 if rows or residual is not None else 4,  # as 227 KB have room for
-    )  # fmt: skip
+        x_desc=_boxes(x, x.shape, [*box, DEPTH]),
+        weight_desc=_boxes(weight, (len(weight), weight[0].numel()), [CHANNELS, DEPTH]),
+        bias_ptr=bias if bias is None else bias.contiguous(),
+        residual_desc=residual if residual is None else _boxes(residual, phases, half),
+        y_desc=_boxes(y, phases, half),
+        table_ptr=table,
+        **dict(zip(("images", "height", "width"), size, strict=True)),
+        channels=channels,
+        out=out,
+        KERNEL=kernel,
+        BIAS_ROWS=rows,
+        **dict(zip(("IMAGES", "ROWS", "COLUMNS"), box, strict=True)),
+        BLOCK_N=CHANNELS,
+        BLOCK_K=DEPTH,
+        num_warps=8,
+        num_stages=3 if rows or residual is not None else 4,  # what fits 227 KB
+    )
 
 
 def _boxes(t: Tensor, shape: Sequence[int], block: list[int]) -> TensorDescriptor:
-    """Describe a tensor as of a shape, or a copy that begins on a multiple of 16 bytes.
+    """Describe a tensor in another shape, or a copy of it that is aligned to 16 bytes.
 
-    A dimension of size 1 may have any stride; two views leave what the shape says.
+    A dimension of size 1 may have any stride; the two views give it the stride of the shape.
     """
     t = t.clone() if t.data_ptr() % 16 else t
     return TensorDescriptor.from_tensor(t.view(-1).view(shape), block)

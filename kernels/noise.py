@@ -5,17 +5,19 @@
 
 Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
 
-A lane makes whole blocks of four elements, which lie side by side. Words become floats where that
-loses nothing: ln u of a u close to 1 from the exact 1 - u, and an angle by its distance from the
-nearest axis. So float32 polynomials do, those of Cephes, with a relative error of 4 * 2**-23 at
-most, close to zeros, too. CUDA's own sine would need memory for large angles, which here are none.
+A lane makes whole blocks of four elements, which are neighbors in memory. Words become floats where
+nothing is lost: if u is close to 1, ln u is computed from the exact 1 - u, and an angle is measured
+from the nearest axis. So the float32 polynomials of Cephes suffice. Their relative error is at most
+4 * 2**-23, near zeros as well. CUDA's own sine would need memory for large angles, and there are
+none here.
 
-Traffic: every element is written once, nothing is read but the indices. An element takes about 50
-instructions (benchmarks/results/aot.json), more than an H100 has time for while it writes 4 bytes,
-so computing is the limit. GPU figures: not measured yet.
+Traffic: only the indices are read, and every element is written once. An element takes about 50
+instructions (benchmarks/results/aot.json), more than an H100 issues while it writes 4 bytes, so
+arithmetic is the limit. GPU figures: not measured yet.
 
-Contract: indices are contiguous int64, the seed's and their bits count. float32, float16 or
-bfloat16. No atomics: equal arguments give equal bits, and a row those that it would have alone.
+Contract: indices are contiguous int64; all 64 bits of an index and of the seed matter. Noise is
+float32, float16 or bfloat16. No atomics: equal arguments give equal bits, and a row gives the bits
+that it would give alone.
 """
 
 import torch
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCKS = 256  # of four elements, of a program
+BLOCKS = 256  # of four elements, a program
 
 TURN = tl.constexpr(1.46291807926715968e-9)  # 2 pi / 2**32
 ROOT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
@@ -58,7 +60,7 @@ def _minus_two_log(word):
 def _box_muller(radius, angle):
     """Return the two normals of two words.
 
-    The angle is the nearest quarter of a turn, and an eighth at most that is left of it.
+    The angle is split into the nearest quarter of a turn and a rest of at most an eighth.
     """
     r = tl.sqrt(_minus_two_log(radius))
     quarter = (angle + 0x20000000) >> 30
@@ -82,7 +84,7 @@ def _box_muller(radius, angle):
 def normals(block, index, seed_low, seed_high):
     """Return the normals of blocks [B] of an index, [4 * B] in order.
 
-    A seed comes as two int32 of its bits: their values must not choose another compilation.
+    The seed is given as two int32 of its bits. Their values must not select another compilation.
     """
     c0, zero = block.to(tl.uint32), block.to(tl.uint32) * 0
     low, high = zero + index.to(tl.uint32), zero + (index >> 32).to(tl.uint32)
@@ -95,9 +97,7 @@ def normals(block, index, seed_low, seed_high):
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def _noise_kernel(
-    indices_ptr, z_ptr, size, tiles, seed_low, seed_high, BLOCKS: tl.constexpr
-):  # fmt: skip
+def _noise_kernel(indices_ptr, z_ptr, size, tiles, seed_low, seed_high, BLOCKS: tl.constexpr):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     block = tile * BLOCKS + tl.arange(0, BLOCKS)
@@ -106,10 +106,10 @@ def _noise_kernel(
     tl.store(z_ptr + row * size + offset, z, mask=offset < size)
 
 
-def halves(seed: int) -> tuple[int, int]:
-    """Return the low and the high 32 bits of a seed, signed, as kernels take them."""
+def halves(seed: int) -> dict[str, int]:
+    """Return the low and the high 32 bits of a seed, signed, as arguments of a kernel."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+    return {"seed_low": low - (low >> 31 << 32), "seed_high": high - (high >> 31 << 32)}
 
 
 def noise(indices: Tensor, seed: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -118,6 +118,6 @@ def noise(indices: Tensor, seed: int, size: int, dtype: torch.dtype) -> Tensor:
     tiles = triton.cdiv(size, 4 * BLOCKS)
     if z.numel():
         _noise_kernel[(len(indices) * tiles,)](
-            indices, z, size, tiles, *halves(seed), BLOCKS=BLOCKS
+            indices_ptr=indices, z_ptr=z, size=size, tiles=tiles, **halves(seed), BLOCKS=BLOCKS
         )
     return z

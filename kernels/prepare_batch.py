@@ -2,14 +2,14 @@
 
 Traffic, in elements: an image is read once, as bytes, and x0 and noise are written once.
 
-A program takes a tile of an image and of x0 in the order of memory, and as large a tile of the
-noise in the order of that, which goes through the channels one by one (kernels/noise.py): a program
-writes one element in C, and the caches gather those of the C programs that share their lines.
-GPU figures: not measured yet.
+A program takes a tile of an image and of x0 in the order of memory, and a tile of the same size of
+the noise in the order of the noise, one channel after the other (kernels/noise.py). It writes one
+element in C; the caches gather those of the C programs that share a line. GPU figures: not measured
+yet.
 
 Contract: images are contiguous uint8 [N, H, W, C], indices contiguous int64, x0 and noise
-channels_last, float32, float16 or bfloat16. x0 has the bits of PyTorch's division, noise those of
-kernels/noise.py.
+channels_last, float32, float16 or bfloat16. x0 has the bits of PyTorch's division, and the noise
+has those of kernels/noise.py.
 """
 
 import triton
@@ -17,14 +17,23 @@ import triton.language as tl
 from ds.ops.kernels.noise import halves, normals
 from torch import Tensor
 
-BLOCKS = 256  # of four elements, of a program
+BLOCKS = 256  # of four elements, a program
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _prepare_batch_kernel(
-    images_ptr, indices_ptr, x0_ptr, noise_ptr, size, pixels, tiles, seed_low, seed_high,
-    CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    images_ptr,
+    indices_ptr,
+    x0_ptr,
+    noise_ptr,
+    size,
+    pixels,
+    tiles,
+    seed_low,
+    seed_high,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     offset = tile * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
@@ -46,6 +55,14 @@ def prepare_batch(images: Tensor, indices: Tensor, seed: int, x0: Tensor, noise:
     tiles = triton.cdiv(size, 4 * BLOCKS)
     if images.numel():
         _prepare_batch_kernel[(rows * tiles,)](
-            images, indices, x0, noise, size, height * width, tiles, *halves(seed),
-            CHANNELS=channels, BLOCKS=BLOCKS,
-        )  # fmt: skip
+            images_ptr=images,
+            indices_ptr=indices,
+            x0_ptr=x0,
+            noise_ptr=noise,
+            size=size,
+            pixels=height * width,
+            tiles=tiles,
+            **halves(seed),
+            CHANNELS=channels,
+            BLOCKS=BLOCKS,
+        )

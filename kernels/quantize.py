@@ -1,9 +1,9 @@
 """Floats to 8-bit levels: round or floor of clip(x, -1, 1) * 127.5 + 127.5, NaN to 0.
 
-[N, C, ...] becomes [N, ..., C]. A program takes a tile in the order of what is written; where x
-is planes, it reads a run of each of C planes.
+[N, C, ...] becomes [N, ..., C]. A program takes a tile of the output, in its order. If x consists
+of planes, the program reads a run of each of the C planes.
 
-Traffic: x is read and its levels are written once. GPU figures: not measured yet.
+Traffic: x is read once and its levels are written once. GPU figures: not measured yet.
 
 Contract: x is contiguous or channels_last, float32, float16 or bfloat16. Product and sum are
 rounded one by one, without fusion, so that the levels are those of PyTorch to the bit.
@@ -14,15 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # elements of a program
+BLOCK = 2048  # elements a program
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, levels_ptr, size, pixels, tiles,
-    PLANES: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Take a tile of an image: from so many planes, or 1 where x has the order of levels."""
+    x_ptr,
+    levels_ptr,
+    size,
+    pixels,
+    tiles,
+    PLANES: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantize a tile of an image that has PLANES planes, 1 if x has the order of the levels."""
     image = (tl.program_id(0) // tiles).to(tl.int64) * size
     offset = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
@@ -42,8 +48,14 @@ def quantize(x: Tensor, floor: bool) -> Tensor:
         size, pixels = x[0].numel(), x[0, 0].numel()
         tiles = triton.cdiv(size, BLOCK)
         _quantize_kernel[(images * tiles,)](
-            x, levels, size, pixels, tiles,
-            PLANES=channels if x.is_contiguous() else 1, FLOOR=floor, BLOCK=BLOCK,
+            x_ptr=x,
+            levels_ptr=levels,
+            size=size,
+            pixels=pixels,
+            tiles=tiles,
+            PLANES=channels if x.is_contiguous() else 1,
+            FLOOR=floor,
+            BLOCK=BLOCK,
             enable_fp_fusion=False,
-        )  # fmt: skip
+        )
     return levels
