@@ -1,6 +1,6 @@
-// Rows of several arrays, that count as one, by their indices: one copy each, from where they are.
+// Gathers rows of several arrays, which count as one array, by their indices: one copy a row.
 //
-// On one thread: it is memory that takes the time, and who calls reads ahead beside other work.
+// On one thread, because memory is the limit and the caller reads ahead while others compute.
 #include <algorithm>
 #include <cstring>
 

@@ -3,10 +3,10 @@
 //
 // Reads x three times (mean, variance, output) and writes y once.
 //
-// Statistics: the variance is taken about the mean of the first pass, the pivot. What the pivot is
-// off by (delta) is known after the second pass and is carried into the output separately, y = f((x
-// - pivot) * scale + shift): rounding the mean to float32 then costs nothing even where |mean| is
-// 10000 standard deviations.
+// Statistics: the variance is taken about the mean of the first pass, the pivot. The second pass
+// measures the error of the pivot (delta), which enters the output through the shift: y = f((x -
+// pivot) * scale + shift). So rounding the mean to float32 costs nothing, even if |mean| is 10000
+// standard deviations.
 #include "group_norm_silu.h"
 
 namespace {
@@ -22,21 +22,21 @@ struct Call {
   double eps;
 };
 
-// By channel of a task.
+// One value of each for every channel of a task.
 struct Columns {
   explicit Columns(int64_t count) : sums(count), pivot(count), scale(count), shift(count) {}
   Sums sums;
   std::vector<float> pivot, scale, shift;
 };
 
-// Turns the sums of the second pass over a group into its statistics, and scale and shift of its
-// channels, the first of which is `first` in the task.
+// Turns the sums of the second pass over a group into its statistics, and into scale and shift of
+// its channels; `first` is the group's first channel in the task.
 INLINE void finish_group(const Call& call, int64_t image, int64_t group, int64_t first, float pivot,
                          double sum, double squares, Columns& columns) {
   const Shape& shape = call.shape;
   const double delta = sum * shape.share;
   const double variance = squares * shape.share - delta * delta;
-  // Written so that a NaN stays one.
+  // Written so that NaN stays NaN.
   const double rstd = 1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + call.eps);
   call.mean[image * shape.groups + group] = static_cast<float>(pivot + delta);
   call.rstd[image * shape.groups + group] = static_cast<float>(rstd);

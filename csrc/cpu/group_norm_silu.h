@@ -18,18 +18,18 @@
 
 namespace {
 
-// Channels of a channels_last task at least, and its elements, before both are rounded up to whole
+// The least channels of a channels_last task, and its elements, before both are rounded up to whole
 // groups and pairs.
 constexpr int64_t kSlice = 64;
 constexpr int64_t kTaskElements = 32768;
 // Pairs of vectors of a row that are read side by side.
 constexpr int64_t kStrip = 2;
-// Rows between what is fetched and what is used: the processor does not foresee steps as wide as a
-// row.
+// Rows between the one that is prefetched and the one in use: the processor does not predict steps
+// as wide as a row.
 constexpr int64_t kAhead = 16;
 // Rows summed in float32 before they join the float64 sums.
 constexpr int64_t kBlock = 64;
-// With fewer elements a second thread costs more than it brings.
+// With fewer elements, a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 16384;
 
 struct Shape {
@@ -115,8 +115,7 @@ INLINE double total(V values) {
   return sums[0];
 }
 
-// The sum of `count` values. Four running sums, because each addition has to wait for the one
-// before it.
+// The sum of `count` values, in four running sums: an addition waits for the one before it.
 INLINE double total(const double* values, int64_t count) {
   double sums[4] = {};
   int64_t i = 0;

@@ -6,19 +6,19 @@
 //
 // Reads x twice and grad once, writes dx once; g waits in the cache between the two passes.
 //
-// The saved mean, the pivot, is rounded to float32. Where that is felt, because |mean| is many
-// standard deviations, one more pass measures what the pivot is off by (delta), which is carried
+// The saved mean, the pivot, is rounded to float32. If |mean| is so many standard deviations that
+// this matters, one more pass measures the error of the pivot (delta), which is carried along
 // separately, as in the forward.
 //
 // Every image writes its own row of sums for dweight and dbias, and the rows are added up in order:
-// the bits do not depend on the threads.
+// the bits do not depend on the number of threads.
 #include <memory>
 
 #include "group_norm_silu.h"
 
 namespace {
 
-// Standard deviations between the mean and zero from which the mean's rounding is felt.
+// From this many standard deviations between the mean and zero, the mean's rounding matters.
 constexpr float kFar = 4.0f;
 
 struct Call {
@@ -57,7 +57,7 @@ INLINE bool is_far(const Call& call, int64_t statistic) {
   return std::fabs(call.mean[statistic]) * call.rstd[statistic] > kFar;
 }
 
-// Sets what recomputes h.
+// Sets scale and shift, from which h is computed again.
 INLINE void set_group(const Call& call, const Task& task, int64_t g, double delta,
                       Columns& columns) {
   const int64_t first = g * call.shape.per_group;
@@ -70,7 +70,7 @@ INLINE void set_group(const Call& call, const Task& task, int64_t g, double delt
   }
 }
 
-// Turns the sums into the image's row for dweight and dbias, and what dx is made from.
+// Turns the sums into the image's row for dweight and dbias, and into slope and offset of dx.
 INLINE void finish_group(const Call& call, const Task& task, int64_t g, Columns& columns) {
   const Shape& shape = call.shape;
   const int64_t first = g * shape.per_group;
@@ -111,7 +111,7 @@ INLINE bool is_small(const Call& call, const Task& task) {
   return small;
 }
 
-// Writes g and sums it by column, alone and times x - pivot. dx is not touched, but fetched.
+// Writes g, and sums g and g * (x - pivot) by column. dx is only prefetched.
 template <class V, class T, bool kSilu, bool kIsSmall>
 INLINE void gather_slice(const T* grad, const T* x, T* dx, int64_t pixels, int64_t width,
                          int64_t stride, Columns& columns) {
@@ -286,7 +286,7 @@ struct Backward {
   }
 };
 
-// Adds up the images' rows, a few channels at a time, which are neighbors in a row.
+// Adds up the rows of all images, a few neighboring channels at a time.
 void sum_rows(int64_t begin, int64_t end, void* context) {
   const Call& call = *static_cast<const Call*>(context);
   const int64_t channels = call.shape.channels, images = call.shape.images;

@@ -3,9 +3,9 @@
 //   r = Philox(counter = (block, 0, index), key = seed)     u_k = (r_k + 1/2) / 2**32
 //   z = sqrt(-2 ln u_0) (cos, sin)(2 pi u_1), sqrt(-2 ln u_2) (cos, sin)(2 pi u_3)
 //
-// A lane makes a block. Words become floats where that loses nothing: ln u of a u close to 1 from
-// the exact 1 - u, and an angle by its distance from the nearest axis. So the relative error is at
-// most 4 * 2**-23, close to zeros, too (2.7 * 2**-23 was the most in 25 million).
+// A lane makes a block. Words become floats where nothing is lost: if u is close to 1, ln u is
+// computed from the exact 1 - u, and an angle is measured from the nearest axis. So the relative
+// error is at most 4 * 2**-23, near zeros as well (2.7 * 2**-23 was the largest of 25 million).
 #include "noise.h"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // A training batch: x0 = image / 127.5 - 1 and standard normal noise, both [N, H, W, C] in memory.
 //
-// Image and x0 are walked through in the order of memory, noise in its own, which goes through the
-// channels one by one: a tile of it is made in the cache and spread from there.
+// Image and x0 are processed in the order of memory. Noise has an order of its own, one channel
+// after the other: a tile of it is made in the cache and scattered from there.
 #include <algorithm>
 
 #include "noise.h"

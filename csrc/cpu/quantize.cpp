@@ -1,7 +1,7 @@
 // Floats to 8-bit levels: round or floor of clip(x, -1, 1) * 127.5 + 127.5, NaN to 0.
 //
-// Compiled without contraction: product and sum are rounded one by one, as in PyTorch, or values
-// close to the middle of two levels would go to the other one.
+// Compiled without contraction: product and sum are rounded one by one, as in PyTorch. Otherwise
+// values close to the middle between two levels would go to the other level.
 #include <algorithm>
 
 #include "simd.h"

@@ -88,7 +88,7 @@ INLINE float widen(bfloat16 value) {
   return wide;
 }
 
-// One value to its type in memory, rounded to nearest even; loops over it become vectors.
+// Converts one value to its type in memory, rounding to even. Loops over it are vectorized.
 INLINE void narrow(float value, float* to) { *to = value; }
 
 INLINE void narrow(float value, bfloat16* to) {
@@ -145,7 +145,7 @@ INLINE void store_pair(Pair<V> pair, float* to) {
 
 enum Purpose { kToRead = 0, kToWrite = 1 };
 
-// Fetches a pair into the cache, which may lie outside of the data.
+// Prefetches a pair into the cache. Its address may lie outside of the data.
 template <class V, Purpose kPurpose, class T>
 INLINE void prefetch_pair(const T* pair) {
   const char* at = reinterpret_cast<const char*>(pair);
@@ -224,8 +224,8 @@ INLINE void add_columns(Pair<V> pair, double* sums) {
 }
 
 // e**x to 2 ulp: 2**(n + f) for x = (n + f) ln(2) with |f| <= 1/2, and a polynomial for 2**f whose
-// relative error is 1e-7. Infinity from 88.4 on, at least e**-87, NaN for NaN. What is known to be
-// small needs no limits, which are four of its instructions.
+// relative error is 1e-7. Infinity from 88.4 on, at least e**-87, NaN for NaN. Arguments known to be
+// small skip the limits, which take four of its instructions.
 constexpr float kSmall = 86.0f;
 
 template <bool kIsSmall, class V>

@@ -1,9 +1,9 @@
 // A 3x3 convolution by Winograd's F(4x4, 3x3): image to tiles, 36 matrix products, tiles to image.
 //
-// A task is a block of tiles, which goes through all three while it is in a cache. In between it is
-// [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order and a cache line
-// between rows and between the 36, or as powers of two apart they would all compete for the same
-// few lines.
+// A task is a block of tiles, which goes through all three steps while it is in a cache. Between
+// them it is [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order. A
+// cache line separates rows, and the 36 matrices: at distances of powers of two, all would compete
+// for the same few lines.
 //
 // The products take the weight in panels [C, 16], of which kDepth rows fit the L1 cache, and hold
 // kRows<V> x 16 sums in registers. The order of a sum depends on C alone, so neither the block nor
@@ -45,7 +45,7 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
   out[3] = kA3 * difference_a + kB3 * difference_b + m[5 * step];
 }
 
-// The row of each point to a tile of y.
+// Turns the row of each point into a tile of y.
 template <class V, class T>
 INLINE void transform_output(const Call<T>& call, const Tile& tile, const float* from,
                              int64_t plane) {

@@ -1,5 +1,5 @@
-// A step of Adam or AdamW on many tensors, with all that is done on the way through their memory:
-// the norm of the gradients, a moving average of the weights, and a copy of them in bfloat16.
+// A step of Adam or AdamW on many tensors. The same pass over memory takes the norm of the
+// gradients and updates a moving average of the weights and a copy of them in bfloat16.
 //
 //     g = scale * grad (+ weight_decay * p: Adam)       p *= 1 - lr * weight_decay (AdamW)
 //     m += (1 - beta1) (g - m)                           v = beta2 v + (1 - beta2) g^2
@@ -11,9 +11,9 @@
 // down to max_norm, as torch.nn.utils.clip_grad_norm_ does.
 //
 // Traffic, in bytes for each weight: 38 with everything (grad read; p, m, v and average read and
-// written; copy written), and 4 more where the norm has to be known before the step.
+// written; copy written), and 4 more if the norm has to be known before the step.
 //
-// Addresses go to the kernels as arguments, for as many tensors as there is room for: no table in
+// Addresses are arguments of the kernels, for as many tensors as there is room for. A table in
 // device memory could go stale, or be freed under a CUDA graph. A block takes a chunk of a tensor.
 // No atomics: chunks are summed one by one, in order. Not measured yet.
 #include <cmath>
@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kChunk = 8192;
 constexpr int kTensors = 56;  // of one launch; its arguments may take 4096 bytes
 
-// What a block takes of a tensor.
+// The part of a tensor that a block takes.
 struct Chunk {
   int tensor;
   int64_t begin, end;
@@ -40,7 +40,7 @@ struct Tensors {
   __nv_bfloat16* copy[kTensors];
   int64_t size[kTensors];
   int end[kTensors];  // chunks up to and with this tensor
-  bool whole[kTensors];  // whether all of it can be read four by four
+  bool whole[kTensors];  // whether all of it can be read in fours
   float* partial;     // of each chunk of the launch: the sum of squares of its gradients
 
   HOST_DEVICE Chunk chunk(int64_t index) const {
@@ -60,7 +60,7 @@ struct Rule {
   float average_weight;  // 1 - decay
 };
 
-// What of the rule is the same for all weights of a step, made once by every block.
+// The factors that are the same for all weights of a step. Every block computes them once.
 struct Factors {
   float step_size, root, shrink, scale;
 
@@ -295,10 +295,9 @@ EXPORT int64_t ds_cuda_adam_chunks(const int64_t* sizes, int64_t count) {
 }
 
 // lists are six arrays, on the host, of `count` addresses each: params, grads, exp_avgs,
-// exp_avg_sqs, and averages and copies, whose addresses may be null. All is float32 without gaps but
-// grads, of type grad_type (float32 or bfloat16), and copies, bfloat16. step (counted from 1)
-// and lr are one float each on the device; norm and scale are written. Returns null, or what went
-// wrong.
+// exp_avg_sqs, and averages and copies, whose addresses may be null. All are float32 without gaps,
+// except grads, of type grad_type (float32 or bfloat16), and copies, bfloat16. step (counted from
+// 1) and lr are one float each on the device; norm and scale are written. Returns null or an error.
 EXPORT const char* ds_cuda_adam(void* const* const* lists, const int64_t* sizes, int64_t count,
                                 const float* step, const float* lr, float* partial, float* norm,
                                 float* scale, double beta1, double beta2, double eps,

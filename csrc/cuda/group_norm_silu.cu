@@ -1,16 +1,17 @@
-// GroupNorm, with SiLU or without, forward, of images that one block cannot hold.
+// The forward pass of GroupNorm, with SiLU or without, for images that one block cannot hold.
 //
 //     y = f(weight * (x - mean) / sqrt(var + eps) + bias)     Wu & He 2018, Eq. 1, 2, 6 and 7
 //
-// x is [images, pixels, channels]. An image is cut into slices, of whole groups of channels, and a
-// slice into tiles of pixels. A block keeps a tile in shared memory, and has of each channel the
-// mean over its pixels, and the squares about that mean. Those of all tiles of a slice are merged
-// to the statistics of groups as in Chan et al. 1979, STAN-CS-79-773, Eq. 2.1, always in one order.
+// x is [images, pixels, channels]. An image is cut into slices of whole groups of channels, and a
+// slice into tiles of pixels. A block keeps a tile in shared memory and computes, for each channel,
+// the mean over its pixels and the squares about that mean. Those of all tiles of a slice are
+// merged to the statistics of groups, always in one order (Chan et al. 1979, STAN-CS-79-773, Eq.
+// 2.1).
 //
-// Cluster (sm_90): the blocks of a slice are a cluster. Each reads what the others have through
-// distributed shared memory, so x is read once: traffic 2, x and y, in elements for each element.
-// Two passes (sm_80): tiles go through a table in global memory, from one kernel to the next, and x
-// is read twice: traffic 3.
+// Cluster (sm_90): the blocks of a slice are a cluster. Each reads the results of the others
+// through distributed shared memory, so x is read once: traffic 2, x and y, in elements for each
+// element. Two passes (sm_80): results go from one kernel to the next through a table in global
+// memory, and x is read twice: traffic 3.
 //
 // No atomics; how an image is cut depends on its shape alone, and so do the bits of the result.
 // Not measured yet.
@@ -27,7 +28,7 @@ constexpr int64_t kSector = 32, kSegment = 64;
 constexpr int64_t kRooms[] = {74 * 1024, 112 * 1024, 227 * 1024};
 constexpr int64_t kPortableRoom = 48 * 1024;
 
-// How an image is cut; tiles is 0 where it cannot be.
+// How an image is cut; tiles is 0 if it cannot be.
 struct Cut {
   int64_t pixels, channels, groups, per_group;
   int64_t slices, slice_groups;  // of an image; of a slice

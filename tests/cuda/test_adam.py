@@ -39,9 +39,14 @@ def state(shapes, device, dtype=torch.float32, grad_dtype=torch.float32) -> dict
 
 def advance(kernel, lists, device, step=3, lr=1e-2, **changed) -> Tensor:
     numbers = {
-        "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.0, "decoupled": False,
-        "ema_decay": 0.995, "max_norm": math.inf,
-    } | changed  # fmt: skip
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "decoupled": False,
+        "ema_decay": 0.995,
+        "max_norm": math.inf,
+    } | changed
     scalars = [torch.tensor(float(value), device=device) for value in (step, lr)]
     return kernel(*scalars, *(lists[name] for name in LISTS), *numbers.values())
 

@@ -17,9 +17,13 @@ NHWC = torch.channels_last
 # Images of 2 to 8 tiles; groups of 1, 3, 4, 8 and 12 channels; slices that end early, and those of
 # 16 bytes a pixel.
 SHAPES = [
-    ((1, 32, 33, 32), 8), ((2, 96, 41, 29), 8), ((1, 40, 48, 48), 40), ((1, 24, 71, 61), 8),
-    ((2, 8, 33, 37), 1), ((1, 144, 35, 31), 48),
-]  # fmt: skip
+    ((1, 32, 33, 32), 8),
+    ((2, 96, 41, 29), 8),
+    ((1, 40, 48, 48), 40),
+    ((1, 24, 71, 61), 8),
+    ((2, 8, 33, 37), 1),
+    ((1, 144, 35, 31), 48),
+]
 every_shape = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 both_silu = pytest.mark.parametrize("silu", [False, True], ids=["norm", "silu"])

@@ -33,9 +33,16 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 narrow = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype)[6:])
 # N, heads, T, D, and C of the weight; 0 is none
 SHAPES = [
-    (2, 1, 16, 256, 256), (1, 1, 64, 512, 512), (1, 1, 256, 256, 256), (1, 1, 256, 512, 0),
-    (2, 4, 64, 64, 256), (1, 1, 256, 64, 0), (2, 3, 17, 5, 7), (1, 2, 1, 1, 1), (2, 2, 100, 33, 0),
-]  # fmt: skip
+    (2, 1, 16, 256, 256),
+    (1, 1, 64, 512, 512),
+    (1, 1, 256, 256, 256),
+    (1, 1, 256, 512, 0),
+    (2, 4, 64, 64, 256),
+    (1, 1, 256, 64, 0),
+    (2, 3, 17, 5, 7),
+    (1, 2, 1, 1, 1),
+    (2, 2, 100, 33, 0),
+]
 NAMES = ["q", "k", "v", "weight", "bias", "residual"]
 SMALL = [(2, 1, 20, 24, 24), (2, 2, 20, 24, 0)]
 small = pytest.mark.parametrize("shape", SMALL, ids=["projected", "heads"])
@@ -188,9 +195,22 @@ def test_a_program_writes_its_own_queries_and_nothing_else():
     y = torch.full_like(residual, float("nan"))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     kernels._heads_kernel[(1,)](
-        q, k, v, bias, residual, y, *strides, 1.0, TOKENS=40, HEADS=2, WIDTH=8, PRECISION="tf32x3",
-        BLOCK_M=16, BLOCK_T=64, BLOCK_D=16,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        bias,
+        residual,
+        y,
+        *strides,
+        1.0,
+        TOKENS=40,
+        HEADS=2,
+        WIDTH=8,
+        PRECISION="tf32x3",
+        BLOCK_M=16,
+        BLOCK_T=64,
+        BLOCK_D=16,
+    )
     assert not y[:, :16, :8].isnan().any()
     assert y[:, 16:].isnan().all()
     assert y[:, :, 8:].isnan().all()

@@ -173,12 +173,15 @@ def test_with_a_norm_it_is_as_exact_as_pytorch(place, dtype, silu):
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [
-        ((5, 4, 8, 2, 2, "3x3/2"), 8), ((3, 4, 8, 5, 6, "1x1"), 1),
-        ((1, 4, 16, 16, 16, "1x1"), 2), ((2, 4, 12, 5, 6, "3x3"), 4),
-        ((2, 4, 256, 2, 3, "1x1"), 1), ((2, 4, 8, 3, 4, "doubled"), 2),
+        ((5, 4, 8, 2, 2, "3x3/2"), 8),
+        ((3, 4, 8, 5, 6, "1x1"), 1),
+        ((1, 4, 16, 16, 16, "1x1"), 2),
+        ((2, 4, 12, 5, 6, "3x3"), 4),
+        ((2, 4, 256, 2, 3, "1x1"), 1),
+        ((2, 4, 8, 3, 4, "doubled"), 2),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_norm_of_any_image_and_groups(shape, groups):
     check_norm(*values(*shape, torch.float32), norm_values(shape[2], groups, torch.float32))
 
@@ -256,10 +259,35 @@ def test_a_program_writes_its_own_tile_and_nothing_else():
     (x, weight, _, _), _ = values(2, 3, 20, 6, 6, "3x3", torch.float32)
     y = torch.full((2, 6, 6, 20), float("nan"), device=DEVICE)
     kernels._conv_kernel[(1,)](
-        x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), None, None, y, None, None, None, None,
-        None, 2, 6, 6, 6, 6, 3, 20, 0.0, KERNEL=3, STRIDE=1, BIAS_ROWS=False, PRECISION="tf32x3",
-        PER_GROUP=None, SILU=None, IMAGE_ROWS=None, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16,
-    )  # fmt: skip
+        x.permute(0, 2, 3, 1),
+        weight.permute(0, 2, 3, 1),
+        None,
+        None,
+        y,
+        None,
+        None,
+        None,
+        None,
+        None,
+        2,
+        6,
+        6,
+        6,
+        6,
+        3,
+        20,
+        0.0,
+        KERNEL=3,
+        STRIDE=1,
+        BIAS_ROWS=False,
+        PRECISION="tf32x3",
+        PER_GROUP=None,
+        SILU=None,
+        IMAGE_ROWS=None,
+        BLOCK_M=16,
+        BLOCK_N=16,
+        BLOCK_K=16,
+    )
     written = torch.zeros(72, 20, dtype=torch.bool, device=DEVICE)
     written[:16, :16] = True
     assert torch.equal(~y.isnan().view(72, 20), written)

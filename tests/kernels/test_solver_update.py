@@ -79,9 +79,17 @@ def test_a_program_updates_its_own_tile_and_nothing_else():
     x, terms, table = case((100,), [torch.float32])
     after, copy = x.to(DEVICE, copy=True), torch.full((100,), torch.nan, device=DEVICE)
     kernels._solver_update_kernel[(1,)](
-        after, (terms[0].to(DEVICE),), table.to(DEVICE), torch.tensor([1]).to(DEVICE), copy, 100, 5,
-        TERMS=1, COPY=True, BLOCK=64,
-    )  # fmt: skip
+        after,
+        (terms[0].to(DEVICE),),
+        table.to(DEVICE),
+        torch.tensor([1]).to(DEVICE),
+        copy,
+        100,
+        5,
+        TERMS=1,
+        COPY=True,
+        BLOCK=64,
+    )
     assert_updated(after[:64].cpu(), x[:64], [terms[0][:64]], table[1])
     assert torch.equal(after[64:].cpu(), x[64:])
     assert torch.equal(copy[:64], after[:64]) and copy[64:].isnan().all()

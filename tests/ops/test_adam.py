@@ -32,9 +32,18 @@ def test_it_steps_as_torch_optim_does(decoupled, max_norm):
     for _ in range(6):
         grads = [torch.randn(shape) for shape in SHAPES]
         norm = ds.ops.adam_step(
-            params, grads, *state, step=step, lr=lr, betas=(0.9, 0.98), weight_decay=0.02,
-            decoupled=decoupled, averages=averages, ema_decay=0.9, max_norm=max_norm,
-        )  # fmt: skip
+            params,
+            grads,
+            *state,
+            step=step,
+            lr=lr,
+            betas=(0.9, 0.98),
+            weight_decay=0.02,
+            decoupled=decoupled,
+            averages=averages,
+            ema_decay=0.9,
+            max_norm=max_norm,
+        )
         for param, grad in zip(theirs, grads, strict=True):
             param.grad = grad
         torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
@@ -49,9 +58,13 @@ def test_weights_that_require_a_gradient_are_stepped_without_one():
     weight = torch.nn.Parameter(torch.ones(3))
     weight.sum().backward()
     ds.ops.adam_step(
-        [weight], [weight.grad], [torch.zeros(3)], [torch.zeros(3)],
-        step=torch.zeros(()), lr=torch.tensor(0.1),
-    )  # fmt: skip
+        [weight],
+        [weight.grad],
+        [torch.zeros(3)],
+        [torch.zeros(3)],
+        step=torch.zeros(()),
+        lr=torch.tensor(0.1),
+    )
     torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
     assert weight.requires_grad and weight.is_leaf
 
