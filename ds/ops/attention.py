@@ -45,8 +45,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
 
 
-# The backends of both ops are made of differentiable PyTorch functions, or leave what needs a
-# gradient to the next one: the ops need no gradient of their own.
+# Both ops are transparent. Their backends are made of differentiable PyTorch functions, or refuse
+# arguments that need a gradient.
 _TAKES = """
     q [N, heads, T, D] floating
     k [N, heads, T, D] of q

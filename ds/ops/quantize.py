@@ -21,7 +21,8 @@ def quantize(x: Tensor, rounding: Rounding = "round") -> Tensor:
     darkens by half a level.
 
     Raises:
-        ValueError: another rounding, or x has no channels or is not floating.
+        ValueError: another rounding, x has no channels or is not floating, or a derivative is
+            asked for.
     """
     if rounding not in get_args(Rounding):
         raise ValueError(

@@ -22,10 +22,10 @@ def solver_update(
     table lacks makes x NaN.
 
     The state x is float32 (or float64) and so is the sum; terms and copy have the shape of x and
-    any floating dtype. x and copy must not overlap the others. There is no gradient.
+    any floating dtype. x and copy must not overlap the others. There is no derivative.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or a gradient is asked for.
+        ValueError: a shape or dtype does not fit, or a derivative is asked for.
     """
     _op(x, list(terms), table, step, copy)
 

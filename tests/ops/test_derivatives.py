@@ -240,7 +240,14 @@ def test_it_is_right(name, derivative):
 
 
 @pytest.mark.parametrize(
-    "derivative", ["by_jvp", "by_backward", "by_backward_and_dual_numbers", "by_create_graph"]
+    "derivative",
+    [
+        "by_jvp",
+        "by_backward",
+        "by_backward_and_dual_numbers",
+        "by_create_graph",
+        "by_gradient_of_tangent",
+    ],
 )
 @pytest.mark.parametrize("name", RIGHT)
 def test_it_is_right_in_the_kernels(name, derivative):

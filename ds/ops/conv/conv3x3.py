@@ -1,4 +1,4 @@
-"""A 3x3 convolution that learns: on a CPU in float32 by Winograd's F(4x4, 3x3), with gradients."""
+"""A 3x3 convolution for training: in float32 on CPUs by Winograd's F(4x4, 3x3)."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,12 @@ _PART = 96  # tiles that the gradient of the weight takes at a time, to stay in 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve x [N, C, H, W] with weight [O, C, 3, 3], padding by 1, plus bias [O].
 
-    It is F.conv2d, and in exact arithmetic the same. Float32 on a CPU takes a quarter of the
-    multiplications, in forward and in both gradients, where N, H and W make tiles of 4 x 4 pixels
-    enough and C and O are multiples of 16. Raises what F.conv2d
-    raises, and ValueError for tensors of several devices or without their memory.
+    In exact arithmetic it is F.conv2d. In float32 on a CPU it takes a quarter of the
+    multiplications, forward, in both gradients and in forward mode, if C and O are multiples of 16
+    and N, H and W make at least 16 tiles of 4 x 4 pixels.
+
+    Raises:
+        ValueError: tensors on several devices or without their memory; else what F.conv2d raises.
 
     Lavin & Gray 2016, arXiv:1509.09308; the points are those of winograd_conv.
     """
@@ -33,7 +35,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Say whether tiles are quicker; not for what does not fit, of which F.conv2d says why."""
+    """Return whether tiles are faster; False for misfits, for which F.conv2d raises."""
     given = [t for t in (x, weight, bias) if t is not None]
     if not all(isinstance(t, Tensor) for t in given):
         return False
@@ -112,6 +114,19 @@ def backward(ctx, dy):
 
 
 _op.register_autograd(backward, setup_context)
+
+
+def _tangents(primals, tangents, y):
+    """Return x * d weight + d x * weight + d bias, where * is the convolution."""
+    x, weight, _ = primals
+    d_x, d_weight, d_bias = tangents
+    terms = [] if d_x is None else [_op(d_x, weight, None)]
+    terms += [] if d_weight is None else [_op(x, d_weight, None)]
+    terms += [] if d_bias is None else [d_bias[:, None, None].expand_as(y)]
+    return sum(terms[1:], terms[0])
+
+
+_op.register_tangents(_tangents)
 
 
 @_op.backend("cpu", "cpu")

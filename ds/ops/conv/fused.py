@@ -52,7 +52,8 @@ def conv(
     only (TensorFlow's SAME for even sizes); or [4 O, C, 2, 2] of phase_weight, for x with every
     pixel doubled. The result is [N, O, H / stride, W / stride], rounded down, or [N, O, 2 H, 2 W],
     in channels_last memory, which for weight and x saves a copy. x, weight and residual have one
-    dtype, the bias any; sums are float32 (float64 for a float64 x). There is no gradient.
+    dtype, the bias any; sums are float32 (float64 for a float64 x). Derivatives go through the
+    reference.
 
     x and weight may be float8_e4m3fn, with the `scale` of each row of the weight, as float8_weight
     returns them; the residual and the result are bfloat16 then.

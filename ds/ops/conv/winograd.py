@@ -52,7 +52,7 @@ def winograd_conv(
     bias [O] and residual [N, O, H, W] are added if given. If `doubled`, every pixel of x counts
     twice in both directions, and the result is [N, O, 2 H, 2 W]. residual and the result have the
     dtype of x; weight, bias and all sums are float32, or float64 for float64. The result is in
-    channels_last memory. There is no gradient.
+    channels_last memory. Derivatives go through the reference.
 
     Lavin & Gray 2016, arXiv:1509.09308, section 4, with other points.
 
@@ -68,11 +68,11 @@ def tiles(height: int, width: int) -> int:
 
 
 def pays(weight: Tensor, images: int, height: int, width: int) -> bool:
-    """Say whether a 3x3 convolution to images of this size is quicker in tiles, by our kernel.
+    """Return whether our kernel in tiles is the faster 3x3 convolution to images of this size.
 
-    The transforms, of the weight above all, cost more than they save in calls of few tiles: of 256
-    channels 8 are about a tie on one core of an EPYC with AVX2, and 16 on one with AVX-512 where
-    the call has to transform its weight.
+    With few tiles the transforms, mostly of the weight, cost more than they save. With 256 channels
+    8 tiles are about a tie on one EPYC core with AVX2. So are 16 on one with AVX-512 if the call
+    transforms its weight.
     """
     out, channels = weight.shape[:2]
     return not (out % PANEL or channels % PANEL) and images * tiles(height, width) >= 16

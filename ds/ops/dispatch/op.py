@@ -67,7 +67,7 @@ class Op:
         self._chains: dict[tuple[str, str | None], list[tuple[str, Kernel]]] = {}
         self._function: type[torch.autograd.Function] | None = None
         self._traced: type[torch.autograd.Function] | None = None
-        self._forward: Kernel | None = None
+        self._tangents: Kernel | None = None
         _library.define(schema)
         self._dispatched = getattr(torch.ops.ds, self.name)
         self.schema, self.takes = self._dispatched.default._schema, takes
@@ -91,8 +91,8 @@ class Op:
 
         torch.library.register_fake(f"ds::{self.name}", checked, lib=_library)
         _library.impl(self.name, self.compute, "CompositeExplicitAutograd")
-        _library.impl(self.name, self._differentiate, "Autograd")
-        _library.impl(self.name, self._batch, "FuncTorchBatched")
+        _library.impl(self.name, transforms.untraced(self._differentiate), "Autograd")
+        _library.impl(self.name, transforms.untraced(self._batch), "FuncTorchBatched")
 
     def __call__(self, *args):
         """Call the op, past PyTorch's dispatcher if nothing but autograd needs to see the call.
@@ -132,6 +132,14 @@ class Op:
 
         self._function, self._traced = function(self.compute), function(self._below_autograd)
 
+    def register_tangents(self, tangents: Callable) -> None:
+        """Give the op a rule for forward mode: tangents(primals, tangents, results) of the results.
+
+        Primals and tangents are in the order of the schema; what carries no tangent has None. The
+        rule is made of differentiable functions, so that gradients flow through its result.
+        """
+        self._tangents = tangents
+
     def _differentiate(self, *args):
         """Compute the op for one level of autograd, as the dispatcher's kernel for that.
 
@@ -146,9 +154,20 @@ class Op:
             return self._below_autograd(*args)
         if self.no_derivative:
             self._refuse_derivatives(args)
+        if dual and self._tangents is not None:
+            return self._apply_tangents(args)
         if dual or self._traced is None or transforms.in_functorch():
             return self._call_reference(*args)
         return self._traced.apply(*args)
+
+    def _apply_tangents(self, args: tuple):
+        """Compute the results without tangents, by any backend, and give them theirs."""
+        primals, tangents = zip(*map(transforms.unpack, args), strict=True)
+        results = self._differentiate(*primals)
+        found = self._tangents(primals, tangents, results)
+        if isinstance(results, Tensor):
+            return transforms.pack(results, found)
+        return tuple(map(transforms.pack, results, found))
 
     def _below_autograd(self, *args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -184,8 +203,13 @@ class Op:
 
     def _call_reference(self, *args):
         """Call the reference with tensors that may have no memory, for PyTorch to differentiate."""
-        self._check_traced(*args)
-        return self._in_given_dtypes(self._reference, args)
+        plain = PLAIN.issuperset(map(type, transforms.tensors(args)))
+        (self._check if plain and not transforms.active() else self._check_traced)(*args)
+        device = args[0].device.type
+        if self._opaque and device in DEVICES:
+            with torch.autocast(device, enabled=False):
+                return self._reference(*args)
+        return self._reference(*args)
 
     def backends(self) -> set[str]:
         """Return the names of the backends on any device."""
@@ -206,21 +230,18 @@ class Op:
         return rows
 
     def compute(self, *args):
+        """Check the arguments and call a backend, or the reference under a transform."""
         if not self._opaque and transforms.active():
             return self._call_reference(*args)
         self._check(*args)
-        return self._in_given_dtypes(self._compute, args)
-
-    def _in_given_dtypes(self, compute: Kernel, args: tuple):
-        """Compute without autocast if the op is opaque."""
         device = args[0].device.type
         if self._opaque and device in DEVICES and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return compute(*args)
-        return compute(*args)
+            with torch.autocast(device, enabled=False):  # the op computes in the dtypes it is given
+                return self._call_backend(device, args)
+        return self._call_backend(device, args)
 
-    def _compute(self, *args):
-        device, reason = args[0].device.type, ""
+    def _call_backend(self, device: str, args: tuple):
+        reason = ""
         for _, kernel in self._chains.get((device, _forced)) or self._chain(device):
             try:
                 return kernel(*args)
@@ -278,9 +299,9 @@ def _watched(args: tuple) -> bool:
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors of one shape lie in memory in one order.
+    """Return whether two tensors of one shape lie in memory in the same order.
 
-    The stride of a dimension of size 1, such as that of a single image, says nothing.
+    The stride of a dimension of size 1 does not matter.
     """
     if a.stride() == b.stride():
         return True

@@ -12,9 +12,9 @@
     O = R // 4 if K == 2 else R         a size that follows from others
     C % groups == 0 : C ({C}) must be a multiple of groups ({groups})   what must hold, or the error
 
-They are checked in order. All tensors are dense, on the device of the first, and have the memory
-that their strides reach. What the schema says is written overlaps neither itself nor, outside of
-lists, another argument.
+Lines are checked in order. All tensors must be dense, on the device of the first, and have the
+memory that their strides reach. An argument that the schema marks as written must not overlap
+itself or, outside of lists, another argument.
 """
 
 import functools
@@ -54,8 +54,8 @@ _USUAL = (
 def make_check(schema: torch._C.FunctionSchema, takes: str, *, fake: bool) -> Callable[..., None]:
     """Return the function that raises for arguments of the schema that do not fit.
 
-    It raises TypeError for what is no tensor or another kind of scalar, and ValueError else. The
-    one for `fake` tensors, whose sizes may be symbols, leaves out scalars and memory.
+    It raises TypeError for an argument of the wrong kind, and ValueError for any other misfit. With
+    `fake`, for tensors whose sizes may be symbols, it checks neither scalars nor memory.
     """
     writer = _Writer(schema, fake)
     lines = [f"    {line}\n" for line in writer.lines(takes)]
@@ -202,7 +202,7 @@ class _Writer:
         yield from after
 
     def _has_value(self, size: str) -> bool:
-        """Say whether a size is a number, an expression or a name that has a value by now."""
+        """Return whether a size is a number, an expression or a name that has a value by now."""
         if size == "_":
             return False
         return (
@@ -229,7 +229,7 @@ def result(dtype: torch.dtype) -> torch.dtype:
 
 
 def described(shapes: list[str], values: dict[str, Any]) -> str:
-    """Return shapes as an error says them: numbers where sizes have values, else their names."""
+    """Return shapes for an error: numbers for sizes that have values, names for the others."""
 
     def said(size: str) -> str:
         if size == "...":
@@ -269,7 +269,7 @@ def raise_shape(op: str, name: str, x: Tensor, accepted: str) -> NoReturn:
 
 
 def raise_if_unfit(op: str, name: str, x: Tensor, written: bool) -> None:
-    """Take the closer look at a tensor that is not dense, or not all there."""
+    """Raise if a tensor that is not plainly dense does not fit."""
     if x.is_neg() or x._is_zerotensor():
         raise ValueError(f"{op}: {name} is not what is in its memory; give its clone()")
     held, needed = x.untyped_storage().nbytes(), _reach(x)
@@ -289,7 +289,7 @@ def raise_if_unfit(op: str, name: str, x: Tensor, written: bool) -> None:
 
 
 def check_places(op: str, **tensors: Tensor | None) -> None:
-    """Raise for what PyTorch's kernels do not look at: other devices, memory that is not there."""
+    """Raise for tensors on several devices or without memory, which PyTorch does not check."""
     plain = {
         name: x
         for name, x in tensors.items()
@@ -312,7 +312,7 @@ def _reach(x: Tensor) -> int:
 
 
 def check_apart(op: str, arguments: dict[str, Any], written: list[str]) -> None:
-    """Raise for dense memory that is written and is that of another argument as well."""
+    """Raise if an argument that is written shares memory with another."""
     spans = []
     for name, value in arguments.items():
         for x in value if isinstance(value, (list, tuple)) else [value]:

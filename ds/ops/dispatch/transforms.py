@@ -1,11 +1,27 @@
 """Derivatives of functions, and what PyTorch's transforms make of tensors."""
 
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
+
+
+def untraced(function: Callable) -> Callable:
+    """Return the function, which PyTorch calls from C++, hidden from torch.compile's tracer."""
+    disabled = []
+
+    def call(*args):
+        if "torch._dynamo" not in sys.modules:  # slow to import, and nothing is compiled yet
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call
 
 
 def active() -> bool:
@@ -57,6 +73,18 @@ def tangent(x: Tensor) -> Tensor | None:
     if not x.is_floating_point():
         return None
     return torch._VF._unpack_dual(x, level=0)[1]
+
+
+def unpack(arg: Any) -> tuple[Any, Tensor | None]:
+    """Return an argument without its tangent, and that or None."""
+    if isinstance(arg, Tensor) and (t := tangent(arg)) is not None:
+        return torch._VF._unpack_dual(arg, level=0)[0], t
+    return arg, None
+
+
+def pack(x: Tensor, tangent: Tensor | None) -> Tensor:
+    """Return x with a tangent, which is rounded to its dtype."""
+    return x if tangent is None else torch._VF._make_dual(x, tangent.to(x.dtype), level=0)
 
 
 def vjp(function: Callable, args: Sequence, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

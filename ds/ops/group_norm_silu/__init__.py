@@ -44,12 +44,13 @@ def group_norm_silu(
                   have channels of both
 
     With `float8` the result is float8_e4m3fn, rounded once as in ds.ops.to_float8. It has no
-    gradient.
+    derivative.
 
     Wu & He 2018, arXiv:1803.08494, Eq. 1, 2, 6 and 7.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or groups does not divide the channels.
+        ValueError: a shape or dtype does not fit, groups does not divide the channels, or a
+            derivative of a float8 result is asked for.
     """
     addends = Addends(_one_row_an_image(x, shift), residual, skip)
     if float8:

@@ -201,6 +201,57 @@ def _given(ctx, d_x: Tensor, d_shift: Tensor, d_skip: Tensor) -> list[Tensor | N
 forward.register_autograd(_gradient, _save)
 
 
+def _tangents(primals, tangents, results):
+    """Return the tangents of the results, in the dtype of computation.
+
+    With m the merged x, xhat = (m - mean) * rstd, a = weight * xhat + bias, f SiLU or the identity,
+    and means over the group: d mean = mean(d m), d rstd = -rstd^2 * mean(d m * xhat),
+    d xhat = rstd * (d m - d mean - xhat * mean(d m * xhat)) and
+    d y = f'(a) * (weight * d xhat + d weight * xhat + d bias).
+    """
+    x, weight, bias, groups, _, silu, keep, *addends = primals
+    d_x, d_weight, d_bias, *_, d_shift, d_residual, d_skip = tangents
+    _, mean, rstd, merged = results
+    merged = merged if keep else Addends(*addends).merge(x)
+    d_merged = _merged_tangent(x, Addends(*addends), d_x, Addends(d_shift, d_residual, d_skip))
+    shape = (*mean.shape, *[1] * (merged.dim() - 1))
+    mean, rstd = mean.view(shape), rstd.view(shape)
+    grouped = merged.to(wide(x.dtype)).unflatten(1, (groups, merged.shape[1] // groups))
+    xhat = (grouped - mean) * rstd
+    flat, w = xhat.flatten(1, 2), _per_channel(weight, x)
+    terms, d_mean, d_rstd = [], None, None
+    if d_merged is not None:
+        inner = tuple(range(2, xhat.dim()))
+        d_grouped = d_merged.to(wide(x.dtype)).unflatten(1, xhat.shape[1:3])
+        d_mean = d_grouped.mean(inner, keepdim=True)
+        along = (d_grouped * xhat).mean(inner, keepdim=True)
+        terms.append(((d_grouped - d_mean - xhat * along) * rstd).flatten(1, 2) * w)
+        d_mean, d_rstd = d_mean.flatten(1), (-rstd.square() * along).flatten(1)
+    if d_weight is not None:
+        terms.append(flat * _per_channel(d_weight, x))
+    if d_bias is not None:
+        terms.append(_per_channel(d_bias, x).expand_as(flat))
+    d_y = sum(terms[1:], terms[0])
+    if silu:
+        a = flat * w + _per_channel(bias, x)
+        s = a.sigmoid()
+        d_y = d_y * (s * (1 + a * (1 - s)))
+    return d_y, d_mean, d_rstd, d_merged if keep else None
+
+
+def _merged_tangent(x: Tensor, addends: Addends, d_x: Tensor | None, tangents: Addends):
+    """Return the tangent of the merged x, or None."""
+    if d_x is None and all(t is None for t in tangents):
+        return None
+    zero = x.new_zeros(())
+    if addends.skip is not None and tangents.skip is None:
+        tangents = tangents._replace(skip=zero.expand_as(addends.skip))
+    return tangents.merge(zero.expand_as(x) if d_x is None else d_x)
+
+
+forward.register_tangents(_tangents)
+
+
 def reference_float8(x, weight, bias, groups, eps, keep, *addends):
     """Return y of the norm with SiLU in float8, and the merged x, which is empty unless `keep`."""
     x = Addends(*addends).merge(x)
