@@ -32,9 +32,14 @@ def noise(
     differ between devices by a few ulp. Raises ValueError for a seed out of range.
     """
     if not isinstance(indices, Tensor):
-        bits = [signed("noise", "index", operator.index(i)) for i in indices]
-        indices = torch.tensor(bits, dtype=torch.int64, device="cpu")
+        indices = as_bits(indices)
     return ops.noise(operator.index(seed), indices.to(device), shape, dtype)
+
+
+def as_bits(indices: Iterable[int]) -> Tensor:
+    """Return 64-bit unsigned indices as an int64 tensor [N] of their bits."""
+    bits = [signed("noise", "index", operator.index(i)) for i in indices]
+    return torch.tensor(bits, dtype=torch.int64, device="cpu")
 
 
 def uniform(seed: int, indices: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from ds.engine.calls import Place
 from ds.engine.loop import Loop, Recurrence, times
-from ds.engine.plan import Plan
+from ds.engine.plan import Plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.run import Engine
 
-__all__ = ["Engine", "Loop", "Place", "Plan", "Recurrence", "Rewrites", "times"]
+__all__ = ["Engine", "Loop", "Place", "Plan", "Recurrence", "Rewrites", "can_run", "times"]

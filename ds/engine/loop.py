@@ -11,79 +11,95 @@ import torch
 from torch import Tensor, nn
 
 from ds import ops
+from ds.diffusion.noise import Draws
 from ds.engine.run import Engine
 
 # What float64 leaves of coefficients that were found by solving for them; of those given, 1e-16.
 TOLERANCE = 1e-9
 
 
-class Model(Protocol):
-    """A teacher or a student: what makes a sample of noise by calling a network."""
+class Sampled(Protocol):
+    """A teacher or a student: it makes samples from noise by calling a network."""
 
-    shape: tuple[int, ...]  # of a sample
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        ...
 
-    def using(self, net: nn.Module) -> "Model":
+    def using(self, net: nn.Module) -> "Sampled":
         """Return the same model with another network."""
+        ...
 
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
         """Turn noise [N, *shape] into samples."""
+        ...
 
 
 class _Recorder(nn.Module):
-    """A network that notes what it is given, and answers with the next of the outputs."""
+    """A network that records its inputs and answers with the next of some outputs."""
 
-    def __init__(self, outputs: Tensor | None = None):
+    def __init__(self, shape: tuple[int, ...], outputs: Tensor | None = None):
         super().__init__()
-        self.outputs, self.inputs, self.times = outputs, [], []
+        self.shape, self.outputs = shape, outputs
+        self.inputs: list[Tensor] = []
+        self.times: list[float] = []
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **_: object) -> Tensor:
         call = len(self.times)
         self.inputs.append(x)
-        self.times.append(int(t[0]))
+        self.times.append(t[0].item())
         return torch.zeros_like(x) if self.outputs is None else self.outputs[call : call + 1]
 
 
-def times(model: Model) -> tuple[int, ...]:
-    """Return the times at which a model calls its network, in order."""
-    recorder = _Recorder()
-    model.using(recorder).sample(torch.zeros(1, *model.shape, dtype=torch.float64, device="cpu"))
-    return tuple(recorder.times)
+def _recorded(model: Sampled, z: Tensor, outputs: Tensor | None = None) -> tuple[_Recorder, Tensor]:
+    """Sample from noise z [1, ...] with a recorder for the network; return it and the sample."""
+    recorder = _Recorder(model.shape, outputs)
+    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device="cpu"))
+    return recorder, model.using(recorder).sample(z, draws=draws)
+
+
+def times(model: Sampled) -> tuple[float, ...]:
+    """Return the times that a model feeds its network, in order."""
+    z = torch.zeros(1, *model.shape, dtype=torch.float64, device="cpu")
+    return tuple(_recorded(model, z)[0].times)
 
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
-    """A model as a recurrence: of the noise, and of the outputs of its network.
+    """A model as a recurrence in the inputs and outputs of its network.
 
-    With x_0 the noise, x_i what the network is given at times[i], h_i what it answers, and x_n the
-    sample, for a memory of m
+    With x_i the input of the network at times[i], h_i its output, x_n the sample, and a memory of m
 
+        x_0 = scale * noise
         x_{i+1} = table[i] @ (x_i, h_i, x_{i-1}, h_{i-1}, ..., x_{i-m+1}, h_{i-m+1})
 
-    Every deterministic solver of a fixed grid has this form, however it is written, and so have
-    methods that end in a weighted sum. The table is float64 [n, 2 m].
+    Every deterministic solver on a fixed grid has this form, however it is written. So do methods
+    that end in a weighted sum. The table is float64 [n, 2 m].
     """
 
-    times: tuple[int, ...]
+    times: tuple[float, ...]
     table: Tensor
+    scale: float = 1.0
 
     @property
     def memory(self) -> int:
-        """How many of the last calls a step looks back to."""
+        """The number of calls that a step looks back to."""
         return self.table.shape[1] // 2
 
     @classmethod
-    def of(cls, model: Model) -> "Recurrence":
-        """Find the recurrence of a model by calling it in float64 with networks that note all.
+    def of(cls, model: Sampled) -> "Recurrence":
+        """Find the recurrence of a model by sampling in float64 with recorders for its network.
 
         Raises:
-            ValueError: a sample is not linear in the noise and the outputs, so it has none.
+            ValueError: the sample is not linear in the noise and the outputs; a stochastic one is
+                not.
         """
-        count = len(times(model))
-        # Numbers of which each stands for the noise or an output: what comes out are coefficients.
+        count = len(visited := times(model))
+        # Each unit vector stands for the noise or an output, so what comes out are coefficients.
         x = _states(model, torch.eye(count + 1, dtype=torch.float64, device="cpu"))
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(count + 1, 64, generator=generator, dtype=torch.float64, device="cpu")
-        drawn *= 1e3  # so that what clips does
+        drawn *= 1e3  # large, so that clipping would show
         if not _near(_states(model, drawn), x @ drawn):
             raise ValueError(
                 "a loop needs samples that are linear in the noise and in what the network "
@@ -94,17 +110,16 @@ class Recurrence:
             rows = [_coefficients(x, h, i, memory) for i in range(count)]
             if all(row is not None for row in rows):
                 break
-        return cls(times(model), torch.stack(rows))
+        return cls(visited, torch.stack(rows), x[0, 0].item())
 
 
-def _states(model: Model, drawn: Tensor) -> Tensor:
+def _states(model: Sampled, drawn: Tensor) -> Tensor:
     """Return all x_i [n + 1, K] of a model, given the noise and then the outputs, [n + 1, K].
 
-    A sample has as many dimensions as those of the model, and K elements.
+    The samples have as many dimensions as the model's, and K elements.
     """
     drawn = drawn.view(*drawn.shape, *[1] * (len(model.shape) - 1))
-    recorder = _Recorder(drawn[1:])
-    sample = model.using(recorder).sample(drawn[:1])
+    recorder, sample = _recorded(model, drawn[:1], drawn[1:])
     return torch.cat([*recorder.inputs, sample]).flatten(1)
 
 
@@ -113,7 +128,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 def _coefficients(x: Tensor, h: Tensor, i: int, memory: int) -> Tensor | None:
-    """Solve for row i of the table; None where the memory is too short."""
+    """Solve for row i of the table; return None if the memory is too short."""
     known = [v[k] for k in range(i, max(i - memory, -1), -1) for v in (x, h)]
     columns = torch.stack(known, 1)
     row = torch.linalg.lstsq(columns, x[i + 1], driver="gelsd").solution
@@ -133,7 +148,7 @@ class Loop:
     def __init__(self, engine: Engine, recurrence: Recurrence):
         place = engine.place
         self.images = place.images
-        self._engine, self._steps = engine, len(recurrence.times)
+        self._engine, self._steps, self._scale = engine, len(recurrence.times), recurrence.scale
         self._rows = engine.rows(recurrence.times)
         self._table = recurrence.table.to(place.device, place.wide)
         self._step = torch.zeros(1, dtype=torch.int64, device=place.device)
@@ -158,8 +173,8 @@ class Loop:
                 f"{list(z.shape)}"
             )
         with torch.cuda.device_of(self._x):
-            self._x.copy_(z)
-            self._copy.copy_(z)
+            self._x.copy_(z).mul_(self._scale)
+            self._copy.copy_(self._x)
             for part in self._past:  # whose coefficients are 0 at first, but 0 * NaN is NaN
                 part.zero_()
             self.start()

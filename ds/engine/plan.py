@@ -145,6 +145,11 @@ def blocks(net: UNet) -> dict[str, ResBlock]:
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
 
 
+def can_run(net: nn.Module) -> bool:
+    """Return whether the engine can run a network: a U-Net whose only input beside x is t."""
+    return isinstance(net, UNet) and not getattr(net.config, "conditions", ())
+
+
 @torch.no_grad()
 def time_rows(net: UNet, t: Tensor) -> Tensor:
     """Return what depends on the times t [M] alone: the bias of each conv1 plus its time's part.

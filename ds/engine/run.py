@@ -3,42 +3,49 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from ds.engine.calls import Place, values
-from ds.engine.plan import INPUT, Plan, time_rows
+from ds.engine.plan import INPUT, Plan, can_run, time_rows
 from ds.engine.rewrites import Rewrites
 from ds.nets import UNet
 
 # Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
 # what its last cache keeps until the next call of the plan reads it.
 CACHE = 16 * 2**20
+# Part of 1 + |t| by which a time may differ from a known one: a few roundings of float32, and less
+# than the distance of two indices of the longest schedule.
+ROUNDING = 2.0**-21
 
 
 class Engine(nn.Module):
     """A U-Net for inference: engine(x [N, C, H, W], t [N]) -> [N, C, H, W], with one time for all.
 
-    What `times` need is computed ahead. On a CPU another time is computed when it first comes, and
-    different times in a call are a ValueError; a GPU is not waited for, and makes the result NaN
-    for both. The result has the dtype of x. The weights are packed for calls of `images` images, on
-    a CPU of as many of them as fit its cache, and larger batches are taken in such parts. Those
-    that need no packing are shared with the U-Net, which must not change any more. An engine has no
-    parameters, and no gradient. `dtype` is float32 on CPUs and bfloat16 on GPUs if it is not given;
-    a float64 network keeps float64. float8_e4m3fn is bfloat16 but for the convolutions that can
-    multiply in it (ds.engine.rewrites.in_float8), an experiment. With `tune` cuDNN tries its
-    algorithms for each convolution and takes the fastest, which another process may find to be
-    another one: results then differ by rounding.
+    The embeddings of `times` are computed ahead. A time is known if it is one of them but for
+    float32 rounding. On a CPU, an unknown time is added when it first comes, and a call with
+    different times raises ValueError. A GPU would have to be waited for, so there both give NaN.
+
+    The result has the dtype of x. The weights are packed for batches of `images`; on a CPU for as
+    many of them as fit its cache, and larger batches are cut. Weights that need no packing are
+    shared with the U-Net, which must not change any more. An engine has no parameters and no
+    gradient.
+
+    `dtype` is by default float32 on CPUs and bfloat16 on GPUs; a float64 network keeps float64. The
+    experimental float8_e4m3fn is bfloat16 except for the convolutions that can multiply in it
+    (ds.engine.rewrites.in_float8). With `tune`, cuDNN times its algorithms for each convolution and
+    takes the fastest; another process may choose others, so results differ by rounding.
 
     Raises:
-        ValueError: the network is no U-Net of ds.nets, or on a GPU and without times.
+        ValueError: the engine cannot run the network, or it is on a GPU and has no times.
     """
 
     def __init__(
         self,
         net: UNet,
-        times: Iterable[int] = (),
+        times: Iterable[float] = (),
         *,
         images: int = 256,
         dtype: torch.dtype | None = None,
@@ -47,8 +54,10 @@ class Engine(nn.Module):
     ):
         super().__init__()
         self.tune = tune
-        if not isinstance(net, UNet):
-            raise ValueError(f"Engine: net must be a ds.nets.UNet, not {type(net).__name__}")
+        if not can_run(net):
+            raise ValueError(
+                f"Engine: net must be a ds.nets.UNet without conditions, not {type(net).__name__}"
+            )
         weight = net.conv_in.weight
         float8 = dtype == torch.float8_e4m3fn
         dtype = torch.bfloat16 if float8 else dtype or _dtype(weight)
@@ -62,11 +71,12 @@ class Engine(nn.Module):
             self.plan = Plan.of(net, self.place, self.rewrites)
         self.shape = net.shape
         self._prepared = self.plan.prepare(self.place)
-        self._times = torch.tensor(sorted(set(times)), dtype=torch.int64, device=weight.device)
-        if weight.is_cuda and not len(self._times):
+        known = sorted(set(times))
+        if weight.is_cuda and not known:
             raise ValueError("Engine: on a GPU it needs the times of its calls")
         self._source = [net]  # in a list, or its weights would be this module's
-        self._table = self.rows(self._times)
+        self._times = torch.tensor(known, dtype=torch.float64, device=weight.device)
+        self._table = self.rows(known)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -94,12 +104,13 @@ class Engine(nn.Module):
         """Return the row of the one time that t [N] holds."""
         if not self.rewrites.time_table:
             return self.rows(t[:1])[0]
-        known = (self._times[:, None] == t).all(1)
+        distance = (self._times[:, None] - t).abs().amax(1)  # to the farthest of t
+        known = distance <= ROUNDING * (1 + self._times.abs())
         if t.device.type == "cpu" and not known.any():
             self._add(t)
             return self._row(t)
-        row = self._table.index_select(0, known.int().argmax().view(1))[0]
-        return row.where(known.any(), torch.nan)
+        nearest = distance.where(known, torch.inf).argmin().view(1)
+        return self._table.index_select(0, nearest)[0].where(known.any(), torch.nan)
 
     def _add(self, t: Tensor) -> None:
         """Add the one time that t [N] holds to the table."""
@@ -109,10 +120,12 @@ class Engine(nn.Module):
         self._table = torch.cat([self._table, self.rows(time)])
         self._times = torch.cat([self._times, time])
 
-    def rows(self, times: Sequence[int] | Tensor) -> Tensor:
+    def rows(self, times: Sequence[float] | Tensor) -> Tensor:
         """Return what depends on the time alone, a row for each: [M, columns], on the device."""
-        times = torch.as_tensor(times, device=self.place.device)
-        return time_rows(self._source[0], times).to(self.place.wide)
+        if not isinstance(times, Tensor):
+            whole = all(isinstance(t, Integral) for t in times)
+            times = torch.tensor(times, dtype=torch.int64 if whole else torch.float64, device="cpu")
+        return time_rows(self._source[0], times.to(self.place.device)).to(self.place.wide)
 
 
 @contextmanager

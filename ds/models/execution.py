@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ds.diffusion.noise import noise
-from ds.engine import Loop, Place, Recurrence, Rewrites
+from ds.diffusion.noise import Draws, noise
+from ds.engine import Loop, Place, Recurrence, Rewrites, can_run
 from ds.models.model import Model, device_of, dtype_of
-from ds.nets import UNet
 from ds.system.ambient import without_ambient
 from ds.system.config import check
 from ds.system.cost import seconds_each
@@ -73,7 +72,7 @@ class Execution:
         U-Nets on CPUs, else eager. With `latency`, a CPU measures how fast the engine, with
         Winograd's convolutions and without, and the network itself make a single image.
         """
-        cuda, unet = device_of(model.net).type == "cuda", isinstance(model.net, UNet)
+        cuda, unet = device_of(model.net).type == "cuda", can_run(model.net)
         is_float32 = dtype_of(model.net) == torch.float32
         if precision is None:
             precision = "bfloat16" if unet and cuda and is_float32 else "float32"
@@ -100,13 +99,13 @@ class Execution:
                 "precision fp8 is an experiment: it moves endpoints of the digits 4 times as far "
                 "as bfloat16, and its speed was not measured; set DS_EXPERIMENTAL=fp8 to use it"
             )
-        unet = isinstance(model.net, UNet)
+        unet = can_run(model.net)
         if self.precision == "fp8" and not (unet and self.mode in ENGINE):
             raise ValueError("precision fp8 is for U-Nets in the mode engine or cuda_graph")
         if self.mode in ENGINE and not unet:
             raise ValueError(
-                f"mode {self.mode} is for U-Nets, not for {type(model.net).__name__}; use eager "
-                f"or compile"
+                f"mode {self.mode} is for U-Nets without conditions, not for "
+                f"{type(model.net).__name__}; use eager or compile"
             )
         if self.mode == "cuda_graph" and device.type != "cuda":
             raise ValueError(f"mode cuda_graph is for CUDA GPUs, not for {device.type}; use engine")
@@ -155,11 +154,14 @@ class Runner:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @without_ambient()
-    def sample(self, z: Tensor) -> Tensor:
-        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1]."""
+    def sample(self, z: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1].
+
+        A stochastic model takes its noise from `draws`.
+        """
         with self._products():
-            if self._loop is None:
-                return self.model.sample(z)
+            if self._loop is None:  # what is captured is deterministic
+                return self.model.sample(z, draws=draws)
             return torch.cat([self._looped(part) for part in z.split(self._loop.images)])
 
     def _looped(self, z: Tensor) -> Tensor:

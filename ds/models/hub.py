@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ds.models.load import load
 from ds.models.student import Student
 from ds.models.teacher import Teacher
@@ -28,18 +26,19 @@ def push_to_hub(
 
 
 def from_pretrained(
-    name: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu"
+    name: str | Path, *, revision: str | None = None, **options: Any
 ) -> Teacher | Student:
     """Load a teacher or a student from a directory or, if there is none, from the hub.
 
-    Only the configuration and the safetensors file are fetched. Raises ValueError for a directory
-    or repository that holds neither.
+    `options` are those of ds.models.load.load, such as device. Only the configuration and the
+    safetensors file are fetched. Raises ValueError for a directory or repository that holds
+    neither.
     """
     path = Path(name)
     if not path.exists():
         files = ["config.json", "model.safetensors"]
         path = _hub().snapshot_download(str(name), revision=revision, allow_patterns=files)
-    return load(path, device=device)
+    return load(path, **options)
 
 
 def _hub() -> Any:

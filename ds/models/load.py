@@ -1,5 +1,6 @@
 """Read teachers and students: our own directories, and the files other codes wrote."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
+from ds.models.model import M
 from ds.models.student import Generator, Student
 from ds.models.teacher import Teacher
 from ds.system.ambient import without_ambient
@@ -23,20 +25,26 @@ from ds.system.config import from_json
 
 
 def load(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    types: Iterable[type] = (),
     **overrides: Any,
-) -> Teacher | Student:  # fmt: skip
+) -> Teacher | Student:
     """Read a teacher or a student, whichever is there, whatever wrote it.
 
     Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM and
     DDIM codes, and the HDF5 files of 2021, recognised by their content; see docs/teachers.md.
-    `overrides` are `solver` and `grid` of a teacher, and `image_size` for a file that does not tell
-    it. Raises ValueError, naming the file, for whatever is missing, damaged or of another kind.
+    `types` are the caller's own classes that a directory of ours may name: methods, networks,
+    schedules, predictions and solvers. `overrides` are a teacher's `solver` and `grid`, a student's
+    `nfe`, and `image_size` for a file that does not tell it. Raises ValueError, naming the file, if
+    something is missing, damaged or of another kind.
     """
     if pretrained.is_ours(path):
         if "image_size" in overrides:
             raise ValueError(f"{path}: tells the size of its images itself; leave image_size out")
-        model = _OURS[pretrained.kind(path, tuple(_OURS))](path)
+        model = _OURS[pretrained.kind(path, tuple(_OURS))](path, types)
     else:
         model = _adopt(read(path, image_size=overrides.pop("image_size", None)))
     model.net.to(device, dtype)
@@ -44,43 +52,50 @@ def load(
 
 
 def load_teacher(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    types: Iterable[type] = (),
     **overrides: Any,
-) -> Teacher:  # fmt: skip
+) -> Teacher:
     """Read a teacher; see `load`. Raises ValueError if a student is there."""
-    return _expect(Teacher, load(path, device=device, dtype=dtype, **overrides), path)
+    return _of(Teacher, load(path, device=device, dtype=dtype, types=types, **overrides), path)
 
 
 def load_student(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    types: Iterable[type] = (),
+    **overrides: Any,
 ) -> Student:
     """Read a student; see `load`. Raises ValueError if a teacher is there."""
-    return _expect(Student, load(path, device=device, dtype=dtype), path)
+    return _of(Student, load(path, device=device, dtype=dtype, types=types, **overrides), path)
 
 
-def _expect(kind: type, model: Teacher | Student, path: str | Path) -> Any:
+def _of(kind: type[M], model: Teacher | Student, path: str | Path) -> M:
+    """Return the model; ValueError if it is of the other kind."""
     if not isinstance(model, kind):
         raise ValueError(f"{path}: expected a {kind.kind}, found a {model.kind}")
     return model
 
 
-def _teacher(path: str | Path) -> Teacher:
-    config, net = pretrained.read(path, Teacher.kind)
-    entry = partial(pretrained.entry, config)
+def _teacher(path: str | Path, types: Iterable[type]) -> Teacher:
+    config, net = pretrained.read(path, Teacher.kind, types)
+    entry = partial(pretrained.entry, config, types=types)
     with pretrained.naming(path):
-        schedule, prediction = (
-            entry("schedule", AbstractSchedule),
-            entry("prediction", AbstractPrediction),
-        )
-        denoiser = Denoiser(net, schedule, prediction)
+        prediction = entry("prediction", AbstractPrediction)
+        denoiser = Denoiser(net, entry("schedule", AbstractSchedule), prediction)
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
         return Teacher(denoiser, solver, grid, config.get("provenance", {}))
 
 
-def _student(path: str | Path) -> Student:
-    config, net = pretrained.read(path, Student.kind)
+def _student(path: str | Path, types: Iterable[type]) -> Student:
+    config, net = pretrained.read(path, Student.kind, types)
     with pretrained.naming(path):
-        method = pretrained.entry(config, "method", Generator)
+        method = pretrained.entry(config, "method", Generator, types=types)
         return Student(net, method, config.get("nfe", 1), config.get("provenance", {}))
 
 

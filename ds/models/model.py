@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.noise import Draws
 from ds.engine import Engine, times
 from ds.models import pretrained
 
@@ -32,8 +33,11 @@ class Model(ABC):
         return tuple(self.net.shape)
 
     @abstractmethod
-    def sample(self, noise: Tensor) -> Tensor:
-        """Turn noise [N, *shape] into samples of the same shape, about [-1, 1], not clipped."""
+    def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """Turn noise [N, *shape] into samples of the same shape, about [-1, 1], not clipped.
+
+        A stochastic model takes the noise that it adds on its way from `draws`.
+        """
 
     @abstractmethod
     def call(self, noise: Tensor) -> Tensor:

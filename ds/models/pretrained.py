@@ -7,7 +7,7 @@ Nothing in it can run code.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -44,7 +44,7 @@ class _Config(TypedDict, total=False):
     schedule: Any
     prediction: Any
     solver: Any
-    grid: list[int]
+    grid: list[float]
     method: Any
     nfe: Count
     provenance: dict[str, Any]
@@ -143,11 +143,13 @@ def run_of(path: Path) -> str | None:
 
 
 @without_ambient()
-def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
+def read(
+    path: str | Path, kind: str, types: Iterable[type] = ()
+) -> tuple[dict[str, Any], nn.Module]:
     """Read what `write` wrote; return the configuration and the network, on the CPU, in eval mode.
 
-    Raises ValueError, naming the file, for anything missing, damaged, of another kind, of the
-    wrong shape or not finite.
+    `types` are classes of the caller's that the configuration may name. Raises ValueError, naming
+    the file, if something is missing, damaged, of another kind, of the wrong shape or not finite.
     """
     path = Path(path)
     config = _read_config(path)
@@ -155,7 +157,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
     checked(config, _Config, path / CONFIG)
     weights = _read_weights(path / WEIGHTS, config.get("sha256"))
     with naming(path):
-        net = entry(config, "net", AbstractNetConfig).build().to(torch.float32)
+        net = entry(config, "net", AbstractNetConfig, types=types).build().to(torch.float32)
     load_strictly(net, weights, str(path / WEIGHTS))
     return config, net.eval()
 
@@ -175,9 +177,9 @@ def kind(path: str | Path, expected: tuple[str, ...]) -> str:
     return _check_kind(Path(path), _read_config(Path(path)), expected)
 
 
-def entry(config: dict[str, Any], name: str, kind: type[T]) -> T:
-    """Return what the configuration says under a name; ValueError if that is no `kind`."""
-    value = from_json(config.get(name))
+def entry(config: dict[str, Any], name: str, kind: type[T], *, types: Iterable[type] = ()) -> T:
+    """Return the value of a name in the configuration; ValueError if it is no `kind`."""
+    value = from_json(config.get(name), types)
     if not isinstance(value, kind):
         raise ValueError(f"{name!r} must be of the kind {kind.__name__}, not {value!r}")
     return value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds.diffusion.noise import noise
+from ds.diffusion.noise import Draws, as_bits, noise
 from ds.engine import Place, Plan
 from ds.models.execution import Execution, Runner
 from ds.models.images import Rounding, to_uint8
@@ -104,7 +104,10 @@ class Sampler:
         return self._images(self.batches(seed, indices), rounding)
 
     def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
-        """Return the images of given noise [N, *shape], as a call does."""
+        """Return the images of given noise [N, *shape], as a call does.
+
+        Raises ValueError for a stochastic model: its noise depends on seeds and indices.
+        """
         self._check_images(len(z))
         parts = (part.to(self.device) for part in z.split(self.batch_size))
         return self._images(map(self.sample, parts), rounding)
@@ -126,12 +129,16 @@ class Sampler:
     def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
         """Yield the samples of `indices` in order, floats [N, *shape] on the model's device."""
         for start in range(0, len(indices), self.batch_size):
-            part = indices[start : start + self.batch_size]
-            yield self.sample(noise(seed, part, self.model.shape, device=self.device))
+            index = as_bits(indices[start : start + self.batch_size]).to(self.device)
+            z = noise(seed, index, self.model.shape, device=self.device)
+            yield self.sample(z, Draws(seed, index))
 
-    def sample(self, z: Tensor) -> Tensor:
-        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1]."""
-        return self._runner.sample(z)
+    def sample(self, z: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1].
+
+        A stochastic model takes its noise from `draws`. Raises ValueError if it has none.
+        """
+        return self._runner.sample(z, draws)
 
     def seconds_each(self) -> float:
         """Measure the seconds that an image takes, from a few network calls."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.noise import Draws
 from ds.models.model import Model, describe_shape
 from ds.system.config import Count, require, to_json
 
@@ -14,7 +15,11 @@ from ds.system.config import Count, require, to_json
 class Generator(Protocol):
     """What turns a network and noise into samples: a distillation method."""
 
-    def sample(self, net: nn.Module, z: Tensor, nfe: int = 1) -> Tensor: ...
+    def sample(
+        self, net: nn.Module, z: Tensor, *, nfe: int = 1, draws: Draws | None = None
+    ) -> Tensor:
+        """Turn noise [N, *shape] into samples with nfe network calls."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +39,8 @@ class Student(Model):
         require("Student", Count, nfe=self.nfe)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.method.sample(self.net, noise, nfe=self.nfe)
+    def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.method.sample(self.net, noise, nfe=self.nfe, draws=draws)
 
     @torch.no_grad()
     def call(self, noise: Tensor) -> Tensor:

@@ -38,13 +38,33 @@ def test_a_time_that_was_not_announced_is_added(time):
         assert relative_rms(engine(x, t), net(x, t)) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("time", [0.1, -0.2861, 1e-5, 79.9])
+def test_a_time_is_known_but_for_the_rounding_of_float32(time):
+    """A GPU must know it: devices round the logarithm that some times are of otherwise."""
+    net, (x, _) = build(), inputs()
+    engine = Engine(net, [time, time + 0.01, time - 0.01])
+    for t in (torch.full((3,), time), torch.full((3,), time) * (1 + 2e-7)):
+        assert relative_rms(engine(x, t), net(x, t)) < 1e-5
+    assert len(engine._times) == 3
+    engine(x, torch.full((3,), time + 0.001))
+    assert len(engine._times) == 4
+
+
+def test_neighbouring_indices_of_the_longest_schedule_are_told_apart():
+    net, (x, _) = build(), inputs()
+    engine = Engine(net, [999_999])
+    engine(x, torch.full((3,), 999_998))
+    assert engine._times.tolist() == [999_999, 999_998]
+
+
 def test_different_times_in_a_call_are_refused():
     with pytest.raises(ValueError, match=r"^Engine: all images .* one time, not \[0, 37, 999\]"):
         Engine(build(), [0, 37, 999])(*inputs())
 
 
 def test_another_network_is_refused():
-    with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet, not Linear"):
+    with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet .*, not Linear"):
         Engine(nn.Linear(1, 1))
 
 

@@ -9,7 +9,8 @@ from torch import nn
 import ds
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.predictions import Preconditioned, TrigFlow, Velocity
+from ds.diffusion.schedules import EDM, Linear, LinearBeta, Trig
 from ds.diffusion.solvers import DDIM
 from ds.engine import Engine, Loop, Recurrence
 from ds.methods import DenoisingStudent
@@ -58,6 +59,23 @@ def test_a_solver_looks_back_no_further_than_it_must(solver):
     assert found.table.abs().max() < 2  # nothing large is to cancel
 
 
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [(EDM(), Preconditioned()), (Linear(), Velocity(999.0)), (Trig(0.5), TrigFlow(0.5))],
+    ids=["edm", "linear", "trig"],
+)
+def test_the_loop_is_the_solver_in_continuous_time(schedule, prediction, solver):
+    """The network sees scaled states there, and times that are no whole numbers."""
+    net = build().double()
+    z = ds.noise(0, range(3), net.shape).double()
+    grid = grids.karras(6, schedule)
+    model = ds.Teacher(Denoiser(net, schedule, prediction), SOLVERS[solver], grid)
+    exact, loop = model.sample(z), loop_of(model)
+    for _ in range(2):
+        assert distance(loop(z), exact) < 1e-6  # of times embedded in float32
+
+
 def test_a_student_is_a_loop_of_one_step():
     net = build().double()
     z = ds.noise(0, range(3), net.shape).double()
@@ -97,8 +115,8 @@ class Clipped(DDIM):
 class Flipped(DenoisingStudent):
     """A method whose pixels are not where the network saw them."""
 
-    def sample(self, net: nn.Module, z, nfe=1):
-        return super().sample(net, z).flip(1)
+    def sample(self, net: nn.Module, z, **options):
+        return super().sample(net, z, **options).flip(1)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +124,9 @@ class Flipped(DenoisingStudent):
     [
         ds.Teacher(Denoiser(build(), SCHEDULE), Clipped(), GRID),
         ds.Student(build(), Flipped()),
+        ds.Teacher(Denoiser(build(), SCHEDULE), DDIM(eta=0.5), GRID),
     ],
-    ids=["clipped", "flipped"],
+    ids=["clipped", "flipped", "stochastic"],
 )
 def test_what_is_not_linear_is_refused(model):
     with pytest.raises(ValueError, match=r"^a loop needs samples that are linear in the noise"):

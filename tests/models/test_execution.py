@@ -117,7 +117,11 @@ def test_a_field_that_cannot_be_is_refused(field):
     [
         ("unet", Execution("tf32"), "precision tf32 is for CUDA GPUs, not for cpu"),
         ("unet", GRAPH, "mode cuda_graph is for CUDA GPUs, not for cpu; use engine"),
-        ("exact", ENGINE, "mode engine is for U-Nets, not for ExactNet; use eager or compile"),
+        (
+            "exact",
+            ENGINE,
+            "mode engine is for U-Nets without conditions, not for ExactNet",
+        ),
         ("exact", Execution("fp8", "engine"), "precision fp8 is for U-Nets in the mode engine"),
         ("unet", Execution("fp8", "eager"), "precision fp8 is for U-Nets in the mode engine"),
         ("unet", Execution("fp8", "compile"), "precision fp8 is for U-Nets in the mode engine"),
@@ -204,7 +208,7 @@ def test_fp8_runs_in_the_engine_and_is_further_than_bfloat16(unet, gate, no_chec
 def test_tf32_is_allowed_while_it_is_asked_for_and_not_longer(precision, no_check, monkeypatch):
     seen = []
 
-    def look(_, z):
+    def look(_, z, **options):
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return z
 

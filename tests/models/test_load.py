@@ -1,12 +1,14 @@
 """What `ds.load` makes of other codes' files: meaning, provenance, and the way to our directory."""
 
 import lzma
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import ds
 from ds.cli.__main__ import main
+from ds.diffusion.solvers import DDIM
 from ds.methods import DenoisingStudent
 from ds.models.convert import to_diffusers
 from ds.models.load import load
@@ -110,3 +112,40 @@ def test_a_teacher_becomes_no_one_step_program(files, tmp_path, capsys, to, mess
 def test_a_student_becomes_no_pipeline(files, tmp_path, capsys):
     assert main(["convert", str(files[1]), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     assert "no pipeline for a student" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Halved(DenoisingStudent):
+    """A method of one's own."""
+
+    def sample(self, net, z, **options):
+        return super().sample(net, z, **options) / 2
+
+
+@dataclass(frozen=True)
+class Slow(DDIM):
+    """A solver of one's own."""
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_a_class_of_one_s_own_is_given_where_it_is_loaded(tmp_path, kind):
+    net, path = SMALL.build().eval(), tmp_path / "model"
+    if kind == "student":
+        model, own = ds.Student(net, Halved()), Halved
+    else:
+        denoiser = ds.Denoiser(net, ds.schedule.LinearBeta())
+        model, own = ds.Teacher(denoiser, Slow(), ds.grids.quadratic(3)), Slow
+    model.save_pretrained(path)
+    z = ds.noise(0, range(2), model.shape)
+    assert torch.equal(load(path, types=[own]).sample(z), model.sample(z))
+    with pytest.raises(ValueError, match=f"names the type '{own.__name__.lower()}', which is none"):
+        load(path)
+
+
+def test_a_student_keeps_its_number_of_calls(tmp_path):
+    student = ds.Student(SMALL.build().eval(), ds.methods.Denoising(), nfe=3)
+    student.save_pretrained(tmp_path / "model")
+    assert ds.load_student(tmp_path / "model").nfe == 3
+    assert ds.load_student(tmp_path / "model", nfe=2).nfe == 2
+    with pytest.raises(ValueError, match="nfe must be at least 1, not 0"):
+        ds.load_student(tmp_path / "model", nfe=0)

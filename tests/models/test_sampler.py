@@ -1,6 +1,7 @@
 """Sampler: images by seed and index, its batch size, what it falls back to, and pickling."""
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,16 @@ def test_a_sampler_is_pickled_as_its_model_and_options(execution):
     assert (again.batch_size, again.execution) == (3, sampler.execution)
     assert type(again.model.net) is type(sampler.model.net)
     assert torch.equal(again(0, range(5)), sampler(0, range(5)))
+
+
+def test_what_a_stochastic_solver_adds_depends_on_seed_and_index_only():
+    teacher = replace(TEACHER, solver=DDIM(eta=1.0))
+    expected = ds.Sampler(teacher)(seed=5, indices=range(10))
+    assert not torch.equal(expected, ds.Sampler(TEACHER)(seed=5, indices=range(10)))
+    made = ds.Sampler(teacher, batch_size=3)(seed=5, indices=[9, 3, 3, 0, 2, 8])
+    assert torch.equal(made, expected[[9, 3, 3, 0, 2, 8]])
+    with pytest.raises(ValueError, match="adds noise at each step"):
+        ds.Sampler(teacher).draw(ds.noise(5, range(2), FIELD.shape))
 
 
 def broken(*_, **__):
