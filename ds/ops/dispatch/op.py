@@ -104,7 +104,8 @@ class Op:
         if not torch.is_grad_enabled():
             return self.compute(*args)
         if self._function is None:
-            return self._dispatched(*args)
+            recorded = any(x.requires_grad for x in transforms.tensors(args))
+            return (self._dispatched if recorded else self.compute)(*args)
         return self._function.apply(*args, *self._defaults[len(args) :])
 
     def backend(self, name: str, *devices: str) -> Callable[[Callable[[], Kernel]], None]:
