@@ -13,15 +13,20 @@ live in the modules that `init` creates. The Trainer calls a method in this orde
         teacher = stage.result(best average of modules["student"])
 """
 
+import copy
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.methods.proof import Check, Trial
 from ds.models.student import Student
 from ds.models.teacher import Teacher
+from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
 
 Feed = Literal["pairs", "images", "noise", "trajectories"]
@@ -55,6 +60,7 @@ class AbstractMethod(ABC):
     feeds: ClassVar[Feed]
     turns: ClassVar[tuple[str, ...]] = ("student",)
     coupled: ClassVar[bool] = False
+    trial: ClassVar[Trial] = Trial()  # the small training by which ds.verify judges the method
 
     @abstractmethod
     def init(self, teacher: Teacher) -> nn.ModuleDict:
@@ -119,6 +125,46 @@ class AbstractMethod(ABC):
         """
         return (self,)
 
-    def identity(self) -> object | None:
-        """Return the proof of the method in float64 with the exact map as its network, if any."""
-        return None
+    def identity(self) -> tuple[Check, ...]:
+        """Return checks in float64 of the method's formulas, with the exact map as its network.
+
+        Each takes milliseconds and brings controls: the same figure of something that is wrong.
+        """
+        return ()
+
+    def measure(self, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
+        """Return checks of a trained network, beside the distances that every method is held to.
+
+        `z` [N, *shape] is the noise to sample from.
+        """
+        return ()
+
+
+def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions: str) -> nn.Module:
+    """Return the network that is to learn: a fresh one of `config`, else a copy of the teacher's.
+
+    A copy that does not take all of `conditions` is built anew to take them, with the weights that
+    it has. Raises ValueError for a teacher's network that cannot be built to take them.
+    """
+    if config is not None:
+        return built(config)
+    own = getattr(teacher.net, "config", None)
+    takes = getattr(own, "conditions", ())
+    lacks = [name for name in conditions if name not in takes]
+    if not lacks:
+        return copy.deepcopy(teacher.net).requires_grad_(True)
+    if not isinstance(own, AbstractNetConfig):
+        raise ValueError(
+            f"the student is told {', '.join(lacks)}, which the teacher's network, a "
+            f"{type(teacher.net).__name__}, is not; set `student`, the configuration of another one"
+        )
+    net = built(replace(own, conditions=(*takes, *lacks)))
+    net.load_state_dict(teacher.net.state_dict(), strict=False)
+    return net
+
+
+def built(config: AbstractNetConfig, seed: int = 0) -> nn.Module:
+    """Build a network whose fresh weights depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config.build()

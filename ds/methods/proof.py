@@ -1,0 +1,93 @@
+"""How a method proves itself: checks with their controls, and the small training of `verify`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds.analytic import Gaussian
+from ds.nets import AbstractNetConfig
+
+EXACT, WRONG = 1e-12, 1e-2  # an identity in float64 holds within EXACT; its controls miss by WRONG
+
+
+class Check(NamedTuple):
+    """A figure that must meet a bar, and controls that must not.
+
+    A control is the same figure of something known to be wrong. It must reach `miss`, by default
+    the bar itself: a bar that the controls meet too shows nothing. `floor` is the figure of a
+    perfect result.
+    """
+
+    metric: str
+    value: float
+    bar: float = EXACT
+    controls: Mapping[str, float] = {}
+    floor: float = 0.0
+    miss: float | None = None
+    at_least: bool = False  # the value must be at least the bar; else at most
+
+    @property
+    def control(self) -> float:
+        """The figure of the control that comes nearest to passing; nan if there is none."""
+        nearest = max if self.at_least else min
+        return nearest(self.controls.values(), default=float("nan"))
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value meets the bar and every control misses it. A nan does neither."""
+        sign = -1 if self.at_least else 1
+        miss = self.bar if self.miss is None else self.miss
+        missed = (sign * value > sign * miss for value in self.controls.values())
+        return sign * self.value <= sign * self.bar and all(missed)
+
+
+def exact(metric: str, value: Tensor, **controls: Tensor) -> Check:
+    """Return the check that a residual vanishes in float64 where those of the controls do not.
+
+    The figure of a residual is its largest element.
+    """
+    sizes = {name.replace("_", " "): float(x.abs().max()) for name, x in controls.items()}
+    return Check(metric, float(value.abs().max()), EXACT, sizes, miss=WRONG)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The small training by which ds.verify judges a method, on a mixture of Gaussians.
+
+    The student starts as a fresh `net`, by default an MLP, and trains for `steps` steps a stage.
+    `changes` are fields of the method that the trial sets, to fit points in the plane. `train`
+    holds fields of ds.TrainConfig. `bars` gives, for a number of network calls, the largest sliced
+    Wasserstein distance to the data. `agreement` is the least share of samples, of the fewest
+    calls, that are in the mode where the exact ODE ends. Each of `controls` names changes that make
+    the method wrong: trained in the same way, it must miss the bar of the fewest calls.
+    """
+
+    net: AbstractNetConfig | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 1500
+    bars: Mapping[int, float] = field(default_factory=lambda: {1: 0.15})
+    agreement: float = 0.0
+    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Formula(nn.Module):
+    """A function in the place of a network: net(x [N, 3], t [N], **cond)."""
+
+    shape = (3,)
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **cond: Any) -> Tensor:
+        return self.function(*args, **cond)
+
+
+# Three independent normal numbers, whose flow is linear on every path, and points of standard
+# noise, in float64. A wrong sign or factor cannot be right for all three variances at once.
+NORMAL = Gaussian(0.3, torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64).sqrt(), (3,))
+NOISE = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None] * torch.tensor([1.0, -0.7, 0.4])
