@@ -115,6 +115,7 @@ TAGS = {
     "unet",
     "denoising",
     "denoising_student",
+    "rectified_flow",
 }
 
 
