@@ -116,6 +116,7 @@ TAGS = {
     "denoising",
     "denoising_student",
     "rectified_flow",
+    "consistency_distillation",
 }
 
 

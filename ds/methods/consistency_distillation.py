@@ -1,0 +1,231 @@
+"""Consistency distillation: map every point of a teacher's path to the same sample."""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import EDM
+from ds.diffusion.solvers.base import fresh_noise
+from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
+from ds.models.teacher import Teacher
+from ds.nets import AbstractNetConfig
+from ds.pairs.sources import Batch
+from ds.system.config import Between, Count, NotNegative, Positive, Share, check, require
+
+_LEVELS, _FRESH = 0x3C75E1B8924DA60F, 0x74D2806BF5193CEA
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation(AbstractMethod):
+    """Train f(x, sigma) to be alike at both ends of one step of the teacher's ODE.
+
+    At sigma_min, f(x) = x by construction, so agreement from step to step makes f the endpoint of
+    the ODE. Noise levels are those of EDM, alpha = 1 and sigma = t; a teacher on any other schedule
+    is rescaled to them. Song et al. 2023, arXiv:2303.01469, Algorithm 2, Eq. 7 and appendix C.
+    """
+
+    feeds: ClassVar = "images"
+    trial: ClassVar = Trial(
+        changes={"sigma_data": 0.95, "target_decay": 0.95},
+        train={"lr": 4e-3},
+        steps=2000,
+        bars={1: 0.07, 2: 0.07},
+        agreement=0.97,
+        controls={"a single step of the teacher": {"num_levels": 2}},
+    )
+
+    num_levels: Annotated[int, Between(2, 10_000)] = 18  # noise levels between which f must agree
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    sigma_data: Positive = 0.5  # standard deviation of the data
+    noise_scale: Positive = 0.25  # the network is told this times log(sigma)
+    solver: Literal["heun", "euler"] = "heun"  # of the step along the teacher's ODE
+    loss_type: Literal["l1", "l2", "huber"] = "l2"
+    huber: NotNegative = 5.4e-4  # width of the Huber loss, times the root of the elements of a row
+    # of the average of the student that makes the targets; 0: the student itself, no gradient
+    target_decay: Share = 0.0
+    student: AbstractNetConfig | None = None  # the network to train; else a copy of the teacher's
+
+    def __post_init__(self):
+        check(self, "ConsistencyDistillation: ")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"ConsistencyDistillation: sigma_min ({self.sigma_min}) must be below sigma_max "
+                f"({self.sigma_max})"
+            )
+
+    def levels(self) -> Grid:
+        """Return the noise levels, from sigma_max down to sigma_min. Karras et al. 2022, Eq. 5."""
+        ends = {"top": self.sigma_max, "bottom": self.sigma_min}
+        return grids.karras(self.num_levels, EDM(self.sigma_max), **ends)
+
+    def init(self, teacher: Teacher) -> nn.ModuleDict:
+        student = student_net(teacher, self.student)
+        modules = {"student": student, "teacher": _Teacher(teacher.denoiser, self.levels())}
+        if self.target_decay:
+            modules["target"] = copy.deepcopy(student).requires_grad_(False)
+        return nn.ModuleDict(modules)
+
+    def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
+        i = (batch.draws.uniform(_LEVELS) * (self.num_levels - 1)).long()
+        error = self._error(modules, batch, i)
+        if self.loss_type == "l1":
+            return error.abs().mean()
+        if self.loss_type == "l2":
+            return error.square().mean()
+        width = self.huber * error[0].numel() ** 0.5
+        return ((error.flatten(1).square().sum(1) + width**2).sqrt() - width).mean()
+
+    def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
+        return None  # a network that maps everything to one point has the loss 0
+
+    def _error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
+        """Return f at levels i [N] minus its target, f one step of the teacher nearer to data."""
+        student, teacher = modules["student"], modules["teacher"]
+        target = modules["target"] if self.target_decay else student
+        t, s = teacher.levels[i], teacher.levels[i + 1]
+        x = batch.x0 + _like(t, batch.x0) * batch.noise
+        with torch.no_grad():
+            nearer = self._step(teacher, x, i)
+        f = self.f(student, x, t, batch.cond)
+        with torch.no_grad():
+            wanted = self.f(target, nearer, s, batch.cond)
+        return f - wanted
+
+    def _step(self, teacher: nn.Module, x: Tensor, i: Tensor) -> Tensor:
+        """Follow the ODE dx/dt = (x - x0) / t from level i to the next."""
+        t, s = (_like(teacher.levels[k], x) for k in (i, i + 1))
+        slope = (x - teacher(x, i)) / t
+        end = x + (s - t) * slope
+        if self.solver == "euler":
+            return end
+        return x + (s - t) / 2 * (slope + (end - teacher(end, i + 1)) / s)
+
+    def f(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Return the sample that x [N, *shape] at noise levels sigma [N] leads to."""
+        level = _like(sigma, x)
+        skip, out = self._weights(level)
+        told = (self.noise_scale * sigma.log()).to(x.dtype)
+        return skip * x + out * net(x / (level**2 + self.sigma_data**2).sqrt(), told, **cond)
+
+    def _weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of x and of the network in f: 1 and 0 at sigma_min."""
+        data, above = self.sigma_data, level - self.sigma_min
+        return data**2 / (above**2 + data**2), data * above / (level**2 + data**2).sqrt()
+
+    def after_step(self, modules: nn.ModuleDict, progress: Progress) -> None:
+        if self.target_decay:
+            with torch.no_grad():
+                for mean, new in zip(
+                    modules["target"].parameters(), modules["student"].parameters(), strict=True
+                ):
+                    mean.lerp_(new, 1 - self.target_decay)
+
+    def times(self, nfe: int) -> Grid:
+        return tuple(self.noise_scale * math.log(sigma) for sigma in self._visited(nfe))
+
+    def _visited(self, nfe: int) -> Grid:
+        """Return the noise levels at which a sample calls the network, spaced like the others."""
+        require("ConsistencyDistillation", Count, nfe=nfe)
+        return replace(self, num_levels=nfe + 1).levels()[:-1]
+
+    def sample(
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 1,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """As in the base class; every call after the first adds noise before it. Algorithm 1."""
+        x = torch.zeros_like(z)
+        for k, sigma in enumerate(self._visited(nfe)):
+            if k == 0:
+                x = sigma * z
+            else:
+                x = x + math.sqrt(sigma**2 - self.sigma_min**2) * fresh_noise(
+                    draws, _FRESH, z, sigma
+                )
+            x = self.f(net, x, z.new_full((len(z),), sigma), cond or {})
+        return x
+
+    def identity(self) -> tuple[Check, ...]:
+        """With the ODE's own map as f, only the error of the teacher's step remains.
+
+        It falls with the third power of the step for Heun, with the second for Euler.
+        """
+        nearest, most = (1, self.sigma_min), (1, self.sigma_max)
+
+        def network(x: Tensor, told: Tensor) -> Tensor:  # with it, f follows the ODE
+            sigma = (told / self.noise_scale).exp()[:, None]
+            x = x * (sigma**2 + self.sigma_data**2).sqrt()
+            skip, out = self._weights(sigma)
+            return (NORMAL.flow(x, (1, sigma), nearest) - skip * x) / out.clamp(min=1e-15)
+
+        def slope(solver: str, gain: float = 1.0) -> float:
+            """Return the power of the step size with which the error falls."""
+            teacher = Formula(lambda x, t: x + gain * (NORMAL.x0(x, 1, t[:, None]) - x))
+            return math.log2(error(80, solver, teacher) / error(160, solver, teacher))
+
+        def error(steps: int, solver: str, teacher: nn.Module) -> Tensor:
+            method = replace(self, num_levels=steps + 1, solver=solver, target_decay=0.0)
+            denoiser = Denoiser(teacher, EDM(self.sigma_max), "x0")
+            modules = {"student": Formula(network), "teacher": _Teacher(denoiser, method.levels())}
+            i, z = torch.arange(steps).repeat_interleave(len(NOISE)), NOISE.repeat(steps, 1)
+            batch = Batch(NORMAL.endpoint(z, 0, 1), z.flip(0), i, Draws(0, i))
+            return method._error(nn.ModuleDict(modules), batch, i).square().mean().sqrt()
+
+        end = NORMAL.flow(self.sigma_max * NOISE, most, nearest)
+        controls = {
+            "step left out": slope(self.solver, 0.0),
+            "x0 off by 5%": slope(self.solver, 0.95),
+        }
+        if self.solver == "heun":
+            controls["Euler's step"] = slope("euler")
+        order = 3 if self.solver == "heun" else 2
+        return (
+            exact(
+                "end of 1 call",
+                self.sample(Formula(network), NOISE) - end,
+                x0_of_teacher=NORMAL.x0(self.sigma_max * NOISE, *most) - end,
+            ),
+            Check(
+                "order of the step", slope(self.solver), order - 0.1, controls, order, at_least=True
+            ),
+        )
+
+
+class _Teacher(nn.Module):
+    """A frozen denoiser on the noise levels of EDM: teacher(x [N, *shape], i [N]) -> x0."""
+
+    levels: Tensor
+    times: Tensor
+
+    def __init__(self, denoiser: Denoiser, levels: Grid):
+        super().__init__()
+        self.net = copy.deepcopy(denoiser.net).requires_grad_(False)
+        self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
+        times = [denoiser.schedule.time(-math.log(sigma)) for sigma in levels]
+        for name, values in (("levels", levels), ("times", times)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        t = self.times[i]
+        alpha, sigma = self.schedule.gather(t, x)
+        told = self.prediction.inputs(alpha * x, t, alpha, sigma)
+        return self.prediction.estimate(alpha * x, self.net(*told), alpha, sigma).x0
+
+
+def _like(level: Tensor, x: Tensor) -> Tensor:
+    """Return levels [N] in the shape and type that multiplies x [N, *shape]."""
+    return level.reshape(-1, *[1] * (x.dim() - 1)).to(x)
