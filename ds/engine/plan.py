@@ -29,7 +29,8 @@ from ds.engine.calls import (
 )
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
-from ds.nets.unet import Attention, ResBlock, timestep_embedding
+from ds.nets.embedding import sinusoids
+from ds.nets.unet import Attention, ResBlock
 
 INPUT = "x"
 TILE = 128  # pixels, and channels, of a program on a GPU
@@ -156,7 +157,7 @@ def time_rows(net: UNet, t: Tensor) -> Tensor:
 
     [M, channels of all blocks], in float64.
     """
-    temb = timestep_embedding(t, net.config.channels).double()
+    temb = sinusoids(t, net.config.channels, net.config.frequencies).double()
     for i, layer in enumerate(net.temb.dense):
         temb = _linear(layer, temb if i == 0 else F.silu(temb))
     temb = F.silu(temb)

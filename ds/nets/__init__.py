@@ -2,6 +2,15 @@
 
 from ds.nets.base import AbstractNetConfig
 from ds.nets.fold import fold_attention
+from ds.nets.mlp import MLP, MLPConfig
 from ds.nets.unet import UNet, UNetConfig, recompute_norms
 
-__all__ = ["AbstractNetConfig", "UNet", "UNetConfig", "fold_attention", "recompute_norms"]
+__all__ = [
+    "MLP",
+    "AbstractNetConfig",
+    "MLPConfig",
+    "UNet",
+    "UNetConfig",
+    "fold_attention",
+    "recompute_norms",
+]

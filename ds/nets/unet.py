@@ -4,7 +4,6 @@ Ho et al. 2020, arXiv:2006.11239, appendix B. Parameters carry the names of the 
 the DDPM and DDIM checkpoints, so those load without a map.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds import ops
 from ds.nets.base import AbstractNetConfig
+from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, sinusoids
 from ds.system.config import Between, Count, Natural, Positive, Share, check
 from ds.system.cost import check_memory
 
@@ -37,6 +37,9 @@ class UNetConfig(AbstractNetConfig):
     dropout: Share = 0.0
     norm_groups: Count = 32
     norm_eps: Positive = 1e-6  # the 2021 files were made with 1e-3
+    conditions: tuple[str, ...] = ()  # numbers that it is told beside the time, such as h
+    # highest and lowest frequency of the time's embedding; for times from 0 to 1 take (6, 0.5)
+    frequencies: Frequencies = (1.0, 1e-4)
 
     def build(self) -> "UNet":
         """Make the network with freshly drawn weights; ValueError where they cannot fit here."""
@@ -60,6 +63,7 @@ class UNetConfig(AbstractNetConfig):
             raise ValueError(
                 f"UNetConfig: channels must be even and 4 or more, not {self.channels}"
             )
+        check_frequencies("UNetConfig: ", self.frequencies)
         if not self.channel_mult:
             raise ValueError("UNetConfig: channel_mult needs one level or more, not ()")
         halvings = 2 ** (len(self.channel_mult) - 1)
@@ -83,7 +87,7 @@ class UNetConfig(AbstractNetConfig):
 
 
 class UNet(nn.Module):
-    """A U-Net: net(x [N, C, H, W], t [N]) -> [N, C, H, W], in channels_last memory.
+    """A U-Net: net(x [N, C, H, W], t [N], **cond) -> [N, C, H, W], in channels_last memory.
 
     It computes in the dtype of its weights and returns the dtype of x.
     """
@@ -99,6 +103,10 @@ class UNet(nn.Module):
         self.temb.dense = nn.ModuleList(
             [nn.Linear(c.channels, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
         )
+        if c.conditions:
+            self.temb.conditions = nn.ModuleDict(
+                {name: nn.Linear(c.channels, c.temb_channels, bias=False) for name in c.conditions}
+            )
         self.conv_in = Conv3x3(c.in_channels, c.channels)
 
         self.down = nn.ModuleList()
@@ -136,6 +144,8 @@ class UNet(nn.Module):
             elif isinstance(layer, Attention):
                 nn.init.zeros_(layer.proj_out.weight)
         nn.init.zeros_(self.conv_out.weight)
+        for name in c.conditions:  # with the weights of a network without conditions, it is that
+            nn.init.zeros_(self.temb.conditions[name].weight)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -143,11 +153,9 @@ class UNet(nn.Module):
         """The shape of one image, (C, H, W)."""
         return (self.config.in_channels, self.config.image_size, self.config.image_size)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         dtype = self.conv_in.weight.dtype
-        temb = timestep_embedding(t, self.config.channels).to(dtype)
-        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
-
+        temb = self._embedded(t, cond, dtype)
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
         for i, level in enumerate(self.down):
@@ -170,6 +178,16 @@ class UNet(nn.Module):
 
         with _without_autocast(x.device.type):  # what is returned is not rounded
             return self.conv_out(self.norm_out(h.to(dtype))).to(x.dtype)
+
+    def _embedded(self, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the features of the time and the conditions that every block is told."""
+        c, layers = self.config, self.temb
+        check_conditions(c, cond)
+        hidden = layers.dense[0](sinusoids(t, c.channels, c.frequencies).to(dtype))
+        for name in c.conditions:  # together, one layer on the embeddings side by side
+            part = sinusoids(cond[name], c.channels, c.frequencies).to(dtype)
+            hidden = hidden + layers.conditions[name](part)
+        return layers.dense[1](F.silu(hidden))
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -333,18 +351,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """Embed times t [N] as sines, then cosines, float32 [N, channels].
-
-    Frequencies fall geometrically from 1 to 1/10000 inclusive, hence half - 1 below.
-    """
-    half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 def _initialise(layer: nn.Module) -> None:
     if isinstance(layer, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

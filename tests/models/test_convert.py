@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.predictions import Velocity
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.models.convert import read, to_diffusers
@@ -241,7 +242,10 @@ def test_ddim_pipeline_draws_our_images(tmp_path, prediction):
     ("config", "schedule", "prediction", "message"),
     [
         (UNetConfig(channels=32, conv_shortcut=True), LinearBeta(), "eps", "conv_shortcut"),
+        (UNetConfig(channels=32, conditions=("h",)), LinearBeta(), "eps", "conditions"),
+        (UNetConfig(channels=32, frequencies=(6.0, 0.5)), LinearBeta(), "eps", "frequencies"),
         (UNetConfig(channels=32), LinearBeta(), "score", "'score'"),
+        (UNetConfig(channels=32), LinearBeta(), Velocity(), "Velocity"),
         (UNetConfig(channels=32), None, "eps", "None"),
     ],
 )

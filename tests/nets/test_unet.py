@@ -1,7 +1,6 @@
 """The U-Net against the 2021 implementation, the published checkpoints' names, and its parts."""
 
 import copy
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +24,6 @@ from ds.nets.unet import (
     GroupNorm,
     ResBlock,
     recompute_norms,
-    timestep_embedding,
 )
 from ds.training import presets
 from tests import golden
@@ -166,13 +164,47 @@ def test_upsampling_doubles_every_pixel():
     assert torch.equal(layer(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.mark.parametrize("t", [0, 1, 37, 999])
-def test_the_time_embedding_is_sines_then_cosines(t):
-    frequencies = [math.exp(-math.log(10000) * k / 63) for k in range(64)]
-    expected = [f(t * w) for f in (math.sin, math.cos) for w in frequencies]
-    found = timestep_embedding(torch.tensor([t]), 128)[0].double()
-    # float32 holds an angle below 1000 to 3e-5, and a frequency near 1 to 6e-8 of it
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=2e-4)
+CONDITIONAL = replace(TINY, conditions=("h", "d"), frequencies=(6.0, 0.5))
+
+
+@torch.no_grad()
+def test_with_the_weights_of_a_network_without_conditions_it_is_that_network():
+    plain, told = build(replace(CONDITIONAL, conditions=())), CONDITIONAL.build().eval()
+    missing = told.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == [f"temb.conditions.{name}.weight" for name in "hd"]
+    x, t = inputs()[0], torch.tensor([0.1, 0.5, 0.9])
+    assert torch.equal(told(x, t, h=t, d=1 - t), plain(x, t))
+
+
+@torch.no_grad()
+def test_conditions_are_told_apart_and_reach_the_image():
+    net, (x, _) = build(CONDITIONAL), inputs()
+    t, h = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.2, 0.7])
+    out = net(x, t, h=h, d=t)
+    assert (net(x, t, h=t, d=h) - out).abs().max() > 1e-3
+    moved = net(x, t, h=h + torch.tensor([0.0, 0.1, 0.0]), d=t)
+    assert torch.equal(moved[[0, 2]], out[[0, 2]]) and not torch.equal(moved[1], out[1])
+
+
+def test_a_condition_has_the_derivative_of_finite_differences():
+    net = build(CONDITIONAL).double()
+    x, t = inputs()[0].double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def out(h):
+        return net(x, t, h=h, d=t)
+
+    _, found = torch.func.jvp(out, (t,), (torch.ones_like(t),))
+    with torch.no_grad():
+        central = (out(t + 1e-5) - out(t - 1e-5)) / 2e-5
+    torch.testing.assert_close(found, central, rtol=1e-6, atol=1e-8)
+    assert found.abs().max() > 1e-3
+
+
+def test_a_network_with_conditions_compiles_to_one_graph():
+    net, (x, _) = build(CONDITIONAL), inputs()
+    t = torch.tensor([0.1, 0.5, 0.9])
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, t, h=t, d=t), net(x, t, h=t, d=t))
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-3])

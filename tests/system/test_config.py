@@ -113,6 +113,7 @@ TAGS = {
     "dpm_solver_pp_singlestep",
     "unipc",
     "unet",
+    "mlp",
     "denoising",
     "denoising_student",
     "rectified_flow",

@@ -135,6 +135,11 @@ def write(
     where, old = target(path, force=force)
     if config.conv_shortcut:
         raise ValueError(f"{path}: a UNet2DModel has 1x1 shortcuts, and conv_shortcut is True")
+    if config.conditions or config.frequencies != UNetConfig.frequencies:
+        raise ValueError(
+            f"{path}: a UNet2DModel is told an index in time alone, and this network has "
+            f"conditions {config.conditions} and frequencies {config.frequencies}"
+        )
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
     files = {
         _INDEX: {

@@ -1,0 +1,68 @@
+"""A multilayer perceptron for points: the smallest network that a method can train."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ds.nets.base import AbstractNetConfig
+from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, sinusoids
+from ds.system.config import Between, Count, Natural, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(AbstractNetConfig):
+    """The shape of an MLP for points of `dim` numbers."""
+
+    tag: ClassVar[str] = "mlp"
+
+    dim: Count = 2
+    width: Count = 128  # of each hidden layer
+    depth: Annotated[int, Between(1, 256)] = 4  # hidden layers
+    conditions: tuple[str, ...] = ()  # numbers that it is told beside the time, such as h
+    classes: Natural = 0  # kinds of labels y; 0: it takes none
+    embedding: Annotated[int, Between(4, 2**16)] = 16  # sines and cosines for the time
+    # highest and lowest frequency of the embedding; these suit times from about -2 to 2
+    frequencies: Frequencies = (6.0, 0.5)
+
+    def __post_init__(self):
+        check(self, "MLPConfig: ")
+        check_frequencies("MLPConfig: ", self.frequencies)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return (*self.conditions, *["y"] * (self.classes > 0))
+
+    def build(self) -> "MLP":
+        return MLP(self)
+
+
+class MLP(nn.Module):
+    """An MLP with SiLU: net(x [N, dim], t [N], **cond) -> [N, dim].
+
+    t and the conditions enter by their embeddings, labels y, int64 [N], by a row of 0 and 1.
+    """
+
+    def __init__(self, config: MLPConfig):
+        super().__init__()
+        self.config = c = config
+        told = (1 + len(c.conditions)) * (c.embedding // 2 * 2) + c.classes
+        layers = [nn.Linear(c.dim + told, c.width), nn.SiLU()]
+        for _ in range(c.depth - 1):
+            layers += [nn.Linear(c.width, c.width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(c.width, c.dim))
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape of one point."""
+        return (self.config.dim,)
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        c = self.config
+        check_conditions(c, cond)
+        numbers = [t, *(cond[name] for name in c.conditions)]
+        told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
+        if c.classes:
+            told.append(cond["y"][:, None] == torch.arange(c.classes, device=x.device))
+        return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))
