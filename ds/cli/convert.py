@@ -1,4 +1,4 @@
-"""dstudent convert: a model in another format."""
+"""dstudent convert: write a model in another format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ds.cli.verb import Model, Verb, say
+from ds.cli.verb import Code, Model, Verb, classes_in, say
 from ds.models import export, pretrained
 from ds.models.convert import diffusers, to_diffusers
 from ds.models.load import load
@@ -22,24 +22,25 @@ from ds.system.config import Natural
 class Convert(Verb):
     """Write a teacher or a student in another format.
 
-    SOURCE is anything that `dstudent sample` takes. A student can also become a torch.export
-    program (pt2) or an ONNX model; a teacher or a student a directory that diffusers loads.
+    SOURCE is anything that `dstudent sample` takes. A teacher can become a directory that diffusers
+    loads. A student can become a torch.export program (pt2) or an ONNX model.
     """
 
     source: Model
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
-    image_size: Natural = 0  # for a file that does not tell it
-    force: bool = False  # replace what an earlier `convert` has written there
+    image_size: Natural = 0  # for a file that does not record it
+    force: bool = False  # replace the result of an earlier `convert`
+    code: Code = None
 
     def idle(self) -> dict[str, str]:
-        tells = {"image-size": f"on {self.source}, which tells its own"}
+        tells = {"image-size": f"on {self.source}, which records its own"}
         return tells if pretrained.is_ours(self.source) else {}
 
     def prepare(self) -> Callable[[], None]:
         _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
         size = {"image_size": self.image_size} if self.image_size else {}
-        model = load(self.source, **size)
+        model = load(self.source, **size, **({"types": classes_in(self.code)} if self.code else {}))
         if self.to == "diffusers" and isinstance(model, Student):
             raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):
@@ -59,9 +60,13 @@ class Convert(Verb):
     def _to_diffusers(self, model: Teacher) -> None:
         denoiser = model.denoiser
         to_diffusers(
-            self.out, model.net.config, model.net.state_dict(), denoiser.schedule,
-            denoiser.prediction, force=self.force,
-        )  # fmt: skip
+            self.out,
+            model.net.config,
+            model.net.state_dict(),
+            denoiser.schedule,
+            denoiser.prediction,
+            force=self.force,
+        )
 
 
 _TARGETS = {

@@ -1,25 +1,31 @@
-"""dstudent distill: the whole recipe, pairs included."""
+"""dstudent distill: train a student by any method, after making the pairs that it lacks."""
 
+import argparse
+import copy
+import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
+import tyro
 
 import ds
 from ds.cli import environment
-from ds.cli.evaluate import Judge
-from ds.cli.pairs import MakePairs
+from ds.cli.evaluate import EvalConfig
+from ds.cli.pairs import Maker
+from ds.cli.teach import training_images
 from ds.cli.verb import (
     Here,
     Price,
     Verb,
     check_outputs,
     home_of,
+    method_named,
+    methods,
     per_preset,
     run_folder,
     say,
@@ -27,29 +33,29 @@ from ds.cli.verb import (
     train_idle,
     watched,
 )
-from ds.diffusion.noise import Draws, noise
 from ds.evaluation.evaluate import evaluate, figures
-from ds.methods import DenoisingStudent, Progress
+from ds.methods import AbstractMethod, Progress
 from ds.models import pretrained
 from ds.models.load import load_teacher
+from ds.models.model import Model
 from ds.models.pretrained import fingerprint
-from ds.models.student import Student
 from ds.models.teacher import Teacher
-from ds.pairs.sources import Batch, Generated, Images, Pairs
+from ds.pairs.sources import AbstractSource, Batch, Generated, Images, Noise, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
-from ds.system.config import Count
+from ds.system.config import Count, tag
 from ds.system.distributed import is_first
 from ds.training.batches import check_rows
 from ds.training.config import Runtime, TrainConfig
-from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.training.trainer import Trainer
+from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
+from ds.training.stages import Stages
 
 log = logging.getLogger("ds")
+Judge = Callable[[Model], dict[str, float]]
 
 
 class _Unmade(Images):
-    """Pairs that are not made yet, for what is looked at before they are."""
+    """Stand in for pairs that are not made yet, so that a run can be checked without them."""
 
     feeds: ClassVar = "pairs"
 
@@ -65,42 +71,75 @@ class _Unmade(Images):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Verb):
-    """Train a student that makes in one network call what the teacher makes in many.
+    """Train a student that makes in a few network calls what the teacher makes in many.
 
-    This is the whole recipe: where the store is not finished, its pairs are made first, as
-    `dstudent pairs` makes them. What all of it takes is said before it starts.
+    Missing pairs are made first, as `dstudent pairs` makes them. Before it starts, the command
+    prints what the whole run will take.
     """
 
     shared: ClassVar = True
 
-    teacher: Path
-    store: str  # a directory, or a URL such as s3://bucket/folder
-    out: Path
+    teacher: Path  # a directory or a checkpoint
+    store: str  # of the pairs: a directory, or a URL such as s3://bucket/folder
+    out: Path  # a directory for the student; its run goes beside it, into OUT-run
+    images: str  # to train on, if the method needs them; only "digits" come with the library
     pairs: PairsConfig
     solve: SolveConfig
-    method: DenoisingStudent
+    named: Annotated[
+        str,
+        tyro.conf.arg(
+            name="method",
+            help="a name that `dstudent distill --help` lists, or a FILE.py with your own method",
+        ),
+    ]
+    method: AbstractMethod
     train: TrainConfig
     check_store: bool = True  # hash every shard when it is first read
-    online: bool = False  # keep the held-out pairs only; make the others while training
-    reuse: Count = 4  # epochs that an online pair serves
-    pool: Count = 64  # batches of online pairs that are made, and kept, at a time
-    force: bool = False  # replace a student of another run
+    online: bool = False  # store only the held-out pairs; make the others while training
+    reuse: Count = 4  # epochs for which an online pair is used
+    pool: Count = 64  # batches of online pairs that are made, and held in memory, at a time
+    force: bool = False  # replace a student that another run made
     price: Price = 0.0
     runtime: Runtime = field(default_factory=Runtime)
-    judge: Judge = field(default_factory=Judge)  # of --runtime.evaluate-every
+    judge: EvalConfig = field(default_factory=EvalConfig)  # used by --runtime.evaluate-every
     machine: Here = field(default_factory=Machine)
 
     @classmethod
     def of(cls, name: str, p: Preset) -> "Distill":
         home = home_of(name)
         return cls(
-            teacher=home / "teacher", store=str(home / "pairs"), out=home / "student",
-            pairs=p.pairs, solve=p.solve, method=p.method, train=p.train, machine=p.machine,
-        )  # fmt: skip
+            teacher=home / "teacher",
+            store=str(home / "pairs"),
+            out=home / "student",
+            images=name,
+            pairs=p.pairs,
+            solve=p.solve,
+            named=tag(type(p.method)),
+            method=p.method,
+            train=p.train,
+            machine=p.machine,
+        )
 
     @classmethod
-    def choices(cls) -> dict[str, Any]:
-        return per_preset(cls)
+    def choices(cls, args: list[str]) -> dict[str, Any]:
+        words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        words.add_argument("--method", nargs="?")
+        name = words.parse_known_args(args)[0].method
+        if name is None or name == tag(type(PRESETS[args[0]]().method)):
+            return per_preset(cls)
+        kind = method_named(name)
+        try:
+            return per_preset(cls, method=kind())
+        except TypeError as error:
+            raise ValueError(f"--method {name}: {error}; give every field a default") from None
+
+    @classmethod
+    def about(cls) -> str:
+        lines = (
+            f"- {name}: {(inspect.getdoc(kind) or '').partition(chr(10))[0]}"
+            for name, kind in methods().items()
+        )
+        return "\n".join([super().about(), "", "Methods, for --method:", "", *lines])
 
     def idle(self) -> dict[str, str]:
         r, idle = self.runtime, solve_idle(self.solve) | train_idle(self.train)
@@ -108,17 +147,29 @@ class Distill(Verb):
             idle |= dict.fromkeys(("reuse", "pool"), "without --online")
         judge = self.judge.idle()
         if not r.evaluate_every:
-            names = (name.replace("_", "-") for name in vars(self.judge))
+            names = (f.name.replace("_", "-") for f in fields(self.judge))
             judge = dict.fromkeys(names, "without --runtime.evaluate-every")
         idle |= {f"judge.{name}": reason for name, reason in judge.items()}
         if r.loader == "resident":
             idle["runtime.prefetch"] = "with --runtime.loader resident, which reads nothing ahead"
         if r.compile == "no":
             idle["runtime.compile-cache"] = "with --runtime.compile no"
-        return idle | self._made_otherwise()
+        return idle | (self._made_otherwise() if self._feeds == "pairs" else self._without_pairs())
+
+    def _without_pairs(self) -> dict[str, str]:
+        """Return the options of a teacher's pairs, for a method that is not trained on them."""
+        of_stages = any(stage.feeds != "images" for stage in self.method.stages())
+        used = {"count", "held_out", "seed"} if of_stages else set()
+        pairs = {f.name for f in fields(self.pairs)} - used
+        names = [f"pairs.{name}" for name in pairs] + [
+            f"solve.{f.name}" for f in fields(self.solve)
+        ]
+        names += [*({"held_out"} - used), "precision", "store", "check_store", "online"]
+        reason = f"with --method {self.named}, which is trained on {self._feeds}"
+        return {name.replace("_", "-"): reason for name in names}
 
     def _made_otherwise(self) -> dict[str, str]:
-        """Return the options that say of a finished store what it is not."""
+        """Return the options that differ from the pairs of a finished store."""
         if not is_finished(self.store):
             return {}
         p, store = self.pairs, PairStore(self.store)
@@ -131,14 +182,14 @@ class Distill(Verb):
             "pairs.precision": (p.precision, there.execution.precision),
             "pairs.mode": (p.mode, there.execution.mode),
         }
-        if self.online:  # those that are not kept are made with these
+        if self.online:  # the pairs that are not stored are made with the other options
             wanted = {n: v for n, v in wanted.items() if n in ("pairs.seed", "pairs.quantizer")}
         found = {
             name: there for name, (asked, there) in wanted.items() if asked not in (None, there)
         }
         where = f"on {self.store}, which is finished and has"
         idle = {name: f"{where} {value}" for name, value in found.items()}
-        solver, grid = self.solve.build(load_teacher(self.teacher).denoiser.schedule)
+        solver, grid = self.solve.build(self.start.denoiser.schedule)
         if solver != store.solver:
             idle["solve.solver"] = f"{where} {store.solver}"
         if grid != store.grid:
@@ -146,155 +197,195 @@ class Distill(Verb):
             idle |= dict.fromkeys(("solve.grid", "solve.steps", "solve.top"), f"{where} {times}")
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
+    @cached_property
+    def start(self) -> Teacher:
+        """The teacher as its file has it, on the CPU."""
+        return load_teacher(self.teacher)
+
+    @cached_property
+    def maker(self) -> Maker:
+        """What makes the pairs: the teacher on its device, with the solver that is asked for."""
+        device, teacher = self.machine.use(), self.start
+        if device.type != "cpu":
+            teacher = teacher.using(copy.deepcopy(teacher.net).to(device))
+        return Maker(self.solve.on(teacher), self.store, self.pairs, self.price)
+
+    @property
+    def _feeds(self) -> str:
+        return self.method.stages()[0].feeds
+
+    @property
+    def _lacks_pairs(self) -> bool:
+        return self._feeds == "pairs" and not is_finished(self.store)
+
     def prepare(self) -> Callable[[], None]:
         if is_first():
-            check_outputs(
-                self.out, force=self.force, apart=[self.teacher, self.store, *self.judge.files()]
-            )
-        device = self.machine.use()
-        teacher = load_teacher(self.teacher)
-        teacher.denoiser.schedule.check(self.method.t)
-        judge = self._judge(device) if self.runtime.evaluate_every else None
-        if is_finished(self.store):
-            trainer = self._trainer(teacher, device, judge, self._opened())
-            trainer.check()
-            if is_first():
-                pretrained.target(self.out, force=self.force, run=trainer.identity)
-            return partial(self._work, lambda: trainer)
-        check_rows(self.pairs.count, self.train.batch_size)
-        making = self._maker().making(self._kept())
-        self._trainer(teacher, device, judge, None)  # which finds what is wrong with a run
+            read = [self.teacher, self.store, *self.judge.files()]
+            check_outputs(self.out, force=self.force, apart=read)
+        judge = self._judge() if self.runtime.evaluate_every else None
+        if self._lacks_pairs:
+            check_rows(self.pairs.count, self.train.batch_size)
+            make = self.maker.prepare(self._stored)
+            self._run(judge, None)  # checks the run before its pairs are made
+            return partial(self._work, lambda: make() or self._run(judge, self._opened()))
+        run = self._run(judge, self._opened() if self._feeds == "pairs" else None)
+        run.check()
+        if is_first():
+            pretrained.target(self.out, force=self.force, run=run.identity)
+        return partial(self._work, lambda: run)
 
-        def made() -> Trainer:
-            making()
-            return self._trainer(teacher, device, judge, self._opened())
-
-        return partial(self._work, made)
-
-    def _work(self, made: Callable[[], Trainer]) -> None:
+    def _work(self, made: Callable[[], Stages]) -> None:
         if is_first():
             log.info(self.budget())
-        trainer = made()
+        run = made()
         if is_first():
-            pretrained.target(self.out, force=self.force, run=trainer.identity)
-        student = Student(trainer.fit(), self.method)
+            pretrained.target(self.out, force=self.force, run=run.identity)
+        model = run.fit()
         if not is_first():
             return
-        store = trainer.held_out.store
-        student.save_pretrained(
+        model.save_pretrained(
             self.out,
             force=self.force,
-            teacher_sha256=store.teacher_sha256,
-            pairs_sha256=store.sha256,
-            pairs=self._pairs_seen(store, trainer.steps),
-            teacher_nfe=store.solver.nfe(store.grid),
-            steps=trainer.steps,
-            held_out_loss=trainer.best_loss,
+            teacher_sha256=fingerprint(self.start.denoiser),
+            **self._about_pairs(run),
+            steps=run.trainer.steps,
+            held_out_loss=run.trainer.best_loss,
             version=ds.__version__,
             commit=environment.commit(),
-            run=trainer.identity,
+            run=run.identity,
         )
-        say(f"student: {self.out}, held-out loss {trainer.best_loss:.4g}")
+        loss = run.trainer.best_loss
+        say(
+            f"{model.kind}: {self.out}"
+            + (f", held-out loss {loss:.4g}" if loss is not None else "")
+        )
 
-    def _trainer(
-        self, teacher: Teacher, device: torch.device, judge: Callable[[nn.Module], Any] | None,
-        store: PairStore | None,
-    ) -> Trainer:  # fmt: skip
-        """Return the run on the pairs of the finished store; without one it cannot be fit."""
-        if store and fingerprint(teacher.denoiser) != store.teacher_sha256:
+    def _about_pairs(self, run: Stages) -> dict[str, Any]:
+        """Return what a student's provenance says of the pairs."""
+        if self._feeds != "pairs":
+            return {}
+        store, seen = self._opened(), self.pool * self.reuse
+        pairs = len(store) - self.pairs.held_out
+        if self.online:
+            pairs = -(-run.first.steps // seen) * self.pool * self.train.batch_size
+        nfe = store.solver.nfe(store.grid)
+        return {"pairs_sha256": store.sha256, "pairs": pairs, "teacher_nfe": nfe}
+
+    def _run(self, judge: Judge | None, store: PairStore | None) -> Stages:
+        """Return the run. Without the store of its pairs it can be checked, but not trained."""
+        source, held_out, train = self._data(store)
+        return Stages(
+            self.method,
+            self.start,
+            source,
+            held_out,
+            run_folder(self.out),
+            train,
+            pairs=self.pairs.count,
+            evaluate=judge,
+            device=self.machine.use(),
+            runtime=self.runtime,
+            progress=watched(),
+        )
+
+    def _data(self, store: PairStore | None) -> tuple[AbstractSource, AbstractSource, TrainConfig]:
+        """Return the rows to train on, the rows held out, and the settings for as many steps."""
+        p, train, shape = self.pairs, self.train, self.start.shape
+        if self._feeds == "images":
+            return *training_images("distill", self.images), train
+        if self._feeds == "noise":
+            held_out = Noise(p.held_out, shape, seed=p.seed + 1)
+            return Noise(p.count, shape, seed=p.seed), held_out, train
+        if self._feeds != "pairs":
+            raise ValueError(
+                f"distill: --method {self.named} needs {self._feeds}, which no verb makes"
+            )
+        if store and fingerprint(self.start.denoiser) != store.teacher_sha256:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
-        p, train = self.pairs, self.train
-        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(teacher.shape, p.held_out)
-        if self.online:  # for as many steps
+        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(shape, p.held_out)
+        if self.online:
             epochs = train.epochs * (p.count // train.batch_size) / self.pool
-            source, train = self._generated(store), replace(train, epochs=epochs)
-        elif store:
-            source = Pairs(store, range(p.held_out, len(store)))
-        else:
-            source = _Unmade(teacher.shape, p.count)
-        return Trainer(
-            self.method, teacher, source, held_out, run_folder(self.out), train,
-            device=device, runtime=self.runtime, evaluate=judge, progress=watched(),
-        )  # fmt: skip
+            return self._generated(store), held_out, replace(train, epochs=epochs)
+        rest = range(p.held_out, len(store)) if store else range(p.count)
+        return Pairs(store, rest) if store else _Unmade(shape, p.count), held_out, train
 
     def _opened(self) -> PairStore:
         return PairStore(self.store, check=self.check_store)
 
-    def _maker(self) -> MakePairs:
-        return MakePairs(
-            teacher=self.teacher, out=self.store, pairs=self.pairs, solve=self.solve,
-            price=self.price, machine=self.machine,
-        )  # fmt: skip
-
-    def _kept(self) -> int:
-        """Return how many pairs the store must have."""
+    @property
+    def _stored(self) -> int:
+        """The number of pairs that the store must have."""
         return self.pairs.held_out + (0 if self.online else self.pairs.count)
 
     def _generated(self, store: PairStore | None) -> Generated:
-        p, maker, seed = self.pairs, self._maker(), self.pairs.seed
-        teacher = maker.solver()
+        p, teacher, seed = self.pairs, self.maker.teacher, self.pairs.seed
         if store:
             teacher, seed = replace(teacher, solver=store.solver, grid=store.grid), store.seed
         return Generated(
-            teacher, self.pool * self.train.batch_size, seed=seed, first=p.held_out,
-            reuse=self.reuse, batch_size=p.batch_size, execution=maker.execution(teacher),
-        )  # fmt: skip
-
-    def _pairs_seen(self, store: PairStore, steps: int) -> int:
-        if not self.online:
-            return len(store) - self.pairs.held_out
-        return -(-steps // (self.pool * self.reuse)) * self.pool * self.train.batch_size
+            teacher,
+            self.pool * self.train.batch_size,
+            seed=seed,
+            first=p.held_out,
+            reuse=self.reuse,
+            batch_size=p.batch_size,
+            execution=self.maker.execution,
+        )
 
     def budget(self) -> str:
-        """Say what the run will cost, from short measurements on this device."""
-        t, p = self.train, self.pairs
-        finished = is_finished(self.store)
-        stored = finished and not self.online
-        count = info(self.store)["pairs"] - p.held_out if stored else p.count
-        steps = max(1, round(t.epochs * (count // t.batch_size)))
-        kept = 0 if finished else to_make(self.store, self._kept())
-        passing = -(-steps // self.reuse) * t.batch_size if self.online else 0
-        lines, making = [], 0.0
-        if kept + passing:
-            line, making = self._maker().estimate(kept + passing)
-            lines.append(f"pairs: {line}" + (f"; {kept:,} are kept" if self.online else ""))
-        teacher = load_teacher(self.teacher, device=self.machine.use())
-        learning = steps * t.batch_size * _training_seconds_each(teacher, self.method, t)
-        lines.append(f"train: {steps:,} steps of {t.batch_size}, about {cost.duration(learning)}")
+        """Return what the run will cost, from short measurements on this device."""
+        t, stages, lines, making = self.train, self.method.stages(), [], 0.0
+        steps = max(1, round(t.epochs * (self._rows // t.batch_size) / len(stages[0].turns)))
+        if self._feeds == "pairs":
+            stored = to_make(self.store, self._stored) if self._lacks_pairs else 0
+            passing = -(-steps // self.reuse) * t.batch_size if self.online else 0
+            if stored + passing:
+                line, making = self.maker.estimate(stored + passing)
+                lines.append(f"pairs: {line}" + (f"; {stored:,} are kept" if self.online else ""))
+        learning = len(stages) * steps * t.batch_size * self._training_seconds_each()
+        each = f"{len(stages)} stages of " if len(stages) > 1 else ""
+        about = f"{each}{steps:,} steps of {t.batch_size}, about {cost.duration(learning)}"
         total = (making + learning) / distributed.world()
-        saved = 5 * sum(w.nbytes for w in teacher.net.parameters())
-        return "\n".join([
-            *lines,
+        saved = 5 * sum(w.nbytes for w in self.start.net.parameters())
+        lines += [
+            f"train: {about}",
             f"disk:  {cost.size(saved)} for the checkpoint, beside the pairs",
             f"total: about {cost.cost(total, self.price)}, on {distributed.world()} of this device",
-        ])  # fmt: skip
+        ]
+        return "\n".join(lines)
 
-    def _judge(self, device: torch.device) -> Callable[[nn.Module], dict[str, float]]:
-        """Return what makes figures of a network; it knows how the student samples with it."""
-        reference, extractor = self.judge.build(device)
+    @property
+    def _rows(self) -> int:
+        """The number of rows in an epoch."""
+        if self._feeds == "images":
+            return len(training_images("distill", self.images)[0])
+        if self._feeds == "pairs" and not self._lacks_pairs and not self.online:
+            return info(self.store)["pairs"] - self.pairs.held_out
+        return self.pairs.count
 
-        def judge(net: nn.Module) -> dict[str, float]:
-            student = Student(net, self.method)
-            return figures(evaluate(student, reference, extractor, n=self.judge.count))
+    def _training_seconds_each(self) -> float:
+        """Measure the training of one row: forward and backward of all turns, no optimiser."""
+        stage, device = self.method.stages()[0], self.machine.use()
+        config = self.train.on(device)
+        modules = stage.init(self.start).to(device)
+        rows = _Unmade(self.start.shape, 1) if self._feeds == "pairs" else self._data(None)[1]
+        most = max(1, self.train.batch_size // distributed.world())
+        whole = rows.batch([i % len(rows) for i in range(most)], device=device)
 
-        return judge
+        def work(n: int) -> None:
+            x0, z, index, draws, _ = whole
+            batch = Batch(x0[:n], z[:n], index[:n], draws._replace(index=draws.index[:n]))
+            for turn in stage.turns:
+                with config.autocast(device):
+                    loss = stage.loss(modules, batch, Progress(0, 1, turn))
+                loss.backward()
+                loss.item()  # waits for the device
 
+        return cost.seconds_each(work, most)
 
-def _training_seconds_each(teacher: Teacher, method: DenoisingStudent, train: TrainConfig) -> float:
-    """Measure how long training takes for an image: forward and backward, without the optimiser."""
-    device = next(teacher.net.parameters()).device
-    modules = method.init(teacher)
-    most = max(1, train.batch_size // distributed.world())
-    z = noise(0, range(most), teacher.shape, device=device)
-    index = torch.arange(most, dtype=torch.int64, device=device)
-
-    def work(n: int) -> None:
-        with train.on(device).autocast(device):
-            batch = Batch(z[:n], z[:n], index[:n], Draws(0, index[:n]))
-            loss = method.loss(modules, batch, Progress(0, 1))
-        loss.backward()
-        loss.item()  # waits for the device
-
-    return cost.seconds_each(work, most)
+    def _judge(self) -> Judge:
+        """Return a function that evaluates a model during training."""
+        reference, extractor = self.judge.build(self.machine.use())
+        n = self.judge.count
+        return lambda model: figures(evaluate(model, reference, extractor, n=n))

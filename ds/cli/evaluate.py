@@ -1,4 +1,4 @@
-"""dstudent evaluate: how good a model's images are."""
+"""dstudent evaluate: compare a model's images with real ones."""
 
 import json
 from collections.abc import Callable
@@ -11,12 +11,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from ds.cli.verb import Here, Model, Verb, say
+from ds.cli.verb import Code, Here, Model, Verb, loaded, say
 from ds.evaluation.evaluate import check_count, evaluate, record
 from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.evaluation.references import Moments, read_reference
 from ds.models import pretrained
-from ds.models.load import load
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs
@@ -29,29 +28,30 @@ from ds.training.presets import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
-    """What images are compared with, and how."""
+class EvalConfig:
+    """Settings of an evaluation: the reference, the features, the number of images."""
 
-    reference: str = "digits"  # or a directory of images, an array of them, mu and sigma
+    # digits, a directory of images, an array of them, or a file of mu and sigma
+    reference: str = "digits"
     extractor: Literal["digits", "pixels", "inception"] = "digits"
-    inception_weights: Path | None = None
-    count: Count = 4096  # images to draw
+    inception_weights: Path | None = None  # a file, for --extractor inception
+    count: Count = 4096  # number of images to draw
 
     def __post_init__(self):
         check(self)
 
     def idle(self) -> dict[str, str]:
-        """Return the options that have no effect, and why."""
+        """Return the options that have no effect, each with the reason."""
         file = {"inception-weights": "without --extractor inception"}
         return {} if self.extractor == "inception" else file
 
     def files(self) -> list[Path | str | None]:
-        """Return what is read."""
+        """Return the files to be read."""
         named = [] if self.reference == "digits" else [self.reference]
         return [self.inception_weights, *named]
 
     def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
-        """Return the reference and the extractor; ValueError where they cannot be had."""
+        """Return the reference and the extractor. Raise ValueError if one is not available."""
         reference, extractor = read_reference(self.reference), self._extractor(device)
         check_count(self.count, reference, extractor)
         return reference, extractor
@@ -66,18 +66,21 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
-    """Compare a model's images with real ones; write the figures and the protocol as JSON."""
+    """Compare a model's images with real ones, and write the figures and the protocol as JSON."""
 
     shared: ClassVar = True
 
     model: Model
-    judge: Annotated[Judge, tyro.conf.arg(name="")] = field(default_factory=Judge)
-    store: str | None = None  # pairs whose first `held_out` the model is held against
-    held_out: Count = 1024
-    seed: Seed = 1
+    judge: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
+    store: str | None = None  # pairs; the model is also compared with the held-out ones
+    held_out: Count = 1024  # number of held-out pairs, the first of the store
+    seed: Seed = 1  # of the noise
+    nfe: Count | None = None  # network calls of a student; None: as it was saved
     batch_size: Count = 256
-    out: Path | None = None  # by default metrics.json and the card of a MODEL of ours
-    force: bool = False  # replace the file `out`
+    # a JSON file; by default the figures go into metrics.json and the card of a MODEL of ours
+    out: Path | None = None
+    force: bool = False  # replace the file --out
+    code: Code = None
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
@@ -91,19 +94,24 @@ class Evaluate(Verb):
         if is_first():
             self._target()
         device = self.machine.use()
-        model = load(self.model, device=device)
+        model = loaded(self.model, device, self.code, self.nfe)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
         reference, extractor = self.judge.build(device)
         options = {
-            "n": self.judge.count, "seed": self.seed, "batch_size": self.batch_size,
+            "n": self.judge.count,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
             "held_out": held_out,
-        }  # fmt: skip
+        }
         return partial(self._evaluate, model, reference, extractor, options)
 
     def _evaluate(
-        self, model: Teacher | Student, reference: Tensor | Moments, extractor: AbstractExtractor,
+        self,
+        model: Teacher | Student,
+        reference: Tensor | Moments,
+        extractor: AbstractExtractor,
         options: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         result = evaluate(model, reference, extractor, **options)
         if is_first():
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
@@ -113,7 +121,7 @@ class Evaluate(Verb):
                 record(self.model, model, result)
 
     def _target(self) -> Path:
-        """Return where the figures go; ValueError where they cannot be written."""
+        """Return the path for the figures. Raise ValueError if it cannot be written."""
         if self.out is not None:
             read = [self.model, self.store, *self.judge.files()]
             return targets.file(self.out, force=self.force, apart=read)

@@ -1,9 +1,9 @@
-"""dstudent pairs: the pairs of a teacher, and what can be done with a store of them."""
+"""dstudent pairs: make the pairs of a teacher; describe, check and export a store of them."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,21 +36,62 @@ from ds.system.distributed import is_first
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
 
 
+@dataclass(frozen=True)
+class Maker:
+    """A teacher, with its solver and on its device, and the store that its pairs go to."""
+
+    teacher: Teacher
+    out: str
+    config: PairsConfig
+    price: float
+
+    @property
+    def execution(self) -> Execution:
+        """How the teacher is run."""
+        c = self.config
+        return Execution.default(self.teacher, precision=c.precision, mode=c.mode)
+
+    def prepare(self, count: int) -> Callable[[], None]:
+        """Check all that can be checked before making `count` pairs. Return what makes them."""
+        c = self.config
+        options = {
+            "seed": c.seed,
+            "batch_size": c.batch_size,
+            "shard_size": c.shard_size,
+            "quantizer": c.quantizer,
+            "execution": self.execution,
+        }
+        prepare(self.teacher, place(self.out), count, **options)
+        return partial(self._make, count, options)
+
+    def _make(self, count: int, options: dict[str, Any]) -> None:
+        store = generate_pairs(
+            self.teacher, self.out, count, price=self.price, progress=watched(), **options
+        )
+        if is_first():
+            say(f"pairs: {self.out}, {len(store):,} of them")
+
+    def estimate(self, count: int) -> tuple[str, float]:
+        """Return the cost of `count` pairs, as a line and in seconds on this device."""
+        size, execution = self.config.batch_size, self.execution
+        sampler = Sampler(self.teacher, batch_size=size, execution=execution)
+        return estimate(sampler, count, self.config.quantizer, self.price)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MakePairs(Verb):
-    """Run the teacher on noise and keep what it makes: the pairs a student learns from.
+    """Run the teacher on noise and store its images: the pairs that a student learns from.
 
-    Interrupt it when you like, and run it again to go on. Several processes may share one store,
-    and come and go. With a larger --store.count a store grows. `dstudent pairs info STORE` says
-    what is there, `pairs verify STORE` checks it, `pairs export STORE OUT` writes archives.
+    You can interrupt it and run it again to continue. Several processes can fill one store, and
+    may join and leave at any time. A store grows with a larger --pairs.count.
     """
 
-    teacher: Path
-    out: str  # a directory, or a URL such as s3://bucket/folder
+    teacher: Path  # a directory or a checkpoint
+    out: str  # of the store: a directory, or a URL such as s3://bucket/folder
     pairs: PairsConfig
     solve: SolveConfig
     plan: bool = False  # make no pairs; measure how many network calls they need
-    plan_noises: Count = 16  # to measure it on
+    plan_noises: Count = 16  # number of noise tensors for --plan
     price: Price = 0.0
     machine: Here = field(default_factory=Machine)
 
@@ -58,12 +99,15 @@ class MakePairs(Verb):
     def of(cls, name: str, p: Preset) -> "MakePairs":
         home = home_of(name)
         return cls(
-            teacher=home / "teacher", out=str(home / "pairs"), pairs=p.pairs, solve=p.solve,
+            teacher=home / "teacher",
+            out=str(home / "pairs"),
+            pairs=p.pairs,
+            solve=p.solve,
             machine=p.machine,
-        )  # fmt: skip
+        )
 
     @classmethod
-    def choices(cls) -> dict[str, Any]:
+    def choices(cls, args: list[str]) -> dict[str, Any]:
         stores = {"info": PairsInfo, "verify": PairsVerify, "export": PairsExport}
         return per_preset(cls) | {
             name: Annotated[verb, tyro.conf.subcommand(name)] for name, verb in stores.items()
@@ -72,68 +116,43 @@ class MakePairs(Verb):
     def idle(self) -> dict[str, str]:
         return solve_idle(self.solve) | ({} if self.plan else {"plan-noises": "without --plan"})
 
+    @cached_property
+    def maker(self) -> Maker:
+        """The teacher on its device, with the solver that is asked for."""
+        teacher = load_teacher(self.teacher, device=self.machine.use())
+        return Maker(self.solve.on(teacher), self.out, self.pairs, self.price)
+
+    @property
+    def count(self) -> int:
+        """The number of pairs, those held out included."""
+        return self.pairs.count + self.pairs.held_out
+
     def prepare(self) -> Callable[[], None]:
         if self.plan:
-            teacher = self.solver()
-            needed = self.plan_noises * least_memory(teacher)
+            needed = self.plan_noises * least_memory(self.maker.teacher)
             check_memory(f"a plan on {self.plan_noises} noises", needed, self.machine.use())
-            return partial(self._plan, teacher)
-        return self.making(self.pairs.count + self.pairs.held_out)
-
-    def making(self, count: int) -> Callable[[], None]:
-        """Find what can be wrong with the first so many of the pairs; return what makes them."""
+            return self._plan
         check_target(self.out, apart=[self.teacher])
-        p, teacher = self.pairs, self.solver()
-        options = {
-            "seed": p.seed, "batch_size": p.batch_size, "shard_size": p.shard_size,
-            "quantizer": p.quantizer, "execution": self.execution(teacher),
-        }  # fmt: skip
-        prepare(teacher, place(self.out), count, **options)
-        return partial(self._make, teacher, count, options)
-
-    def _make(self, teacher: Teacher, count: int, options: dict[str, Any]) -> None:
-        store = generate_pairs(
-            teacher, self.out, count, price=self.price, progress=watched(), **options
-        )
-        if is_first():
-            say(f"pairs: {self.out}, {len(store):,} of them")
-
-    def solver(self) -> Teacher:
-        """Return the teacher with the solver that is asked for, on the device."""
-        teacher = load_teacher(self.teacher, device=self.machine.use())
-        solver, grid = self.solve.build(teacher.denoiser.schedule)
-        return replace(teacher, solver=solver, grid=grid)
-
-    def execution(self, teacher: Teacher) -> Execution:
-        """Return how the teacher is run."""
-        return Execution.default(teacher, precision=self.pairs.precision, mode=self.pairs.mode)
+        return self.maker.prepare(self.count)
 
     def budget(self) -> str:
-        """Say what the pairs that are missing will cost."""
         if self.plan:
             return ""
-        count = self.pairs.count + self.pairs.held_out
-        return f"pairs: {self.estimate(to_make(self.out, count))[0]}"
+        return f"pairs: {self.maker.estimate(to_make(self.out, self.count))[0]}"
 
-    def estimate(self, count: int) -> tuple[str, float]:
-        """Say what so many pairs will cost, and how many seconds they take."""
-        p, teacher = self.pairs, self.solver()
-        sampler = Sampler(teacher, batch_size=p.batch_size, execution=self.execution(teacher))
-        return estimate(sampler, count, p.quantizer, self.price)
-
-    def _plan(self, teacher: Teacher) -> None:
-        p = self.pairs
-        options = {"batch_size": p.batch_size, "execution": self.execution(teacher)}
-        seconds = Sampler(teacher, **options).seconds_each() / teacher.nfe
+    def _plan(self) -> None:
+        p, teacher, execution = self.pairs, self.maker.teacher, self.maker.execution
+        sampler = Sampler(teacher, batch_size=p.batch_size, execution=execution)
+        seconds = sampler.seconds_each() / teacher.nfe
         z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
         found = frontier(teacher.denoiser, z, self.solve, progress=watched())
-        say(plan_table(found, seconds, p.count + p.held_out))
+        say(plan_table(found, seconds, self.count))
         say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsInfo(Verb):
-    """Say what a store holds and how much of it is written."""
+    """Describe a store, and how much of it is written."""
 
     store: Store
 
@@ -143,11 +162,11 @@ class PairsInfo(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsVerify(Verb):
-    """Hash every shard of a store; with its teacher, also make some of the pairs again."""
+    """Hash every shard of a store. With its teacher, also make some of the pairs again."""
 
     store: Store
     teacher: Path | None = None
-    recompute: Count = 4  # pairs to make again, spread over the store
+    recompute: Count = 4  # number of pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
@@ -168,13 +187,13 @@ class PairsVerify(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsExport(Verb):
-    """Write a store, noise and all, as archives for the loaders of other codes."""
+    """Write a store, with its noise, as tar archives for the loaders of other codes."""
 
     store: Store
     out: Annotated[Path, tyro.conf.Positional]
     to: archives.Form = "webdataset"
     per_archive: Count = 4096
-    force: bool = False  # replace archives of something else
+    force: bool = False  # replace archives of another export
 
     def prepare(self) -> Callable[[], None]:
         store = PairStore(self.store)
@@ -183,7 +202,11 @@ class PairsExport(Verb):
 
     def _export(self, store: PairStore) -> None:
         paths = archives.export(
-            store, self.out, self.to, per_archive=self.per_archive, force=self.force,
+            store,
+            self.out,
+            self.to,
+            per_archive=self.per_archive,
+            force=self.force,
             progress=watched(),
-        )  # fmt: skip
+        )
         say(f"archives: {self.out}, {len(paths)} of them")

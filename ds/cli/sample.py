@@ -1,4 +1,4 @@
-"""dstudent sample: images of a model."""
+"""dstudent sample: draw images from a model."""
 
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
@@ -9,12 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ds.cli.verb import Here, Model, Verb, say
+from ds.cli.verb import Code, Here, Model, Verb, loaded, say
 from ds.diffusion.noise import noise
 from ds.models.execution import Execution, Precision
 from ds.models.images import save, target
 from ds.models.interpolate import great_circle
-from ds.models.load import load
 from ds.models.sampler import Sampler, count
 from ds.system.config import Count, Natural, Seed
 from ds.system.cost import check_memory
@@ -32,7 +31,7 @@ class Ranges(Sequence):
 
     @property
     def count(self) -> int:
-        """How many there are, which may be more than len() can say."""
+        """The number of items, which may be more than len() can return."""
         return self.ends[-1] if self.ends else 0
 
     def __len__(self) -> int:
@@ -49,21 +48,23 @@ class Ranges(Sequence):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Verb):
-    """Draw images from a teacher or a student, or a path between two of them.
+    """Draw images from a teacher or a student, or a path between images.
 
-    The name of `out` says what is written: a .png is one sheet, a .gif an animation, an .npy or
-    .npz an array, uint8 [N, H, W, C], and a name without a suffix a directory of PNGs.
+    The suffix of --out chooses the format: .png is one sheet, .gif an animation, .npy or .npz an
+    array, uint8 [N, H, W, C], and no suffix a directory of PNGs.
     """
 
     model: Model
     out: Path = Path("samples.png")
-    seed: Seed = 0
+    seed: Seed = 0  # of the noise
     indices: str = "0-63"  # of the noise: numbers and ranges, such as 3,7,100-199
-    between: Natural = 0  # images on the way from each index to the next, along a great circle
-    scale: Natural = 0  # pixels of a picture for each of the image; 0 makes small images larger
-    batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
+    between: Natural = 0  # number of images between one index and the next, on a great circle
+    scale: Natural = 0  # enlarge pictures by this factor; 0 enlarges small images only
+    nfe: Count | None = None  # network calls of a student; None: as it was saved
+    batch_size: Count | None = None  # None: 256, or what fills a GPU
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
-    force: bool = False  # replace what an earlier `sample` has written there
+    force: bool = False  # replace the result of an earlier `sample`
+    code: Code = None
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
@@ -75,15 +76,15 @@ class Sample(Verb):
         if self.between and indices.count < 2:
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         target(self.out, force=self.force, apart=[self.model])
-        model = load(self.model, device=self.machine.use())
-        if len(model.shape) == 3:  # others are refused where they are drawn
+        model = loaded(self.model, self.machine.use(), self.code, self.nfe)
+        if len(model.shape) == 3:  # other shapes are refused when they are drawn
             self._check_size(indices.count, model.shape)
         execution = self.precision and Execution.default(model, precision=self.precision)
         sampler = Sampler(model, batch_size=self.batch_size, execution=execution)
         return partial(self._draw, sampler, indices)
 
     def _check_size(self, count: int, shape: tuple[int, ...]) -> None:
-        """Raise ValueError for more images than fit the memory, each pixel scaled."""
+        """Raise ValueError if the images, enlarged, do not fit the memory or the format."""
         scale = self._scale(shape)
         if self.out.suffix == ".gif" and scale * max(shape[1:]) > GIF:
             raise ValueError(
@@ -93,7 +94,7 @@ class Sample(Verb):
         many = (count - 1) * (self.between + 1) + 1
         if self.out.suffix in (".npy", ".npz"):
             check_memory(f"sample: {many} images", 2 * many * prod(shape))
-        elif not self.out.suffix:  # a picture at a time
+        elif not self.out.suffix:  # one picture at a time
             check_memory(f"sample: {many} images", (2 * many + 3 * scale**2) * prod(shape))
         else:
             check_memory(f"sample: pictures of {many} images", 3 * many * scale**2 * prod(shape))
@@ -114,7 +115,7 @@ class Sample(Verb):
 
 
 def _indices(text: str) -> Ranges:
-    """Read numbers and ranges: "3,7,100-199" has 102 of them."""
+    """Read numbers and ranges: "3,7,100-199" is 102 indices."""
     ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

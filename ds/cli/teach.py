@@ -35,10 +35,10 @@ from ds.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Teach(Verb):
-    """Train a teacher on real images, to have one to distil."""
+    """Train a teacher on real images."""
 
-    images: str  # the training images; only "digits" come with the library
-    out: Path
+    images: str  # to train on; only "digits" come with the library
+    out: Path  # a directory for the teacher; its run goes beside it, into OUT-run
     net: UNetConfig
     method: Denoising
     train: TrainConfig
@@ -60,7 +60,7 @@ class Teach(Verb):
         )
 
     @classmethod
-    def choices(cls) -> dict[str, Any]:
+    def choices(cls, args: list[str]) -> dict[str, Any]:
         return per_preset(cls)
 
     def idle(self) -> dict[str, str]:
@@ -68,20 +68,20 @@ class Teach(Verb):
 
     def prepare(self) -> Callable[[], None]:
         check_outputs(self.out, force=self.force)
-        if self.images != "digits":
-            raise ValueError(
-                f"teach: no images of {self.images} come with the library; bring a trained teacher "
-                f"and start at `dstudent pairs {self.images} --teacher DIR`"
-            )
-        images, _ = digits()
+        images = training_images("teach", self.images)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             denoiser = self.method.denoiser(self.net.build())
         start = Teacher(denoiser, *self.solve.build(denoiser.schedule))
         trainer = Trainer(
-            self.method, start, Images(images), Images(images, seed=1), run_folder(self.out),
-            self.train, device=self.machine.use(), progress=watched(),
-        )  # fmt: skip
+            self.method,
+            start,
+            *images,
+            run_folder(self.out),
+            self.train,
+            device=self.machine.use(),
+            progress=watched(),
+        )
         trainer.check()
         pretrained.target(self.out, force=self.force, run=trainer.identity)
         return partial(self._train, trainer, start)
@@ -89,7 +89,24 @@ class Teach(Verb):
     def _train(self, trainer: Trainer, start: Teacher) -> None:
         teacher = start.using(trainer.fit())
         teacher.save_pretrained(
-            self.out, force=self.force, version=ds.__version__, commit=environment.commit(),
+            self.out,
+            force=self.force,
+            version=ds.__version__,
+            commit=environment.commit(),
             run=trainer.identity,
-        )  # fmt: skip
+        )
         say(f"teacher: {self.out}")
+
+
+def training_images(verb: str, name: str) -> tuple[Images, Images]:
+    """Return a data set to train on, and the same images with other noise to score with.
+
+    Raises ValueError for a data set that does not come with the library.
+    """
+    if name != "digits":
+        raise ValueError(
+            f"{verb}: no images of {name} come with the library; bring a trained teacher and start "
+            f"at `dstudent pairs {name} --teacher DIR`"
+        )
+    images, _ = digits()
+    return Images(images), Images(images, seed=1)

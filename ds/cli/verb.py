@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -10,18 +11,25 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Union
 
+import torch
 import tyro
 
+import ds.methods
 from ds.cli import VERBS
+from ds.methods import AbstractMethod
 from ds.models import pretrained
+from ds.models.load import load
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.system import targets
-from ds.system.config import NotNegative, check, to_json
+from ds.system.config import NotNegative, check, tag, to_json
 from ds.system.distributed import is_first, joined
-from ds.system.files import redacted
+from ds.system.files import first_line, redacted
 from ds.training.config import RUN, TrainConfig
 from ds.training.presets import PRESETS, Machine, SolveConfig
 
@@ -30,6 +38,9 @@ Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3
 Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour for all devices; 0: unknown")]
 log = logging.getLogger("ds")
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
+Code = Annotated[
+    Path | None, tyro.conf.arg(help="a .py file with your own method or network, for such a model")
+]
 
 
 class Verb(ABC):
@@ -41,9 +52,14 @@ class Verb(ABC):
         check(self)
 
     @classmethod
-    def choices(cls) -> dict[str, Any]:
+    def choices(cls, args: list[str]) -> dict[str, Any]:
         """Return the words that may follow the verb, each as a type for tyro; {} for none."""
         return {}
+
+    @classmethod
+    def about(cls) -> str:
+        """Return the text above the options in the help of a verb with choices."""
+        return inspect.getdoc(cls) or ""
 
     @abstractmethod
     def prepare(self) -> Callable[[], None]:
@@ -94,22 +110,86 @@ def run(verb: str, args: list[str]) -> None:
 def parse(verb: str, args: list[str]) -> Verb:
     """Return a verb with its options."""
     cls = getattr(importlib.import_module(f"ds.cli.{verb}"), VERBS[verb][0])
-    choices = cls.choices()
+    choices = cls.choices(args)
     if not choices:
         return _parse(cls, args, f"dstudent {verb}")
     _check_choice(verb, args, choices)
     kinds = Union[tuple(choices.values())]  # noqa: UP007 their number is not known here
-    return _parse(kinds, args, f"dstudent {verb}", args[0], description=inspect.getdoc(cls))
+    return _parse(kinds, args, f"dstudent {verb}", args[0], description=cls.about())
 
 
-def per_preset(cls: Any) -> dict[str, Any]:
-    """Return the presets as choices of a verb, whose `of` makes it from one."""
+def per_preset(cls: Any, **changes: Any) -> dict[str, Any]:
+    """Return the presets as choices of a verb, whose `of` makes it from one with changes."""
     kinds = {}
     for name, make in PRESETS.items():
-        preset, line = make(), (make.__doc__ or "").partition("\n")[0]
-        arm = tyro.conf.subcommand(name, default=cls.of(name, preset), description=line)
-        kinds[name] = Annotated[cls, arm]
+        default = cls.of(name, replace(make(), **changes))
+        line = (make.__doc__ or "").partition("\n")[0]
+        kinds[name] = Annotated[cls, tyro.conf.subcommand(name, default=default, description=line)]
     return kinds
+
+
+def classes_in(file: Path | None) -> tuple[type, ...]:
+    """Run a Python file that the user named, and return the dataclasses that it defines.
+
+    Returns () for None. Raises ValueError if the file cannot be imported.
+    """
+    if file is None:
+        return ()
+    name = f"ds_code_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file}: is no Python file; give the name of a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{file}: cannot be imported ({reason})") from None
+    own = (value for value in vars(module).values() if isinstance(value, type))
+    return tuple(c for c in own if c.__module__ == name and is_dataclass(c))
+
+
+def loaded(
+    path: Path, device: torch.device, code: Path | None, nfe: int | None
+) -> Teacher | Student:
+    """Load a teacher or a student, with the network calls that are asked for.
+
+    Raises ValueError for what `load` refuses, and for calls that the student cannot do.
+    """
+    model = load(path, device=device, **({"types": classes_in(code)} if code else {}))
+    if nfe is None:
+        return model
+    if not isinstance(model, Student):
+        raise ValueError(f"nfe is for students; {path} is a teacher, whose grid has {model.nfe}")
+    model.method.times(nfe)
+    return replace(model, nfe=nfe)
+
+
+def methods() -> dict[str, type[AbstractMethod]]:
+    """Return the methods of the library by tag."""
+    return {tag(cls): cls for cls in vars(ds.methods).values() if _is_method(cls)}
+
+
+def method_named(name: str) -> type[AbstractMethod]:
+    """Return the method of a tag, or the one that a file, whose name ends in .py, defines."""
+    known = methods()
+    if name in known:
+        return known[name]
+    if not name.endswith(".py"):
+        raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}, or a FILE.py")
+    found = [cls for cls in classes_in(Path(name)) if _is_method(cls)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{name}: defines {len(found)} methods; a file must define one, a frozen dataclass "
+            f"derived from ds.methods.AbstractMethod"
+        )
+    return found[0]
+
+
+def _is_method(value: Any) -> bool:
+    is_class = inspect.isclass(value) and issubclass(value, AbstractMethod)
+    return is_class and not inspect.isabstract(value)
 
 
 def solve_idle(solve: SolveConfig) -> dict[str, str]:
@@ -177,7 +257,9 @@ def _parse(kind: Any, args: list[str], prog: str, choice: str = "", **options: A
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=prog, args=args, **options)
+            return tyro.cli(
+                kind, prog=prog, args=args, config=(tyro.conf.AvoidSubcommands,), **options
+            )
     except SystemExit as end:
         if not end.code:
             raise

@@ -20,8 +20,9 @@ from ds.diffusion.solvers import (
     Heun,
     UniPC,
 )
-from ds.methods import Denoising, DenoisingStudent
+from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.models.execution import Mode, Precision
+from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.pairs.quantizer import Quantizer
 from ds.system.config import Between, Count, Natural, Seed, check
@@ -86,6 +87,11 @@ class SolveConfig:
         """Return the solver and the grid for a schedule; ValueError for a grid it cannot have."""
         return SOLVERS[self.solver], self._grid(schedule)
 
+    def on(self, teacher: Teacher) -> Teacher:
+        """Return a teacher with this solver and grid."""
+        solver, grid = self.build(teacher.denoiser.schedule)
+        return replace(teacher, solver=solver, grid=grid)
+
     def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
             return grids.uniform(self.steps, schedule)
@@ -131,7 +137,7 @@ class Preset:
     net: UNetConfig
     solve: SolveConfig
     pairs: PairsConfig
-    method: DenoisingStudent
+    method: AbstractMethod
     train: TrainConfig
     denoising: Denoising = field(default_factory=Denoising)
     teach: TrainConfig | None = None

@@ -67,7 +67,7 @@ def test_pairs_are_made_while_training_and_not_kept(home, caplog, monkeypatch):
     advance = Trainer._advance
 
     def stop_at_four(self):
-        if self.step == 3 and not Path("stopped").exists():
+        if self.state.step == 3 and not Path("stopped").exists():
             Path("stopped").touch()
             raise RuntimeError("stopped")
         advance(self)
@@ -111,7 +111,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_resumes(
 
     def signal_at_three(self):
         advance(self)
-        if self.step == 3:
+        if self.state.step == 3:
             os.kill(os.getpid(), getattr(signal, name))
 
     monkeypatch.setattr(Trainer, "_advance", signal_at_three)

@@ -46,7 +46,7 @@ def test_the_help_of_a_verb_names_its_options(verb, capsys):
 
 def test_the_help_of_a_verb_names_its_presets_and_commands(capsys):
     said = help_of(capsys, "pairs")
-    for word in (*PRESETS, "info", "verify", "export", "keep what it makes", "CIFAR-10, 32 x 32"):
+    for word in (*PRESETS, "info", "verify", "export", "store its images", "CIFAR-10, 32 x 32"):
         assert word in said, word
 
 

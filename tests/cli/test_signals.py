@@ -46,8 +46,8 @@ PLACES = {
     "verify, its store": ("ds.cli.pairs.PairStore", ["pairs", "verify", "x"]),
     "export": ("ds.cli.pairs.PairStore", ["pairs", "export", "x", "new"]),
     "distill, its teacher": ("ds.cli.distill.load_teacher", ["distill", "digits"]),
-    "sample": ("ds.cli.sample.load", ["sample", "x"]),
-    "evaluate": ("ds.cli.evaluate.load", ["evaluate", "x"]),
+    "sample": ("ds.cli.sample.loaded", ["sample", "x"]),
+    "evaluate": ("ds.cli.evaluate.loaded", ["evaluate", "x"]),
     "convert": ("ds.cli.convert.load", ["convert", "x", "new"]),
 }
 
