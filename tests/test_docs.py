@@ -60,13 +60,19 @@ def test_the_python_of_a_page_runs(page, trained, monkeypatch):
 
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=lambda p: p.name)
-def test_the_commands_of_a_page_exist(page):
+def test_the_commands_of_a_page_exist(page, tmp_path, monkeypatch):
+    """A .py file that a command names holds the Python above the command."""
+    monkeypatch.chdir(tmp_path)
+    python = ""
     for language, code in blocks(page):
+        python = code if language == "python" else python
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
             command = line.partition(" #")[0].strip()
             if not command or command.startswith(NEEDS_A_NETWORK):
                 continue
             program, *args = shlex.split(command)
+            for file in (arg for arg in args if arg.endswith(".py")):
+                Path(file).write_text(python)
             if program == "make":
                 subprocess.run(["make", "-n", *args], cwd=ROOT, check=True, capture_output=True)
             else:

@@ -40,7 +40,7 @@ class Convert(Verb):
     def prepare(self) -> Callable[[], None]:
         _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
         size = {"image_size": self.image_size} if self.image_size else {}
-        model = load(self.source, **size, **({"types": classes_in(self.code)} if self.code else {}))
+        model = load(self.source, **size, types=classes_in(self.code))
         if self.to == "diffusers" and isinstance(model, Student):
             raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):

@@ -157,7 +157,7 @@ def loaded(
 
     Raises ValueError for what `load` refuses, and for calls that the student cannot do.
     """
-    model = load(path, device=device, **({"types": classes_in(code)} if code else {}))
+    model = load(path, device=device, types=classes_in(code))
     if nfe is None:
         return model
     if not isinstance(model, Student):
