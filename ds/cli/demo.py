@@ -1,4 +1,4 @@
-"""The whole chain on scanned digits: teach, pairs, distil, sample, evaluate, report."""
+"""dstudent demo: the whole chain on scanned digits, from teacher to report."""
 
 import logging
 import time
@@ -25,17 +25,22 @@ from ds.system import targets
 from ds.training import presets
 
 COLUMNS = (
-    "network calls", "Frechet distance", "KID", "precision", "recall", "s / 1,000 images",
+    "network calls",
+    "Frechet distance",
+    "KID",
+    "precision",
+    "recall",
+    "s / 1,000 images",
     "speed-up",
-)  # fmt: skip
+)
 log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Verb):
-    """Teach, make pairs, distil, sample and evaluate on scanned digits; write a report."""
+    """Train a teacher and a one-step student on scanned digits, evaluate both, write a report."""
 
-    out: Path = Path("runs/demo")
+    out: Path = Path("runs/demo")  # a directory for everything the demo makes
 
     def prepare(self) -> Callable[[], None]:
         targets.kept(self.out, "demo", targets.MARK)
@@ -43,10 +48,10 @@ class Demo(Verb):
 
 
 def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str, Any]]:
-    """Run the verbs one after another in `out` and write report.html and report.png there.
+    """Run the verbs one after another in `out`, and write report.html and report.png there.
 
-    What an earlier, interrupted demo finished is kept. Returns the figures of each model. Raises
-    ValueError for a directory that holds anything but a demo.
+    Results of an interrupted demo are kept. Returns the figures of each model. Raises ValueError if
+    `out` holds anything but a demo.
     """
     begin = time.perf_counter()
     out = targets.kept(out, "demo", targets.MARK)
@@ -76,7 +81,7 @@ def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str,
 
 
 def _tasks(preset: presets.Preset, places: dict[str, Path]) -> list[tuple[str, Any]]:
-    """The three verbs that make things, each skipped by its own means where it is already done."""
+    """Return the three verbs that make models and pairs. Each skips what is already done."""
     teacher, store, student = places.values()
     return [
         ("teach", replace(Teach.of("digits", preset), out=teacher)),
@@ -111,10 +116,14 @@ def _rows(figures: dict[str, dict[str, Any]]) -> list[Row]:
         if "protocol" in f:
             seconds = f["seconds_per_1000_images"]
             cells = (
-                str(f["protocol"]["nfe"]), f"{f['frechet_distance']:.2f}",
-                f"{f['kernel_distance']:.4g}", f"{f['precision']:.2f}", f"{f['recall']:.2f}",
-                f"{seconds:.2f}", f"{slowest / seconds:.1f}x",
-            )  # fmt: skip
+                str(f["protocol"]["nfe"]),
+                f"{f['frechet_distance']:.2f}",
+                f"{f['kernel_distance']:.4g}",
+                f"{f['precision']:.2f}",
+                f"{f['recall']:.2f}",
+                f"{seconds:.2f}",
+                f"{slowest / seconds:.1f}x",
+            )
         else:
             cells = ("", f"{f['frechet_distance']:.2f}", *[""] * 5)
         rows.append(Row(name, cells))
@@ -122,9 +131,13 @@ def _rows(figures: dict[str, dict[str, Any]]) -> list[Row]:
 
 
 def _write(
-    out: Path, models: dict[str, Teacher | Student], rows: list[Row],
-    figures: dict[str, dict[str, Any]], places: dict[str, Path], seconds: float,
-) -> None:  # fmt: skip
+    out: Path,
+    models: dict[str, Teacher | Student],
+    rows: list[Row],
+    figures: dict[str, dict[str, Any]],
+    places: dict[str, Path],
+    seconds: float,
+) -> None:
     count = 36
     strips = {name: Sampler(model)(2, range(count)) for name, model in models.items()}
     real, _ = digits()
@@ -134,18 +147,18 @@ def _write(
     write_page(
         out / "report.html",
         "One call instead of many",
-        f"A diffusion teacher was trained on 1,797 scanned digits, run on noise, and distilled "
-        f"into a student that makes an image in one network call. Images in a column come from the "
-        f"same noise; the student has seen none of it. The whole chain took {seconds:.0f} s.",
+        f"A diffusion teacher was trained on 1,797 scanned digits and distilled into a student "
+        f"that makes an image in one network call. All images in a column come from the same "
+        f"noise, which the student was not trained on. The whole chain took {seconds:.0f} s.",
         out / "report.png",
         COLUMNS,
         rows,
         [
             f"Frechet distance, KID, precision and recall compare {teacher['protocol']['n']:,} "
-            f"images with all real digits on the features of a small digits classifier. They are "
-            f"not comparable with distances on Inception features.",
+            f"images with all real digits on the features of a small digits classifier. They "
+            f"cannot be compared with distances on Inception features.",
             "The last row compares 1,500 of the real digits with the other 297, the mean of five "
-            "splits: so far apart are real images in sets of that size.",
+            "splits. It is the floor for sets of this size.",
             f"On held-out noise the student is {student['pair_rms']:.3f} from its teacher (root "
             f"mean square in units of [-1, 1]), R2 = {student['pair_r2']:.3f}.",
         ],

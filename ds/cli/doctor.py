@@ -1,4 +1,4 @@
-"""dstudent doctor: what runs here, and what a network's plan is."""
+"""dstudent doctor: report what runs on this machine, or the plan of a network."""
 
 import json
 from collections.abc import Callable
@@ -15,15 +15,16 @@ from ds.training.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
-    """Report what this machine has and which implementation of each operation runs here."""
+    """Report what this machine has, and which implementation of each operation runs here."""
 
-    json: bool = False  # for machines
-    plan: str = ""  # a preset, whose network's plan is printed instead
-    images: Count = 256  # of the plan
-    device: str = "cpu"  # of the plan; it need not be here
-    multiprocessors: Count = 132  # of a cuda device, as an H100 has them
-    tflops: Positive = 989.0  # of the plan's floors; these are of an H100's data sheet, in bfloat16
-    gbs: Positive = 3350.0
+    json: bool = False  # print JSON
+    plan: str = ""  # a preset; print the engine's plan of its network instead of the report
+    images: Count = 256  # in a batch of the plan
+    device: str = "cpu"  # of the plan, cpu or cuda; this machine need not have it
+    multiprocessors: Count = 132  # of a cuda device; an H100 has 132
+    # for the plan's floors; the defaults are an H100's data sheet in bfloat16
+    tflops: Positive = 989.0
+    gbs: Positive = 3350.0  # GB/s of memory
 
     def prepare(self) -> Callable[[], None]:
         if self.plan:

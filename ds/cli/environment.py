@@ -1,4 +1,4 @@
-"""What this machine has: a report that always prints, whatever is missing or broken."""
+"""Report what this machine has. The report always prints, whatever is missing or broken."""
 
 import importlib.metadata
 import os
@@ -14,12 +14,12 @@ from ds.system import apex
 
 
 def report() -> dict[str, Any]:
-    """Probe the machine; a probe that fails reports why instead of its answer."""
+    """Probe the machine. A probe that fails reports the reason instead of an answer."""
     return {name: _guarded(probe) for name, probe in _PROBES.items()}
 
 
 def text(found: dict[str, Any]) -> str:
-    """Lay a report out for people."""
+    """Format a report for people."""
     lines = []
     for name, value in found.items():
         if name == "ops" and isinstance(value, list):
@@ -31,7 +31,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that ds runs from, "unknown" where it is no checkout."""
+    """Return the commit of the checkout that ds runs from, or "unknown"."""
     root = Path(ds.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return "unknown"
@@ -50,7 +50,7 @@ def _op_line(op: str, device: str, backend: str, status: str, reason: str) -> st
 def _guarded(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
-    except Exception as error:  # a report on a broken machine is when it is needed
+    except Exception as error:  # a broken machine needs the report most
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

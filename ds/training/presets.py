@@ -1,6 +1,6 @@
-"""Presets: the numbers of a dataset, one function each. A relative says only what differs.
+"""Presets: a function returns the settings for a data set. A variant states only what differs.
 
-The paper's numbers are those of its 2021 code, `get_settings` and `create_dataset.py`.
+The paper's settings are those of its 2021 code, `get_settings` and `create_dataset.py`.
 """
 
 import os
@@ -28,11 +28,11 @@ from ds.pairs.quantizer import Quantizer
 from ds.system.config import Between, Count, Natural, Seed, check
 from ds.training.config import TrainConfig
 
-THREADS = 16  # for each CPU, at most: more only wait, and too many end the process
+THREADS = 16  # at most, for each CPU: more only wait, and far too many end the process
 
 try:
     from tyro.conf import arg
-except ImportError:  # only the command line reads what it says
+except ImportError:  # only the command line needs the names of options
 
     def arg(**_: list[str]) -> None: ...
 
@@ -41,8 +41,8 @@ except ImportError:  # only the command line reads what it says
 class Machine:
     """Where to compute."""
 
-    device: str = "auto"  # cuda where there is one, else cpu
-    threads: Natural = 0  # of the CPU; 0 leaves the choice to PyTorch
+    device: str = "auto"  # auto: cuda if there is a GPU, else cpu
+    threads: Natural = 0  # on the CPU; 0 lets PyTorch choose
 
     def __post_init__(self):
         check(self)
@@ -54,11 +54,11 @@ class Machine:
             )
 
     def use(self) -> torch.device:
-        """Set the number of threads of this process; return the device, ValueError if unusable."""
+        """Set the threads of this process and return the device. Raise ValueError if it fails."""
         if self.threads > 0:
             torch.set_num_threads(self.threads)
         if self.device == "auto":
-            # Of the processes that torchrun starts, each has a GPU of its own.
+            # Each process of torchrun has its own GPU.
             gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             return gpu if torch.cuda.is_available() else torch.device("cpu")
         try:
@@ -70,21 +70,21 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveConfig:
-    """How the teacher is integrated."""
+    """How the teacher is run: its solver and its grid."""
 
-    solver: Literal[
-        "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc"
-    ] = "ddim"  # fmt: skip
+    solver: Literal["ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc"] = (
+        "ddim"
+    )
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: Annotated[int, Between(1, MOST)] = 100
-    # the largest time of a grid; a uniform one has its own
+    # the largest time of the grid; a uniform grid has its own
     top: Annotated[int, Between(1, MOST - 1)] = 800
 
     def __post_init__(self):
         check(self, "solve.")
 
     def build(self, schedule: AbstractSchedule) -> tuple[AbstractSolver, grids.Grid]:
-        """Return the solver and the grid for a schedule; ValueError for a grid it cannot have."""
+        """Return the solver and the grid. Raise ValueError if the schedule has no such grid."""
         return SOLVERS[self.solver], self._grid(schedule)
 
     def on(self, teacher: Teacher) -> Teacher:
@@ -114,14 +114,15 @@ SOLVERS: dict[str, AbstractSolver] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """How many pairs to train on, how many more to hold out, how to make and to keep them."""
+    """How many pairs to make, and how to make and store them."""
 
-    count: Count = 1_024_000
+    count: Count = 1_024_000  # pairs to train on
+    # pairs to hold out beside them
     held_out: Annotated[Count, arg(aliases=["--held-out"])] = 51_200
-    seed: Seed = 0
-    batch_size: Count | None = None  # None: 256, on GPUs what keeps all of one busy
-    shard_size: Count = 16_384
-    quantizer: Quantizer = "round"
+    seed: Seed = 0  # of the noise
+    batch_size: Count | None = None  # images at a time; None: 256, or what fills a GPU
+    shard_size: Count = 16_384  # pairs in a file
+    quantizer: Quantizer = "round"  # how images are stored: as uint8 (round, floor) or floats
     # of the teacher's matrix products; None: bfloat16 on GPUs, float32 on CPUs
     precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
     mode: Mode | None = None  # what runs the teacher; None: the fastest way its device has
@@ -132,7 +133,7 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Everything a dataset's run needs; `teach` is there where the data ships with the library."""
+    """All settings for a data set; `teach` only if its images come with the library."""
 
     net: UNetConfig
     solve: SolveConfig
@@ -175,10 +176,15 @@ def lsun_bedroom() -> Preset:
         pairs=PairsConfig(held_out=2_560, shard_size=2_048),
         method=DenoisingStudent(loss_type="l2"),
         train=TrainConfig(
-            batch_size=32, epochs=50, lr=5e-6, warmup_steps=1000, betas=(0.98, 0.999),
-            ema_decay=0.9995, check_every=6400,
+            batch_size=32,
+            epochs=50,
+            lr=5e-6,
+            warmup_steps=1000,
+            betas=(0.98, 0.999),
+            ema_decay=0.9995,
+            check_every=6400,
         ),
-    )  # fmt: skip
+    )
 
 
 def lsun_church() -> Preset:
@@ -190,27 +196,43 @@ def lsun_church() -> Preset:
 def digits() -> Preset:
     """scikit-learn's scanned digits, 8 x 8: the whole chain in minutes on two CPU cores.
 
-    On one thread, since such small images are quicker done than shared out.
+    It uses one thread: such small images are faster computed than shared among threads.
     """
     train = TrainConfig(
-        batch_size=64, epochs=7, lr=3e-3, warmup_steps=50, betas=(0.9, 0.999), decay="cosine",
-        ema_decay=0.98, check_every=250,
-    )  # fmt: skip
+        batch_size=64,
+        epochs=7,
+        lr=3e-3,
+        warmup_steps=50,
+        betas=(0.9, 0.999),
+        decay="cosine",
+        ema_decay=0.98,
+        check_every=250,
+    )
     return Preset(
         net=UNetConfig(
-            image_size=8, in_channels=1, channels=32, channel_mult=(1, 2), num_res_blocks=1,
-            attention_resolutions=(4,), norm_groups=8,
+            image_size=8,
+            in_channels=1,
+            channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(4,),
+            norm_groups=8,
         ),
         solve=SolveConfig(steps=12),
         pairs=PairsConfig(count=12_288, held_out=512, batch_size=512, shard_size=2_048),
         method=DenoisingStudent(loss_type="l1"),
         train=train,
         teach=replace(
-            train, epochs=40, lr=2e-3, warmup_steps=100, decay="none", ema_decay=0.995,
+            train,
+            epochs=40,
+            lr=2e-3,
+            warmup_steps=100,
+            decay="none",
+            ema_decay=0.995,
             check_every=560,
         ),
         machine=Machine(threads=1),
-    )  # fmt: skip
+    )
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
