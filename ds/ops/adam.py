@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -200,16 +200,20 @@ def _():
         count = len(lists.params)
         sizes = (ctypes.c_int64 * count)(*map(Tensor.numel, lists.params))
         # A shorter list ends in null addresses.
-        arrays = [(ctypes.c_void_p * count)(*map(Tensor.data_ptr, tensors)) for tensors in lists]
+        arrays = [(ctypes.c_void_p * count)(*_addresses(tensors)) for tensors in lists]
         addresses = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
         partial = step.new_empty(lib.ds_cuda_adam_chunks(sizes, count))
         norm, scale = torch.empty_like(step), torch.empty_like(step)
-        pointers = map(Tensor.data_ptr, (step, lr, partial, norm, scale))
+        pointers = _addresses((step, lr, partial, norm, scale))
         arguments = addresses, sizes, count, *pointers, *rates, grad_type
         _native.cuda_launch(lib.ds_cuda_adam, step, *arguments)
         return norm
 
     return launch
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
