@@ -53,7 +53,7 @@ class Denoiser:
         training. Raises ValueError for a number that is not a time of the schedule.
         """
         if isinstance(t, Tensor):
-            t = t.expand(len(x_t))
+            t = t.expand(x_t.shape[0])
             alpha, sigma = self.schedule.gather(t, x_t)
         else:
             alpha, sigma = self.schedule.at(t)
@@ -69,5 +69,5 @@ class Denoiser:
 def _filled(x: Tensor, t: Real) -> Tensor:
     """Return a time for every sample of x: int64 for an index, else real."""
     if isinstance(t, Integral):
-        return torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
-    return torch.full((len(x),), float(t), dtype=time_dtype(x), device=x.device)
+        return torch.full((x.shape[0],), int(t), dtype=torch.int64, device=x.device)
+    return torch.full((x.shape[0],), float(t), dtype=time_dtype(x), device=x.device)

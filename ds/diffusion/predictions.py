@@ -187,7 +187,7 @@ def _each(level: Level, x: Tensor) -> Tensor:
     """Return alpha or sigma as one number a sample, [N]."""
     if isinstance(level, Tensor):
         return level.reshape(-1)
-    return torch.full((len(x),), level, dtype=time_dtype(x), device=x.device)
+    return torch.full((x.shape[0],), level, dtype=time_dtype(x), device=x.device)
 
 
 def time_dtype(x: Tensor) -> torch.dtype:

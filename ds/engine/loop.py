@@ -106,11 +106,10 @@ class Recurrence:
                 "returns; this model does something else with them"
             )
         h = torch.eye(count + 1, dtype=torch.float64, device="cpu")[1:]
-        for memory in range(1, count + 1):
-            rows = [_coefficients(x, h, i, memory) for i in range(count)]
-            if all(row is not None for row in rows):
-                break
-        return cls(visited, torch.stack(rows), x[0, 0].item())
+        memories = range(1, count + 1)  # the last of them always suffices
+        tables = ([_coefficients(x, h, i, m) for i in range(count)] for m in memories)
+        table = next(rows for rows in tables if all(row is not None for row in rows))
+        return cls(visited, torch.stack(table), x[0, 0].item())
 
 
 def _states(model: Sampled, drawn: Tensor) -> Tensor:

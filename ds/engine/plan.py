@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ def blocks(net: UNet) -> dict[str, ResBlock]:
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
 
 
-def can_run(net: nn.Module) -> bool:
+def can_run(net: nn.Module) -> TypeGuard[UNet]:
     """Return whether the engine can run a network: a U-Net whose only input beside x is t."""
     return isinstance(net, UNet) and not getattr(net.config, "conditions", ())
 

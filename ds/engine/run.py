@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ds.engine.calls import Place, values
 from ds.engine.plan import INPUT, Plan, can_run, time_rows
 from ds.engine.rewrites import Rewrites
-from ds.nets import UNet
 
 # Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
 # what its last cache keeps until the next call of the plan reads it.
@@ -44,7 +43,7 @@ class Engine(nn.Module):
 
     def __init__(
         self,
-        net: UNet,
+        net: nn.Module,
         times: Iterable[float] = (),
         *,
         images: int = 256,

@@ -96,18 +96,18 @@ def evaluate(
     size, for an n that is too small for a figure or too large for the memory, for held-out pairs
     without a model, and for an `out` that cannot be written to or, without `force`, exists.
     """
-    model = None if isinstance(images_or_model, Tensor) else images_or_model
-    check_count(len(images_or_model) if model is None else n, reference, extractor)
+    n = len(images_or_model) if isinstance(images_or_model, Tensor) else n
+    check_count(n, reference, extractor)
     require("evaluate", Count, batch_size=batch_size)
     require("evaluate", Seed, seed=seed)
     if out is not None and is_first():  # before the work, not after it
-        out = targets.file(out, force=force, apart=[held_out and held_out.store.path])
-    if model is None:
+        out = targets.file(out, force=force, apart=[held_out.store.path if held_out else None])
+    if isinstance(images_or_model, Tensor):
         if held_out is not None:
             raise ValueError("evaluate: held_out pairs need a model, not images it has drawn")
-        n, images, found, drawn = len(images_or_model), _mine(images_or_model), {}, {}
+        images, found, drawn = _mine(images_or_model), {}, {}
     else:
-        sampler = Sampler(model, batch_size=batch_size, execution=execution)
+        sampler = Sampler(images_or_model, batch_size=batch_size, execution=execution)
         images, found, drawn = _draw(sampler, reference, seed, n, rounding)
         if held_out is not None:
             found |= _pair_error(sampler, held_out)
@@ -240,9 +240,9 @@ def _about(reference: Tensor | Moments) -> dict[str, Any]:
     return {"n": len(reference), "sha256": digest}
 
 
-def _write(out: Path, result: dict[str, Any], force: bool) -> None:
+def _write(out: str | Path, result: dict[str, Any], force: bool) -> None:
     try:
-        write_json(out, result, force=force)
+        write_json(Path(out), result, force=force)
     except OSError:  # the work is done, and must not be lost
         log.warning("%s: not written: %s", out, json.dumps(result))
         raise

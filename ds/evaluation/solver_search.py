@@ -167,7 +167,8 @@ def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
         return torch.cat([*sampler.batches(seed, range(count))])
 
     exact = endpoints("float32")
-    lower = [p for p in ("tf32", "bfloat16", "fp8") if _is_supported(teacher, p)]
+    lower: tuple[Precision, ...] = ("tf32", "bfloat16", "fp8")
+    lower = tuple(p for p in lower if _is_supported(teacher, p))
     return {precision: _rms(endpoints(precision), exact) for precision in lower}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds.diffusion.noise import Draws, noise
-from ds.engine import Loop, Place, Recurrence, Rewrites, can_run
+from ds.engine import Engine, Loop, Place, Recurrence, Rewrites, can_run
 from ds.models.model import Model, device_of, dtype_of
 from ds.system.ambient import without_ambient
 from ds.system.config import check
@@ -128,7 +128,8 @@ class Runner:
     def __init__(self, model: Model, execution: Execution, batch_size: int):
         self.execution, self.batch_size = execution, batch_size
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
-        self.device, self._loop = device_of(model.net), None
+        self.device = device_of(model.net)
+        self._loop: Loop | None = None
         with self._timed("plan"):
             self.model = _planned(model, execution, batch_size)
         if execution.mode == "compile":
@@ -136,8 +137,10 @@ class Runner:
                 self.model = self.model.compile()
                 self.model.call(self._zeros())
         if execution.mode == "cuda_graph":
+            engine = self.model.net
+            assert isinstance(engine, Engine)
             with self._timed("capture"):
-                self._loop = Loop(self.model.net, Recurrence.of(model))
+                self._loop = Loop(engine, Recurrence.of(model))
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -162,24 +165,26 @@ class Runner:
         with self._products():
             if self._loop is None:  # what is captured is deterministic
                 return self.model.sample(z, draws=draws)
-            return torch.cat([self._looped(part) for part in z.split(self._loop.images)])
-
-    def _looped(self, z: Tensor) -> Tensor:
-        missing = self._loop.images - len(z)
-        filled = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]) if missing else z
-        return self._loop(filled)[: len(z)].clone()
+            return torch.cat([_looped(self._loop, part) for part in z.split(self._loop.images)])
 
     @without_ambient()
     def seconds_each(self) -> float:
         """Measure the seconds that an image takes, by a few network calls."""
         with self._products():
-            if self._loop is not None:
-                call = seconds_each(lambda _: self._loop.start().sum().item(), 1) / self.batch_size
+            if (loop := self._loop) is not None:
+                call = seconds_each(lambda _: loop.start().sum().item(), 1) / self.batch_size
             else:
                 z = noise(0, range(self.batch_size), self.model.shape, device=self.device)
                 # .item() waits for the device.
                 call = seconds_each(lambda n: self.model.call(z[:n]).sum().item(), self.batch_size)
         return call * self.model.nfe
+
+
+def _looped(loop: Loop, z: Tensor) -> Tensor:
+    """Return the samples of noise [N, *shape], N no more than the loop's batch size."""
+    missing = loop.images - len(z)
+    filled = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]) if missing else z
+    return loop(filled)[: len(z)].clone()
 
 
 def _planned(model: Model, execution: Execution, batch_size: int) -> Model:
@@ -215,7 +220,7 @@ def fp8_is_open() -> bool:
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 in products and convolutions, which PyTorch sets for the process."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     try:
         for place in places:

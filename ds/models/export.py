@@ -1,4 +1,4 @@
-"""Students for programs that do not have this library: torch.export and ONNX."""
+"""Students for programs without this library: torch.export and ONNX."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ def to_program(student: Student, path: str | Path, *, force: bool = False) -> No
     """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
 
     Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else.
-    Raises ValueError for a place that cannot be written to or, without `force`, that is taken.
+    Raises ValueError if the path cannot be written to or, without `force`, exists.
     """
     where = targets.file(path, force=force)
     content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
@@ -31,8 +31,8 @@ def to_program(student: Student, path: str | Path, *, force: bool = False) -> No
 def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     """Write an ONNX model of the same function, with the input "noise" and the output "samples".
 
-    Raises RuntimeError where the packages it takes are not installed, and ValueError for a place
-    that cannot be written to or, without `force`, that is taken.
+    Raises RuntimeError if packages are missing, and ValueError if the path cannot be written to or,
+    without `force`, exists.
     """
     where = targets.file(path, force=force)
     try:
@@ -46,14 +46,13 @@ def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
         program.save(temporary)
 
 
-class _OneCall(nn.Module):
+class _Sampling(nn.Module):
     def __init__(self, student: Student):
         super().__init__()
-        self.net = student.net
-        self.method = student.method
+        self.net, self.method, self.nfe = student.net, student.method, student.nfe
 
     def forward(self, noise: Tensor) -> Tensor:
-        return self.method.sample(self.net, noise)
+        return self.method.sample(self.net, noise, nfe=self.nfe)
 
 
 @torch.no_grad()
@@ -61,7 +60,8 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
     z = torch.zeros(
         2, *student.shape, dtype=torch.float32, device=next(student.net.parameters()).device
     )
-    module = _OneCall(student).eval()
+    module = _Sampling(student).eval()
+    module(z)  # fills caches, which tracing would fill with tensors that have no values
     program = torch.export.export(module, (z,), dynamic_shapes=({0: BATCH},))
     return program.run_decompositions(
         {

@@ -108,7 +108,7 @@ def _adopt(found: Imported) -> Teacher | Student:
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
         return Student(net, method, provenance=found.facts)
-    denoiser = Denoiser(net, found.schedule, found.prediction)
+    denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
     return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
 
 
@@ -122,7 +122,7 @@ def _built(found: Imported) -> nn.Module:
 
 
 def _paper_grid(found: Imported) -> Grid:
-    """What the paper integrated a network of this size on, for as many steps as there are."""
+    """Return the paper's grid for a network of this size, on the schedule's own steps."""
     steps = found.schedule.num_steps
     if found.config.image_size > 64:
         return grids.uniform(min(50, steps), found.schedule)

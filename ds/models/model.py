@@ -2,7 +2,6 @@
 
 import json
 from abc import ABC, abstractmethod
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -30,7 +29,7 @@ class Model(ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample, (C, H, W) for images."""
-        return tuple(self.net.shape)
+        return tuple(self.net.shape)  # type: ignore[arg-type]
 
     @abstractmethod
     def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
@@ -49,8 +48,8 @@ class Model(ABC):
 
     def compile(self: M) -> M:
         """Return the same model with a compiled network; on a CPU its weights are frozen."""
-        frozen = {"freezing": True} if device_of(self.net).type == "cpu" else None
-        return self.using(torch.compile(self.net, options=frozen))
+        options: Any = {"freezing": True} if device_of(self.net).type == "cpu" else None
+        return self.using(torch.compile(self.net, options=options))
 
     def engine(self: M, images: int, **options: Any) -> M:
         """Return the same model for inference, `images` at a time, with a ds.engine.Engine."""
@@ -92,8 +91,8 @@ class Model(ABC):
 
 def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
     """Return the device of a network, or `otherwise` for one without tensors."""
-    tensors = chain(net.parameters(), net.buffers())
-    return next((t.device for t in tensors), torch.device(otherwise))
+    tensors = (*net.parameters(), *net.buffers())
+    return tensors[0].device if tensors else torch.device(otherwise)
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:

@@ -59,7 +59,7 @@ class Manifest:
     def of(cls, teacher: Teacher, execution: Execution, **layout: Any) -> "Manifest":
         """Return the manifest of a store to be made; `layout` are seed, count and so on."""
         denoiser = teacher.denoiser
-        about = {
+        about: About = {
             "sha256": fingerprint(denoiser),
             "net": describe(teacher.net),
             "schedule": to_json(denoiser.schedule),

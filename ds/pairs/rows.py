@@ -1,7 +1,8 @@
-"""The rows of a store's shards: mapped when they are asked for, and held against their hashes once.
+"""The rows of a store's shards: mapped when first read, and checked once against their hashes.
 
-A map of a file that has become shorter would end the process, so sizes are looked at before every
-read. A process may have some 65,000 maps, and a store more shards, so the last ones used are kept.
+Reading a map of a file that has become shorter would end the process, so sizes are checked before
+every read. A process may have some 65,000 maps, and a store more shards, so only the maps used last
+are kept.
 """
 
 import math
@@ -9,7 +10,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +27,14 @@ _HEADER = range(64, 1025, 64)  # bytes that the header of an .npy file may take
 
 
 class Row(NamedTuple):
-    """What a row is, as it is kept."""
+    """The stored form of a row."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """The bytes it takes."""
+        """The bytes a row takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -41,14 +42,19 @@ class Rows:
     """The rows of shards in a place: shard i holds those of starts[i] .. starts[i + 1] - 1.
 
     Unless `check` is off, a shard is hashed before it is first used. Raises ValueError for a shard
-    that is no regular file, or not of the right size; what a bucket's cache has damaged is fetched
+    that is not a regular file or has the wrong size. A damaged copy of a bucket's shard is fetched
     again.
     """
 
     def __init__(
-        self, where: AbstractPlace, hashes: dict[str, str], starts: Sequence[int], row: Row, *,
+        self,
+        where: AbstractPlace,
+        hashes: dict[str, str],
+        starts: Sequence[int],
+        row: Row,
+        *,
         check: bool,
-    ):  # fmt: skip
+    ):
         self._where, self._row, self._check = where, row, check
         self._names, self._hashes = [*hashes], [*hashes.values()]
         self._starts = np.array(starts, np.int64)
@@ -65,7 +71,7 @@ class Rows:
         return int(self._starts[-1])
 
     def read(self, indices: Tensor) -> Tensor:
-        """Return rows by their indices, int64 [N], which lie within: [N, *shape]."""
+        """Return the rows [N, *shape] of indices, int64 [N] within the store."""
         if self._all and self._cut(range(len(self._all))) is None:
             return ops.gather_rows(indices, self._all)
         shards = np.searchsorted(self._starts, indices.numpy(), side="right") - 1
@@ -86,7 +92,7 @@ class Rows:
         return ops.gather_rows(indices - torch.from_numpy(moved[shards]), parts)
 
     def _parts(self, numbers: list[int]) -> list[Tensor]:
-        """Return shards whose files are as large as their maps."""
+        """Return shards, mapped anew if a file has become shorter than its map."""
         parts = [self.shard(number) for number in numbers]
         while (cut := self._cut(numbers)) is not None:
             self._check_size(cut)  # says so, or brings it back
@@ -96,12 +102,12 @@ class Rows:
         return parts
 
     def _cut(self, numbers: Iterable[int]) -> int | None:
-        """Return a shard whose file has become shorter since it was mapped, if there is one."""
+        """Return a shard whose file has become shorter than its map, if there is one."""
         files, sizes, stat = self._files, self._sizes, os.stat
         return next((n for n in numbers if stat(files[n]).st_size < sizes[n]), None)
 
     def verify(self) -> None:
-        """Hash every shard, and what a bucket's cache has of it; ValueError names a wrong one."""
+        """Hash every shard and its cached copy; raise ValueError naming the first wrong one."""
         for number, (name, digest) in enumerate(zip(self._names, self._hashes, strict=True)):
             if self._where.sha256(name) != digest:
                 raise ValueError(self._where.wrong(name))
@@ -110,7 +116,7 @@ class Rows:
             self._judged.add(number)
 
     def _map(self, number: int) -> Tensor:
-        """Map a shard into memory, and keep no file open for it, as np.load would."""
+        """Map a shard into memory; unlike np.load, keep no file open for it."""
         if self._check and number not in self._judged:
             self._judge(number)
         path, rows = self._files[number], int(self._counts[number])
@@ -151,23 +157,25 @@ class Rows:
 def as_indices(what: str, indices: Sequence[int] | Tensor, count: int) -> Tensor:
     """Return whole numbers within 0 .. count - 1 as an int64 tensor [N] on the CPU.
 
-    Raises ValueError for anything else, among it truth values and fractions.
+    Raises ValueError for anything else, truth values and fractions included.
     """
     if isinstance(indices, range):
-        ends = (indices[0], indices[-1]) if indices else ()
-    else:
-        indices = _whole_numbers(what, indices)
-        ends = (int(indices.min()), int(indices.max())) if indices.size else ()
+        ends = [*indices[:1], *indices[-1:]]
+        _check_within(what, ends, count)
+        bounds = indices.start, indices.stop, indices.step
+        return torch.arange(*bounds, dtype=torch.int64, device="cpu")
+    found = _whole_numbers(what, indices)
+    _check_within(what, [int(found.min()), int(found.max())] if found.size else [], count)
+    return torch.from_numpy(found.astype(np.int64, copy=False))
+
+
+def _check_within(what: str, ends: list[int], count: int) -> None:
     for index in ends:
         if not 0 <= index < count:
             raise ValueError(f"{what}: indices must lie in 0 .. {count - 1}, not {index}")
-    if isinstance(indices, range):
-        bounds = indices.start, indices.stop, indices.step
-        return torch.arange(*bounds, dtype=torch.int64, device="cpu")
-    return torch.from_numpy(indices.astype(np.int64, copy=False))
 
 
-def _whole_numbers(what: str, indices: Sequence[int] | Tensor) -> np.ndarray:
+def _whole_numbers(what: str, indices: Any) -> np.ndarray:
     if isinstance(indices, Tensor):
         indices = indices.detach().cpu().numpy()
     elif not isinstance(indices, np.ndarray):

@@ -54,7 +54,7 @@ class PairStore:
             raise ValueError(f"{where}: not finished; run the same `dstudent pairs` again")
         self.shape = tuple(manifest.shape)
         self.seed = manifest.seed
-        hashes = dict(zip(map(name, manifest.shards), manifest.sha256, strict=True))
+        hashes = {name(i): digest for i, digest in enumerate(manifest.sha256) if digest}
         self._rows = Rows(where, hashes, manifest.starts, manifest.row, check=check)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def seconds_each(work: Callable[[int], None], most: int) -> float:
+def seconds_each(work: Callable[[int], object], most: int) -> float:
     """Return the seconds per item of work(n). `work` must wait for its device.
 
     n grows until a call takes 0.2 s, or to `most`. Each size runs three times and the fastest

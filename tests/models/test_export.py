@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ds
-from ds.methods import DenoisingStudent
+from ds.methods import Denoising, DenoisingStudent
 from ds.models.export import to_onnx, to_program
 from ds.nets import UNetConfig
 
@@ -42,6 +42,13 @@ def test_the_program_computes_what_the_student_does_for_any_batch(student, tmp_p
     module = torch.export.load(tmp_path / "student.pt2").module()
     for n in BATCHES:
         assert_same(module(noise(n)), student.sample(noise(n)))
+
+
+def test_the_program_makes_the_calls_of_the_student(student, tmp_path):
+    several = ds.Student(student.net, Denoising(), nfe=2)
+    to_program(several, tmp_path / "student.pt2")
+    made = torch.export.load(tmp_path / "student.pt2").module()(noise(3))
+    assert_same(made, several.sample(noise(3)))
 
 
 def test_the_program_runs_where_this_library_is_not(student, tmp_path):

@@ -169,7 +169,9 @@ def _table(schedule: AbstractTable, device: torch.device) -> Tensor:
 @torch.inference_mode(False)  # what is kept serves training as well
 def _made_table(schedule: AbstractTable, device: torch.device) -> Tensor:
     """Return alpha-bar of the data and then of every index, float64 [num_steps + 1]."""
-    return torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar()]).to(device)
+    return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), schedule.alphas_bar()]).to(
+        device
+    )
 
 
 @cache

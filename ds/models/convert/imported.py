@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Size, Tensor
 
+from ds.diffusion.predictions import Prediction
 from ds.diffusion.schedules import LinearBeta
 from ds.nets.unet import UNetConfig
 from ds.system.arrays import load_tensors
@@ -36,7 +37,7 @@ class Imported(NamedTuple):
     config: UNetConfig
     weights: dict[str, Tensor]
     schedule: LinearBeta
-    prediction: str | None
+    prediction: Prediction | None
     facts: dict[str, Any]
 
 
