@@ -45,7 +45,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import ops
-from ds.engine import Place, Plan, Rewrites, calls
+from ds.engine import Plan, Rewrites, Target, calls
 from ds.nets import fold_attention
 from ds.ops.kernels import (
     attention,
@@ -122,9 +122,9 @@ def plans(preset: Callable[[], presets.Preset]) -> list[Plan]:
     found = []
     for own, norms, float8 in ((None, None, False), (True, False, False), (True, True, False),
                                (True, False, True)):  # fmt: skip
-        place = Place(torch.device("cuda"), torch.bfloat16, BATCH, float8)
-        forced = replace(Rewrites.good_for(place), implicit_gemm=own, norm_into_conv=norms)
-        found.append(Plan.of(net, place, forced))
+        target = Target(torch.device("cuda"), torch.bfloat16, BATCH, float8)
+        forced = replace(Rewrites.good_for(target), implicit_gemm=own, norm_into_conv=norms)
+        found.append(Plan.of(net, target, forced))
     return found
 
 

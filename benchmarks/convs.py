@@ -18,7 +18,7 @@ from benchmarks.harness import Case, Side, Size, late
 from benchmarks.network import random_cifar10
 from benchmarks.roofline import given, run
 from ds import ops
-from ds.engine import Place, Plan, Rewrites
+from ds.engine import Plan, Rewrites, Target
 from ds.engine.calls import ImplicitGemm, Run, Shape
 from ds.engine.rewrites import Step, choice_name
 from ds.nets import UNet
@@ -32,32 +32,32 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     ready = [row for row in ops.table() if row.device == device.type and row.backend != "reference"]
     backends = [row.backend for row in ready if row.op == "conv" and row.status != "missing"]
     for images in (2,) if size == "tiny" else (264, 32):
-        yield from compare(net, Place(device, torch.bfloat16, images), backends)
+        yield from compare(net, Target(device, torch.bfloat16, images), backends)
 
 
-def compare(net: UNet, place: Place, backends: Sequence[str]) -> Iterator[Case]:
+def compare(net: UNet, target: Target, backends: Sequence[str]) -> Iterator[Case]:
     """Yield a case for each distinct convolution of a network, alone and with its norm."""
-    gpu = replace(place, device=torch.device("cuda"))  # whose plan it is, wherever it is run
+    gpu = replace(target, device=torch.device("cuda"))  # whose plan it is, wherever it is run
     for with_norms in (False, True):
         own = replace(Rewrites.good_for(gpu), implicit_gemm=True, norm_into_conv=with_norms)
         plan = Plan.of(net, gpu, own)
         steps = [step for step in plan.steps if isinstance(step.call, ImplicitGemm)]
-        named = {choice_name(step, place.dtype, plan.shapes): step for step in steps}
+        named = {choice_name(step, target.dtype, plan.shapes): step for step in steps}
         for name, step in named.items():
             if with_norms == (step.call.norm is not None):
-                yield _case(net, plan, place, step, f"{name}, {place.images} images", backends)
+                yield _case(net, plan, target, step, f"{name}, {target.images} images", backends)
 
 
 def _case(
-    net: UNet, plan: Plan, place: Place, step: Step, name: str, backends: Sequence[str]
+    net: UNet, plan: Plan, target: Target, step: Step, name: str, backends: Sequence[str]
 ) -> Case:
     shapes = [plan.shapes[value] for value in step.inputs]
-    inputs, wide = given(net, place, shapes)
-    exact = by_cudnn(step.call, replace(place, dtype=torch.float64), *shapes)
-    calls = {"cuDNN": late(functools.partial(by_cudnn, step.call, place, *shapes))}
+    inputs, wide = given(net, target, shapes)
+    exact = by_cudnn(step.call, replace(target, dtype=torch.float64), *shapes)
+    calls = {"cuDNN": late(functools.partial(by_cudnn, step.call, target, *shapes))}
     for backend in backends:
         own = replace(step.call, backend=backend)
-        calls[backend] = late(functools.partial(own.prepare, place, *shapes))
+        calls[backend] = late(functools.partial(own.prepare, target, *shapes))
     missing = {side: why for side, call in calls.items() if (why := _refusal(call, inputs))}
     return Case(
         name,
@@ -67,10 +67,10 @@ def _case(
             if side not in missing
         },
         functools.partial(_reference, exact, wide),
-        bytes=plan.bytes(step, place),
-        flops=place.images * plan.flops(step),
-        dtype=place.dtype,
-        images=place.images,
+        bytes=plan.bytes(step, target),
+        flops=target.images * plan.flops(step),
+        dtype=target.dtype,
+        images=target.images,
         missing=missing,
     )
 
@@ -84,13 +84,13 @@ def _refusal(call: Run, inputs: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def by_cudnn(call: ImplicitGemm, place: Place, *shapes: Shape) -> Run:
+def by_cudnn(call: ImplicitGemm, target: Target, *shapes: Shape) -> Run:
     """Return the function of our call by PyTorch's convolution and, if it has one, our norm."""
     if call.norm is None:
-        return call.conv.prepare(place, *shapes)
+        return call.conv.prepare(target, *shapes)
     own = 1 if call.norm.residual else len(shapes)  # what the convolution reads itself
-    conv = call.conv.prepare(place, *shapes[:own])
-    norm = call.norm.prepare(place, *call.conv.shapes(*shapes[:own]), *shapes[own:])
+    conv = call.conv.prepare(target, *shapes[:own])
+    norm = call.norm.prepare(target, *call.conv.shapes(*shapes[:own]), *shapes[own:])
 
     def apart(row: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         y = conv(row, *inputs[:own])

@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from benchmarks.peers import diffusers_twin
-from ds.engine import Place, Plan
+from ds.engine import Plan, Target
 from ds.training import presets
 
 H100 = SimpleNamespace(
@@ -45,10 +45,10 @@ def main(images: int = 264) -> None:
     """Print launches and gigabytes of both."""
     net = presets.cifar10().net.build().eval().requires_grad_(False)
     kernels = inductor_kernels(traced(diffusers_twin(net), images))
-    place = Place(GPU, torch.bfloat16, images)
-    plan = Plan.of(net, place)
+    target = Target(GPU, torch.bfloat16, images)
+    plan = Plan.of(net, target)
     launches = sum(len(plan.launches(step)) for step in plan.steps)
-    moved = sum(plan.moved(step, place) for step in plan.steps)
+    moved = sum(plan.moved(step, target) for step in plan.steps)
     print(f"Inductor: {len(kernels)} launches, {sum(size for _, size in kernels) / 1e9:.1f} GB")
     for kind, count in Counter(kind for kind, _ in kernels).items():
         size = sum(size for k, size in kernels if k == kind) / 1e9

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import RESULTS, ROOT, floor
-from ds.engine import Place, Plan
+from ds.engine import Plan, Target
 from ds.training import presets
 
 PAGES = (
@@ -249,7 +249,7 @@ def _flops(name: str) -> int:
     """Return the FLOPs of a preset's network for an image, as the plan counts them."""
     with torch.device("meta"):
         net = presets.PRESETS[name]().net.build()
-    plan = Plan.of(net, Place(torch.device("meta"), torch.float32, 1))
+    plan = Plan.of(net, Target(torch.device("meta"), torch.float32, 1))
     return sum(plan.flops(step) for step in plan.steps)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ds.cli import environment
 from ds.cli.verb import Verb, say
-from ds.engine import Place, Plan
+from ds.engine import Plan, Target
 from ds.system.config import Count, Positive
 from ds.training.presets import PRESETS
 
@@ -51,11 +51,11 @@ class Doctor(Verb):
 
     def _plan(self) -> str:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        place = Place(torch.device(self.device), dtype, self.images)
+        target = Target(torch.device(self.device), dtype, self.images)
         with torch.device("meta"):
             net = PRESETS[self.plan]().net.build()
-        plan = Plan.of(net, place)
-        text = plan.text(place, tflops=self.tflops, gbs=self.gbs)
+        plan = Plan.of(net, target)
+        text = plan.text(target, tflops=self.tflops, gbs=self.gbs)
         if self.device == "cuda":
             full = plan.full_batch(self.multiprocessors)
             text += f"\nmultiples of {full} images fill {self.multiprocessors} multiprocessors"

@@ -1,9 +1,9 @@
 """The fast inference path of a U-Net: a plan made once, and the network that runs it."""
 
-from ds.engine.calls import Place
+from ds.engine.calls import Target
 from ds.engine.loop import Loop, Recurrence, times
 from ds.engine.plan import Plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.run import Engine
 
-__all__ = ["Engine", "Loop", "Place", "Plan", "Recurrence", "Rewrites", "can_run", "times"]
+__all__ = ["Engine", "Loop", "Plan", "Recurrence", "Rewrites", "Target", "can_run", "times"]

@@ -1,8 +1,8 @@
-"""The calls that a plan is made of: each knows its cost, and packs its weights to be run.
+"""The calls that a plan is made of: each knows its cost and packs its own weights.
 
-A call holds the weights of the network as they are. `prepare` brings them into the form, the dtype
-and the place in which they are used, once, and returns the function to run. That function takes the
-row of the time table, whose columns some calls add as a bias, and the inputs, in channels_last.
+A call holds the network's weights. `prepare` converts them once, to the form, dtype and device of a
+target, and returns the function to run. That function takes the row of the time table, whose
+columns some calls add as a bias, and the inputs, in channels_last.
 """
 
 import math
@@ -19,15 +19,15 @@ from ds import ops
 from ds.nets.unet import Attention, GroupNorm, pixels
 from ds.ops.conv.winograd import tiles
 
-Shape = tuple[int, int, int]  # of an image, [C, H, W]
+Shape = tuple[int, int, int]  # [C, H, W] of an image
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
-Bias = Tensor | slice | None  # a layer's own, columns of the row, or none
-ONE_PASS_PIXELS = 1024  # of the largest images whose norm reads them once: kernels/group_norm_tiles
-IN_TILE_PIXELS = 256  # and of those whose norm our convolution makes: kernels/conv
+Bias = Tensor | slice | None  # a tensor, or columns of the row
+ONE_PASS_PIXELS = 1024  # up to which a norm reads an image once: kernels/group_norm_tiles
+IN_TILE_PIXELS = 256  # up to which our convolution also normalizes: kernels/conv
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a plan runs: the device, the dtype, and how many images at a time.
 
     With `float8` some convolutions multiply in float8, see ds.engine.rewrites.in_float8; values
@@ -40,7 +40,7 @@ class Place:
     float8: bool = False
 
     def cast(self, weight: Tensor) -> Tensor:
-        """Bring a weight to the device and the dtype, a convolution's in channels_last."""
+        """Convert a weight to the device and dtype; a convolution's becomes channels_last."""
         weight = weight.to(self.device, self.dtype)
         return weight.contiguous(memory_format=_format(weight))
 
@@ -52,7 +52,7 @@ class Place:
     def bias(
         self, bias: Bias, dtype: torch.dtype | None = None
     ) -> Callable[[Tensor], Tensor | None]:
-        """Return what gives a convolution's bias for a row, in the place's dtype or another."""
+        """Return a function from the row to a bias, by default in the target's dtype."""
         dtype = dtype or self.dtype
         if isinstance(bias, slice):
             return lambda row: row[bias].to(dtype)
@@ -65,7 +65,7 @@ def _format(x: Tensor) -> torch.memory_format:
 
 
 class Launch(NamedTuple):
-    """A kernel that a call launches on a GPU, and how many numbers of an image go through memory.
+    """A kernel that a call launches on a GPU, and how many numbers an image moves through memory.
 
     `needless` is the part of these that another way to do the same would not move: what has been
     written is read to add a bias or a residual, to pad, or to be written elsewhere.
@@ -80,7 +80,7 @@ class Call(ABC):
     """One entry of a plan."""
 
     @abstractmethod
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
         """Return the function run(row, *inputs), for inputs of these shapes."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Call(ABC):
         """Return the shapes of the outputs."""
 
     def flops(self, *shapes: Shape) -> int:
-        """Return what an image costs, two for each multiplication."""
+        """Return the FLOPs for an image, two for each multiplication."""
         return 0
 
     def weights(self) -> int:
@@ -96,7 +96,7 @@ class Call(ABC):
         return 0
 
     def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
-        """Return what is launched on a GPU, in order; here one kernel that moves no more than due.
+        """Return the kernels launched on a GPU, in order; by default one, which moves the minimum.
 
         Activations are counted, weights are not.
         """
@@ -110,7 +110,7 @@ class Call(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Conv(Call):
-    """A convolution; a second input, if there is one, is added to its result.
+    """A convolution; a second input, if any, is added to its result.
 
     With stride 2 the image is padded on the right and below only. The channels of the result are
     cut into `parts` of one size, each an output.
@@ -121,14 +121,14 @@ class Conv(Call):
     stride: int = 1
     parts: int = 1
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        weight, bias = place.cast(self.weight), place.bias(self.bias)
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        weight, bias = target.cast(self.weight), target.bias(self.bias)
         halves = self.stride == 2
         padding = [0 if halves else self.weight.shape[2] // 2] * 2
         strides = [self.stride] * 2
-        if _has_onednn(place):
+        if _has_onednn(target):
             c, h, w = shapes[0]
-            size = [place.images, c, h + halves, w + halves]
+            size = [target.images, c, h + halves, w + halves]
             weight = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, padding, strides, [1, 1], 1, size
             )
@@ -137,7 +137,7 @@ class Conv(Call):
                 return torch.ops.mkldnn._convolution_pointwise(
                     x, weight, bias, padding, strides, [1, 1], 1, "none", [], ""
                 )
-        elif self._is_product and place.device.type == "cuda":
+        elif self._is_product and target.device.type == "cuda":
             matrix = weight.flatten(1)
 
             def convolve(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,9 +157,9 @@ class Conv(Call):
 
     @property
     def _is_product(self) -> bool:
-        """Whether it is a product of matrices, to which a GPU's libraries add the bias as it goes.
+        """Whether it is a matrix product: a GPU's libraries fuse the bias into those only.
 
-        To another convolution they add it in a pass of its own.
+        For other convolutions they add it in a separate pass.
         """
         return self.weight.shape[2] == 1
 
@@ -196,28 +196,28 @@ class Conv(Call):
         return f"conv {self.weight.shape[2]}x{self.weight.shape[3]}" + "/2" * (self.stride == 2)
 
 
-def _has_onednn(place: Place) -> bool:
-    """Say whether oneDNN computes convolutions here, with weights packed ahead."""
-    known = place.dtype == torch.float32 or (
-        place.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _has_onednn(target: Target) -> bool:
+    """Return whether oneDNN computes convolutions here, with weights packed ahead."""
+    known = target.dtype == torch.float32 or (
+        target.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    return place.device.type == "cpu" and torch.backends.mkldnn.is_available() and known
+    return target.device.type == "cpu" and torch.backends.mkldnn.is_available() and known
 
 
 @dataclass(frozen=True, eq=False)
-class Phases(Call):
+class UpsampleConv(Call):
     """Nearest upsampling and a 3x3 convolution, as a 2x2 convolution for each of four phases.
 
-    The four run as one convolution to four times the channels, of pixels on the edge also.
+    The four run as one convolution with four times the channels, edge pixels included.
     """
 
     weight: Tensor
     bias: Bias
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
         out = self.weight.shape[0]
-        run = Conv(ops.phase_weight(self.weight), None).prepare(place, *shapes)
-        bias = place.bias(self.bias)
+        run = Conv(ops.phase_weight(self.weight), None).prepare(target, *shapes)
+        bias = target.bias(self.bias)
 
         def phases(row: Tensor, x: Tensor) -> Tensor:
             _, _, h, w = x.shape
@@ -255,18 +255,18 @@ class Phases(Call):
 
 @dataclass(frozen=True, eq=False)
 class Winograd(Call):
-    """A 3x3 convolution in 36 products for 16 pixels, its pixels doubled first if `doubled`.
+    """A 3x3 convolution in 36 products for 16 pixels, after doubling the pixels if `doubled`.
 
-    A second input, if there is one, is added to its result.
+    A second input, if any, is added to its result.
     """
 
     weight: Tensor
     bias: Bias
     doubled: bool = False
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        weight = ops.winograd_weight(self.weight).to(place.device, place.wide)
-        bias = place.bias(self.bias, place.wide)
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        weight = ops.winograd_weight(self.weight).to(target.device, target.wide)
+        bias = target.bias(self.bias, target.wide)
         return lambda row, x, residual=None: ops.winograd_conv(
             x, weight, bias(row), residual, doubled=self.doubled
         )
@@ -289,21 +289,21 @@ class Winograd(Call):
 
 @dataclass(frozen=True, eq=False)
 class Norm(Call):
-    """GroupNorm, with SiLU or not, of its inputs together.
+    """GroupNorm, with SiLU or not, of the sum or concatenation of its inputs.
 
-    They are x, then a residual that is added to it if `residual`, as `shift` is, a bias or columns
-    of the row, then perhaps a skip connection to be concatenated. What was normalized is a second
-    output if it is to be kept.
+    The inputs are x; with `residual`, a tensor to add to x; and perhaps a skip connection to
+    concatenate. `shift`, a bias or columns of the row, is added to x too. With `keep`, the tensor
+    that was normalized is a second output.
     """
 
     layer: GroupNorm
     shift: Bias = None
     residual: bool = False
     keep: bool = False
-    float8: bool = False  # the normalized output, after SiLU
+    float8: bool = False  # of the normalized output, after SiLU
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        settings, shift = self.settings(place), place.bias(self.shift, place.wide)
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        settings, shift = self.settings(target), target.bias(self.shift, target.wide)
         names = ("residual", "skip") if self.residual else ("skip",)
         if self.keep:
             op, options = ops.fused_add_group_norm_silu, {"silu": self.silu}
@@ -325,10 +325,12 @@ class Norm(Call):
         """Whether SiLU follows."""
         return self.layer.op is ops.group_norm_silu
 
-    def settings(self, place: Place) -> tuple[Tensor, Tensor, int, float]:
-        """Return what the op takes beside its images."""
+    def settings(self, target: Target) -> tuple[Tensor, Tensor, int, float]:
+        """Return the op's arguments other than images: weight, bias, groups, eps."""
         layer = self.layer
-        weight, bias = (p.detach().to(place.device, place.wide) for p in (layer.weight, layer.bias))
+        weight, bias = (
+            p.detach().to(target.device, target.wide) for p in (layer.weight, layer.bias)
+        )
         return weight, bias, layer.groups, layer.eps
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
@@ -350,35 +352,35 @@ class Norm(Call):
 
 @dataclass(frozen=True, eq=False)
 class ImplicitGemm(Call):
-    """A convolution by our own kernel, ds.ops.conv; or with the norm that follows.
+    """A convolution by our own kernel, ds.ops.conv, perhaps with the norm that follows.
 
-    A second input, if there is one, is added to its result. That is a second output after the
-    normalized one if it is to be kept. With `float8` the input is float8, and so is the weight. A
-    `backend` of the op is taken and no other, if it is named.
+    A second input, if any, is added to the convolution's result. With `keep`, that result is a
+    second output, after the normalized one. With `float8`, input and weight are float8. A named
+    `backend` of the op is forced.
     """
 
-    conv: Conv | Phases
+    conv: Conv | UpsampleConv
     norm: Norm | None = None
     keep: bool = False
     float8: bool = False
     backend: str = ""
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        doubled, stride = isinstance(self.conv, Phases), getattr(self.conv, "stride", 1)
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        doubled, stride = isinstance(self.conv, UpsampleConv), getattr(self.conv, "stride", 1)
         weight, scale = self.conv.weight, None
         if doubled:
             weight = ops.phase_weight(weight)
         if self.float8:
-            weight, scale = ops.float8_weight(weight.to(place.device))
+            weight, scale = ops.float8_weight(weight.to(target.device))
             weight = weight.contiguous(memory_format=torch.channels_last)
         else:
-            weight = place.cast(weight)
+            weight = target.cast(weight)
         options = {"stride": stride, **({} if scale is None else {"scale": scale})}
-        run = (self._alone if self.norm is None else self._normed)(place, weight, options)
+        run = (self._alone if self.norm is None else self._normed)(target, weight, options)
         return _by(self.backend, run) if self.backend else run
 
-    def _alone(self, place: Place, weight: Tensor, options: dict[str, Any]) -> Run:
-        bias, parts = place.bias(self.conv.bias, place.wide), getattr(self.conv, "parts", 1)
+    def _alone(self, target: Target, weight: Tensor, options: dict[str, Any]) -> Run:
+        bias, parts = target.bias(self.conv.bias, target.wide), getattr(self.conv, "parts", 1)
 
         def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
             y = ops.conv(x, weight, bias(row), residual, **options)
@@ -386,9 +388,9 @@ class ImplicitGemm(Call):
 
         return run
 
-    def _normed(self, place: Place, weight: Tensor, options: dict[str, Any]) -> Run:
+    def _normed(self, target: Target, weight: Tensor, options: dict[str, Any]) -> Run:
         shift = self.conv.bias if self.norm.shift is None else self.norm.shift
-        bias, settings = place.bias(shift, place.wide), self.norm.settings(place)
+        bias, settings = target.bias(shift, target.wide), self.norm.settings(target)
         options = {**options, "silu": self.norm.silu, "keep": self.keep}
 
         def run(row: Tensor, x: Tensor, residual: Tensor | None = None):
@@ -403,7 +405,7 @@ class ImplicitGemm(Call):
         return self.conv.shapes(*shapes) * (1 + self.keep)
 
     def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
-        out, doubled = self.conv.shapes(*shapes), isinstance(self.conv, Phases)
+        out, doubled = self.conv.shapes(*shapes), isinstance(self.conv, UpsampleConv)
         made, pixels = values(out), math.prod(out[0][1:])
         convolves = Launch(self.kind, values(shapes) + made)
         if self.norm is None:
@@ -417,7 +419,7 @@ class ImplicitGemm(Call):
         return convolves, *sums, Launch("norm: groups", 0), normalizes
 
     def flops(self, *shapes: Shape) -> int:
-        _, h, w = (shapes if isinstance(self.conv, Phases) else self.conv.shapes(*shapes))[0]
+        _, h, w = (shapes if isinstance(self.conv, UpsampleConv) else self.conv.shapes(*shapes))[0]
         return 2 * h * w * self.weights()
 
     def weights(self) -> int:
@@ -431,15 +433,15 @@ class ImplicitGemm(Call):
 
 @dataclass(frozen=True, eq=False)
 class Attend(Call):
-    """Attention with one head and all that follows it; of q, k, v and the residual."""
+    """Attention with one head, the output projection and the residual, of q, k, v and residual."""
 
     layer: Attention  # whose projections made q, k and v
     weight: Tensor | None
     bias: Tensor
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        weight = None if self.weight is None else place.cast(self.weight.detach().flatten(1))
-        bias = place.cast(self.bias.detach())
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        weight = None if self.weight is None else target.cast(self.weight.detach().flatten(1))
+        bias = target.cast(self.bias.detach())
 
         def run(_: Tensor, *inputs: Tensor) -> Tensor:
             *heads, residual = (pixels(each) for each in inputs)
@@ -460,13 +462,13 @@ class Attend(Call):
 
 
 @dataclass(frozen=True, eq=False)
-class Shift(Call):
-    """Add columns of the row, one value a channel."""
+class AddBias(Call):
+    """Add columns of the row, one value per channel."""
 
     columns: slice
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
-        bias = place.bias(self.columns)
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        bias = target.bias(self.columns)
         return lambda row, x: x + bias(row)[:, None, None]
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
@@ -476,7 +478,7 @@ class Shift(Call):
 class Add(Call):
     """Add two tensors."""
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
         return lambda _, x, y: x + y
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
@@ -486,7 +488,7 @@ class Add(Call):
 class Cat(Call):
     """Concatenate the channels of two tensors."""
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
         return lambda _, x, y: torch.cat([x, y], 1)
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
@@ -496,7 +498,7 @@ class Cat(Call):
 class Upsample(Call):
     """Double every pixel in both directions."""
 
-    def prepare(self, place: Place, *shapes: Shape) -> Run:
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
         return lambda _, x: F.interpolate(x, scale_factor=2.0, mode="nearest")
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
@@ -505,7 +507,7 @@ class Upsample(Call):
 
 
 def _by(backend: str, run: Run) -> Run:
-    """Return the same function, computed by a backend and no other."""
+    """Return the same function with the op's backend forced."""
 
     def forced(*args: Tensor) -> Tensor | tuple[Tensor, ...]:
         with ops.use_backend(backend):

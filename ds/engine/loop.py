@@ -145,19 +145,19 @@ class Loop:
     """
 
     def __init__(self, engine: Engine, recurrence: Recurrence):
-        place = engine.place
-        self.images = place.images
+        target = engine.target
+        self.images = target.images
         self._engine, self._steps, self._scale = engine, len(recurrence.times), recurrence.scale
         self._rows = engine.rows(recurrence.times)
-        self._table = recurrence.table.to(place.device, place.wide)
-        self._step = torch.zeros(1, dtype=torch.int64, device=place.device)
-        state = torch.zeros(self.images, *engine.shape, dtype=place.wide, device=place.device)
+        self._table = recurrence.table.to(target.device, target.wide)
+        self._step = torch.zeros(1, dtype=torch.int64, device=target.device)
+        state = torch.zeros(self.images, *engine.shape, dtype=target.wide, device=target.device)
         self._x = state.to(memory_format=torch.channels_last)
-        self._copy = torch.zeros_like(self._x, dtype=place.dtype)
+        self._copy = torch.zeros_like(self._x, dtype=target.dtype)
         # x and h of the last call, x and h of the one before, and so on.
         pair = self._x, self._copy
         self._past = [torch.zeros_like(y) for y in pair * (recurrence.memory - 1)]
-        self._replay = self._captured() if place.device.type == "cuda" else self._advance
+        self._replay = self._captured() if target.device.type == "cuda" else self._advance
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:

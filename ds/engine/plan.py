@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds.engine.calls import (
     Add,
+    AddBias,
     Attend,
     Call,
     Cat,
@@ -20,12 +21,11 @@ from ds.engine.calls import (
     ImplicitGemm,
     Launch,
     Norm,
-    Phases,
-    Place,
     Run,
     Shape,
-    Shift,
+    Target,
     Upsample,
+    UpsampleConv,
     values,
 )
 from ds.engine.rewrites import Rewrites, Step
@@ -34,19 +34,19 @@ from ds.nets.embedding import sinusoids
 from ds.nets.unet import Attention, ResBlock
 
 INPUT = "x"
-TILE = 128  # pixels, and channels, of a program on a GPU
+TILE = 128  # pixels, and also channels, that one program computes on a GPU
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Steps from the value "x" to the last one, and the shape of an image of every value."""
+    """Steps from the value "x" to the last one, and the shape of every value, for one image."""
 
     steps: tuple[Step, ...]
     shapes: dict[str, Shape]
 
     @classmethod
-    def of(cls, net: UNet, place: Place, rewrites: Rewrites | None = None) -> "Plan":
-        """Make the plan of a network for a place, with the rewrites that are good there by default.
+    def of(cls, net: UNet, target: Target, rewrites: Rewrites | None = None) -> "Plan":
+        """Make the plan of a network for a target, by default with the target's own rewrites.
 
         It holds the network's weights, not copies of them.
         """
@@ -54,16 +54,16 @@ class Plan:
         for call, inputs, outputs in steps:
             found = call.shapes(*(shapes[name] for name in inputs))
             shapes |= dict(zip(outputs, found, strict=True))
-        rewrites = rewrites or Rewrites.good_for(place)
-        return cls(tuple(rewrites.apply(steps, place, shapes)), shapes)
+        rewrites = rewrites or Rewrites.good_for(target)
+        return cls(tuple(rewrites.apply(steps, target, shapes)), shapes)
 
-    def prepare(self, place: Place) -> list[tuple[Run, Step, tuple[str, ...]]]:
+    def prepare(self, target: Target) -> list[tuple[Run, Step, tuple[str, ...]]]:
         """Pack the weights; return each function with its step and the values it reads last."""
         alive, prepared = {self.steps[-1].outputs[0]}, []
         for step in reversed(self.steps):
             last = tuple({*step.inputs, *step.outputs} - alive)
             alive |= {*step.inputs, *step.outputs}
-            run = step.call.prepare(place, *(self.shapes[name] for name in step.inputs))
+            run = step.call.prepare(target, *(self.shapes[name] for name in step.inputs))
             prepared.append((run, step, last))
         return prepared[::-1]
 
@@ -71,29 +71,29 @@ class Plan:
         """Return the FLOPs of a step for an image."""
         return step.call.flops(*(self.shapes[name] for name in step.inputs))
 
-    def bytes(self, step: Step, place: Place) -> int:
-        """Return the bytes a step must move for a batch, each once."""
+    def bytes(self, step: Step, target: Target) -> int:
+        """Return the fewest bytes that a step must move for a batch."""
         images = values(tuple(self.shapes[name] for name in (*step.inputs, *step.outputs)))
-        return place.dtype.itemsize * (place.images * images + step.call.weights())
+        return target.dtype.itemsize * (target.images * images + step.call.weights())
 
     def launches(self, step: Step) -> tuple[Launch, ...]:
         """Return the kernels that a step launches on a GPU, with the numbers an image moves."""
         return step.call.launches(*(self.shapes[name] for name in step.inputs))
 
-    def moved(self, step: Step, place: Place) -> int:
-        """Return the bytes a step moves for a batch: on a GPU what its kernels read and write."""
-        if place.device.type != "cuda":
-            return self.bytes(step, place)
+    def moved(self, step: Step, target: Target) -> int:
+        """Return the bytes a step moves for a batch; on a GPU, those of its kernels."""
+        if target.device.type != "cuda":
+            return self.bytes(step, target)
         numbers = sum(launch.numbers for launch in self.launches(step))
-        return place.dtype.itemsize * (place.images * numbers + step.call.weights())
+        return target.dtype.itemsize * (target.images * numbers + step.call.weights())
 
-    def needless(self, place: Place) -> int:
-        """Return how many of these bytes, of all steps on a GPU, need not have been moved."""
+    def needless(self, target: Target) -> int:
+        """Return how many bytes all steps move needlessly on a GPU."""
         numbers = sum(launch.needless for step in self.steps for launch in self.launches(step))
-        return place.dtype.itemsize * place.images * numbers
+        return target.dtype.itemsize * target.images * numbers
 
     def peak(self) -> int:
-        """Return how many numbers of an image are alive at once, at most."""
+        """Return the largest count of numbers per image that are alive at once."""
         alive, most = {INPUT}, 0
         last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
         for i, step in enumerate(self.steps):
@@ -103,38 +103,38 @@ class Plan:
         return most
 
     def full_batch(self, multiprocessors: int) -> int:
-        """Return the fewest images whose convolutions keep every multiprocessor of a GPU busy.
+        """Return the smallest batch whose convolutions keep every multiprocessor of a GPU busy.
 
         A program makes 128 pixels of 128 channels, of ours and of most of cuDNN's; batches of a
         multiple of these images need whole waves of them in every layer.
         """
         full = 1
         for step in self.steps:
-            if isinstance(step.call, Conv | Phases | ImplicitGemm):
+            if isinstance(step.call, Conv | UpsampleConv | ImplicitGemm):
                 channels, height, width = self.shapes[step.outputs[0]]
                 programs = Fraction(height * width, TILE) * -(-channels // TILE)
                 full = math.lcm(full, (multiprocessors / programs).numerator)
         return full
 
-    def text(self, place: Place, *, tflops: float, gbs: float) -> str:
-        """Lay the plan out for people; a step's floor is the larger of its two shortest times."""
+    def text(self, target: Target, *, tflops: float, gbs: float) -> str:
+        """Return the plan as a table; a floor is the longer of compute and memory time."""
         head = f"{'call':14}{'makes':38}{'shape':>16}{'MB':>10}{'GFLOP':>10}{'floor, us':>11}"
         lines, total = [head], [0.0] * 3
         for step in self.steps:
-            size, work = self.moved(step, place) / 1e6, place.images * self.flops(step) / 1e9
+            size, work = self.moved(step, target) / 1e6, target.images * self.flops(step) / 1e9
             floor = 1e3 * max(work / tflops, size / gbs)
             total = [a + b for a, b in zip(total, (size, work, floor), strict=True)]
             name, shape = step.outputs[0], " x ".join(map(str, self.shapes[step.outputs[0]]))
             lines.append(f"{step.call.kind:14}{name:38}{shape:>16}{_figures(size, work, floor)}")
         lines.append(f"{f'{len(self.steps)} calls':68}{_figures(*total)}")
-        alive = place.images * place.dtype.itemsize * self.peak() / 1e6
+        alive = target.images * target.dtype.itemsize * self.peak() / 1e6
         lines.append(
-            f"{place.images} images, {str(place.dtype)[6:]}, {alive:.1f} MB alive at most; "
+            f"{target.images} images, {str(target.dtype)[6:]}, {alive:.1f} MB alive at most; "
             f"floors at {tflops:g} TFLOP/s and {gbs:g} GB/s"
         )
-        if place.device.type == "cuda":
+        if target.device.type == "cuda":
             count = sum(len(self.launches(step)) for step in self.steps)
-            lines.append(f"{count} launches, {self.needless(place) / 1e6:.1f} MB moved needlessly")
+            lines.append(f"{count} launches, {self.needless(target) / 1e6:.1f} MB moved needlessly")
         return "\n".join(lines)
 
 
@@ -154,7 +154,7 @@ def can_run(net: nn.Module) -> TypeGuard[UNet]:
 
 @torch.no_grad()
 def time_rows(net: UNet, t: Tensor) -> Tensor:
-    """Return what depends on the times t [M] alone: the bias of each conv1 plus its time's part.
+    """Return what depends on times t [M] alone: each conv1's bias plus its time embedding.
 
     [M, channels of all blocks], in float64.
     """
@@ -171,7 +171,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Writer:
-    """Writes steps down; each makes a value that is named after its layer."""
+    """Collects steps; each makes a value named after its layer."""
 
     def __init__(self, net: UNet):
         self.steps: list[Step] = []
@@ -198,7 +198,7 @@ class _Writer:
         if skip is not None:
             x = self.call(f"{name}.cat", Cat(), x, skip)
         h = self.conv(layer.conv1, self.norm(layer.norm1, x), bias=False)
-        h = self.call(f"{name}.shift", Shift(self.columns[layer]), h)
+        h = self.call(f"{name}.shift", AddBias(self.columns[layer]), h)
         if isinstance(layer.nin_shortcut, nn.Conv2d):
             x = self.conv(layer.nin_shortcut, x)
         h = self.conv(layer.conv2, self.norm(layer.norm2, h))
@@ -214,7 +214,7 @@ class _Writer:
 
 
 def _walk(net: UNet) -> Iterator[Step]:
-    """Write down what the network's forward pass does, a step for each of its layers."""
+    """Yield the steps of the network's forward pass, one for each layer."""
     write = _Writer(net)
     h = write.conv(net.conv_in, INPUT)
     skips = [h]

@@ -1,7 +1,7 @@
-"""What a plan does otherwise than the network: one small function each, from steps to steps.
+"""How a plan differs from its network: one small function for each difference, steps to steps.
 
-In exact arithmetic each leaves the result as it is, and any of them can be left out; but for
-`in_float8`, which is a precision: a place has it or has it not.
+In exact arithmetic a rewrite does not change the result, and any of them can be left out. The
+exception is `in_float8`, a precision, which follows the target.
 """
 
 import json
@@ -15,17 +15,17 @@ import torch
 
 from ds.engine.calls import (
     Add,
+    AddBias,
     Attend,
     Call,
     Cat,
     Conv,
     ImplicitGemm,
     Norm,
-    Phases,
-    Place,
     Shape,
-    Shift,
+    Target,
     Upsample,
+    UpsampleConv,
     Winograd,
 )
 from ds.nets.fold import FoldedAttention
@@ -42,51 +42,51 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Rewrites:
-    """Which rewrites to do. Of those that compete for a call, the first that is named takes it."""
+    """Which rewrites to do. If several apply to a call, the first in this list takes it."""
 
-    time_table: bool = True  # the time's part of every block ahead, for all times of the plan
+    time_table: bool = True  # compute the time embeddings of all blocks ahead
     fold_attention: bool = True
-    shift_into_conv: bool = True  # ... which adds a bias as it goes, in the CPU's libraries
+    shift_into_conv: bool = True  # a CPU's libraries fuse a bias into the convolution
     shift_into_norm: bool = True
     merge_skips: bool = True
     phase_upsample: bool = True
     add_into_norm: bool = True
     add_into_conv: bool = True
     stack_projections: bool = True
-    winograd: bool = True  # where tiles and channels are enough, on a CPU
-    # By our own kernel. None: where FASTER says so, or for a GPU that it does not name, where that
-    # spares a launch of a small layer, or a pass over memory.
+    winograd: bool = True  # on a CPU, for enough tiles and channels
+    # Our own kernel. None: where FASTER says so. On a GPU that FASTER does not name: where that
+    # saves the launch of a small layer, or a pass over memory.
     norm_into_conv: bool | None = True
     implicit_gemm: bool | None = True
 
     @classmethod
-    def good_for(cls, place: Place) -> "Rewrites":
-        """Return the rewrites that are worth it in a place."""
-        cpu = place.device.type == "cpu"
+    def good_for(cls, target: Target) -> "Rewrites":
+        """Return the default rewrites of a target."""
+        cpu = target.device.type == "cpu"
         own = False if cpu else None
         return cls(
             shift_into_conv=cpu, add_into_norm=not cpu, stack_projections=not cpu,
-            winograd=cpu and place.dtype in (torch.float32, torch.bfloat16),
+            winograd=cpu and target.dtype in (torch.float32, torch.bfloat16),
             norm_into_conv=own, implicit_gemm=own,
         )  # fmt: skip
 
-    def apply(self, steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[Step]:
-        """Return the steps after the rewrites that are on; `shapes` are those of the values."""
+    def apply(self, steps: list[Step], target: Target, shapes: dict[str, Shape]) -> list[Step]:
+        """Return the steps after the chosen rewrites, given the shapes of the values."""
         for rewrite in REWRITES:
             if getattr(self, rewrite.__name__):
                 steps = rewrite(steps)
-        if place.float8:
+        if target.float8:
             steps = in_float8(steps)
         if self.winograd:
-            steps = winograd(steps, place, shapes)
+            steps = winograd(steps, target, shapes)
         for rewrite, unmeasured in ((norm_into_conv, is_small), (implicit_gemm, spares_a_pass)):
             wanted = getattr(self, rewrite.__name__)
-            steps = rewrite(steps, _choice(wanted, place, shapes, unmeasured))
+            steps = rewrite(steps, _choice(wanted, target, shapes, unmeasured))
         return steps
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
-    """Multiply two pairs of an attention layer's projections out; the keys are the pixels then."""
+    """Premultiply two pairs of an attention layer's projections; the pixels are then the keys."""
     made = _makers(steps)
     replaced: dict[str, Step | None] = {}
     for step in steps:
@@ -103,21 +103,21 @@ def fold_attention(steps: list[Step]) -> list[Step]:
 
 
 def shift_into_conv(steps: list[Step]) -> list[Step]:
-    """Let a convolution without a bias add the columns of the row that are added to its result."""
-    return _fuse(steps, Conv, Shift, lambda conv, shift: Step(
+    """Let a convolution without a bias add the columns of the row itself."""
+    return _fuse(steps, Conv, AddBias, lambda conv, shift: Step(
         replace(conv.call, bias=shift.call.columns), conv.inputs, shift.outputs
     ))  # fmt: skip
 
 
 def shift_into_norm(steps: list[Step]) -> list[Step]:
     """Let a norm add the columns of the row before it normalizes."""
-    return _fuse(steps, Shift, Norm, lambda shift, norm: Step(
+    return _fuse(steps, AddBias, Norm, lambda shift, norm: Step(
         replace(norm.call, shift=shift.call.columns), shift.inputs, norm.outputs
     ))  # fmt: skip
 
 
 def merge_skips(steps: list[Step]) -> list[Step]:
-    """Let a norm concatenate its input; the shortcut takes the concatenation from there."""
+    """Let a norm concatenate its input; the shortcut reads the concatenation from the norm."""
     return _fuse(steps, Cat, Norm, lambda cat, norm: Step(
         replace(norm.call, keep=True), cat.inputs, norm.outputs + cat.outputs
     ), alone=False)  # fmt: skip
@@ -126,15 +126,15 @@ def merge_skips(steps: list[Step]) -> list[Step]:
 def phase_upsample(steps: list[Step]) -> list[Step]:
     """Convolve before doubling pixels, a 2x2 kernel for each phase of the doubled image."""
     return _fuse(steps, Upsample, Conv, lambda up, conv: Step(
-        Phases(conv.call.weight, conv.call.bias), up.inputs, conv.outputs
+        UpsampleConv(conv.call.weight, conv.call.bias), up.inputs, conv.outputs
     ))  # fmt: skip
 
 
 def add_into_norm(steps: list[Step]) -> list[Step]:
     """Let a norm add the branches of a block, and the bias of the convolution that ends one.
 
-    It does where it is the first to read the sum. Who reads that later is given what the norm
-    normalized; with a skip connection that is more than the sum, which nobody else may want then.
+    The norm must be the first reader of the sum. Later readers get what the norm normalized. With a
+    skip connection that is more than the sum, so then there must be no later reader.
     """
     made, readers = _makers(steps), _readers(steps)
     result: dict[str, Step | None] = {}
@@ -165,7 +165,7 @@ def add_into_conv(steps: list[Step]) -> list[Step]:
 
 
 def stack_projections(steps: list[Step]) -> list[Step]:
-    """Compute the projections of an attention layer as one product, whose parts are read apart."""
+    """Compute the projections of an attention layer as one product, read in parts."""
     made = _makers(steps)
     result: dict[str, Step | None] = {}
     for step in steps:
@@ -184,21 +184,21 @@ def _bias(conv: Conv) -> torch.Tensor:
     return conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
 
 
-def winograd(steps: list[Step], place: Place, shapes: dict[str, Shape]) -> list[Step]:
-    """Let 3x3 convolutions multiply less, where they multiply enough to pay for it."""
+def winograd(steps: list[Step], target: Target, shapes: dict[str, Shape]) -> list[Step]:
+    """Compute 3x3 convolutions by Winograd where that is worthwhile."""
     return [
-        step._replace(call=Winograd(call.weight, call.bias, doubled=isinstance(call, Phases)))
-        if isinstance(call := step.call, Conv | Phases)
+        step._replace(call=Winograd(call.weight, call.bias, doubled=isinstance(call, UpsampleConv)))
+        if isinstance(call := step.call, Conv | UpsampleConv)
         and call.weight.shape[2] == 3
         and getattr(call, "stride", 1) == 1
-        and pays(call.weight, place.images, *shapes[step.outputs[0]][1:])
+        and pays(call.weight, target.images, *shapes[step.outputs[0]][1:])
         else step
         for step in steps
     ]
 
 
 def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> list[Step]:
-    """Let a convolution normalize its result, which it keeps if it is read elsewhere, too."""
+    """Let a convolution normalize its result, and also keep it if others read it."""
     readers = _readers(steps)
 
     def fused(conv: Step, norm: Step) -> Step | None:
@@ -210,7 +210,7 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> 
         if len(conv.inputs) + len(others) > 2:
             return None  # a convolution adds one residual
         if norm.call.shift is not None and (conv.call.bias is not None or kept == [x]):
-            return None  # it adds one bias, which others who read x must not see
+            return None  # it adds one bias, and other readers of x must not see it
         call = ImplicitGemm(conv.call, norm.call, bool(kept))
         return chosen(Step(call, (*conv.inputs, *others), (normed, *kept)))
 
@@ -221,7 +221,7 @@ def implicit_gemm(steps: list[Step], chosen: Callable[[Step], Step | None]) -> l
     """Compute convolutions by our own kernel."""
 
     def own(step: Step) -> Step:
-        if not isinstance(step.call, Conv | Phases):
+        if not isinstance(step.call, Conv | UpsampleConv):
             return step
         return chosen(step._replace(call=ImplicitGemm(step.call))) or step
 
@@ -229,10 +229,10 @@ def implicit_gemm(steps: list[Step], chosen: Callable[[Step], Step | None]) -> l
 
 
 def in_float8(steps: list[Step]) -> list[Step]:
-    """Let 3x3 convolutions multiply in float8 where a norm with SiLU makes their input for them.
+    """Let 3x3 convolutions multiply in float8 if a norm with SiLU makes their input.
 
-    A norm bounds what it makes, which therefore needs no scale. The network's last convolution is
-    left as it is: what it rounds is the result.
+    A norm bounds its output, so no scale is needed. The network's last convolution keeps its
+    precision, because it makes the result.
     """
     readers = _readers(steps)
     narrow = {
@@ -257,16 +257,16 @@ def _is_3x3(call: Call) -> bool:
     return isinstance(call, Conv) and call.weight.shape[2] == 3
 
 
-# The convolutions for which a kernel of ours was measured to be faster than cuDNN, and which one,
-# a backend of ds.ops.conv. By the name that PyTorch gives a GPU, and `choice_name`; written by
-# benchmarks/gpu_report.py. None yet: not measured.
+# Convolutions for which a kernel of ours was measured to be faster than cuDNN, with its backend of
+# ds.ops.conv: by PyTorch's name of the GPU, then by `choice_name`. benchmarks/gpu_report.py writes
+# the file.
 FASTER: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("faster.json").read_text())
 
 
 def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str:
-    """Name a convolution in FASTER, as "gemm 3x3+gn 128x32x32 to 128x32x32 bias bfloat16".
+    """Return a convolution's name in FASTER: "gemm 3x3+gn 128x32x32 to 128x32x32 bias bfloat16".
 
-    What is added to its result is part of the name, since cuDNN adds it by passes of its own.
+    The name says what is added to the result, since cuDNN adds it in separate passes.
     """
     call, images = step.call, ("x".join(map(str, shapes[names[0]])) for names in step[1:])
     bias = " bias" * (call.conv.bias is not None or bool(call.norm and call.norm.shift is not None))
@@ -274,19 +274,19 @@ def choice_name(step: Step, dtype: torch.dtype, shapes: dict[str, Shape]) -> str
     return f"{call.kind} {' to '.join(images)}{bias}{residual} {str(dtype)[6:]}"
 
 
-SMALL_PIXELS = 64  # of images whose layers are so short that a launch is a good part of them
+SMALL_PIXELS = 64  # up to which a layer is so short that its launch counts
 
 
 def is_small(step: Step, shapes: dict[str, Shape]) -> bool:
-    """Say whether a convolution is so small that its norm is worth a launch spared."""
+    """Return whether a convolution is so small that fusing its norm to save a launch pays."""
     return math.prod(shapes[step.outputs[0]][1:]) <= SMALL_PIXELS
 
 
 def spares_a_pass(step: Step, shapes: dict[str, Shape]) -> bool:
-    """Say whether our kernel spares a GPU passes over memory.
+    """Return whether our kernel saves a GPU passes over memory.
 
-    cuDNN adds a bias and a residual, pads, and interleaves phases by passes of their own; our
-    kernel does all of that as it goes.
+    cuDNN adds biases and residuals, pads, and interleaves phases in separate passes; our kernel
+    fuses all of these.
     """
     launches = step.call.conv.launches(*(shapes[name] for name in step.inputs))
     return any(launch.needless for launch in launches)
@@ -294,25 +294,25 @@ def spares_a_pass(step: Step, shapes: dict[str, Shape]) -> bool:
 
 def _choice(
     wanted: bool | None,
-    place: Place,
+    target: Target,
     shapes: dict[str, Shape],
     unmeasured: Callable[[Step, dict[str, Shape]], bool],
 ) -> Callable[[Step], Step | None]:
-    """Return what gives a step for our kernel with its backend, or None where it is not to be ours.
+    """Return a function from a step to the step with our kernel, or None to leave it to others.
 
-    As wanted, or else as measured, or else as is to be expected of it where it runs at all.
+    The choice is the wanted one, else the measured one, else the expected one if our kernel runs.
     """
     if wanted is not None:
         return lambda step: step if wanted else None
-    cuda = place.device.type == "cuda"
-    here = cuda and torch.cuda.is_available()  # a plan can be made anywhere
-    gpu = torch.cuda.get_device_name(place.device) if here else ""
-    runs = cuda and place.dtype != torch.float64
+    cuda = target.device.type == "cuda"
+    here = cuda and torch.cuda.is_available()  # plans for GPUs can be made without one
+    gpu = torch.cuda.get_device_name(target.device) if here else ""
+    runs = cuda and target.dtype != torch.float64
 
     def chosen(step: Step) -> Step | None:
         if gpu not in FASTER:
             return step if runs and unmeasured(step, shapes) else None
-        backend = FASTER[gpu].get(choice_name(step, place.dtype, shapes))
+        backend = FASTER[gpu].get(choice_name(step, target.dtype, shapes))
         return backend and step._replace(call=replace(step.call, backend=backend))
 
     return chosen
@@ -339,7 +339,7 @@ def _readers(steps: list[Step]) -> dict[str, list[Step]]:
 
 
 def _replaced(steps: list[Step], result: dict[str, Step | None]) -> list[Step]:
-    """Put steps in the place of those that make these values first; None takes one away."""
+    """Replace the steps whose first output is named in `result`; None removes a step."""
     new = (result.get(step.outputs[0], step) for step in steps)
     return [step for step in new if step is not None]
 
@@ -352,10 +352,10 @@ def _fuse(
     *,
     alone: bool = True,
 ) -> list[Step]:
-    """Put one step in the place of each second one that reads what a first one makes.
+    """Fuse each step of the second type with a step of the first type that it reads.
 
-    `alone`: only where nothing else reads it. Each is fused once at most, and not where `fused`
-    says None.
+    With `alone`, only if nothing else reads that value. A step is fused at most once, and not if
+    `fused` returns None.
     """
     readers = _readers(steps)
     made = {step.outputs[0]: step for step in steps if isinstance(step.call, first)}

@@ -1,4 +1,4 @@
-"""The network that runs a plan, in the place of the U-Net it was made of."""
+"""The network that runs a plan, in place of the U-Net it was made of."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from ds.engine.calls import Place, values
+from ds.engine.calls import Target, values
 from ds.engine.plan import INPUT, Plan, can_run, time_rows
 from ds.engine.rewrites import Rewrites
 
@@ -60,16 +60,16 @@ class Engine(nn.Module):
         weight = net.conv_in.weight
         float8 = dtype == torch.float8_e4m3fn
         dtype = torch.bfloat16 if float8 else dtype or _dtype(weight)
-        self.place = Place(weight.device, dtype, images, float8)
-        self.rewrites = rewrites or Rewrites.good_for(self.place)
-        self.plan = Plan.of(net, self.place, self.rewrites)
+        self.target = Target(weight.device, dtype, images, float8)
+        self.rewrites = rewrites or Rewrites.good_for(self.target)
+        self.plan = Plan.of(net, self.target, self.rewrites)
         if weight.device.type == "cpu":
             largest = max(values((shape,)) for shape in self.plan.shapes.values())
-            fit = max(1, CACHE // (largest * self.place.dtype.itemsize))
-            self.place = replace(self.place, images=min(images, fit))
-            self.plan = Plan.of(net, self.place, self.rewrites)
+            fit = max(1, CACHE // (largest * self.target.dtype.itemsize))
+            self.target = replace(self.target, images=min(images, fit))
+            self.plan = Plan.of(net, self.target, self.rewrites)
         self.shape = net.shape
-        self._prepared = self.plan.prepare(self.place)
+        self._prepared = self.plan.prepare(self.target)
         known = sorted(set(times))
         if weight.is_cuda and not known:
             raise ValueError("Engine: on a GPU it needs the times of its calls")
@@ -83,13 +83,13 @@ class Engine(nn.Module):
             return x.clone()
         row, parts = self._row(t), (x,)
         if x.device.type == "cpu":
-            parts = x.chunk(-(-len(x) // self.place.images))
+            parts = x.chunk(-(-len(x) // self.target.images))
         made = [self.call(part, row) for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def call(self, x: Tensor, row: Tensor) -> Tensor:
         """Run the plan for images at the time of a row of `rows`."""
-        made = {INPUT: x.to(self.place.dtype).contiguous(memory_format=torch.channels_last)}
+        made = {INPUT: x.to(self.target.dtype).contiguous(memory_format=torch.channels_last)}
         with _cudnn_tunes(self.tune):
             for run, step, last in self._prepared:
                 out = run(row, *(made[name] for name in step.inputs))
@@ -124,7 +124,7 @@ class Engine(nn.Module):
         if not isinstance(times, Tensor):
             whole = all(isinstance(t, Integral) for t in times)
             times = torch.tensor(times, dtype=torch.int64 if whole else torch.float64, device="cpu")
-        return time_rows(self._source[0], times.to(self.place.device)).to(self.place.wide)
+        return time_rows(self._source[0], times.to(self.target.device)).to(self.target.wide)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ds.diffusion.noise import Draws, noise
-from ds.engine import Engine, Loop, Place, Recurrence, Rewrites, can_run
+from ds.engine import Engine, Loop, Recurrence, Rewrites, Target, can_run
 from ds.models.model import Model, device_of, dtype_of
 from ds.system.ambient import without_ambient
 from ds.system.config import check
@@ -197,8 +197,8 @@ def _planned(model: Model, execution: Execution, batch_size: int) -> Model:
         return model.using(copy.deepcopy(model.net).to(low)) if low else model
     options: dict[str, Any] = {"dtype": low or dtype_of(model.net), "tune": execution.tune}
     if not execution.winograd:
-        place = Place(device_of(model.net), options["dtype"], batch_size)
-        options["rewrites"] = replace(Rewrites.good_for(place), winograd=False)
+        target = Target(device_of(model.net), options["dtype"], batch_size)
+        options["rewrites"] = replace(Rewrites.good_for(target), winograd=False)
     return model.engine(batch_size, **options)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds.diffusion.noise import Draws, as_bits, noise
-from ds.engine import Place, Plan
+from ds.engine import Plan, Target
 from ds.models.execution import Execution, Runner
 from ds.models.images import Rounding, to_uint8
 from ds.models.model import Model, device_of
@@ -201,8 +201,8 @@ def default_batch_size(model: Model) -> int:
     device = device_of(model.net)
     if device.type != "cuda" or not isinstance(model.net, UNet):
         return 256
-    gpu, place = torch.cuda.get_device_properties(device), Place(device, torch.bfloat16, 1)
-    plan = Plan.of(model.net, place)
-    fit = gpu.total_memory / 8 / (plan.peak() * place.dtype.itemsize)
+    gpu, target = torch.cuda.get_device_properties(device), Target(device, torch.bfloat16, 1)
+    plan = Plan.of(model.net, target)
+    fit = gpu.total_memory / 8 / (plan.peak() * target.dtype.itemsize)
     full = plan.full_batch(gpu.multi_processor_count)
     return full * max(1, round(min(512, fit) / full))

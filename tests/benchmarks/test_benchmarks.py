@@ -27,7 +27,7 @@ from benchmarks import (
     where,
 )
 from benchmarks.harness import Case, Side
-from ds.engine import Place, Plan, rewrites
+from ds.engine import Plan, Target, rewrites
 from ds.models.execution import Execution
 
 CPU = torch.device("cpu")
@@ -273,8 +273,8 @@ def test_layers_of_the_plan_are_right_and_have_a_floor():
 
 def compared(count: int | None = None) -> list[dict]:
     """So many convolutions as they are compared on a GPU, ours by its reference; or all."""
-    net, place = network.random_cifar10(CPU, "tiny"), Place(CPU, torch.bfloat16, 2)
-    cases = itertools.islice(convs.compare(net, place, ["reference"]), count)
+    net, target = network.random_cifar10(CPU, "tiny"), Target(CPU, torch.bfloat16, 2)
+    cases = itertools.islice(convs.compare(net, target, ["reference"]), count)
     return [*harness.run(cases, CPU, None)]
 
 
@@ -288,8 +288,8 @@ def test_convolutions_are_right_and_named_as_the_engine_looks_them_up(monkeypatc
     monkeypatch.setattr(
         rewrites, "choice_name", lambda *args: asked.add(name := get(*args)) or name
     )
-    place = Place(torch.device("cuda"), torch.bfloat16, 2)
-    Plan.of(network.random_cifar10(CPU, "tiny"), place)
+    target = Target(torch.device("cuda"), torch.bfloat16, 2)
+    Plan.of(network.random_cifar10(CPU, "tiny"), target)
     assert asked and {f"{name}, 2 images" for name in asked} == {row["case"] for row in rows}
 
 

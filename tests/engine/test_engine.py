@@ -1,4 +1,4 @@
-"""The engine in the place of a U-Net: its times, and what draws with it."""
+"""The engine in place of a U-Net: its times, and what draws with it."""
 
 import math
 from dataclasses import replace
@@ -13,14 +13,14 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import Heun
-from ds.engine import Engine, Place, Plan, Rewrites, calls
+from ds.engine import Engine, Plan, Rewrites, Target, calls
 from ds.methods import DenoisingStudent
 from ds.models.execution import Execution
 from ds.ops.dispatch.op import triton_kernels
 from ds.training.presets import PRESETS, SOLVERS
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
-CPU = Place(torch.device("cpu"), torch.float32, 4)
+CPU = Target(torch.device("cpu"), torch.float32, 4)
 
 
 def teacher(net=None):
@@ -80,7 +80,7 @@ def test_a_batch_that_no_cache_holds_is_taken_in_parts(monkeypatch):
     net, (x, _) = build(), inputs()
     monkeypatch.setattr("ds.engine.run.CACHE", 1)
     engine = Engine(net, [5])
-    assert engine.place.images == 1
+    assert engine.target.images == 1
     t = torch.full((3,), 5)
     assert torch.equal(engine(x, t)[1:2], engine(x[1:2], t[:1]))
     assert relative_rms(engine(x, t), net(x, t)) < 1e-5
@@ -149,7 +149,7 @@ def test_a_plan_s_floor_is_the_larger_of_its_two_times():
     assert size == 4 * (4 * (2 + 8) * 64 + math.prod(step.call.weight.shape))
 
 
-GPU = Place(torch.device("cuda"), torch.bfloat16, 264)
+GPU = Target(torch.device("cuda"), torch.bfloat16, 264)
 
 
 def cifar10_on_a_gpu(**changes):
@@ -186,7 +186,7 @@ def test_the_limits_of_the_kernels_are_those_that_launches_are_counted_by():
 def test_a_batch_fills_a_gpu_in_every_layer(preset, full):
     with torch.device("meta"):
         net = PRESETS[preset]().net.build()
-    plan = Plan.of(net, Place(torch.device("meta"), torch.bfloat16, 1))
+    plan = Plan.of(net, Target(torch.device("meta"), torch.bfloat16, 1))
     assert plan.full_batch(132) == full
     programs = min(h * w / 128 * c / 128 for c, h, w in plan.shapes.values() if c >= 128)
     assert full * programs == 132

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import ds
-from ds.engine import Engine, Place, Plan, Rewrites, rewrites
-from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, Phases, Winograd
+from ds.engine import Engine, Plan, Rewrites, Target, rewrites
+from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, UpsampleConv, Winograd
 from ds.nets.unet import ResBlock
 from ds.training import presets
 from tests.nets.test_unet import TINY, build, inputs, relative_rms
 
-CPU = Place(torch.device("cpu"), torch.float32, 4)
+CPU = Target(torch.device("cpu"), torch.float32, 4)
 NAMES = [field.name for field in fields(Rewrites)]
 OFF = Rewrites(**dict.fromkeys(NAMES, False))
 ON = Rewrites()  # all of them
@@ -56,8 +56,8 @@ def test_a_rewrite_alone_is_exact(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "time_table"])
 def test_a_rewrite_changes_the_plan(name):
-    net, place = build(), Place(torch.device("cpu"), torch.float64, 16)
-    plans = (Plan.of(net, place, chosen) for chosen in (OFF, replace(OFF, **{name: True})))
+    net, target = build(), Target(torch.device("cpu"), torch.float64, 16)
+    plans = (Plan.of(net, target, chosen) for chosen in (OFF, replace(OFF, **{name: True})))
     plain, changed = ([(step.call.kind, step.inputs) for step in plan.steps] for plan in plans)
     assert plain != changed
 
@@ -100,15 +100,15 @@ def test_the_whole_cifar10_network_is_exact():
 
 def test_our_own_kernel_takes_what_it_was_measured_to_be_faster_at(monkeypatch):
     """And nothing else; a norm goes into a convolution only where that was measured."""
-    place = Place(torch.device("cuda"), torch.bfloat16, 4)
+    target = Target(torch.device("cuda"), torch.bfloat16, 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
 
     def own(**backends):
         monkeypatch.setitem(rewrites.FASTER, "some GPU", backends)
-        plan = Plan.of(build(), place)
+        plan = Plan.of(build(), target)
         return {
-            rewrites.choice_name(step, place.dtype, plan.shapes): step.call.backend
+            rewrites.choice_name(step, target.dtype, plan.shapes): step.call.backend
             for step in plan.steps
             if isinstance(step.call, ImplicitGemm)
         }
@@ -134,7 +134,7 @@ def test_a_convolution_is_computed_by_the_backend_that_is_named(monkeypatch):
 
 
 def test_what_was_not_measured_is_ours_where_it_spares_a_pass_or_a_launch():
-    gpu = Place(torch.device("cuda"), torch.bfloat16, 4)
+    gpu = Target(torch.device("cuda"), torch.bfloat16, 4)
     net = build(replace(TINY, channels=16, image_size=16, attention_resolutions=(8,)))
     plan = Plan.of(net, gpu)
     shapes = plan.shapes
@@ -152,9 +152,9 @@ def test_what_was_not_measured_is_ours_where_it_spares_a_pass_or_a_launch():
 
 def test_every_convolution_can_be_forced_to_our_own_kernel():
     """And with it the norms of their results, but those that concatenate."""
-    steps = Plan.of(build(), Place(torch.device("cpu"), torch.float32, 4), OWN).steps
+    steps = Plan.of(build(), Target(torch.device("cpu"), torch.float32, 4), OWN).steps
     made = {output: step.call for step in steps for output in step.outputs}
-    assert not any(isinstance(step.call, Conv | Phases | Winograd) for step in steps)
+    assert not any(isinstance(step.call, Conv | UpsampleConv | Winograd) for step in steps)
     for step in steps:
         if isinstance(step.call, Norm):
             concatenates = len(step.inputs) == 2 + step.call.residual
@@ -183,8 +183,8 @@ def test_float8_is_further_from_the_network_than_bfloat16_and_no_more(chosen):
 @pytest.mark.parametrize("chosen", [None, OFF, ON, OWN])
 def test_both_convolutions_of_a_block_take_float8_and_no_other(chosen):
     net = build()
-    place = Place(torch.device("cpu"), torch.bfloat16, 4, float8=True)
-    steps = Plan.of(net, place, chosen).steps
+    target = Target(torch.device("cpu"), torch.bfloat16, 4, float8=True)
+    steps = Plan.of(net, target, chosen).steps
     narrow = {s.outputs[0] for s in steps if isinstance(s.call, Norm) and s.call.float8}
     taken = [s for s in steps if isinstance(s.call, ImplicitGemm) and s.call.float8]
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
