@@ -59,14 +59,18 @@ def replicated(loss: Loss, learns: Iterable[nn.Parameter], runtime: Runtime) -> 
     if distributed.world() == 1 or runtime.shard:
         return loss
     learning = {id(p) for p in learns}
-    rest = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in learning]
-    # Else DistributedDataParallel would wait for gradients that this loss does not have.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, rest)
+    others = [p for p in loss.parameters() if p.requires_grad and id(p) not in learning]
+    # DistributedDataParallel waits for the gradients of all weights that learn when it is made.
+    for p in others:
+        p.requires_grad_(False)
     shared = DistributedDataParallel(
         loss,
         gradient_as_bucket_view=True,
-        static_graph=runtime.accumulate == 1,  # does not work with no_sync in the first backward
+        # It reduces nothing where other wrappers share the weights, or in no_sync at first.
+        static_graph=not others and runtime.accumulate == 1,
     )
+    for p in others:
+        p.requires_grad_(True)
     if runtime.reduce == "bfloat16":
         shared.register_comm_hook(None, bf16_compress_hook)
     return shared

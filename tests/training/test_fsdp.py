@@ -26,6 +26,7 @@ from ds.training.trainer import Trainer
 from tests.processes import Two
 from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, unet
 from tests.training.test_trainer_ranks import Telling, curve
+from tests.training.test_turns import Contest
 
 pytestmark = pytest.mark.slow
 # At a rate where a rounding stays one for six steps.
@@ -60,6 +61,7 @@ JOBS = {
         replace(QUIET, optimizer="adamw", weight_decay=0.1, snapshot_every=3, recompute_norms=True),
         Runtime(evaluate_every=3),
     ),
+    "turns": (Contest(), replace(QUIET, epochs=3 * QUIET.epochs), Runtime()),
     "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), Runtime()),
     "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), Runtime()),
 }

@@ -13,7 +13,7 @@ import torch
 
 import ds
 from ds.cli.__main__ import main
-from ds.methods import Denoising
+from ds.methods import Denoising, DenoisingStudent
 from ds.pairs.sources import Images, digits
 from ds.system import distributed
 from ds.system.signals import Interrupted
@@ -21,6 +21,7 @@ from ds.training.config import Runtime
 from ds.training.trainer import Trainer
 from tests.processes import Two
 from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
+from tests.training.test_turns import Contest
 
 pytestmark = pytest.mark.slow
 QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
@@ -36,14 +37,31 @@ JOBS = {
     "cut": (QUIET, Runtime()),
     "images": (QUIET, Runtime(accumulate=2)),
     "clipped": (replace(QUIET, max_norm=0.05), Runtime(accumulate=2, loader="resident")),
+    "tangent": (QUIET, Runtime()),
+    "turns": (replace(QUIET, epochs=3 * QUIET.epochs), Runtime()),
 }
+
+
+class Tangent(DenoisingStudent):
+    """A loss with a derivative in forward mode, whose gradient is one of second order."""
+
+    def loss(self, modules, batch, progress):
+        def call(x):
+            return self.sample(modules["student"], x)
+
+        x, tangent = torch.func.jvp(call, (batch.noise,), (batch.x0,))
+        return (x - batch.x0).square().mean() + (tangent - batch.x0).square().mean()
+
+
+METHODS = {"tangent": Tangent(), "turns": Contest()}
 
 
 def make(store: ds.PairStore, out: Path, name: str, runtime: Runtime | None = None) -> Trainer:
     """The run of a job; "images" is one whose times are random."""
     config, own = JOBS[name]
     if name != "images":
-        return trainer(store, out, config, init=steady(), runtime=runtime or own)
+        method = METHODS.get(name)
+        return trainer(store, out, config, init=steady(), method=method, runtime=runtime or own)
     images = Images(digits()[0][:256])
     return Trainer(Denoising(), steady(), images, images, out, config, runtime=runtime or own)
 
@@ -103,14 +121,14 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(home) -> dict[str, Path]:
     """The folders where one process did the same without interruption."""
-    folders = {name: home / f"{name}-alone" for name in ("whole", "clipped", "images")}
+    folders = {name: home / f"{name}-alone" for name in JOBS if name != "cut"}
     for name, out in folders.items():
         make(ds.PairStore(home / "store"), out, name, Runtime()).fit()
     return folders
 
 
 def curve(out: Path) -> list[float]:
-    return [v for m in lines(out) for k, v in m.items() if k in ("loss", "held_out_loss")]
+    return [v for m in lines(out) for k, v in m.items() if k.endswith("loss")]
 
 
 def weights(out: Path) -> torch.Tensor:
@@ -125,9 +143,9 @@ def moved(home: Path) -> torch.Tensor:
     return (weights(home / "whole-alone") - start).abs().max()
 
 
-@pytest.mark.parametrize("name", ["whole", "clipped", "images"])
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "cut"])
 def test_two_processes_learn_what_one_does(home, alone, name):
-    """With accumulation against without, with the gradient clipped, and with random times."""
+    """With accumulation against without, clipping, random times, forward mode and turns."""
     assert curve(home / name) == pytest.approx(curve(alone[name]), rel=1e-5)
     assert [m["step"] for m in lines(home / name)] == [3, 4, 6, 8, 9, 12, 12]
     away = (weights(home / name) - weights(alone[name])).abs().max()
