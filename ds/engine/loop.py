@@ -1,7 +1,7 @@
-"""A model's whole loop on buffers that stay where they are: one step, replayed while it counts.
+"""A model's whole loop on fixed buffers: one step with a counter, replayed for all steps.
 
-On a GPU the step is captured as a CUDA graph: nothing is launched from Python and nothing waits,
-since the rows of times and coefficients are looked up by the device. Not measured yet.
+On a GPU the step is captured as a CUDA graph. Python then launches nothing and waits for nothing:
+the device itself looks up the rows of times and coefficients.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ds import ops
 from ds.diffusion.noise import Draws
 from ds.engine.run import Engine
 
-# What float64 leaves of coefficients that were found by solving for them; of those given, 1e-16.
+# Relative error that float64 leaves in coefficients found by least squares.
 TOLERANCE = 1e-9
 
 
@@ -174,7 +174,7 @@ class Loop:
         with torch.cuda.device_of(self._x):
             self._x.copy_(z).mul_(self._scale)
             self._copy.copy_(self._x)
-            for part in self._past:  # whose coefficients are 0 at first, but 0 * NaN is NaN
+            for part in self._past:  # the first coefficients are 0, but 0 * NaN is NaN
                 part.zero_()
             self.start()
             for _ in range(self._steps - 1):
@@ -182,14 +182,14 @@ class Loop:
         return self._x
 
     def start(self) -> Tensor:
-        """Take the first step from what the buffer holds, to see what a step costs; return that."""
+        """Take the first step on the buffer's content, to measure a step; return the buffer."""
         with torch.cuda.device_of(self._x):
             self._step.zero_()
             self._replay()
         return self._x
 
     def _advance(self) -> None:
-        """Take the step that the counter is at, and count it up."""
+        """Take the step that the counter names, and increment it."""
         out = self._engine.call(self._copy, self._rows.index_select(0, self._step)[0])
         now = [self._x.clone(), out] if self._past else []
         ops.solver_update(self._x, [out, *self._past], self._table, self._step, self._copy)
@@ -199,7 +199,7 @@ class Loop:
 
     @torch.no_grad()
     def _captured(self):
-        """Capture a step, after two that load and tune what is not loaded and tuned yet."""
+        """Capture a step, after two steps that load and tune kernels."""
         with torch.cuda.device(self._x.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

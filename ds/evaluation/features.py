@@ -1,7 +1,7 @@
-"""Feature extractors: what two sets of images are compared by.
+"""Feature extractors, whose features two sets of images are compared on.
 
-A distance means nothing without the extractor it was measured with, so each has a name and a hash
-that go into every report.
+A distance means nothing without its extractor, so each has a name and a hash that go into every
+report.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class AbstractExtractor(ABC):
         """Return the features of one batch, float [N, D]."""
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """Return the class logits [N, K] of an Inception Score, or None where there are none."""
+        """Return the class logits [N, K] of an Inception Score, or None if there are none."""
         return None
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def frechet_distance_from_moments(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """Return |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)).
 
-    The means are [D], the symmetric covariances [D, D]; singular ones are welcome. With
+    The means are [D], the symmetric covariances [D, D], which may be singular. With
     cov1 = R R^T the product has the eigenvalues of the symmetric R^T cov2 R, so that no root of
     a matrix without symmetry is needed.
     Dowson & Landau 1982, "The Frechet distance between multivariate normal distributions".
@@ -227,7 +227,7 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 def _factor(cov: Tensor) -> Tensor:
     """Return R [D, rank] with cov = R R^T."""
     values, vectors = torch.linalg.eigh(cov)
-    # What a singular covariance has in place of zeros is rounding, and its root would not be small.
+    # A singular covariance has rounding errors in place of zeros, whose roots are not small.
     keep = values > len(cov) * torch.finfo(cov.dtype).eps * values[-1]
     return vectors[:, keep] * values[keep].sqrt()
 

@@ -26,7 +26,7 @@ def draw(strips: dict[str, Tensor], run: Path, path: Path, *, force: bool = Fals
     """Write a PNG: a strip of uint8 images [N, H, W, 1] under each title, then the loss of a run.
 
     Strips have the same number of images, and images above one another belong together. Raises
-    ValueError for a place that cannot be written to or, without `force`, that is taken.
+    ValueError if the path cannot be written to or, without `force`, exists.
     """
     where = targets.file(path, force=force)
     import matplotlib
@@ -72,7 +72,7 @@ def write_page(
 ) -> None:  # fmt: skip
     """Write one HTML file that needs no other: the picture is inside.
 
-    Raises ValueError for a place that cannot be written to or, without `force`, that is taken.
+    Raises ValueError if the path cannot be written to or, without `force`, exists.
     """
     where = targets.file(path, force=force, apart=[picture])
     image = base64.b64encode(picture.read_bytes()).decode()

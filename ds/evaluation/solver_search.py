@@ -1,4 +1,4 @@
-"""How many network calls does an endpoint need? Solvers and grids against the converged ODE."""
+"""How many network calls are needed: the endpoints of solvers and grids against the exact ODE."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,34 +23,34 @@ CALLS = (8, 12, 16, 24, 36)
 
 @dataclass(frozen=True)
 class Row:
-    """What one way to integrate costs and how far from the ODE it ends."""
+    """A way to integrate, its cost, and how far from the ODE's endpoint it ends."""
 
     solve: SolveConfig
     nfe: int
     error: float  # root mean square over noises and elements
-    best: bool = False  # nothing measured is as close for as few calls
+    best: bool = False  # no other row is as close with as few calls
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Rows from few calls to many, the one they are held against, and what the truth was."""
+    """Rows in order of their calls, the row asked for, and the accuracy of the reference."""
 
     rows: tuple[Row, ...]
     asked: Row
     reference_nfe: int
-    reference_error: float  # how far it moves when half of its times are left out
+    reference_error: float  # how far the reference moves with half of its times
 
     @property
     def answer(self) -> Row | None:
-        """The row of the fewest calls that is at least as close as the one asked for, if any is."""
+        """The cheapest row that is as close as the one asked for with fewer calls, if any."""
         enough = [r for r in self.rows if r.error <= self.asked.error and r.nfe < self.asked.nfe]
         return min(enough, key=lambda r: (r.nfe, r.error), default=None)
 
 
 def candidates(schedule: AbstractSchedule, top: int) -> list[SolveConfig]:
-    """Return the solvers and grids worth a look, from `top` down; the note 0008 says why these.
+    """Return the solvers and grids to compare, from `top` down; note 0008 says why these.
 
-    A quadratic grid whose largest time is rounded to another than `top` is left out.
+    A quadratic grid is left out if rounding changes its largest time.
     """
     every = [
         SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, top=top)
@@ -70,12 +70,12 @@ def frontier(
     *,
     progress: bool = False,
 ) -> Frontier:
-    """Integrate z [N, *shape] in many ways from the first time of the grid that is asked for.
+    """Integrate z [N, *shape] in many ways, from the first time of the grid asked for.
 
-    The truth is a third-order solver on a grid of up to 400 times. It is at least as good as its
-    distance to the same with half as many, which is returned: smaller errors are not told apart.
-    `among` defaults to `candidates`; all of its grids must begin with the same time. Raises
-    ValueError for a grid that does not, RuntimeError where the reference is not finite.
+    The reference is a third-order solver on a grid of up to 400 times. Its distance to the same
+    solver with half as many times bounds its error; smaller differences between rows mean nothing.
+    `among` defaults to `candidates`; all of its grids must begin at the same time. Raises
+    ValueError for a grid that does not, RuntimeError if the reference is not finite.
     """
     schedule = denoiser.schedule
     _, grid = asked.build(schedule)
@@ -110,7 +110,7 @@ def _rms(a: Tensor, b: Tensor) -> float:
 
 
 def _mark(rows: list[Row]) -> tuple[Row, ...]:
-    """Sort rows by calls and error; mark those that nothing with as few calls equals."""
+    """Sort rows by calls and error; mark those closer than all rows with as few calls."""
     closest, marked = float("inf"), []
     for row in sorted(rows, key=lambda r: (r.nfe, r.error)):
         marked.append(replace(row, best=row.error < closest))
@@ -119,9 +119,9 @@ def _mark(rows: list[Row]) -> tuple[Row, ...]:
 
 
 def plan_table(found: Frontier, seconds: float, count: int) -> str:
-    """Lay a frontier out as text: seconds is that of a network call an image, count the images.
+    """Return a frontier as text, given the seconds per network call and image, and the images.
 
-    Of every solver and number of calls the best grid is shown. The last line is the answer.
+    The best grid is shown for every solver and number of calls. The last line is the answer.
     """
     lines = [
         f"error: distance to the ODE's endpoint, root mean square; the ODE: "
@@ -181,7 +181,7 @@ def _is_supported(teacher: Teacher, precision: Precision) -> bool:
 
 
 def fidelity_table(moved: dict[Precision, float], found: Frontier) -> str:
-    """Lay out what precisions cost beside what the solver that is asked for itself misses."""
+    """Return a line with the errors of precisions beside that of the solver asked for."""
     figures = ", ".join(f"{name} {error:.2g}" for name, error in moved.items())
     return (
         f"distance to the same endpoints in float32: {figures}; "

@@ -50,12 +50,12 @@ def save(
     images: Tensor, path: str | Path, *, columns: int | None = None, scale: int = 1,
     force: bool = False,
 ) -> None:  # fmt: skip
-    """Write uint8 images [N, H, W, C] in the form that the name asks for.
+    """Write uint8 images [N, H, W, C] in the form that the suffix names.
 
-    .png is one sheet of them with `columns` (as square as can be by default), .gif an animation
-    there and back, .npy an array, .npz an array called "images", and a name without a suffix a
-    directory of PNGs called 000000.png and so on. `scale` enlarges the pixels of pictures. Raises
-    ValueError for another name, and as `target` does.
+    .png is one sheet with `columns` (by default as square as possible), .gif an animation forth and
+    back, .npy an array, .npz an array called "images". A name without a suffix becomes a directory
+    of PNGs: 000000.png and so on. `scale` enlarges the pixels of pictures. Raises ValueError as
+    `target` does.
     """
     suffix = Path(path).suffix
     where, old = target(path, force=force)
@@ -83,10 +83,10 @@ def save(
 def target(
     path: str | Path, *, force: bool = False, apart: targets.Inputs = ()
 ) -> tuple[Path, list[str]]:
-    """Return where `save` writes, and what gives way to it there; see ds.targets.
+    """Return where `save` writes, and the names it replaces there; see ds.system.targets.
 
-    Raises ValueError for a name it would not know what to write to, and for a file or a directory
-    that is there; with `force` only for what `save` has not made.
+    Raises ValueError for an unknown suffix, and for a path that exists; with `force`, only if
+    `save` did not make it.
     """
     if Path(path).suffix not in SUFFIXES:
         known = ", ".join(s for s in SUFFIXES if s)

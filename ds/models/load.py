@@ -36,7 +36,7 @@ def load(
 
     Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM and
     DDIM codes, and the HDF5 files of 2021, recognised by their content; see docs/teachers.md.
-    `types` are the caller's own classes that a directory of ours may name: methods, networks,
+    `types` are the caller's own classes that our directories may name: methods, networks,
     schedules, predictions and solvers. `overrides` are a teacher's `solver` and `grid`, a student's
     `nfe`, and `image_size` for a file that does not tell it. Raises ValueError, naming the file, if
     something is missing, damaged or of another kind.

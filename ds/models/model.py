@@ -1,4 +1,4 @@
-"""What a teacher and a student share: a network, sampling with it, and a directory on disk."""
+"""Model, the base of teachers and students: a network, sampling with it, a directory on disk."""
 
 import json
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ M = TypeVar("M", bound="Model")
 
 
 class Model(ABC):
-    """What turns noise into samples by calling a network: a Teacher or a Student.
+    """A network and the way to sample with it: a Teacher or a Student.
 
     Models are frozen values; the weights are those of the network, which several may share.
     """

@@ -1,8 +1,8 @@
 """A directory for a network: config.json, model.safetensors and a README.md for people.
 
-config.json holds the configuration, where it came from, the SHA-256 of the weights and a checksum
-of itself, so a damaged or mixed-up directory is noticed; who edits it removes that checksum.
-Nothing in it can run code.
+config.json holds the configuration, the provenance, the SHA-256 of the weights and a checksum of
+itself, so damaged or mixed-up directories are noticed. To edit it, remove that checksum. Nothing in
+it can run code.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Config(TypedDict, total=False):
-    """The fields of config.json; `entry` says which of them are missing."""
+    """The fields of config.json; `entry` reports those that are missing."""
 
     format: str
     version: str
@@ -55,11 +55,11 @@ def write(
     path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: Card, *,
     force: bool = False,
 ) -> None:  # fmt: skip
-    """Write a network with its configuration and the card for a name and a provenance.
+    """Write a network, its configuration, and the card made from the name and the provenance.
 
-    Raises ValueError for a network that has no configuration in ds to rebuild it from, or with a
-    weight that is not finite, and as `target` does. What the same run made before is written again;
-    notes of other verbs on the same weights stay.
+    A model of the same run is replaced; what other commands noted on the same weights stays. Raises
+    ValueError for a network without a configuration to rebuild it from, for weights that are not
+    finite, and as `target` does.
     """
     weights = {name: w.detach().cpu().contiguous() for name, w in _state(net).items()}
     check_finite(weights, str(path))
@@ -79,10 +79,10 @@ def write(
 def target(
     path: str | Path, *, force: bool = False, run: str | None = None, apart: targets.Inputs = ()
 ) -> tuple[Path, list[str]]:
-    """Return where `write` writes, and what gives way to it there; see ds.targets.
+    """Return where `write` writes, and the names it replaces there; see ds.system.targets.
 
-    Raises ValueError for a directory that holds something, unless that is a model of the same run
-    or, with `force`, a model and nothing else.
+    Raises ValueError if the directory is not empty, unless it holds a model of the same run or,
+    with `force`, a model and nothing else.
     """
     where = Path(os.path.realpath(path))
     again = run is not None and is_ours(where) and run_of(where) == run
@@ -90,7 +90,7 @@ def target(
 
 
 def annotate(path: str | Path, provenance: dict[str, Any], card: Card, result: Any) -> None:
-    """Replace the provenance, the figures and the card of a directory, and nothing else in it."""
+    """Replace the provenance, the figures and the card of a directory, and leave the rest."""
     where, old = annotated(path)
     with replacing_directory(where, old) as folder:
         write_json(folder / METRICS, result)
@@ -98,18 +98,18 @@ def annotate(path: str | Path, provenance: dict[str, Any], card: Card, result: A
 
 
 def annotated(path: str | Path) -> tuple[Path, list[str]]:
-    """Return the directory that `annotate` would write to, and what gives way to it there.
+    """Return the directory that `annotate` writes to, and the names it replaces there.
 
-    Raises ValueError if it cannot be written to, or has other figures than ours.
+    Raises ValueError if it cannot be written to, or holds figures that we did not write.
     """
     where, old = targets.directory(path, "model", _ours, again=True)
     if METRICS not in old and (where / METRICS).exists():
-        raise ValueError(f"{where / METRICS}: holds no figures of ours; move it")
+        raise ValueError(f"{where / METRICS}: was not written by `evaluate`; move it")
     return where, [name for name in old if name != WEIGHTS]
 
 
 def _describe(folder: Path, config: dict[str, Any], card: Card, where: Path) -> None:
-    """Write the configuration and the card of a directory, unless people have written on that."""
+    """Write the configuration of a directory, and its card unless people have edited it."""
     text = card(where.name, config["provenance"]).encode(errors="backslashreplace")
     if not (where / CARD).exists() or _ours(where)(CARD):
         (folder / CARD).write_bytes(text)
@@ -118,7 +118,7 @@ def _describe(folder: Path, config: dict[str, Any], card: Card, where: Path) -> 
 
 
 def _ours(folder: Path) -> targets.Ours | None:
-    """Return which names in a model's directory are ours: a card that was changed is not."""
+    """Return a test for names that we wrote in a model's directory: an edited card is not ours."""
     if not is_ours(folder):
         return None
     names = {CONFIG, WEIGHTS, METRICS, CARD}
@@ -138,7 +138,7 @@ def _holds_figures(file: Path) -> bool:
 
 
 def run_of(path: Path) -> str | None:
-    """Return the identity of the run that made what is in a directory of ours."""
+    """Return the identity of the run that made a model's directory."""
     return _read_config(path).get("provenance", {}).get("run")
 
 
@@ -163,7 +163,7 @@ def read(
 
 
 def is_ours(path: str | Path) -> bool:
-    """Say whether a directory's config.json is one that `write` wrote, of whatever kind."""
+    """Return whether `write` wrote a directory's config.json, whatever its kind."""
     recover(Path(path))
     file = Path(path) / CONFIG
     if not present(file):
@@ -187,7 +187,7 @@ def entry(config: dict[str, Any], name: str, kind: type[T], *, types: Iterable[t
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Make a ValueError about what a directory's config.json says name that file."""
+    """Prefix the message of a ValueError with the directory's config.json."""
     try:
         yield
     except ValueError as error:
@@ -197,8 +197,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Copy weights into a network; every tensor is used once, has its shape, and is finite.
 
-    Raises ValueError naming the first wrong key and, for a shape, both shapes, or one whose dtype
-    is not floating where the network's is.
+    Raises ValueError naming the first wrong key, both shapes if they differ, or a dtype that is not
+    floating where the network's is.
     """
     expected = net.state_dict()
     for name, w in expected.items():
@@ -245,7 +245,7 @@ def describe(net: nn.Module) -> Any:
 
 
 def fingerprint(denoiser: Denoiser) -> str:
-    """Hash what a denoiser computes: network, weights, schedule, prediction. SHA-256, hex."""
+    """Return the SHA-256, in hex, of a denoiser: network, weights, schedule and prediction."""
     digest = hashlib.sha256()
     about = (describe(denoiser.net), to_json(denoiser.schedule), to_json(denoiser.prediction))
     digest.update(repr(about).encode())

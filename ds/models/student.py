@@ -13,7 +13,7 @@ from ds.system.config import Count, require, to_json
 
 @runtime_checkable
 class Generator(Protocol):
-    """What turns a network and noise into samples: a distillation method."""
+    """A distillation method, as far as sampling needs it."""
 
     def sample(
         self, net: nn.Module, z: Tensor, *, nfe: int = 1, draws: Draws | None = None

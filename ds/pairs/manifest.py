@@ -1,4 +1,4 @@
-"""What made a pair store, and how its pairs are laid out in shards: the file manifest.json."""
+"""manifest.json: how the pairs of a store were made, and how they are laid out in shards."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +24,7 @@ Time = Annotated[float, Between(-1, 3.4e38, "(]")]
 
 
 class About(TypedDict):
-    """What a teacher's network computes; `sha256` covers the weights and all of it."""
+    """The teacher's denoiser; `sha256` covers all of it and the weights."""
 
     sha256: Sha256
     net: Any

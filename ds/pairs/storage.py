@@ -1,13 +1,13 @@
 """Where a store's files are: a directory, or a bucket that an fsspec URL names (s3://, gs://).
 
-Both hold whole files under names. They differ in how writers keep out of each other's way:
+Both hold whole files under names. They differ in how writers avoid each other:
 
-    directory    a file gets its name by a rename; a claim is a lock, which goes with its process
-    bucket       an object is put whole; a claim is an object that is renewed while its process
-                 lives, and that others take over when it is not
+    directory    a file gets its name by a rename; a claim is a lock, released with its process
+    bucket       an object is put whole; a claim is an object that its process renews, and that
+                 others take over if it stops
 
-A bucket has no locks, so there a claim saves work and nothing hangs on it: whoever puts a file
-first has written it (a put with If-None-Match: *), and later ones leave it as it is.
+A bucket has no locks, so a claim there only saves work: the first put of a file wins (with
+If-None-Match: *), and later ones leave it as it is.
 """
 
 import fcntl
@@ -28,8 +28,8 @@ from ds.system.files import MOST_JSON, parse_json, read_bytes, redacted, regular
 from ds.system.staging import is_at, locked, open_own, recover, replacing
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
-STALE = 300.0  # seconds without one, after which others take it over
-Put = Callable[[bytes], bool]  # says whether this content is what is there now
+STALE = 300.0  # seconds without a renewal, after which others take a claim over
+Put = Callable[[bytes], bool]  # writes; returns whether the file now has this content
 
 
 def place(where: str | Path) -> "AbstractPlace":
@@ -44,8 +44,8 @@ class AbstractPlace(ABC):
     """Files under plain names, each of them whole or absent."""
 
     path: Path | str
-    pause: ClassVar[float]  # seconds between two looks for what others write
-    caches: ClassVar[bool]  # whether what is read is a copy on this machine
+    pause: ClassVar[float]  # seconds between looks at what others have written
+    caches: ClassVar[bool]  # whether files are read from copies on this machine
 
     def __str__(self) -> str:
         return redacted(self.path)
@@ -60,7 +60,7 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Return the names of all files, none where nothing was written yet."""
+        """Return the names of all files; none if nothing was written yet."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -75,9 +75,9 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def write(self, name: str, content: bytes, *, once: bool = False) -> bool:
-        """Write a file in the place of an older one, or once: only where there is none.
+        """Write a file, replacing an older one; with `once`, only if there is none.
 
-        Says whether it was written. In a directory, writers of a name hold the place's lock.
+        Return whether it was written. In a directory, writers of a name hold the place's lock.
         """
 
     @abstractmethod
@@ -86,18 +86,18 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def sha256(self, name: str) -> str:
-        """Hash a file as it is kept, in hexadecimal."""
+        """Return the SHA-256 of a stored file, in hexadecimal."""
 
     @abstractmethod
     def local(self, hashes: dict[str, str]) -> list[Path]:
-        """Return where on this machine the named files are, which have these hashes."""
+        """Return local paths of the named files with these hashes, downloading if needed."""
 
     @abstractmethod
     def restore(self, name: str, digest: str) -> None:
-        """Bring back what `local` said of a file that is damaged; ValueError if it cannot."""
+        """Fetch a damaged file of `local` again; ValueError if that is not possible."""
 
     def wrong(self, name: str) -> str:
-        """Return what to say about a file that has not the hash it should have."""
+        """Return the message about a file with the wrong hash."""
         return (
             f"{self}/{name}: wrong checksum; delete it and run the same `dstudent pairs` to write "
             f"it again"
@@ -105,15 +105,15 @@ class AbstractPlace(ABC):
 
     @abstractmethod
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the place alone, as far as it can be held."""
+        """Hold the place exclusively, as far as it can be locked."""
 
     @abstractmethod
     def claim(self, name: str) -> AbstractContextManager[Put | None]:
-        """Yield what writes a file, or None if it is there or another process is at work on it."""
+        """Yield a function that writes a file; None if it exists or another process makes it."""
 
     @abstractmethod
     def free(self) -> float:
-        """Return the bytes that can still be written."""
+        """Return how many bytes can still be written."""
 
     def read_json(self, name: str) -> Any:
         """Read JSON as ds.system.files.parse_json does."""
@@ -178,10 +178,10 @@ class Directory(AbstractPlace):
 
     @contextmanager
     def claim(self, name: str) -> Iterator[Put | None]:
-        """Yield what writes a file, or None if it is there or another process is at work on it.
+        """Yield a function that writes a file; None if it exists or another process makes it.
 
-        The claim is a lock on a file beside it, which holds nothing. One that another process has
-        removed between its being opened and its being locked here is left alone.
+        The claim is a lock on an empty file beside it. If another process removes that file between
+        our opening and locking it, the lock is worthless and None is yielded.
         """
         claim = self.path / claim_of(name)
         with open(open_own(claim, os.O_RDWR | os.O_CREAT), "rb") as file:
@@ -205,10 +205,10 @@ class Directory(AbstractPlace):
 
 
 class Bucket(AbstractPlace):
-    """A folder in object storage. What is read of it is kept on this machine, under its hash.
+    """A folder in object storage. Files that are read are cached on this machine by their hash.
 
-    That is in $DS_CACHE, by default ~/.cache/denoising-student. Credentials and endpoints are those
-    of the fsspec package, and so of the provider's own configuration files and variables.
+    The cache is $DS_CACHE, by default ~/.cache/denoising-student. fsspec finds credentials and
+    endpoints in the provider's own configuration files and variables.
     """
 
     pause: ClassVar = 5.0
@@ -228,7 +228,7 @@ class Bucket(AbstractPlace):
             raise ValueError(f"{self}: {self._said(error)}") from None
 
     def _do(self, call: str, name: str, *args: Any, **options: Any) -> Any:
-        """Call the file system; what is no OSError of it, as missing credentials, becomes one."""
+        """Call the file system; turn other errors, such as missing credentials, into OSError."""
         try:
             return getattr(self._fs, call)(f"{self._root}/{name}".rstrip("/"), *args, **options)
         except OSError as error:
@@ -239,7 +239,7 @@ class Bucket(AbstractPlace):
             raise OSError(f"{self}: {self._said(error)}") from None
 
     def _said(self, error: Exception) -> str:
-        """Return what an error says, without the secrets of the URL."""
+        """Return an error's message without the secrets of the URL."""
         return redacted(str(error).replace(self.path, str(self)))
 
     def check(self, kind: str, sign: str, *, apart: targets.Inputs = ()) -> None:
@@ -306,7 +306,7 @@ class Bucket(AbstractPlace):
                 raise ValueError(self.wrong(name))
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold nothing: what is done under a lock must be harmless to do twice."""
+        """Hold nothing: work under this lock must be harmless if done twice."""
         return nullcontext()
 
     @contextmanager
@@ -326,7 +326,7 @@ class Bucket(AbstractPlace):
             self.remove(claim)
 
     def _claimed(self, claim: str) -> bool:
-        """Put a claim if there is none, or none that is renewed; say whether it is ours now."""
+        """Put a claim if there is none or it is stale; return whether it is ours now."""
         if self.write(claim, b"", once=True):
             return True
         try:
@@ -345,7 +345,7 @@ class Bucket(AbstractPlace):
 
 
 def _cache() -> Path:
-    """Return the directory on this machine that keeps what was read of buckets."""
+    """Return the directory on this machine that caches files of buckets."""
     try:
         path = os.environ.get("DS_CACHE") or Path.home() / ".cache" / "denoising-student"
     except RuntimeError:  # no home, as that of a user without a name

@@ -186,7 +186,7 @@ def test_a_card_that_somebody_has_written_on_is_left_alone(folder):
 
 def test_figures_of_somebody_else_are_left_alone(folder):
     (folder / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no figures of ours"):
+    with pytest.raises(ValueError, match="was not written by `evaluate`"):
         pretrained.annotated(folder)
 
 

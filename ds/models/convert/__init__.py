@@ -1,6 +1,6 @@
-"""Networks to and from other people's files: diffusers, the PyTorch ports, the 2021 HDF5 files.
+"""Networks to and from other formats: diffusers, the PyTorch ports, the HDF5 files of 2021.
 
-Formats are told apart by content, never by name; tensors are read and nothing is run.
+Formats are recognised by content, never by name. Tensors are read; no code is run.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ _READERS = {b"\x89HDF": keras.read, b"PK\x03\x04": ddpm.read, b"\x80\x02": ddpm.
 def read(path: str | Path, *, image_size: int | None = None) -> Imported:
     """Read a teacher or a student of another code from a file or a directory.
 
-    `image_size` [pixels] is needed for a network whose file does not tell it. Raises ValueError,
-    naming the file, for whatever is missing, damaged, of another kind or of another shape.
+    `image_size` [pixels] is needed if the file does not tell it. Raises ValueError, naming the
+    file, if something is missing, damaged, of another kind or of another shape.
     """
     path = Path(path)
     if path.is_dir():

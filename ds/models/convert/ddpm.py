@@ -1,7 +1,7 @@
-"""Checkpoints of the DDIM code and of the PyTorch port of DDPM. Their names are ours.
+"""Checkpoints of the DDIM code and of the PyTorch port of DDPM. Our weights have their names.
 
 ermongroup/ddim saves [model, optimizer, epoch, step, ema]; the port (pesser/pytorch_diffusion)
-saves a state dict. Neither says what the network is, so its tensors do.
+saves a state dict. Neither describes the network, so it is inferred from the tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from ds.system.files import sha256
 
 
 def read(path: Path, image_size: int | None) -> Imported:
-    """Read a file with the weights of a DDPM U-Net; its schedule is the one of both codes."""
+    """Read a file with the weights of a DDPM U-Net, with the schedule of both codes."""
     found, which = _choose(tensors(path), path)
     config = _architecture(found, image_size, path)
     weights = fit(config, found, _spelling, path)
@@ -27,7 +27,7 @@ def read(path: Path, image_size: int | None) -> Imported:
 
 
 def _choose(saved: Any, where: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict to use, without the prefix of DataParallel, and say which it is."""
+    """Return the state dict to use, without DataParallel's prefix, and a description of it."""
     which = "the only ones in the file"
     if isinstance(saved, list | tuple):
         if len(saved) not in (4, 5):
@@ -47,7 +47,7 @@ def _spelling(name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
 
 
 def _architecture(found: Mapping[str, Tensor], image_size: int | None, where: Path) -> UNetConfig:
-    """Say which network has these weights; `fit` then checks every one of them."""
+    """Return the configuration of these weights; `fit` then checks every one of them."""
     if "time_embedding.linear_1.weight" in found:
         raise ValueError(
             f"{where}: weights of diffusers, which need their config.json; give the directory "
@@ -99,7 +99,10 @@ def _has(found: Mapping[str, Tensor], prefix: str) -> bool:
 
 
 def _published_size(mult: tuple[int, ...], attend: tuple[int, ...], where: Path) -> int:
-    """A convolution fits any image, but the published networks are known by their levels."""
+    """Return the image size of the published network with these levels.
+
+    The weights do not tell it: a convolution fits any image. Raises ValueError for other levels.
+    """
     for known in PUBLISHED:
         if (known.channel_mult, _attention_levels(known)) == (mult, attend):
             return known.image_size

@@ -1,7 +1,7 @@
-"""Directories of diffusers: a UNet2DModel, in a pipeline or bare, and its scheduler.
+"""Directories of diffusers: a UNet2DModel, in a pipeline or alone, and its scheduler.
 
-Reading asks which fields our writing would give the same network, so the two cannot disagree, and
-what is written reads back to the bit.
+Reading compares the fields with those that writing would give the same network. So the two cannot
+disagree, and an export reads back to the bit.
 """
 
 import math
@@ -52,7 +52,7 @@ _SHARED = {
     "class_embed_type": None,
     "num_class_embeds": None,
 }
-# What diffusers takes for a field that a file leaves out, where that is not the value above.
+# diffusers' defaults for fields that a file leaves out, where they differ from the values above.
 _DEFAULTS = {
     "_class_name": None,
     "sample_size": None,
@@ -73,7 +73,7 @@ _DEFAULTS = {
 _IGNORED = ("num_train_timesteps",)  # of learned time embeddings
 
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-# What a scheduler says about sampling only: it goes into the facts.
+# Fields of a scheduler about sampling only: they go into the facts.
 _SAMPLING = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample")
 
 # Parts of our names, and diffusers' for them.
@@ -126,8 +126,8 @@ def write(
 ) -> None:
     """Write a pipeline directory that diffusers' DDIMPipeline loads.
 
-    Weights come under our names and are saved as float32. The scheduler visits the times of
-    ds.grids.uniform and does not clip, as ds.solvers.DDIM. Raises ValueError for what diffusers
+    `weights` have our names and are saved as float32. The scheduler visits the times of
+    ds.grids.uniform and does not clip, like ds.solvers.DDIM. Raises ValueError for what diffusers
     has no words for: 3x3 shortcuts, another schedule than LinearBeta, another prediction. It also
     does for a place that cannot be written to or is taken; `force` replaces what `write` has made.
     """
@@ -166,7 +166,7 @@ def write(
 def target(
     path: str | Path, *, force: bool = False, apart: targets.Inputs = ()
 ) -> tuple[Path, list[str]]:
-    """Return where `write` writes, and what gives way to it there; see ds.targets."""
+    """Return where `write` writes, and the names it replaces there; see ds.system.targets."""
     return targets.directory(path, "diffusers export", _ours, force=force, apart=apart)
 
 
@@ -175,7 +175,7 @@ def _ours(folder: Path) -> targets.Ours | None:
 
 
 def _fields(config: UNetConfig) -> dict[str, Any]:
-    """Return the fields of the UNet2DModel that computes what our network does."""
+    """Return the fields of the UNet2DModel that computes the same as our network."""
     levels = range(len(config.channel_mult))
     attend = ["Attn" * (config.image_size >> i in config.attention_resolutions) for i in levels]
     return {
@@ -194,7 +194,7 @@ def _fields(config: UNetConfig) -> dict[str, Any]:
 
 
 def _config(file: Path, image_size: int | None) -> UNetConfig:
-    """Return our network for the fields in a file; ValueError for the first it does not have."""
+    """Return our network for the fields in a file; ValueError names the first unsupported one."""
     fields = {**_SHARED, **_DEFAULTS, **_json(file)}
     if image_size is not None and fields["sample_size"] is None:
         fields["sample_size"] = image_size
@@ -239,7 +239,7 @@ def _config(file: Path, image_size: int | None) -> UNetConfig:
 
 
 def _schedule(folder: Path) -> tuple[LinearBeta, str, dict[str, Any]]:
-    """Return what the scheduler of a network says: schedule, prediction, and facts on sampling."""
+    """Return a network's schedule, prediction and facts on sampling, from its scheduler."""
     places = (folder / _SCHEDULER, folder.parent / "scheduler" / _SCHEDULER)
     file = next((place for place in places if present(place)), None)
     if file is None:
@@ -264,7 +264,7 @@ def _schedule(folder: Path) -> tuple[LinearBeta, str, dict[str, Any]]:
 def _scheduler_fields(
     schedule: AbstractSchedule, prediction: AbstractPrediction | str, where: Path
 ) -> dict[str, Any]:
-    """Return the fields of the DDIMScheduler with our schedule and our last step, to the data."""
+    """Return the fields of a DDIMScheduler with our schedule, stepping to the data at last."""
     types = {as_prediction(ours): theirs for theirs, ours in _PREDICTIONS.items()}
     prediction = as_prediction(prediction)
     if not isinstance(schedule, LinearBeta) or prediction not in types:
@@ -290,7 +290,7 @@ def _scheduler_fields(
 
 
 def _spelling(config: UNetConfig, name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
-    """Return diffusers' keys for a weight of ours, today's first, and its shape there."""
+    """Return diffusers' keys for a weight of ours, the current one first, and its shape there."""
     last = len(config.channel_mult) - 1  # diffusers counts the way up from the smallest images
     name = re.sub(r"^up\.(\d+)", lambda level: f"up.{last - int(level[1])}", name)
     for ours, theirs in _NAMES:
@@ -309,7 +309,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _check(
     fields: Mapping[str, Any], field: str, accept: Callable[[Any], bool], words: str, file: Path
 ) -> None:
-    """Raise ValueError unless a field is accepted; `words` say what is."""
+    """Raise ValueError unless a field is accepted; `words` describe what is."""
     value = fields.get(field)
     if not accept(value):
         raise ValueError(f"{file}: {field} is {short(repr(value))}; accepted is {words}")

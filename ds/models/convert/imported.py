@@ -1,4 +1,4 @@
-"""What every reader of an outside checkpoint returns, and the one strict way to fill it."""
+"""The result of every reader of foreign checkpoints, and the strict function that fills it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

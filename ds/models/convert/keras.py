@@ -1,6 +1,6 @@
 """The 2021 code's HDF5 files: teachers, and students with the U-Net nested in one group.
 
-They list Keras' variables in the order in which its layers were created. Two orders occur, after
+They list Keras' variables in the order in which its layers were created. There are two orders, of
 the checkpoints the weights once came from: TensorFlow's (CIFAR-10, LSUN) is alphabetical in our
 names, PyTorch's (CelebA) is the one in which our network defines its layers. The names in a file
 count every layer ever made in the process that wrote it, so nothing is read from the numbers.
@@ -33,7 +33,7 @@ class Variable(NamedTuple):
 
 
 def read(path: Path, image_size: int | None) -> Imported:
-    """Read a weights file of Keras; whether it is a teacher or a student is in its nesting."""
+    """Read a weights file of Keras; its nesting tells a teacher from a student."""
     try:
         import h5py
     except ImportError:
@@ -65,7 +65,7 @@ def read(path: Path, image_size: int | None) -> Imported:
 def _contents(
     file: Any, dataset: type, where: Path
 ) -> tuple[dict[str, list[str] | None], dict[str, Any]]:
-    """Return the names each layer lists, None where it is not there, and all datasets by name."""
+    """Return the names that each layer lists, None if it is missing, and all datasets by name."""
     objects: dict[str, Any] = {}
     with whole(where, "HDF5 file"):
         file.visititems(objects.__setitem__)  # follows no link, so it stays in this file
@@ -141,7 +141,7 @@ def _describe(variables: Sequence[Variable]) -> str:
 
 
 def variables(config: UNetConfig, *, alphabetical: bool) -> Iterator[Variable]:
-    """Yield what Keras calls the weights of a U-Net, under our names, in one of the two orders."""
+    """Yield the weights of a U-Net as Keras variables, with our names, in one of the two orders."""
     table = shapes(config)
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in table))
     if alphabetical:
@@ -154,7 +154,7 @@ def variables(config: UNetConfig, *, alphabetical: bool) -> Iterator[Variable]:
 
 
 def _transposed(shape: Size) -> tuple[int, ...]:
-    """[out, in, height, width] as Keras has it; a 1x1 convolution is a dense layer there."""
+    """Return Keras' shape of [out, in, height, width]; its 1x1 convolutions are dense layers."""
     pixels = shape[2:] if shape[2:] != (1, 1) else ()
     return (*pixels, *reversed(shape[:2]))
 
@@ -165,7 +165,7 @@ def _agreement(order: Sequence[Variable], found: Sequence[Variable]) -> int:
 
 
 def _weight(dataset: Any, variable: Variable, where: Path) -> Tensor:
-    """Read a variable, [out, in, ...] where it has more than one dimension."""
+    """Return a variable in our layout: [out, in, ...] if it has more than one dimension."""
     with whole(where, "HDF5 file"):
         dtype, elsewhere = dataset.dtype, dataset.external or dataset.is_virtual
     if dtype not in ("float16", "float32") or elsewhere:
