@@ -60,7 +60,6 @@ class AbstractMethod(ABC):
     feeds: ClassVar[Feed]
     turns: ClassVar[tuple[str, ...]] = ("student",)
     coupled: ClassVar[bool] = False
-    trial: ClassVar[Trial] = Trial()  # the small training by which ds.verify judges the method
 
     @abstractmethod
     def init(self, teacher: Teacher) -> nn.ModuleDict:
@@ -132,10 +131,15 @@ class AbstractMethod(ABC):
         """
         return ()
 
+    def trial(self) -> Trial:
+        """Return the small training by which ds.verify judges the method."""
+        return Trial()
+
     def measure(self, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
         """Return checks of a trained network, beside the distances that every method is held to.
 
-        `z` [N, *shape] is the noise to sample from.
+        `z` [N, *shape] is the noise to sample from. ds.verify calls it without gradients, and adds
+        the figures of the trial's controls.
         """
         return ()
 
@@ -155,8 +159,9 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
         return copy.deepcopy(teacher.net).requires_grad_(True)
     if not isinstance(own, AbstractNetConfig):
         raise ValueError(
-            f"the student is told {', '.join(lacks)}, which the teacher's network, a "
-            f"{type(teacher.net).__name__}, is not; set `student`, the configuration of another one"
+            f"the student takes {', '.join(lacks)}, which the teacher's network "
+            f"({type(teacher.net).__name__}) does not; set `student` to the configuration of a "
+            f"network that does"
         )
     net = built(replace(own, conditions=(*takes, *lacks)))
     net.load_state_dict(teacher.net.state_dict(), strict=False)

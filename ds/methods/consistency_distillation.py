@@ -34,14 +34,6 @@ class ConsistencyDistillation(AbstractMethod):
     """
 
     feeds: ClassVar = "images"
-    trial: ClassVar = Trial(
-        changes={"sigma_data": 0.95, "target_decay": 0.95},
-        train={"lr": 4e-3},
-        steps=2000,
-        bars={1: 0.07, 2: 0.07},
-        agreement=0.97,
-        controls={"a single step of the teacher": {"num_levels": 2}},
-    )
 
     num_levels: Annotated[int, Between(2, 10_000)] = 18  # noise levels between which f must agree
     sigma_min: Positive = 0.002
@@ -158,6 +150,14 @@ class ConsistencyDistillation(AbstractMethod):
                 )
             x = self.f(net, x, z.new_full((len(z),), sigma), cond or {})
         return x
+
+    def trial(self) -> Trial:
+        return Trial(
+            {"sigma_data": 0.95, "target_decay": 0.95},
+            bars={1: 0.07, 2: 0.07},
+            agreement=0.97,
+            controls={"a single step of the teacher": {"num_levels": 2}},
+        )
 
     def identity(self) -> tuple[Check, ...]:
         """With the ODE's own map as f, only the error of the teacher's step remains.

@@ -65,10 +65,10 @@ class Trial:
     the method wrong: trained in the same way, it must miss the bar of the fewest calls.
     """
 
-    net: AbstractNetConfig | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    net: AbstractNetConfig | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 1500
+    steps: int = 2000
     bars: Mapping[int, float] = field(default_factory=lambda: {1: 0.15})
     agreement: float = 0.0
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -56,7 +56,7 @@ def test_the_paths_of_the_data_bend_and_straight_ones_do_not():
         "straight": lambda x, _: 0 * x + 2,
         "bent": lambda x, t: t[:, None] + 0 * x,
     }.items():
-        (check,) = RectifiedFlow(time_scale=1.0).measure(Formula(field), z)
+        (check,) = RectifiedFlow(feeds="pairs", time_scale=1.0).measure(Formula(field), z)
         bend[name] = check.value
     assert bend["straight"] < 1e-12
     assert bend["bent"] == pytest.approx(3 / 12, rel=1e-2)  # the variance of t, three times
