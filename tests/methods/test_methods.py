@@ -272,7 +272,8 @@ def test_a_method_trains_and_its_run_is_resumed_to_the_same_bits(method, tmp_pat
         rows = [(batch(method), Progress(step, TOTAL)) for step in range(10)]
         both = modules.eval(), run.state.modules.eval()
         before, after = (sum(method.loss(m, *row).item() for row in rows) for m in both)
-    assert after < 0.8 * before or method.turns[0] != "student"
+    scored = method.score(modules, *rows[0]) is not None  # else targets move
+    assert after < (0.8 if scored else 1) * before or method.turns[0] != "student"
     again = Trainer(method, teacher, source(method), source(method), tmp_path, config)
     assert same(again.fit().state_dict(), student.state_dict())
     assert same(bits(again.state.modules["student"]), moved)

@@ -116,6 +116,7 @@ TAGS = {
     "mlp",
     "denoising",
     "denoising_student",
+    "mean_flow",
     "rectified_flow",
     "consistency_distillation",
 }

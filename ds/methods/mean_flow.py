@@ -1,0 +1,155 @@
+"""MeanFlow: learn the average velocity between two times, so that one step covers them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ds.diffusion import grids
+from ds.diffusion.grids import Grid
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import Linear
+from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
+from ds.models.teacher import Teacher
+from ds.nets import AbstractNetConfig, MLPConfig
+from ds.pairs.sources import Batch
+from ds.system.config import NotNegative, Positive, Share, check
+
+# Streams of random numbers: of two times, and of the choice to make them one.
+_ONE, _OTHER, _EQUAL = 0x6B0D27F94E1CA385, 0x2E97B54A08F36DC1, 0x51A3E8D76C4F0B29
+
+_PATH = Linear()
+
+
+@dataclass(frozen=True)
+class MeanFlow(AbstractMethod):
+    """Learn u(x, t, h), the average velocity of the flow from time t back to r = t - h.
+
+    Differentiating h * u = (integral of v from r to t) along the flow gives u = v - h * du/dt.
+    The right side, with the network's own derivative and no gradient, is the target. The path is
+    the straight line, v = noise - x0, and a step is x_r = x_t - h * u. Each row of the loss is
+    divided by (|error|**2 + offset)**power. Geng et al. 2025, arXiv:2505.13447.
+
+    The network is net(x, t, h=h). The derivative of its time embedding is part of the target, so
+    the embedding's frequencies must be low: at most about 6 for times from 0 to 1.
+    """
+
+    feeds: ClassVar = "images"
+
+    # 0: plain least squares, which data of few dimensions needs; above: large errors count less
+    power: NotNegative = 0.75
+    offset: Positive = 1e-3  # keeps the weight of small errors finite
+    equal: Share = 0.25  # share of rows with h = 0, which learn the velocity itself
+    time_mean: float = -2.0  # both times are sigmoids of normal numbers with this mean
+    time_std: Positive = 2.0
+    student: AbstractNetConfig | None = None  # the network to train; else the teacher's, told h too
+
+    def __post_init__(self):
+        check(self, "MeanFlow: ")
+
+    def init(self, teacher: Teacher) -> nn.ModuleDict:
+        return nn.ModuleDict({"student": student_net(teacher, self.student, "h")})
+
+    def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
+        t, h = (time.to(batch.x0) for time in self._times(batch.draws))
+        alpha, sigma = _PATH.gather(t, batch.x0)
+        x = alpha * batch.x0 + sigma * batch.noise
+        error = _error(modules["student"], x, batch.noise - batch.x0, t, h, batch.cond)
+        size = error.flatten(1).square().sum(1)
+        return (size * (size.detach() + self.offset) ** -self.power).mean()
+
+    def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
+        return None  # the target moves with the network, so a small loss tells nothing
+
+    def _times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return t and h = t - r, [N] each."""
+        one, other = (
+            torch.sigmoid(self.time_mean + self.time_std * draws.normal(stream, ()))
+            for stream in (_ONE, _OTHER)
+        )
+        t = torch.maximum(one, other)
+        apart = draws.uniform(_EQUAL) >= self.equal
+        return t, apart * (t - torch.minimum(one, other))
+
+    def times(self, nfe: int) -> Grid:
+        return grids.uniform(nfe, _PATH)
+
+    def sample(
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 1,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        x = z
+        for t, r in pairwise((*self.times(nfe), _PATH.data)):
+            now, h = (x.new_full((len(x),), value) for value in (t, t - r))
+            x = x - (t - r) * net(x, now, h=h, **(cond or {}))
+        return x
+
+    def trial(self) -> Trial:
+        high = MLPConfig(conditions=("h",), frequencies=(64.0, 0.5))
+        return Trial(
+            {"power": 0.0, "time_mean": 0.0, "time_std": 1.7},
+            net=MLPConfig(conditions=("h",)),
+            bars={1: 0.13, 2: 0.13},
+            agreement=0.93,
+            controls={"high frequencies": {"student": high}},
+        )
+
+    def identity(self) -> tuple[Check, ...]:
+        """With the average velocity of normal data, u is its own target, and samples are exact."""
+
+        def level(t: Tensor) -> tuple[Tensor, Tensor]:
+            return 1 - t[:, None], t[:, None]
+
+        def u(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return (x - NORMAL.flow(x, level(t), level(t - h))) / h[:, None]
+
+        def v(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return (x - NORMAL.x0(x, *level(t))) / t[:, None]
+
+        def error(net: Callable[..., Tensor]) -> Tensor:
+            return _error(Formula(net), x, v(x, t, h), t, h, {})
+
+        x, even = NOISE, torch.linspace(0, 1, len(NOISE), dtype=torch.float64)
+        t = 0.2 + 0.75 * even
+        h = t * (0.1 + 0.8 * even.roll(11))
+        end = NORMAL.endpoint(x, 0, 1)
+        own = exact(
+            "u minus its target",
+            error(u),
+            sign_of_derivative_flipped=2 * (u(x, t, h) - v(x, t, h)) - error(u),
+            time_derivative_dropped=error(lambda y, *_, **__: u(y, t, h)),
+            state_derivative_dropped=error(lambda _, s, h: u(x, s, h)),
+        )
+        samples = (
+            exact(
+                f"end of {nfe} steps",
+                self.sample(Formula(u), x, nfe=nfe) - end,
+                velocity_alone=self.sample(Formula(v), x, nfe=nfe) - end,
+            )
+            for nfe in (1, 3)
+        )
+        return own, *samples
+
+
+def _error(
+    net: nn.Module, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: dict[str, Tensor]
+) -> Tensor:
+    """Return u minus its target for x [N, *shape] at times t [N], where the flow has velocity v."""
+
+    def call(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return net(x, t, h=h, **cond)
+
+    # Along the flow dx = v dt. The other end of the step stays, so h grows as t does.
+    one = torch.ones_like(t)
+    with torch.autocast(x.device.type, enabled=False):
+        u, du = torch.func.jvp(call, (x, t, h), (v, one, one))
+    return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du).detach()
