@@ -65,6 +65,7 @@ class Stages:
                 )
         self.first = self._trainer(0, start, self.sources)
         self.trainer = self.first  # of the stage that was reached
+        self.results: list[Model] = []  # of the stages that are finished
 
     @property
     def identity(self) -> str:
@@ -85,6 +86,7 @@ class Stages:
         """
         self.trainer = self.first
         result = self.stages[0].result(self.trainer.fit())
+        self.results = [result]
         for number, stage in enumerate(self.stages[1:], 1):
             log.info("stage %d of %d: %s", number + 1, len(self.stages), stage)
             if not isinstance(result, Teacher):
@@ -94,6 +96,7 @@ class Stages:
                 )
             self.trainer = self._trainer(number, result, self._sources(number, result))
             result = stage.result(self.trainer.fit())
+            self.results.append(result)
         return result
 
     def _trainer(
