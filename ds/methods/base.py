@@ -93,7 +93,7 @@ class AbstractMethod(ABC):
 
     @abstractmethod
     def times(self, nfe: int) -> Grid:
-        """Return the times at which `sample` calls the network, as engines need them.
+        """Return what `sample` tells the network as its times, as engines need them.
 
         Raises ValueError for a number of calls that the method cannot do.
         """

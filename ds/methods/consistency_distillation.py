@@ -15,6 +15,7 @@ from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.networks import SharedDropout, follow, target_of
 from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
@@ -64,7 +65,7 @@ class ConsistencyDistillation(AbstractMethod):
         student = student_net(teacher, self.student)
         modules = {"student": student, "teacher": _Teacher(teacher.denoiser, self.levels())}
         if self.target_decay:
-            modules["target"] = copy.deepcopy(student).requires_grad_(False)
+            modules["target"] = target_of(student)
         return nn.ModuleDict(modules)
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
@@ -88,8 +89,10 @@ class ConsistencyDistillation(AbstractMethod):
         x = batch.x0 + _like(t, batch.x0) * batch.noise
         with torch.no_grad():
             nearer = self._step(teacher, x, i)
-        f = self.f(student, x, t, batch.cond)
-        with torch.no_grad():
+        dropout = SharedDropout(student, target, device=x.device)
+        with dropout:
+            f = self.f(student, x, t, batch.cond)
+        with dropout, torch.no_grad():
             wanted = self.f(target, nearer, s, batch.cond)
         return f - wanted
 
@@ -116,11 +119,7 @@ class ConsistencyDistillation(AbstractMethod):
 
     def after_step(self, modules: nn.ModuleDict, progress: Progress) -> None:
         if self.target_decay:
-            with torch.no_grad():
-                for mean, new in zip(
-                    modules["target"].parameters(), modules["student"].parameters(), strict=True
-                ):
-                    mean.lerp_(new, 1 - self.target_decay)
+            follow(modules["target"], modules["student"], self.target_decay)
 
     def times(self, nfe: int) -> Grid:
         return tuple(self.noise_scale * math.log(sigma) for sigma in self._visited(nfe))

@@ -67,7 +67,7 @@ class RectifiedFlow(AbstractMethod):
         return Denoiser(net, _PATH, Velocity(self.time_scale))
 
     def times(self, nfe: int) -> Grid:
-        return grids.uniform(nfe, _PATH)
+        return tuple(self.time_scale * t for t in grids.uniform(nfe, _PATH))
 
     def sample(
         self,
@@ -79,10 +79,10 @@ class RectifiedFlow(AbstractMethod):
         draws: Draws | None = None,
     ) -> Tensor:
         denoiser = self.denoiser(net).given(**(cond or {}))
-        return integrate(denoiser, DDIM(), self.times(nfe), z)  # on this path, Euler steps
+        return integrate(denoiser, DDIM(), grids.uniform(nfe, _PATH), z)  # here Euler steps
 
     def result(self, net: nn.Module) -> Teacher:
-        return Teacher(self.denoiser(net), DDIM(), self.times(self.nfe))
+        return Teacher(self.denoiser(net), DDIM(), grids.uniform(self.nfe, _PATH))
 
     def stages(self) -> tuple[AbstractMethod, ...]:
         if not self.reflow:
@@ -103,7 +103,7 @@ class RectifiedFlow(AbstractMethod):
         if self.feeds == "images":
             return ()
         x, velocities = z, []
-        for t, s in pairwise((*self.times(50), _PATH.data)):
+        for t, s in pairwise((*grids.uniform(50, _PATH), _PATH.data)):
             velocities.append(net(x, x.new_full((len(x),), self.time_scale * t)))
             x = x + (s - t) * velocities[-1]
         bend = torch.stack(velocities).var(0, correction=0).flatten(1).sum(1).mean()

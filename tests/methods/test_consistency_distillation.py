@@ -111,6 +111,18 @@ def test_targets_come_from_an_average_of_the_student_or_from_the_student_itself(
     torch.testing.assert_close(made["target"].map.weight, before + 0.1)
 
 
+def test_student_and_target_have_the_same_dropout():
+    """At one level for both, of a teacher that stays where it is, their difference is 0."""
+    made = modules(replace(METHOD, target_decay=0.0))
+    made["student"].map = nn.Sequential(made["student"].map, nn.Dropout(0.5))
+    made["teacher"].levels.fill_(1.0)
+    rows = batch()
+    i = torch.zeros_like(rows.index)
+    assert METHOD._error(modules(), rows, i).abs().max() > 1e-3
+    method = replace(METHOD, target_decay=0.0)
+    assert torch.equal(method._error(made, rows, i), torch.zeros_like(rows.x0))
+
+
 def test_no_score_is_given_since_a_network_of_one_value_has_the_loss_0():
     assert METHOD.score(modules(), batch(), Progress(0, 1)) is None
 

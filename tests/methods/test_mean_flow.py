@@ -67,5 +67,7 @@ def test_the_student_may_be_another_network_with_weights_of_its_own():
     exact = ds.analytic.GaussianMixture().teacher(ds.solvers.DDIM(), (800,))
     one, again = (MeanFlow(student=MLPConfig(conditions=("h",))).init(exact) for _ in range(2))
     assert all(map(torch.equal, one.parameters(), again.parameters()))
-    with pytest.raises(ValueError, match=r"takes h, which the teacher's network \(ExactNet\) does not"):
+    with pytest.raises(
+        ValueError, match=r"takes h, which the teacher's network \(ExactNet\) does not"
+    ):
         MeanFlow().init(exact)
