@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ds
 from ds.analytic import GaussianMixture
@@ -19,23 +19,6 @@ from ds.evaluation.scores import Score, scores, table
 from ds.methods import DenoisingStudent
 
 HELD_OUT = 10_000
-
-
-class MLP(nn.Module):
-    """A network for points: it is called as net(x [N, 2], t [N]) and says the shape of a sample."""
-
-    shape = (2,)
-
-    def __init__(self, width: int = 128, depth: int = 4):
-        super().__init__()
-        layers, size = [], 2
-        for _ in range(depth):
-            layers += [nn.Linear(size, width), nn.SiLU()]
-            size = width
-        self.layers = nn.Sequential(*layers, nn.Linear(size, 2))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layers(x)  # a one-step student sees one time only
 
 
 def make_pairs(out: Path, count: int) -> ds.PairStore:
@@ -50,7 +33,7 @@ def untrained() -> ds.Denoiser:
     """Return the network to start from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ds.Denoiser(MLP(), ds.schedule.LinearBeta())
+        return ds.Denoiser(ds.nets.MLPConfig().build(), ds.schedule.LinearBeta())
 
 
 def train(

@@ -200,3 +200,19 @@ def test_impossible_settings_are_refused(make, message):
 @every_schedule
 def test_schedules_are_values(schedule):
     assert hash(schedule) == hash(dataclasses.replace(schedule)) and len({schedule, schedule}) == 1
+
+
+@pytest.mark.parametrize("t", [torch.tensor([0, 3]), torch.tensor([0.5, 3.5])])
+def test_a_compiled_loss_is_one_graph_that_holds_the_table(t):
+    schedule, called = LinearBeta(7), []
+
+    def backend(module, _):
+        called.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    def loss(t):
+        alpha, sigma = schedule.gather(t, torch.zeros(2))
+        return alpha + sigma
+
+    assert torch.equal(torch.compile(loss, fullgraph=True, backend=backend)(t), loss(t))
+    assert called and torch.cumprod not in called

@@ -61,7 +61,7 @@ class AbstractTable(AbstractSchedule):
         return found.round().astype(int).tolist()
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        abar = _table(self, t.device)
+        abar = self._table(t.device)
         if not t.is_floating_point():
             abar = abar[t - self.data]
             return abar.sqrt(), (1 - abar).sqrt()
@@ -70,6 +70,12 @@ class AbstractTable(AbstractSchedule):
         start, end = (abar[below - self.data + i].log().clamp(min=_LEAST) for i in (0, 1))
         log_abar = start + (end - start) * (t - below)
         return (log_abar / 2).exp(), (-log_abar.expm1()).sqrt()
+
+    # A constant of a compiled loss, which would make it again at every step. It is a method because
+    # torch 2.11 takes no frozen dataclass as the argument of such a function.
+    @torch.compiler.assume_constant_result
+    def _table(self, device: torch.device) -> Tensor:
+        return _table(self, device)
 
     def prior(self, z: Tensor, t: float | None = None) -> Tensor:
         return z
@@ -160,14 +166,9 @@ def _check_betas(schedule: LinearBeta | ScaledLinear) -> None:
         raise ValueError(f"{name}: need 0 < beta_start <= beta_end < 1, not {first} and {last}")
 
 
-@torch.compiler.assume_constant_result  # else a compiled loss would make it again at every step
-def _table(schedule: AbstractTable, device: torch.device) -> Tensor:
-    return _made_table(schedule, device)
-
-
 @cache
 @torch.inference_mode(False)  # what is kept serves training as well
-def _made_table(schedule: AbstractTable, device: torch.device) -> Tensor:
+def _table(schedule: AbstractTable, device: torch.device) -> Tensor:
     """Return alpha-bar of the data and then of every index, float64 [num_steps + 1]."""
     return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), schedule.alphas_bar()]).to(
         device
@@ -184,5 +185,5 @@ def _pairs(schedule: AbstractTable) -> list[tuple[float, float]]:
 @cache
 def _knots(schedule: AbstractTable) -> tuple[np.ndarray, np.ndarray]:
     """Return the times -1 to num_steps - 1 and log alpha-bar there."""
-    abar = _made_table(schedule, torch.device("cpu"))
+    abar = _table(schedule, torch.device("cpu"))
     return np.arange(-1.0, schedule.num_steps), abar.log().clamp(min=_LEAST).numpy()
