@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 
 from ds.diffusion import grids
-from ds.diffusion.schedules import MOST, AbstractSchedule
+from ds.diffusion.schedules import MOST, AbstractSchedule, AbstractTable
 from ds.diffusion.solvers import (
     DDIM,
     AbstractSolver,
@@ -77,7 +77,8 @@ class SolveConfig:
     )
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: Annotated[int, Between(1, MOST)] = 100
-    # the largest time of the grid; a uniform grid has its own
+    # largest index of the grid on a table of steps; a uniform grid has its own, and so has any
+    # grid in continuous time
     top: Annotated[int, Between(1, MOST - 1)] = 800
 
     def __post_init__(self):
@@ -95,10 +96,13 @@ class SolveConfig:
     def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
             return grids.uniform(self.steps, schedule)
-        if self.grid == "quadratic":
-            return grids.quadratic(self.steps, schedule, top=self.top)
-        grid = {"log_snr": grids.log_snr, "karras": grids.karras}[self.grid]
-        return grid(self.steps, schedule, top=self.top)
+        make = {
+            "quadratic": grids.quadratic,
+            "log_snr": grids.log_snr,
+            "karras": grids.karras,
+        }[self.grid]
+        top = self.top if isinstance(schedule, AbstractTable) else None  # None: the grid's own
+        return make(self.steps, schedule, top=top)
 
 
 SOLVERS: dict[str, AbstractSolver] = {

@@ -3,9 +3,9 @@
 import pytest
 
 from ds.diffusion import grids
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.schedules import EDM, Linear, LinearBeta
 from ds.diffusion.solvers import DDIM
-from ds.training.presets import PRESETS
+from ds.training.presets import PRESETS, SolveConfig
 
 QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
 BETAS, LSUN_BETAS = (0.9, 0.98), (0.98, 0.999)
@@ -87,3 +87,11 @@ def test_a_preset_is_a_value(name):
 
 def test_only_the_data_that_ships_can_be_taught():
     assert [name for name, preset in PRESETS.items() if preset().teach] == ["digits"]
+
+
+@pytest.mark.parametrize("grid", ["quadratic", "uniform", "log_snr", "karras"])
+@pytest.mark.parametrize("schedule", [LinearBeta(), EDM(), Linear()], ids=repr)
+def test_a_grid_of_the_command_line_exists_on_every_schedule(grid, schedule):
+    _, times = SolveConfig(grid=grid, steps=8).build(schedule)
+    assert len(times) == 8
+    schedule.check(*times)
