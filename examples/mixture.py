@@ -48,10 +48,16 @@ def train(
         source(store, range(HELD_OUT)),
         out,
         ds.TrainConfig(
-            batch_size=batch_size, epochs=steps / (rows // batch_size), lr=2e-3, warmup_steps=100,
-            decay="cosine", betas=(0.9, 0.999), ema_decay=0.99, check_every=1000,
+            batch_size=batch_size,
+            epochs=steps / (rows // batch_size),
+            lr=2e-3,
+            warmup_steps=100,
+            decay="cosine",
+            betas=(0.9, 0.999),
+            ema_decay=0.99,
+            check_every=1000,
         ),
-    )  # fmt: skip
+    )
     return ds.Student(trainer.fit(), trainer.method)
 
 

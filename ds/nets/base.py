@@ -1,4 +1,4 @@
-"""What a network's configuration must offer so that a directory of weights can be read back."""
+"""What every network's configuration offers, so that a directory of weights can be read back."""
 
 from abc import ABC, abstractmethod
 

@@ -13,7 +13,7 @@ def fold_attention(net: UNet) -> UNet:
     """Return a copy for inference whose attention layers take a third less arithmetic.
 
     The function is the same in exact arithmetic, and the products of weights are made in float64.
-    The copy cannot be trained further as its original could, nor saved in its place.
+    The copy can be neither trained nor saved.
     """
     net = copy.deepcopy(net)
     for module in list(net.modules()):
@@ -26,12 +26,12 @@ def fold_attention(net: UNet) -> UNet:
 class FoldedAttention(nn.Module):
     """The function of an Attention layer, with the normalized pixels themselves as its keys.
 
-    With rows h of pixels, scores are (h W_q^T + b_q) (h W_k^T + b_k)^T, of which a softmax sees
+    With rows h of pixels, scores are (h W_q^T + b_q) (h W_k^T + b_k)^T, and a softmax sees only
 
         (h A + a) h^T    where A = W_q^T W_k and a = b_q W_k,
 
-    since what is left is the same for all keys of a query. Its rows sum to 1, so the projection
-    may come before them: values are h (W_o W_v)^T, and the bias is W_o b_v + b_o.
+    since the rest is the same for all keys of a query. The softmax's rows sum to 1, so the
+    projection may come before them: values are h (W_o W_v)^T, and the bias is W_o b_v + b_o.
     """
 
     def __init__(self, layer: Attention):

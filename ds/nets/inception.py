@@ -1,10 +1,10 @@
 """The Inception-v3 network of the FID standard, the TensorFlow graph of 2015-12-05.
 
-Frechet distances compare across papers only if all use this one network, its weights and its
-way to resize. It differs from the published Inception-v3 (Szegedy et al. 2015,
+Frechet distances can be compared across papers only if all use this network, its weights and its
+resizing. It differs from the published Inception-v3 (Szegedy et al. 2015,
 arXiv:1512.00567) in its pooling: averages leave the padding out, and the last block takes a
-maximum. Modules carry the names of the public port of the weights: one file, which pytorch-fid
-distributes as `pt_inception-2015-12-05-6726825d.pth` and torch-fidelity, by the same hash, as
+maximum. Modules have the names of the public port of the weights, one file: pytorch-fid
+distributes it as `pt_inception-2015-12-05-6726825d.pth` and torch-fidelity, by the same hash, as
 `weights-inception-2015-12-05-6726825d.pth`.
 """
 
@@ -104,9 +104,8 @@ class Inception(nn.Module):
     def load(cls, path: str | PathLike) -> "Inception":
         """Return the network with the weights of a file on disk.
 
-        Raises ValueError for a file that is not a plain dict of tensors (nothing in it is run)
-        and for one that misses a key, has another, or has one of another shape: the message
-        names the first.
+        Nothing in the file is run. Raises ValueError for a file that is not a plain dict of
+        tensors, and for a weight that is missing, unknown or of another shape.
         """
         state = load_tensors(Path(path))
         if not isinstance(state, Mapping):
@@ -223,7 +222,7 @@ def _resize(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _shape(value) -> str:
-    """Describe one entry of a state dict, for comparing and for telling."""
+    """Return the shape of a state dict's entry as text, or what the entry is instead."""
     if value is None:
         return "absent"
     return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -20,9 +20,9 @@ class MLPConfig(AbstractNetConfig):
     dim: Count = 2
     width: Count = 128  # of each hidden layer
     depth: Annotated[int, Between(1, 256)] = 4  # hidden layers
-    conditions: tuple[str, ...] = ()  # numbers that it is told beside the time, such as h
-    classes: Natural = 0  # kinds of labels y; 0: it takes none
-    embedding: Annotated[int, Between(4, 2**16)] = 16  # sines and cosines for the time
+    conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
+    classes: Natural = 0  # number of classes of labels y; 0: no labels
+    embedding: Annotated[int, Between(4, 2**16)] = 16  # width of the embedding of a number
     # highest and lowest frequency of the embedding; these suit times from about -2 to 2
     frequencies: Frequencies = (6.0, 0.5)
 

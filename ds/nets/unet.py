@@ -27,28 +27,28 @@ class UNetConfig(AbstractNetConfig):
 
     tag: ClassVar[str] = "unet"
 
-    image_size: Count = 32
-    in_channels: Count = 3
-    channels: Natural = 128
-    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
-    num_res_blocks: Annotated[int, Between(1, 256)] = 2  # of a level; known networks have 1 to 6
-    attention_resolutions: tuple[int, ...] = (16,)
-    conv_shortcut: bool = False  # 3x3 instead of 1x1 where a block changes the channels
-    dropout: Share = 0.0
-    norm_groups: Count = 32
-    norm_eps: Positive = 1e-6  # the 2021 files were made with 1e-3
-    conditions: tuple[str, ...] = ()  # numbers that it is told beside the time, such as h
-    # highest and lowest frequency of the time's embedding; for times from 0 to 1 take (6, 0.5)
+    image_size: Count = 32  # pixels a side
+    in_channels: Count = 3  # 3 for colour, 1 for grey
+    channels: Natural = 128  # width of the first convolution
+    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)  # width of each level, in units of channels
+    num_res_blocks: Annotated[int, Between(1, 256)] = 2  # residual blocks a level
+    attention_resolutions: tuple[int, ...] = (16,)  # sizes at which blocks have attention
+    conv_shortcut: bool = False  # shortcuts are 3x3, not 1x1, where a block changes the width
+    dropout: Share = 0.0  # dropout rate
+    norm_groups: Count = 32  # groups of each GroupNorm
+    norm_eps: Positive = 1e-6  # epsilon of each GroupNorm; the 2021 files need 1e-3
+    conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
+    # highest and lowest frequency of the time embedding; use (6, 0.5) for times from 0 to 1
     frequencies: Frequencies = (1.0, 1e-4)
 
     def build(self) -> "UNet":
-        """Make the network with freshly drawn weights; ValueError where they cannot fit here."""
+        """Make the network with fresh weights. Raise ValueError if memory cannot hold them."""
         least = 4 * max(self._least_weights(), self.in_channels * self.image_size**2)
         check_memory(f"a U-Net of {self.channels} x {self.channel_mult} channels", least)
         return UNet(self)
 
     def _least_weights(self) -> int:
-        """Return how many weights the 3x3 convolutions have at least, without making one."""
+        """Return a lower bound on the number of weights, without making any."""
         blocks = 18 * (2 * self.num_res_blocks + 1)
         return blocks * sum((self.channels * mult) ** 2 for mult in self.channel_mult)
 
@@ -196,9 +196,9 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 def recompute_norms(net: nn.Module) -> None:
-    """Make the residual blocks of a network recompute their norms in backward, not keep them.
+    """Make the residual blocks of a network recompute their norms in backward.
 
-    Training takes less memory, and a pass over the input of each norm longer. Gradients are the
+    Training takes less memory, and one more pass over the input of each norm. Gradients are the
     same to the bit.
 
     Raises:
@@ -206,13 +206,13 @@ def recompute_norms(net: nn.Module) -> None:
     """
     blocks = [layer for layer in net.modules() if isinstance(layer, ResBlock)]
     if not blocks:
-        raise ValueError(f"recompute_norms: {type(net).__name__} has no ResBlock to do it")
+        raise ValueError(f"recompute_norms: {type(net).__name__} has no ResBlock")
     for block in blocks:
         block.recompute = True
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where it is asked for."""
+    """The residual blocks of one resolution, each followed by attention where configured."""
 
     def __init__(self, c: UNetConfig, size: int, inputs: list[int], out: int):
         super().__init__()
@@ -224,8 +224,8 @@ class Level(nn.Module):
 class ResBlock(nn.Module):
     """norm, SiLU, conv, + time embedding, norm, SiLU, dropout, conv, + shortcut.
 
-    With a skip connection the input is the concatenation of both. If `recompute` is set, backward
-    computes what the norms return a second time, so that forward need not keep it.
+    With a skip connection the input is the concatenation of both. If `recompute` is set, forward
+    does not keep what the norms return, and backward computes it again.
     """
 
     recompute = False
@@ -264,8 +264,8 @@ class ResBlock(nn.Module):
     def _run(self, part: Callable, *args: Tensor | None) -> Any:
         """Call a part of the block, which ends with a convolution.
 
-        Checkpointing stops to compute again once it has what backward needs: with the input of that
-        convolution, which is not run twice.
+        Checkpointing stops once it has recomputed what backward needs, the input of that
+        convolution. So the convolution itself is not run twice.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(part, *args, use_reentrant=False)

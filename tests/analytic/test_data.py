@@ -130,9 +130,13 @@ def test_the_endpoint_is_that_of_another_integrator(data):
         return (a * eps - s * (x - s * eps) / a).flatten().numpy()
 
     path = solve_ivp(
-        velocity, (math.atan2(sigma, alpha), 0), z.flatten().numpy(), "DOP853",
-        rtol=1e-11, atol=1e-11,
-    )  # fmt: skip
+        velocity,
+        (math.atan2(sigma, alpha), 0),
+        z.flatten().numpy(),
+        "DOP853",
+        rtol=1e-11,
+        atol=1e-11,
+    )
     found = data.endpoint(z, alpha, sigma)
     exact = torch.from_numpy(path.y[:, -1]).reshape(z.shape)
     # 1e-9 is what GaussianMixture promises; paths that part between modes widen errors tenfold.

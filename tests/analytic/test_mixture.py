@@ -70,9 +70,9 @@ def test_a_student_passes(folder, store):
 class Shuffled(ds.Pairs):
     """Every noise with the image of its neighbour in the batch."""
 
-    def prepare(self, images, indices):
-        pairs = super().prepare(images, indices)
-        return {**pairs, "x0": pairs["x0"].roll(1, 0)}
+    def prepare(self, images, indices, draws):
+        pairs = super().prepare(images, indices, draws)
+        return pairs._replace(x0=pairs.x0.roll(1, 0))
 
     def fingerprint(self):
         return f"shuffled {super().fingerprint()}"

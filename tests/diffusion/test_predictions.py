@@ -152,5 +152,8 @@ def test_v_needs_a_schedule_that_preserves_variance(schedule):
 
 def test_short_names_and_values_are_predictions():
     assert [as_prediction(p) for p in ("eps", "x0", "v", TrigFlow())] == [
-        Eps(), X0(), V(), TrigFlow(),
-    ]  # fmt: skip
+        Eps(),
+        X0(),
+        V(),
+        TrigFlow(),
+    ]

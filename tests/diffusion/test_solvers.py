@@ -46,8 +46,11 @@ SOLVERS = sorted(
     key=lambda cls: cls.__name__,
 )
 EVERY = [
-    *(cls() for cls in SOLVERS), DPMSolverPP(order=3), DPMSolverPPSinglestep(order=3), UniPC(p=3)
-]  # fmt: skip
+    *(cls() for cls in SOLVERS),
+    DPMSolverPP(order=3),
+    DPMSolverPPSinglestep(order=3),
+    UniPC(p=3),
+]
 every_solver = pytest.mark.parametrize("solver", EVERY, ids=repr)
 every_grid = pytest.mark.parametrize(
     "grid", [grids.quadratic(100), grids.uniform(50)], ids=["quadratic 100", "uniform 50"]

@@ -12,9 +12,14 @@ from ds.nets import UNetConfig
 from tests import golden
 
 DIGITS = UNetConfig(
-    image_size=8, in_channels=1, channels=32, channel_mult=(1, 2), num_res_blocks=1,
-    attention_resolutions=(4,), norm_groups=8,
-)  # fmt: skip
+    image_size=8,
+    in_channels=1,
+    channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    norm_groups=8,
+)
 
 
 # image size, multipliers, the level with attention: appendix B of DDPM and the DDIM code's configs

@@ -29,9 +29,14 @@ from ds.training import presets
 from tests import golden
 
 TINY = UNetConfig(
-    image_size=8, in_channels=2, channels=8, channel_mult=(1, 2), num_res_blocks=1,
-    attention_resolutions=(4,), norm_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=2,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    norm_groups=4,
+)
 
 
 def build(config=TINY, seed=0):

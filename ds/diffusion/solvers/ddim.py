@@ -25,7 +25,7 @@ class DDIM(AbstractSolver):
 
     order: ClassVar[int] = 1
 
-    eta: NotNegative = 0.0  # 0: deterministic; 1: as DDPM
+    eta: NotNegative = 0.0  # share of fresh noise: 0 is deterministic, 1 is DDPM
 
     def __post_init__(self):
         check(self, "DDIM: ")

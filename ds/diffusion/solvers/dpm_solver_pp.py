@@ -28,15 +28,15 @@ class DPMSolverPP(AbstractSolver):
     """Multistep DPM-Solver++, 2M or 3M: one network call a step, the last predictions remembered.
 
     The first steps are of the order that the history allows. With `lower_order_final` the step to
-    time 0 is of order 2 at most, as the authors do below 15 steps. The authors' third order, and
-    that of diffusers, takes half of the second difference and so converges with order 2;
-    `as_released` does the same. Lu et al. 2022, arXiv:2211.01095, Algorithm 2; the third order is
-    in their code only.
+    index 0 of a table is of order 2 at most, as the authors do below 15 steps. The authors' third
+    order, and that of diffusers, takes half of the second difference and so converges with order
+    2; `as_released` does the same. Lu et al. 2022, arXiv:2211.01095, Algorithm 2; the third order
+    is in their code only.
     """
 
-    order: int = 2
-    lower_order_final: bool = False
-    as_released: bool = False
+    order: int = 2  # 2 or 3
+    lower_order_final: bool = False  # order 2 at most in the step to index 0 of a table
+    as_released: bool = False  # order 3 as in the authors' code, which converges with order 2
 
     def __post_init__(self):
         check_order(self, self.order)
@@ -91,7 +91,7 @@ class DPMSolverPPSinglestep(AbstractSolver):
     arXiv:2211.01095, Algorithm 1; the third order from arXiv:2206.00927, Algorithm 2.
     """
 
-    order: int = 2
+    order: int = 2  # 2 or 3
 
     def __post_init__(self):
         check_order(self, self.order)

@@ -22,16 +22,16 @@ class Heun(AbstractSolver):
 
     In y = x / alpha and r = sigma / alpha the ODE is dy/dr = eps (Song et al. 2020,
     arXiv:2010.02502, Eq. 14). Where alpha falls to 0, the rule is the same in the angle
-    atan(sigma / alpha), which both ends of the path have. With churn, each step first raises the
-    noise. Karras et al. 2022, arXiv:2206.00364, Algorithms 1 and 2.
+    atan(sigma / alpha), which is finite at both ends. With churn, each step first adds noise.
+    Karras et al. 2022, arXiv:2206.00364, Algorithms 1 and 2.
     """
 
     order: ClassVar[int] = 2
 
-    churn: NotNegative = 0.0  # share by which a step raises sigma first: EDM's S_churn / steps
-    s_min: NotNegative = 0.0  # the least sigma / alpha that is raised
-    s_max: Positive = 1e9  # the largest one
-    s_noise: Positive = 1.0  # deviation of the noise that raises it
+    churn: NotNegative = 0.0  # share of noise added before each step: EDM's S_churn / steps
+    s_min: NotNegative = 0.0  # smallest sigma / alpha with churn
+    s_max: Positive = 1e9  # largest sigma / alpha with churn
+    s_noise: Positive = 1.0  # standard deviation of the added noise
 
     def __post_init__(self):
         check(self, "Heun: ")

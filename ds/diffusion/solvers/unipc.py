@@ -1,4 +1,4 @@
-"""UniPC: one polynomial predicts the next x, and with one more point on it corrects the last."""
+"""UniPC: a polynomial predicts the next x; with the prediction made there, it corrects the last."""
 
 from dataclasses import dataclass
 from math import expm1, factorial, isfinite
@@ -25,15 +25,15 @@ class UniPC(AbstractSolver):
     """UniPC-p of the data prediction, variant bh2: order p + 1 for one network call a step.
 
     The prediction at the next x, needed there anyway, corrects the step that led to it. The first
-    steps are of the order that the history allows; with `lower_order_final` the step to time 0
-    uses two predictions at most, and the step to the data is x0 itself. Zhao et al. 2023,
+    steps are of the order that the history allows. With `lower_order_final` the step to index 0 of
+    a table uses two predictions at most. The step to the data is x0 itself. Zhao et al. 2023,
     arXiv:2302.04867, section 3 and its algorithms for data prediction.
     """
 
     tag: ClassVar[str] = "unipc"
 
-    p: int = 2
-    lower_order_final: bool = True
+    p: int = 2  # predictions that a step uses: 2 or 3
+    lower_order_final: bool = True  # 2 at most in the step to index 0 of a table
 
     def __post_init__(self):
         check_order(self, self.p)
