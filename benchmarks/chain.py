@@ -179,7 +179,7 @@ def _train(
     steps = max(1, round(c.epochs * len(loader)))
     rise = min(c.warmup_steps, steps // 2) or 1
     rates = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, total_iters=rise)]
-    if c.decay == "cosine":
+    if c.lr_schedule == "cosine":
         rates.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rise))
     rate = torch.optim.lr_scheduler.ChainedScheduler(rates)
     step = 0

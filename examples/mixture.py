@@ -52,7 +52,7 @@ def train(
             epochs=steps / (rows // batch_size),
             lr=2e-3,
             warmup_steps=100,
-            decay="cosine",
+            lr_schedule="cosine",
             betas=(0.9, 0.999),
             ema_decay=0.99,
             check_every=1000,

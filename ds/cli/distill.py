@@ -46,7 +46,7 @@ from ds.system import cost, distributed
 from ds.system.config import Count, tag
 from ds.system.distributed import is_first
 from ds.training.batches import check_rows
-from ds.training.config import Runtime, TrainConfig
+from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.training.stages import Stages
 
@@ -100,7 +100,7 @@ class Distill(Verb):
     pool: Count = 64  # batches of online pairs that are made, and held in memory, at a time
     force: bool = False  # replace a student that another run made
     price: Price = 0.0
-    runtime: Runtime = field(default_factory=Runtime)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     judge: EvalConfig = field(default_factory=EvalConfig)  # used by --runtime.evaluate-every
     machine: Here = field(default_factory=Machine)
 
@@ -346,12 +346,13 @@ class Distill(Verb):
         learning = len(stages) * steps * t.batch_size * self._training_seconds_each()
         each = f"{len(stages)} stages of " if len(stages) > 1 else ""
         about = f"{each}{steps:,} steps of {t.batch_size}, about {cost.duration(learning)}"
-        total = (making + learning) / distributed.world()
+        devices = distributed.world_size()
+        total = (making + learning) / devices
         saved = 5 * sum(w.nbytes for w in self.start.net.parameters())
         lines += [
             f"train: {about}",
             f"disk:  {cost.size(saved)} for the checkpoint, beside the pairs",
-            f"total: about {cost.cost(total, self.price)}, on {distributed.world()} of this device",
+            f"total: about {cost.cost(total, self.price)}, on {devices} of this device",
         ]
         return "\n".join(lines)
 
@@ -370,7 +371,7 @@ class Distill(Verb):
         config = self.train.on(device)
         modules = stage.init(self.start).to(device)
         rows = _Unmade(self.start.shape, 1) if self._feeds == "pairs" else self._data(None)[1]
-        most = max(1, self.train.batch_size // distributed.world())
+        most = max(1, self.train.batch_size // distributed.world_size())
         whole = rows.batch([i % len(rows) for i in range(most)], device=device)
 
         def work(n: int) -> None:

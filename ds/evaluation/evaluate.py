@@ -36,7 +36,7 @@ from ds.system import targets
 from ds.system.ambient import without_ambient
 from ds.system.config import Between, Count, Seed, require
 from ds.system.cost import check_memory
-from ds.system.distributed import from_first, gather, is_first, share
+from ds.system.distributed import broadcast, gather, is_first, share
 from ds.system.staging import write_json
 
 log = logging.getLogger("ds")
@@ -117,7 +117,7 @@ def evaluate(
     real = reference
     if isinstance(reference, Tensor):
         real = gather(extractor(_mine(reference), batch_size=batch_size))
-    found |= from_first(lambda: _distances(made, real, extractor))
+    found |= broadcast(lambda: _distances(made, real, extractor))
     protocol = Protocol(
         version=ds.__version__,
         n=n,

@@ -128,9 +128,16 @@ class Generated(AbstractSource):
     feeds: ClassVar = "pairs"
 
     def __init__(
-        self, teacher: Teacher, rows: int, *, seed: int, first: int = 0, reuse: int = 1,
-        batch_size: int | None = None, execution: Execution | None = None,
-    ):  # fmt: skip
+        self,
+        teacher: Teacher,
+        rows: int,
+        *,
+        seed: int,
+        first: int = 0,
+        reuse: int = 1,
+        batch_size: int | None = None,
+        execution: Execution | None = None,
+    ):
         require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
         require("Generated", Natural, first=first)
         require("Generated", Seed, seed=seed)

@@ -31,22 +31,22 @@ def joined() -> Iterator[None]:
 
 def is_first() -> bool:
     """Return whether this process is the one that writes files and messages."""
-    return number() == 0
+    return rank() == 0
 
 
-def number() -> int:
+def rank() -> int:
     """Return the number of this process, 0 of 1 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(n: int) -> range:
     """Return this process's part of range(n); the parts in order of rank make the whole."""
-    return range(n * number() // world(), n * (number() + 1) // world())
+    return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat([part[: int(c)] for part, c in zip(parts, counts, strict=True)])
 
 
-def total(value: float) -> float:
+def all_reduce_sum(value: float) -> float:
     """Return the sum over all processes, in order of rank, everywhere."""
     return sum(gather(torch.tensor([value], dtype=torch.float64, device="cpu")).tolist())
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """Return the largest value that any process has, everywhere."""
     if not dist.is_initialized():
         return value
@@ -78,7 +78,7 @@ def largest(value: int) -> int:
     return int(found)
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def broadcast(compute: Callable[[], T]) -> T:
     """Return what the first process computes, everywhere."""
     if not dist.is_initialized():
         return compute()

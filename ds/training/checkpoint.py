@@ -113,7 +113,7 @@ class Checkpoint:
 
         Raises ValueError if it is damaged or of another run, RuntimeError if it cannot be read.
         """
-        distributed.from_first(lambda: recover(self.folder))
+        distributed.broadcast(lambda: recover(self.folder))
         if not (found := self._found()):
             return
         # A kill between the first checkpoint of one kind and the end of the other leaves both.
@@ -124,7 +124,7 @@ class Checkpoint:
             if path == self.file:
                 saved = load_tensors(path, "cpu" if self.sharded else self.device)
             else:
-                saved = distributed.from_first(self._vouched)
+                saved = distributed.broadcast(self._vouched)
         with _judged(where, "not of this run ({}); move it away to start over"):
             if path != self.file:
                 saved = self._filled(state, saved)
@@ -187,7 +187,7 @@ class _Writer(HuggingFaceStorageWriter):
     def __init__(self, checkpoint: Checkpoint, numbers: dict[str, Any]):
         self.checkpoint, self.numbers, self.opened = checkpoint, numbers, ExitStack()
         new = replacing_directory(checkpoint.folder, checkpoint._files())
-        self.folder = distributed.from_first(lambda: self.opened.enter_context(new))
+        self.folder = distributed.broadcast(lambda: self.opened.enter_context(new))
         super().__init__(str(self.folder), save_distributed=True)
 
     def finish(self, metadata: Metadata, results: list) -> None:

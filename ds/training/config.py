@@ -47,12 +47,14 @@ class TrainConfig:
     epochs: Positive = 25  # passes over the rows
     lr: Positive = 2e-4  # learning rate after the warm-up
     warmup_steps: Natural = 5000  # steps in which the learning rate rises from zero
-    decay: Literal["none", "cosine"] = "none"  # of the learning rate after the warm-up
+    lr_schedule: Literal["none", "cosine"] = "none"  # of the learning rate after the warm-up
     betas: tuple[Share, Share] = (0.9, 0.98)  # of Adam
     eps: Positive = 1e-8  # of Adam
     optimizer: OptimizerKind = "adam"
     weight_decay: NotNegative = 0.0
-    max_norm: NotNegative = 0.0  # scale gradients down to this norm; 0 leaves them as they are
+    grad_clip_norm: NotNegative = (
+        0.0  # scale gradients down to this norm; 0 leaves them as they are
+    )
     ema_decay: Share = 0.995  # of the averaged weights, at every step
     # above 0: replace ema_decay by a power-function average over a share of the run
     ema_gamma: NotNegative = 0.0
@@ -82,7 +84,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runtime:
+class RuntimeConfig:
     """Settings that move results by rounding at most. A run may go on with other values."""
 
     loader: LoaderKind = "auto"  # how rows reach the device
@@ -115,7 +117,7 @@ class Runtime:
 
         The batches of a `coupled` loss cannot be cut at all.
         """
-        world = distributed.world()
+        world = distributed.world_size()
         if self.reduce == "bfloat16" and device.type != "cuda":
             raise ValueError(f"runtime.reduce bfloat16 is for GPUs, not for {device.type}")
         if self.shard and world == 1:
@@ -183,7 +185,7 @@ class RunFile:
         """Write the length and the intervals that the run goes on with, if they are others."""
         there = self._there()
         if found := difference(self.fields, there):
-            falls = self.fields["train"]["decay"] != "none" and "train.epochs" in found
+            falls = self.fields["train"]["lr_schedule"] != "none" and "train.epochs" in found
             log.info(
                 "%s: goes on otherwise (%s)%s",
                 self.out,

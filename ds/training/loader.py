@@ -124,9 +124,10 @@ def _dali(batches: Batches, start: int, device: torch.device, prefetch: int) -> 
 
     cuda = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=max(prefetch, 1), num_threads=1,
+        batch_size=max(prefetch, 1),
+        num_threads=1,
         device_id=torch.empty(0, dtype=torch.uint8, device=device).device.index if cuda else None,
-    )  # fmt: skip
+    )
     with pipeline:
         kept = fn.external_source(read, num_outputs=2, batch=False)
         pipeline.set_outputs(*(x.gpu() if cuda else x for x in kept))

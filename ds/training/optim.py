@@ -27,10 +27,17 @@ class Adam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], averages: Sequence[Tensor] = (), *, lr: float,
-        betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0,
-        decoupled: bool = False, max_norm: float = math.inf,
-    ):  # fmt: skip
+        self,
+        params: Iterable[nn.Parameter],
+        averages: Sequence[Tensor] = (),
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        max_norm: float = math.inf,
+    ):
         self.averages, self.decoupled, self.max_norm = list(averages), decoupled, max_norm
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"ema_decay": 0.0})
@@ -75,7 +82,7 @@ def build(
     Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Raises
     ValueError for an apex optimiser if weights are sharded, or if apex is missing or not NVIDIA's.
     """
-    c, kind, max_norm = config, config.optimizer, config.max_norm or math.inf
+    c, kind, max_norm = config, config.optimizer, config.grad_clip_norm or math.inf
     options = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     params = list(params)
     if not kind.startswith("apex"):

@@ -25,7 +25,7 @@ from ds.methods import AbstractMethod, Progress
 from ds.nets.unet import ResBlock
 from ds.pairs.sources import Batch
 from ds.system import distributed
-from ds.training.config import Runtime
+from ds.training.config import RuntimeConfig
 
 
 class Loss(nn.Module):
@@ -39,7 +39,7 @@ class Loss(nn.Module):
         return self.method.loss(self.modules_, batch, progress)
 
 
-def compiled(loss: Loss, runtime: Runtime) -> None:
+def compiled(loss: Loss, runtime: RuntimeConfig) -> None:
     """Compile a loss with its networks as one graph, or sharded networks a block at a time.
 
     With runtime.compile "auto", a graph may break where it cannot be compiled.
@@ -51,12 +51,12 @@ def compiled(loss: Loss, runtime: Runtime) -> None:
         part.compile(fullgraph=runtime.compile != "auto", mode=mode)
 
 
-def replicated(loss: Loss, learns: Iterable[nn.Parameter], runtime: Runtime) -> nn.Module:
+def replicated(loss: Loss, learns: Iterable[nn.Parameter], runtime: RuntimeConfig) -> nn.Module:
     """Return a loss whose gradients of the weights that learn are averaged over the processes.
 
     Sharded networks average theirs without this, and a process that is alone has nothing to do.
     """
-    if distributed.world() == 1 or runtime.shard:
+    if distributed.world_size() == 1 or runtime.shard:
         return loss
     learning = {id(p) for p in learns}
     others = [p for p in loss.parameters() if p.requires_grad and id(p) not in learning]
@@ -103,7 +103,7 @@ def shard(
         dist.broadcast(w.data, 0)
     called = copy.deepcopy(modules, kept)
     options = {
-        "mesh": init_device_mesh(device.type, (distributed.world(),)),
+        "mesh": init_device_mesh(device.type, (distributed.world_size(),)),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce),
         # Else a network without a backward would never free the weights it gathered first.
         "reshard_after_forward": True,

@@ -208,7 +208,7 @@ def digits() -> Preset:
         lr=3e-3,
         warmup_steps=50,
         betas=(0.9, 0.999),
-        decay="cosine",
+        lr_schedule="cosine",
         ema_decay=0.98,
         check_every=250,
     )
@@ -231,7 +231,7 @@ def digits() -> Preset:
             epochs=40,
             lr=2e-3,
             warmup_steps=100,
-            decay="none",
+            lr_schedule="none",
             ema_decay=0.995,
             check_every=560,
         ),

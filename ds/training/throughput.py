@@ -43,7 +43,7 @@ class Throughput:
         """Return what was measured since `start`, now after so many rows of all processes."""
         seconds = time.perf_counter() - self.since
         each = (rows - self.first) / seconds
-        tflops = each * self.flops / distributed.world() / 1e12
+        tflops = each * self.flops / distributed.world_size() / 1e12
         return {
             "images_per_second": round(each, 1),
             "tflops": float(f"{tflops:.4g}"),

@@ -30,7 +30,7 @@ from ds.system.staging import locked, replacing, subfolder
 from ds.training import loader, parallel
 from ds.training.batches import Batches
 from ds.training.checkpoint import Checkpoint
-from ds.training.config import LOW, RunFields, RunFile, Runtime, TrainConfig
+from ds.training.config import LOW, RunFields, RunFile, RuntimeConfig, TrainConfig
 from ds.training.ema import Averages, write_snapshot
 from ds.training.log import RunLog, check_project
 from ds.training.optim import TrainState
@@ -69,12 +69,12 @@ class Trainer:
         config: TrainConfig,
         *,
         device: torch.device | str = "cpu",
-        runtime: Runtime | None = None,
+        runtime: RuntimeConfig | None = None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         progress: bool = False,
     ):
         self.method, self.held_out, self.out = method, held_out, Path(out)
-        self.device, self.runtime = torch.device(device), runtime or Runtime()
+        self.device, self.runtime = torch.device(device), runtime or RuntimeConfig()
         self.config = config = config.on(self.device)
         self.evaluate, self.shape = evaluate, start.shape
         self.progress = progress and distributed.is_first()
@@ -113,7 +113,7 @@ class Trainer:
 
     def _check_sizes(self) -> None:
         c, r = self.config, self.runtime
-        rows = c.batch_size // distributed.world() // r.accumulate
+        rows = c.batch_size // distributed.world_size() // r.accumulate
         check_memory(  # for images and noise
             f"train.batch_size {c.batch_size}", 2 * 4 * rows * math.prod(self.shape), self.device
         )
@@ -222,7 +222,9 @@ class Trainer:
                     alive()
                     bar.update(self._rows(1))
                     self._act(bar)
-                    if (number := distributed.largest(self.stop())) and state.step < self.steps:
+                    if (
+                        number := distributed.all_reduce_max(self.stop())
+                    ) and state.step < self.steps:
                         raise Heard(number)
             except Heard as heard:
                 self._save(parallel.whole(self.averages.ema))
@@ -263,7 +265,7 @@ class Trainer:
 
     def _may_be_cut(self) -> AbstractContextManager[None]:
         """Return the context of work that a signal may cut short; several processes must agree."""
-        return self.stop.at_once() if distributed.world() == 1 else nullcontext()
+        return self.stop.at_once() if distributed.world_size() == 1 else nullcontext()
 
     def _advance(self) -> None:
         """Take one step: every module that has a turn takes an optimiser step."""
@@ -298,7 +300,7 @@ class Trainer:
         for i, (*kept, index) in enumerate(zip(*parts, strict=True)):
             batch = self.batches.source.prepare(*kept, draws._replace(index=index))
             with parallel.unreduced(loss, i < count - 1):
-                part = distributed.number() * count + i
+                part = distributed.rank() * count + i
                 with self._seeded(number, part), self.config.autocast(self.device):
                     found = loss(batch, self._progress(turn)) / count
                 state.scaler.scale(found).backward()
@@ -317,7 +319,7 @@ class Trainer:
         c, step = self.config, self.state.step
         rise = min(1.0, (step + 1) / max(c.warmup_steps, 1))
         after = max(0, step - c.warmup_steps) / max(self.steps - c.warmup_steps, 1)
-        fall = 0.5 * (1 + math.cos(math.pi * after)) if c.decay == "cosine" else 1.0
+        fall = 0.5 * (1 + math.cos(math.pi * after)) if c.lr_schedule == "cosine" else 1.0
         return c.lr * rise * fall
 
     def _log(self, bar: tqdm) -> None:
@@ -342,7 +344,7 @@ class Trainer:
     def _pool(self) -> None:
         """Give every process the means of the losses that each has summed up."""
         for total in self.state.losses.values():
-            total.fill_(distributed.total(total.item()) / distributed.world())
+            total.fill_(distributed.all_reduce_sum(total.item()) / distributed.world_size())
 
     def _flops(self) -> float:
         """Return the operations per row, the mean over the turns of a step."""
@@ -375,7 +377,7 @@ class Trainer:
                 score = self.method.score(modules, self._held_out_batch(part), self._progress())
                 if score is not None:
                     total, seen = total + score.item() * len(part), seen + len(part)
-        total, seen = distributed.total(total), distributed.total(seen)
+        total, seen = distributed.all_reduce_sum(total), distributed.all_reduce_sum(seen)
         return total / rows if seen else None
 
     def _snapshot(self) -> None:
@@ -425,7 +427,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue the run in `out`, or start it."""
-        distributed.from_first(self.run.claim)
+        distributed.broadcast(self.run.claim)
         self.checkpoint.load(self)
         step = self.state.step
         if step > self.steps:
@@ -435,12 +437,12 @@ class Trainer:
             )
         if step:
             log.info("%s: going on from step %d of %d", self.out, step, self.steps)
-        if step != (there := distributed.from_first(lambda: step)):
+        if step != (there := distributed.broadcast(lambda: step)):
             raise RuntimeError(
                 f"{self.out}: holds step {step} here and step {there} where the first process "
                 f"runs; all processes need the same file system"
             )
-        distributed.from_first(self.run.change)
+        distributed.broadcast(self.run.change)
 
     def _held_out_batch(self, rows: range) -> Batch:
         return self.held_out.batch(rows, seed=self.config.seed, device=self.device)

@@ -13,7 +13,7 @@ from ds.methods import DenoisingStudent
 from ds.pairs.sources import Images, Pairs
 from ds.system.signals import Interrupted
 from ds.training.batches import Batches
-from ds.training.config import Runtime, TrainConfig
+from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.loader import load
 from ds.training.trainer import Trainer
 from tests import emulated
@@ -24,7 +24,13 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 ROWS = 2  # of a batch
 CONFIG = TrainConfig(
-    batch_size=ROWS, epochs=2, lr=1e-3, warmup_steps=1, max_norm=1.0, log_every=1, check_every=2
+    batch_size=ROWS,
+    epochs=2,
+    lr=1e-3,
+    warmup_steps=1,
+    grad_clip_norm=1.0,
+    log_every=1,
+    check_every=2,
 )
 KINDS = ["memory_map", "resident"]
 LEVELS = torch.arange(40 * 8 * 8).view(40, 8, 8, 1).remainder(251).byte()
@@ -44,7 +50,7 @@ def trainer(store, out, device="cuda", kind="auto", **config) -> Trainer:
     source, held_out = (Pairs(store, range(i, i + ROWS)) for i in (ROWS, 0))
     return Trainer(
         DenoisingStudent(), steady(), source, held_out, out, replace(CONFIG, **config),
-        device=device, runtime=Runtime(loader=kind),
+        device=device, runtime=RuntimeConfig(loader=kind),
     )  # fmt: skip
 
 

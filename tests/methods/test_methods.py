@@ -25,9 +25,14 @@ from ds.training.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 NET = UNetConfig(
-    image_size=8, in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1,
-    attention_resolutions=(4,), norm_groups=4,
-)  # fmt: skip
+    image_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    norm_groups=4,
+)
 TOTAL = 40  # steps
 
 
@@ -269,9 +274,15 @@ def test_the_result_of_a_stage_samples(method):
 def test_a_method_trains_and_its_run_is_resumed_to_the_same_bits(method, tmp_path):
     teacher, modules = start(method)
     config = TrainConfig(
-        batch_size=16, epochs=TOTAL / 4, lr=3e-3, warmup_steps=0, log_every=10, check_every=20,
-        betas=(0.9, 0.99), ema_decay=0.5,
-    )  # fmt: skip
+        batch_size=16,
+        epochs=TOTAL / 4,
+        lr=3e-3,
+        warmup_steps=0,
+        log_every=10,
+        check_every=20,
+        betas=(0.9, 0.99),
+        ema_decay=0.5,
+    )
     run = Trainer(method, teacher, source(method), source(method), tmp_path, config)
     student = run.fit()
     moved = bits(run.state.modules["student"])

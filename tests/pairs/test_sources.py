@@ -70,10 +70,10 @@ def test_generated_points_are_the_teachers():
 def test_processes_share_the_making_of_a_pool(monkeypatch):
     whole = generated()._make(1)
     parts = []
-    monkeypatch.setattr(sources.distributed, "world", lambda: 3)
+    monkeypatch.setattr(sources.distributed, "world_size", lambda: 3)
     monkeypatch.setattr(sources.distributed, "gather", lambda rows: parts.append(rows) or rows)
     for number in range(3):
-        monkeypatch.setattr(sources.distributed, "number", lambda number=number: number)
+        monkeypatch.setattr(sources.distributed, "rank", lambda number=number: number)
         generated()._make(1)
     assert [len(part) for part in parts] == [4, 4, 7]
     assert torch.equal(torch.cat(parts), whole)
@@ -111,10 +111,16 @@ def test_sources_that_differ_have_different_fingerprints(store):
     sources = [
         *(Generated(teacher, 9, seed=seed) for teacher in teachers for seed in (0, 1)),
         *(Generated(teachers[0], 9, seed=0, **{name: 3}) for name in ("first", "reuse")),
-        Pairs(store), Pairs(store, range(5)), Pairs(store, range(1, 6)),
-        *(Noise(*about) for about in ((9, (2,)), (8, (2,)), (9, (3,)))), Noise(9, (2,), seed=1),
-        Images(images), Images(images, seed=1), Images(images[1:]), Images(other),
-    ]  # fmt: skip
+        Pairs(store),
+        Pairs(store, range(5)),
+        Pairs(store, range(1, 6)),
+        *(Noise(*about) for about in ((9, (2,)), (8, (2,)), (9, (3,)))),
+        Noise(9, (2,), seed=1),
+        Images(images),
+        Images(images, seed=1),
+        Images(images[1:]),
+        Images(other),
+    ]
     assert len({source.fingerprint() for source in sources}) == len(sources)
 
 

@@ -26,7 +26,7 @@ from ds.system import cost
 from ds.system.config import Between, _hints
 from ds.training import presets
 from ds.training.batches import Batches
-from ds.training.config import Runtime, TrainConfig
+from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.loader import load
 from ds.training.trainer import Trainer
 
@@ -84,9 +84,9 @@ NUMBERS = [
 def test_the_table_has_the_configurations_that_people_set():
     names = {p.values[0].__name__ for p in NUMBERS}
     assert names >= {
-        "TrainConfig", "Runtime", "Machine", "SolveConfig", "PairsConfig", "UNetConfig",
+        "TrainConfig", "RuntimeConfig", "Machine", "SolveConfig", "PairsConfig", "UNetConfig",
         "LinearBeta", "DenoisingStudent", "DPMSolverPP", "UniPC", "Teach", "Distill", "MakePairs",
-        "Sample", "Evaluate", "Judge", "Convert", "Doctor", "PairsVerify", "PairsExport",
+        "Sample", "Evaluate", "EvalConfig", "Convert", "Doctor", "PairsVerify", "PairsExport",
     }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ ABSURD = {
     ),
     "a pool": lambda n, _: Generated(TEACHER, n, seed=0),
     "a batch to train on": lambda n, p: trainer(p, batch_size=n),
-    "parts of a batch": lambda n, p: trainer(p, runtime=Runtime(accumulate=n)),
+    "parts of a batch": lambda n, p: trainer(p, runtime=RuntimeConfig(accumulate=n)),
     "times of a grid": lambda n, _: ds.grids.quadratic(n),
     "times of a uniform grid": lambda n, _: ds.grids.uniform(n),
     "times even in log(alpha / sigma)": lambda n, _: ds.grids.log_snr(n, ds.schedule.LinearBeta()),

@@ -20,7 +20,7 @@ from ds.pairs.sources import Pairs
 from ds.system import distributed
 from ds.system.signals import Interrupted
 from ds.training import checkpoint
-from ds.training.config import Runtime
+from ds.training.config import RuntimeConfig
 from ds.training.parallel import blocks, local, whole
 from ds.training.trainer import Trainer
 from tests.processes import Two
@@ -54,16 +54,16 @@ class Followed(DenoisingStudent):
 
 
 JOBS = {
-    "whole": (DenoisingStudent(), QUIET, Runtime()),
-    "followed": (Followed(), replace(QUIET, max_norm=0.05), Runtime(accumulate=2)),
+    "whole": (DenoisingStudent(), QUIET, RuntimeConfig()),
+    "followed": (Followed(), replace(QUIET, grad_clip_norm=0.05), RuntimeConfig(accumulate=2)),
     "kept": (
         DenoisingStudent(),
         replace(QUIET, optimizer="adamw", weight_decay=0.1, snapshot_every=3, recompute_norms=True),
-        Runtime(evaluate_every=3),
+        RuntimeConfig(evaluate_every=3),
     ),
-    "turns": (Contest(), replace(QUIET, epochs=3 * QUIET.epochs), Runtime()),
-    "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), Runtime()),
-    "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), Runtime()),
+    "turns": (Contest(), replace(QUIET, epochs=3 * QUIET.epochs), RuntimeConfig()),
+    "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), RuntimeConfig()),
+    "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), RuntimeConfig()),
 }
 
 
@@ -72,10 +72,15 @@ def make(home: Path, out: Path, name: str, *, sharded: bool, **options) -> Train
     method, config, runtime = JOBS[name]
     store = ds.PairStore(home / "store")
     return Trainer(
-        method, steady(), Pairs(store, range(HELD_OUT, HELD_OUT + 256)), Pairs(store, range(96)),
-        out, config, runtime=replace(runtime, shard=sharded, **options),
+        method,
+        steady(),
+        Pairs(store, range(HELD_OUT, HELD_OUT + 256)),
+        Pairs(store, range(96)),
+        out,
+        config,
+        runtime=replace(runtime, shard=sharded, **options),
         evaluate=lambda net: {"first": next(net.parameters()).sum().item()},
-    )  # fmt: skip
+    )
 
 
 def folder(home: Path, name: str, sharded: bool) -> Path:
@@ -93,7 +98,7 @@ def finish(run: Trainer) -> None:
     tensors = [*(w for module in kept for w in module.parameters()), *moments]
     share = sum(w.numel() for w in local(tensors)) / sum(w.numel() for w in tensors)
     learnt |= {"best": best.state_dict(), "share": share}
-    torch.save(learnt, run.out / f"learnt-{distributed.number()}.pt")
+    torch.save(learnt, run.out / f"learnt-{distributed.rank()}.pt")
 
 
 def stop(run: Trainer) -> None:
@@ -126,7 +131,11 @@ def work(home: Path, stage: str) -> None:
         for sharded in (False, True):
             stop(make(home, folder(home, "cut", sharded), "whole", sharded=sharded))
         with pytest.raises(ValueError, match="optimizer apex_adam: takes no sharded weights"):
-            JOBS["apex"] = DenoisingStudent(), replace(QUIET, optimizer="apex_adam"), Runtime()
+            JOBS["apex"] = (
+                DenoisingStudent(),
+                replace(QUIET, optimizer="apex_adam"),
+                RuntimeConfig(),
+            )
             make(home, home / "apex", "apex", sharded=True)
     elif stage == "die":
         die_at_the_second_checkpoint(make(home, home / "killed", "whole", sharded=True))
@@ -257,4 +266,4 @@ def test_one_process_has_nothing_to_share_out(home, tmp_path):
 
 def test_cuda_graphs_are_refused_with_shards():
     with pytest.raises(ValueError, match=r"must be no or yes with runtime\.shard, not cuda_graphs"):
-        Runtime(shard=True, compile="cuda_graphs")
+        RuntimeConfig(shard=True, compile="cuda_graphs")

@@ -107,8 +107,10 @@ def test_wandb_is_told_where_a_project_is_named_and_goes_on_with_the_same_run(
     runs[1].close()
     (_, first), (_, options) = runs[0].project[0], runs[1].project[0]
     assert (options["project"], options["config"], options["resume"]) == (
-        "digits", {"a": 1}, "allow",
-    )  # fmt: skip
+        "digits",
+        {"a": 1},
+        "allow",
+    )
     assert options["id"] == first["id"]
     assert runs[1].project[1:] == [({"loss": 2.0}, 15), "closed"]
     assert RunLog(tmp_path, 0, {}).project is None

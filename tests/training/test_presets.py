@@ -27,17 +27,25 @@ def test_the_paper_s_numbers(name, column):
     p = PRESETS[name]()
     t, (_, grid) = p.train, p.solve.build(LinearBeta())
     found = (
-        p.method.loss_type, t.lr, t.warmup_steps, t.batch_size, t.betas, t.ema_decay, t.epochs,
-        p.pairs.count, p.pairs.held_out, grid,
-    )  # fmt: skip
+        p.method.loss_type,
+        t.lr,
+        t.warmup_steps,
+        t.batch_size,
+        t.betas,
+        t.ema_decay,
+        t.epochs,
+        p.pairs.count,
+        p.pairs.held_out,
+        grid,
+    )
     assert found[column] == PAPER[name][column]
 
 
 @paper
 def test_the_paper_s_optimiser_is_plain_adam(name):
     t = PRESETS[name]().train
-    assert (t.optimizer, t.eps, t.decay) == ("adam", 1e-8, "none")
-    assert (t.weight_decay, t.max_norm) == (0, 0)
+    assert (t.optimizer, t.eps, t.lr_schedule) == ("adam", 1e-8, "none")
+    assert (t.weight_decay, t.grad_clip_norm) == (0, 0)
 
 
 @paper

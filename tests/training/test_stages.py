@@ -11,7 +11,7 @@ import ds
 from ds.methods import DenoisingStudent
 from ds.pairs.sources import Pairs
 from ds.system.signals import Interrupted
-from ds.training.config import Runtime
+from ds.training.config import RuntimeConfig
 from ds.training.stages import Stages
 from ds.training.trainer import Trainer
 from tests.training.test_trainer import SHORT, affine, started, stop_at, trainer
@@ -118,7 +118,7 @@ def test_an_evaluation_gets_the_result_of_each_stage(store, tmp_path):
         seen.append(type(model))
         return {"found": 1.0}
 
-    runtime = Runtime(evaluate_every=100)
+    runtime = RuntimeConfig(evaluate_every=100)
     run(store, tmp_path, evaluate=evaluate, runtime=runtime).fit()
     assert seen == [ds.Teacher, ds.Student]
 

@@ -30,7 +30,7 @@ from ds.system.config import to_json
 from ds.system.files import read_json, read_sealed
 from ds.system.signals import Interrupted, Stop
 from ds.system.staging import locked
-from ds.training.config import Runtime, TrainConfig
+from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.ema import average, power_decay
 from ds.training.log import MEASURED
 from ds.training.trainer import COMPILE_STEPS, Trainer
@@ -40,9 +40,15 @@ DATA = Gaussian(mean=0.1, std=0.15, shape=(1, 8, 8))
 TEACHER = DATA.teacher(ds.solvers.DDIM(), ds.grids.quadratic(100))
 HELD_OUT = 256
 TINY = UNetConfig(
-    image_size=8, in_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1,
-    attention_resolutions=(4,), norm_groups=4, dropout=0.2,
-)  # fmt: skip
+    image_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    norm_groups=4,
+    dropout=0.2,
+)
 SHORT = TrainConfig(
     batch_size=32, epochs=12 / 8, lr=1e-2, warmup_steps=0, ema_decay=0.5, log_every=3, check_every=4
 )
@@ -152,9 +158,15 @@ def test_two_parameters_reach_the_floor_that_rounding_to_uint8_sets(store, tmp_p
     itself, what averaging over 262,144 rounded elements leaves, about 0.00226 / 512 = 4e-6.
     """
     config = TrainConfig(
-        batch_size=256, epochs=40, lr=5e-3, warmup_steps=20, betas=(0.9, 0.999), decay="cosine",
-        ema_decay=0.98, check_every=160,
-    )  # fmt: skip
+        batch_size=256,
+        epochs=40,
+        lr=5e-3,
+        warmup_steps=20,
+        betas=(0.9, 0.999),
+        lr_schedule="cosine",
+        ema_decay=0.98,
+        check_every=160,
+    )
     run = trainer(store, tmp_path, config, rows=4096)
     student = ds.Student(run.fit(), run.method)
     z = store.noise(range(HELD_OUT))
@@ -194,7 +206,7 @@ def test_training_leaves_the_teacher_as_it_is(store, tmp_path):
     ],
 )
 def test_the_learning_rate_rises_linearly_and_then_decays(store, tmp_path, decay, expected):
-    run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, decay=decay))
+    run = trainer(store, tmp_path, replace(SHORT, warmup_steps=4, lr_schedule=decay))
     for step, share in expected.items():
         run.state.step = step
         assert run._lr() == pytest.approx(share * SHORT.lr)
@@ -299,14 +311,14 @@ def test_the_trainer_notes_what_an_evaluation_finds(store, tmp_path):
         seen.append(net.gain.item())
         return {"distance": net.gain.item()}
 
-    run = trainer(store, tmp_path, runtime=Runtime(evaluate_every=5), evaluate=evaluate)
+    run = trainer(store, tmp_path, runtime=RuntimeConfig(evaluate_every=5), evaluate=evaluate)
     run.fit()
     found = {line["step"]: line["distance"] for line in lines(tmp_path) if "distance" in line}
     assert list(found) == [5, 10, 12]
     assert list(found.values()) == seen
     assert seen[-1] == run.averages.ema.gain.item()
     with pytest.raises(ValueError, match=r"runtime\.evaluate_every needs an `evaluate`"):
-        trainer(store, tmp_path, runtime=Runtime(evaluate_every=5))
+        trainer(store, tmp_path, runtime=RuntimeConfig(evaluate_every=5))
 
 
 def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_path, monkeypatch):
@@ -361,7 +373,7 @@ def test_a_long_run_of_a_unet_on_a_gpu_is_compiled_unasked(
     store, tmp_path, caplog, device, net, steps, asked, found
 ):
     init = {"init": unet()} if net == "unet" else {}
-    run = trainer(store, tmp_path, runtime=Runtime(compile=asked), **init)
+    run = trainer(store, tmp_path, runtime=RuntimeConfig(compile=asked), **init)
     run.device, run.steps = torch.device(device), steps
     with caplog.at_level("INFO", "ds"):
         assert run._compiles() == found
@@ -435,9 +447,14 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
     monkeypatch.setitem(sys.modules, "apex", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=stand_in))
     c = replace(
-        SHORT, max_norm=1e-2, weight_decay=0.1, precision=precision, optimizer=optimizer,
-        decay="cosine", ema_gamma=2.0,
-    )  # fmt: skip
+        SHORT,
+        grad_clip_norm=1e-2,
+        weight_decay=0.1,
+        precision=precision,
+        optimizer=optimizer,
+        lr_schedule="cosine",
+        ema_gamma=2.0,
+    )
     run = trainer(store, tmp_path / "run", c, init=unet())
     theirs = copy.deepcopy(run.state.modules["student"])
     ema = copy.deepcopy(theirs)
@@ -448,7 +465,7 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
     def follow(modules):
         for p, other in zip(modules["student"].parameters(), theirs.parameters(), strict=True):
             other.grad = p.grad.clone()
-        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), c.max_norm))
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), c.grad_clip_norm))
         expected.param_groups[0]["lr"] = run._lr()
         expected.step()
         weights = [p.detach() for p in theirs.parameters()]
@@ -524,7 +541,12 @@ def test_the_trainer_takes_the_power_function_average(store, tmp_path):
 @pytest.mark.parametrize("count", [2, 8])
 def test_parts_of_a_batch_add_up_to_it(store, tmp_path, count):
     runs = [
-        trainer(store, tmp_path / str(n), replace(SHORT, max_norm=0.1), runtime=Runtime(**options))
+        trainer(
+            store,
+            tmp_path / str(n),
+            replace(SHORT, grad_clip_norm=0.1),
+            runtime=RuntimeConfig(**options),
+        )
         for n, options in enumerate(({}, {"accumulate": count}))
     ]
     for run in runs:
@@ -535,15 +557,21 @@ def test_parts_of_a_batch_add_up_to_it(store, tmp_path, count):
 
 def test_pairs_of_the_step_train_as_those_of_a_store(tmp_path):
     fresh = Generated(TEACHER, 256, seed=7)
-    run = Trainer(DenoisingStudent(), affine(), fresh, Generated(TEACHER, 64, seed=8), tmp_path,
-                  replace(SHORT, epochs=4))  # fmt: skip
+    run = Trainer(
+        DenoisingStudent(),
+        affine(),
+        fresh,
+        Generated(TEACHER, 64, seed=8),
+        tmp_path,
+        replace(SHORT, epochs=4),
+    )
     run.fit()
     losses = [line["held_out_loss"] for line in lines(tmp_path) if "held_out_loss" in line]
     assert losses[-1] < 0.2 * losses[0]
 
 
 def test_every_loader_trains_to_the_same_bits(store, tmp_path):
-    runs = [trainer(store, tmp_path / kind, runtime=Runtime(loader=kind)) for kind in KINDS]
+    runs = [trainer(store, tmp_path / kind, runtime=RuntimeConfig(loader=kind)) for kind in KINDS]
     for run in runs:
         run.fit()
         assert_same_bits(runs[0], run)
@@ -568,7 +596,7 @@ def test_a_shuffle_within_windows_trains_on_it(store, tmp_path):
 
 def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # to be as it was afterwards
-    options = Runtime(compile="yes", compile_cache=str(tmp_path / "cache"))
+    options = RuntimeConfig(compile="yes", compile_cache=str(tmp_path / "cache"))
 
     def compiled(folder: str) -> Trainer:
         return trainer(store, tmp_path / folder, runtime=options)
@@ -738,7 +766,7 @@ def test_a_log_at_another_interval_is_the_mean_since_the_last_one(store, tmp_pat
 
 
 def test_a_cosine_follows_the_new_length_and_says_so(store, tmp_path, caplog):
-    config = replace(SHORT, decay="cosine")
+    config = replace(SHORT, lr_schedule="cosine")
     trainer(store, tmp_path, config).fit()
     run = trainer(store, tmp_path, replace(config, epochs=3))
     with caplog.at_level("INFO", logger="ds"):
@@ -777,7 +805,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_stands_in_no_way(store, tm
 @pytest.mark.parametrize("runtime", [{"prefetch": 10**12}, {"wandb": "x"}])
 def test_a_runtime_that_cannot_be_had_is_refused_before_anything_is_made(store, tmp_path, runtime):
     with pytest.raises(ValueError, match=next(iter(runtime))):
-        trainer(store, tmp_path / "new", runtime=Runtime(**runtime)).fit()
+        trainer(store, tmp_path / "new", runtime=RuntimeConfig(**runtime)).fit()
     assert not [*tmp_path.iterdir()]
 
 
@@ -806,10 +834,21 @@ def test_the_identity_of_a_run_is_what_makes_it_another_one(store, tmp_path):
     same = {"epochs": 3, "log_every": 7, "check_every": 9, "snapshot_every": 2}
     assert {identity(**{name: value}) for name, value in same.items()} == {identity()}
     other = {
-        "batch_size": 64, "lr": 2e-2, "warmup_steps": 1, "decay": "cosine", "betas": (0.9, 0.9),
-        "eps": 1e-7, "optimizer": "adamw", "weight_decay": 0.1, "max_norm": 1.0, "ema_decay": 0.6,
-        "ema_gamma": 1.0, "shuffle_window": 64, "precision": "bfloat16", "seed": 1,
-    }  # fmt: skip
+        "batch_size": 64,
+        "lr": 2e-2,
+        "warmup_steps": 1,
+        "lr_schedule": "cosine",
+        "betas": (0.9, 0.9),
+        "eps": 1e-7,
+        "optimizer": "adamw",
+        "weight_decay": 0.1,
+        "grad_clip_norm": 1.0,
+        "ema_decay": 0.6,
+        "ema_gamma": 1.0,
+        "shuffle_window": 64,
+        "precision": "bfloat16",
+        "seed": 1,
+    }
     assert len({identity(), *(identity(**{n: v}) for n, v in other.items())}) == 1 + len(other)
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields == {*same, *other, "recompute_norms"}
@@ -908,12 +947,12 @@ def test_a_checkpoint_of_something_else_is_named(store, tmp_path, change):
 )
 def test_a_runtime_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"runtime\.{name} must be at least"):
-        Runtime(**{name: value})
+        RuntimeConfig(**{name: value})
 
 
 def test_cuda_graphs_and_accumulation_are_refused_together():
     with pytest.raises(ValueError, match=r"runtime\.accumulate must be 1 with compile cuda_graphs"):
-        Runtime(compile="cuda_graphs", accumulate=2)
+        RuntimeConfig(compile="cuda_graphs", accumulate=2)
 
 
 def test_a_run_that_stalls_ends_and_shows_where(store, tmp_path):
@@ -929,7 +968,7 @@ def test_a_run_that_stalls_ends_and_shows_where(store, tmp_path):
 
 
 def test_a_run_that_goes_on_is_left_alone(store, tmp_path):
-    trainer(store, tmp_path, runtime=Runtime(stall_minutes=1)).fit()
+    trainer(store, tmp_path, runtime=RuntimeConfig(stall_minutes=1)).fit()
 
 
 def test_a_method_for_pairs_refuses_images(store, tmp_path):
@@ -946,11 +985,22 @@ def test_a_method_for_images_refuses_pairs(store, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 0), ("epochs", 0), ("lr", -1e-3), ("log_every", 0), ("check_every", -1),
-     ("ema_decay", 1.0), ("lr", math.nan), ("warmup_steps", -1),
-     ("max_norm", -1.0), ("weight_decay", math.inf), ("shuffle_window", -1), ("ema_gamma", -0.1),
-     ("snapshot_every", -1)],
-)  # fmt: skip
+    [
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("lr", -1e-3),
+        ("log_every", 0),
+        ("check_every", -1),
+        ("ema_decay", 1.0),
+        ("lr", math.nan),
+        ("warmup_steps", -1),
+        ("grad_clip_norm", -1.0),
+        ("weight_decay", math.inf),
+        ("shuffle_window", -1),
+        ("ema_gamma", -0.1),
+        ("snapshot_every", -1),
+    ],
+)
 def test_a_configuration_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"train.{name} must"):
         replace(SHORT, **{name: value})

@@ -17,7 +17,7 @@ from ds.methods import Denoising, DenoisingStudent
 from ds.pairs.sources import Images, digits
 from ds.system import distributed
 from ds.system.signals import Interrupted
-from ds.training.config import Runtime
+from ds.training.config import RuntimeConfig
 from ds.training.trainer import Trainer
 from tests.processes import Two
 from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
@@ -26,19 +26,38 @@ from tests.training.test_turns import Contest
 pytestmark = pytest.mark.slow
 QUIET = replace(SHORT, lr=1e-3)  # at a rate where a rounding stays one for twelve steps
 DISTILL = (
-    "distill", "digits", "--held-out", "32", "--train.epochs", "2", "--train.batch-size", "32",
-    "--train.log-every", "1",
-)  # fmt: skip
+    "distill",
+    "digits",
+    "--held-out",
+    "32",
+    "--train.epochs",
+    "2",
+    "--train.batch-size",
+    "32",
+    "--train.log-every",
+    "1",
+)
 ONLINE = (
-    "--online", "--pool", "2", "--reuse", "2", "--pairs.count", "64", "--pairs.batch-size", "32",
-)  # fmt: skip
+    "--online",
+    "--pool",
+    "2",
+    "--reuse",
+    "2",
+    "--pairs.count",
+    "64",
+    "--pairs.batch-size",
+    "32",
+)
 JOBS = {
-    "whole": (QUIET, Runtime()),
-    "cut": (QUIET, Runtime()),
-    "images": (QUIET, Runtime(accumulate=2)),
-    "clipped": (replace(QUIET, max_norm=0.05), Runtime(accumulate=2, loader="resident")),
-    "tangent": (QUIET, Runtime()),
-    "turns": (replace(QUIET, epochs=3 * QUIET.epochs), Runtime()),
+    "whole": (QUIET, RuntimeConfig()),
+    "cut": (QUIET, RuntimeConfig()),
+    "images": (QUIET, RuntimeConfig(accumulate=2)),
+    "clipped": (
+        replace(QUIET, grad_clip_norm=0.05),
+        RuntimeConfig(accumulate=2, loader="resident"),
+    ),
+    "tangent": (QUIET, RuntimeConfig()),
+    "turns": (replace(QUIET, epochs=3 * QUIET.epochs), RuntimeConfig()),
 }
 
 
@@ -56,7 +75,9 @@ class Tangent(DenoisingStudent):
 METHODS = {"tangent": Tangent(), "turns": Contest()}
 
 
-def make(store: ds.PairStore, out: Path, name: str, runtime: Runtime | None = None) -> Trainer:
+def make(
+    store: ds.PairStore, out: Path, name: str, runtime: RuntimeConfig | None = None
+) -> Trainer:
     """The run of a job; "images" is one whose times are random."""
     config, own = JOBS[name]
     if name != "images":
@@ -123,7 +144,7 @@ def alone(home) -> dict[str, Path]:
     """The folders where one process did the same without interruption."""
     folders = {name: home / f"{name}-alone" for name in JOBS if name != "cut"}
     for name, out in folders.items():
-        make(ds.PairStore(home / "store"), out, name, Runtime()).fit()
+        make(ds.PairStore(home / "store"), out, name, RuntimeConfig()).fit()
     return folders
 
 
@@ -160,7 +181,7 @@ def test_clipping_changed_the_run(home, alone):
 def test_a_run_of_two_processes_goes_on_in_one(home, alone):
     out = home / "cut"
     assert lines(out)[-1]["step"] == 6
-    run = make(ds.PairStore(home / "store"), out, "cut", Runtime(loader="resident"))
+    run = make(ds.PairStore(home / "store"), out, "cut", RuntimeConfig(loader="resident"))
     run.fit()
     assert curve(out) == pytest.approx(curve(alone["whole"]), rel=1e-5)
     assert (weights(out) - weights(alone["whole"])).abs().max() < 0.02 * moved(home)
@@ -168,12 +189,12 @@ def test_a_run_of_two_processes_goes_on_in_one(home, alone):
 
 def test_parts_that_cannot_be_equal_are_refused(home, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size \(32\) must be a multiple of 3: 1 processes"):
-        make(ds.PairStore(home / "store"), tmp_path, "whole", Runtime(accumulate=3))
+        make(ds.PairStore(home / "store"), tmp_path, "whole", RuntimeConfig(accumulate=3))
 
 
 def test_gradients_in_bfloat16_are_refused_on_a_cpu(home, tmp_path):
     with pytest.raises(ValueError, match="reduce bfloat16 is for GPUs, not for cpu"):
-        make(ds.PairStore(home / "store"), tmp_path, "whole", Runtime(reduce="bfloat16"))
+        make(ds.PairStore(home / "store"), tmp_path, "whole", RuntimeConfig(reduce="bfloat16"))
 
 
 def test_the_verb_distill_runs_in_two_processes(home):

@@ -9,7 +9,7 @@ import torch
 
 from ds.methods import DenoisingStudent
 from ds.system.signals import Interrupted
-from ds.training.config import Runtime
+from ds.training.config import RuntimeConfig
 from tests.training.test_trainer import SHORT, assert_same_bits, lines, stop_at, trainer
 from tests.training.test_trainer import store as store
 
@@ -163,4 +163,4 @@ def test_a_coupled_loss_refuses_to_be_cut(store, tmp_path):
 
     trainer(store, tmp_path / "whole", method=Coupled()).fit()
     with pytest.raises(ValueError, match=r"mixes the rows of a batch, .* cut into 2 parts"):
-        trainer(store, tmp_path / "cut", method=Coupled(), runtime=Runtime(accumulate=2))
+        trainer(store, tmp_path / "cut", method=Coupled(), runtime=RuntimeConfig(accumulate=2))
