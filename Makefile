@@ -48,6 +48,7 @@ fmt: $(VENV)/.test ## format the code
 lint: $(VENV)/.test ## check format, style and types without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.test ## time this library and its peers on this machine; CASES="NAME --size quick" for less
 	$(BIN)/python -m benchmarks $(CASES)

@@ -87,7 +87,7 @@ class AbstractData(ABC):
         if prediction is None:
             prediction = Eps() if schedule.at(schedule.noise)[0] > 0 else Velocity()
         net = ExactNet(self, schedule, as_prediction(prediction))
-        return Teacher(Denoiser(net, schedule, prediction), solver, grid)
+        return Teacher(Denoiser(net, schedule, net.prediction), solver, grid)
 
 
 class ExactNet(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -39,7 +39,7 @@ class Convert(Verb):
 
     def prepare(self) -> Callable[[], None]:
         _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
-        size = {"image_size": self.image_size} if self.image_size else {}
+        size: dict[str, Any] = {"image_size": self.image_size} if self.image_size else {}
         model = load(self.source, **size, types=classes_in(self.code))
         if self.to == "diffusers" and isinstance(model, Student):
             raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
@@ -47,7 +47,7 @@ class Convert(Verb):
             raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
         return partial(self._write, model)
 
-    def _write(self, model: Teacher | Student) -> None:
+    def _write(self, model: Any) -> None:  # a Teacher or a Student, as the format needs it
         if self.to == "ours":
             model.save_pretrained(self.out, force=self.force)
         elif self.to == "diffusers":
@@ -57,7 +57,7 @@ class Convert(Verb):
             write(model, self.out, force=self.force)
         say(f"{model.kind}: {self.out}")
 
-    def _to_diffusers(self, model: Teacher) -> None:
+    def _to_diffusers(self, model: Any) -> None:
         denoiser = model.denoiser
         to_diffusers(
             self.out,

@@ -42,7 +42,7 @@ class Demo(Verb):
 
     out: Path = Path("runs/demo")  # a directory for everything the demo makes
 
-    def prepare(self) -> Callable[[], None]:
+    def prepare(self) -> Callable[[], Any]:
         targets.kept(self.out, "demo", targets.MARK)
         return partial(demo, self.out)
 
@@ -66,7 +66,7 @@ def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str,
 
     log.info("\n== evaluate and report")
     teacher, student = load_teacher(places["teacher"]), load_student(places["student"])
-    first = teacher.denoiser.schedule.num_steps - 1
+    first = int(teacher.denoiser.schedule.noise)
     models = {
         f"teacher, {teacher.nfe} calls": teacher,
         "student, 1 call": student,

@@ -97,7 +97,9 @@ def _built(library: str) -> str:
     from ds import ops
 
     info = ops.build_info(library)
-    return f"built with {info['compiler']}, {info['flags']}" if info["built"] else info["reason"]
+    return (
+        f"built with {info['compiler']}, {info['flags']}" if info["built"] else str(info["reason"])
+    )
 
 
 def _ops() -> list[dict[str, str]]:

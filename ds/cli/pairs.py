@@ -170,8 +170,9 @@ class PairsVerify(Verb):
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
-        alone = dict.fromkeys(("recompute", "device", "threads"), "without --teacher")
-        return alone if self.teacher is None else {}
+        if self.teacher is not None:
+            return {}
+        return dict.fromkeys(["recompute", "device", "threads"], "without --teacher")
 
     def prepare(self) -> Callable[[], None]:
         store, teacher = PairStore(self.store), None

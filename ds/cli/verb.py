@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Union
+from typing import Annotated, Any, ClassVar, Union, cast
 
 import torch
 import tyro
@@ -62,7 +62,7 @@ class Verb(ABC):
         return inspect.getdoc(cls) or ""
 
     @abstractmethod
-    def prepare(self) -> Callable[[], None]:
+    def prepare(self) -> Callable[[], Any]:
         """Check everything that can be checked before the work, and write nothing.
 
         Returns the work.
@@ -162,7 +162,7 @@ def loaded(
         return model
     if not isinstance(model, Student):
         raise ValueError(f"nfe is for students; {path} is a teacher, whose grid has {model.nfe}")
-    model.method.times(nfe)
+    cast(AbstractMethod, model.method).times(nfe)
     return replace(model, nfe=nfe)
 
 

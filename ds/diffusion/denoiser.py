@@ -1,9 +1,9 @@
 """The one interface every solver and method sees: a network, its schedule, and what it predicts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,14 @@ class Denoiser:
     cond: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "prediction", as_prediction(self.prediction))
-        self.prediction.check(self.schedule)
+        prediction = as_prediction(self.prediction)
+        object.__setattr__(self, "prediction", prediction)
+        prediction.check(self.schedule)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample, for images (C, H, W)."""
-        return tuple(self.net.shape)
+        return tuple(cast(Iterable[int], self.net.shape))
 
     def given(self, **cond: Any) -> "Denoiser":
         """Return the same denoiser with conditions for its network, such as labels y [N]."""
@@ -58,15 +59,16 @@ class Denoiser:
         else:
             alpha, sigma = self.schedule.at(t)
             t = _filled(x_t, t)
-        x, c_noise = self.prediction.inputs(x_t, t, alpha, sigma)
-        return self.prediction.estimate(x_t, self.net(x, c_noise, **self.cond), alpha, sigma)
+        prediction = as_prediction(self.prediction)
+        x, c_noise = prediction.inputs(x_t, t, alpha, sigma)
+        return prediction.estimate(x_t, self.net(x, c_noise, **self.cond), alpha, sigma)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what the network should have predicted at times t [N], shaped like x0."""
-        return self.prediction.target(x0, eps, *self.schedule.gather(t, x0))
+        return as_prediction(self.prediction).target(x0, eps, *self.schedule.gather(t, x0))
 
 
-def _filled(x: Tensor, t: Real) -> Tensor:
+def _filled(x: Tensor, t: float) -> Tensor:
     """Return a time for every sample of x: int64 for an index, else real."""
     if isinstance(t, Integral):
         return torch.full((x.shape[0],), int(t), dtype=torch.int64, device=x.device)

@@ -100,7 +100,7 @@ def karras(
         raise ValueError(f"karras: rho must be positive, not {rho}")
     top, bottom = _ends("karras", n, schedule, top, bottom)
     ends = np.exp(-np.array([schedule.lam(top), schedule.lam(bottom)]) / rho)
-    return _at(schedule, -rho * np.log(np.linspace(*ends, n)), top, bottom)
+    return _at(schedule, -rho * np.log(np.linspace(ends[0], ends[1], n)), top, bottom)
 
 
 def _ends(

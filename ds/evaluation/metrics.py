@@ -238,13 +238,13 @@ def _covered(samples: Tensor, members: Tensor, k: int) -> float:
     from sklearn.neighbors import NearestNeighbors
 
     centre = members.mean(0)
-    samples, members = ((points - centre).cpu().numpy() for points in (samples, members))
-    radii = NearestNeighbors(n_neighbors=k).fit(members).kneighbors()[0][:, -1]
+    others, own = ((points - centre).cpu().numpy() for points in (samples, members))
+    radii = NearestNeighbors(n_neighbors=k).fit(own).kneighbors()[0][:, -1]
     # Distances here are roots of differences of squared norms, so that of a copy is not quite
     # zero. Without this slack a member with k twins, whose ball is a point, would miss them.
     eps = torch.finfo(torch.float64).eps
-    radii += (eps * members.shape[1]) ** 0.5 * (members**2).sum(1).max() ** 0.5
+    radii += (eps * own.shape[1]) ** 0.5 * (own**2).sum(1).max() ** 0.5
     chunks = pairwise_distances_chunked(
-        samples, members, reduce_func=lambda distances, _: (distances <= radii).any(1)
+        others, own, reduce_func=lambda distances, _: (distances <= radii).any(1)
     )
     return sum(int(inside.sum()) for inside in chunks) / len(samples)

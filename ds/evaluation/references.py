@@ -81,7 +81,8 @@ def _moments(mu: np.ndarray, sigma: np.ndarray, digest: str) -> Moments:
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("mu or sigma is not finite")
-    return Moments(*(torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma)), digest)
+    as_tensor = (torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma))
+    return Moments(next(as_tensor), next(as_tensor), digest)
 
 
 def _read_folder(path: Path) -> Tensor:

@@ -34,7 +34,12 @@ def draw(strips: dict[str, Tensor], run: Path, path: Path, *, force: bool = Fals
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK, "font.family": "serif"}
+    style: Any = {
+        "font.size": 10,
+        "axes.edgecolor": _INK,
+        "text.color": _INK,
+        "font.family": "serif",
+    }
     with plt.rc_context(style):
         heights = [1.0] * len(strips) + [2.1]
         figure, axes = plt.subplots(

@@ -84,7 +84,7 @@ def frontier(
     fine, half = (
         tuple(sorted({top, *grids.quadratic(n, top=max(top, 1))}, reverse=True)) for n in (400, 200)
     )
-    among = list(candidates(schedule, top) if among is None else among)
+    among = list(candidates(schedule, int(top)) if among is None else among)
     with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:
 
         def endpoint(solver: AbstractSolver, grid: Grid) -> Tensor:

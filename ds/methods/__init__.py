@@ -7,13 +7,15 @@ mention elsewhere.
 import importlib
 import inspect
 import pkgutil
+from types import ModuleType
+from typing import Any
 
 from ds.methods.base import AbstractMethod, Progress
 
 __all__ = ["AbstractMethod", "Progress"]
 
 
-def defined_in(module: object) -> list[type[AbstractMethod]]:
+def defined_in(module: ModuleType) -> list[type[AbstractMethod]]:
     """Return the final methods that a module defines itself."""
     return [
         cls
@@ -29,5 +31,5 @@ for _file in pkgutil.iter_modules(__path__):
         __all__ += [_method.__name__]
 
 
-def __getattr__(name: str) -> type[AbstractMethod]:
+def __getattr__(name: str) -> Any:
     raise AttributeError(f"ds.methods has no {name}; it has {', '.join(__all__)}")

@@ -16,7 +16,7 @@ live in the modules that `init` creates. The Trainer calls a method in this orde
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
             f"({type(teacher.net).__name__}) does not; set `student` to the configuration of a "
             f"network that does"
         )
-    net = built(replace(own, conditions=(*takes, *lacks)))
+    net = built(replace(cast(Any, own), conditions=(*takes, *lacks)))
     net.load_state_dict(teacher.net.state_dict(), strict=False)
     return net
 

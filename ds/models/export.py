@@ -42,6 +42,7 @@ def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     program = torch.onnx.export(
         _exported(student), input_names=["noise"], output_names=["samples"], verbose=False
     )
+    assert program is not None
     with replacing(where, force=force) as temporary:
         program.save(temporary)
 

@@ -118,7 +118,7 @@ def _built(found: Imported) -> nn.Module:
         net = found.config.build().to(torch.float32)
     net = net.to_empty(device="cpu")
     net.load_state_dict(found.weights)
-    return net.to(memory_format=torch.channels_last).eval()
+    return net.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
 
 def _paper_grid(found: Imported) -> Grid:

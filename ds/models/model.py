@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Model(ABC):
     def compile(self: M) -> M:
         """Return the same model with a compiled network; on a CPU its weights are frozen."""
         options: Any = {"freezing": True} if device_of(self.net).type == "cpu" else None
-        return self.using(torch.compile(self.net, options=options))
+        return self.using(cast(nn.Module, torch.compile(self.net, options=options)))
 
     def engine(self: M, images: int, **options: Any) -> M:
         """Return the same model for inference, `images` at a time, with a ds.engine.Engine."""

@@ -111,7 +111,8 @@ def annotated(path: str | Path) -> tuple[Path, list[str]]:
 def _describe(folder: Path, config: dict[str, Any], card: Card, where: Path) -> None:
     """Write the configuration of a directory, and its card unless people have edited it."""
     text = card(where.name, config["provenance"]).encode(errors="backslashreplace")
-    if not (where / CARD).exists() or _ours(where)(CARD):
+    ours = _ours(where)
+    if not (where / CARD).exists() or (ours and ours(CARD)):
         (folder / CARD).write_bytes(text)
         config = {**config, "card": hashlib.sha256(text).hexdigest()}
     write_json(folder / CONFIG, sealed(config))

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
-from ds.pairs.quantizer import quantize, row_of
+from ds.pairs.quantizer import Quantizer, quantize, row_of
 from ds.pairs.rows import as_indices
 from ds.pairs.store import PairStore
 from ds.system import distributed
@@ -76,9 +76,9 @@ class AbstractSource(ABC):
     ) -> Batch:
         """Return the batch of some rows. Their draws have the numbers of the rows by default."""
         numbers = rows if draws is None else draws
-        kept = self.read(rows), self.indices(rows, numbers)
+        images, indices = self.read(rows).to(device), self.indices(rows, numbers).to(device)
         number = torch.as_tensor(numbers, dtype=torch.int64, device=device)
-        return self.prepare(*(x.to(device) for x in kept), Draws(seed, number))
+        return self.prepare(images, indices, Draws(seed, number))
 
 
 class Pairs(AbstractSource):
@@ -145,7 +145,7 @@ class Generated(AbstractSource):
         check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows * prod(teacher.shape))
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
         self._sampler = Sampler(teacher, batch_size=batch_size, execution=execution)
-        self._quantizer = "round" if len(teacher.shape) == 3 else "float32"
+        self._quantizer: Quantizer = "round" if len(teacher.shape) == 3 else "float32"
         self._pool, self._number = torch.empty(0, dtype=torch.float32, device="cpu"), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
@@ -235,7 +235,7 @@ class Images(AbstractSource):
         return _prepared(images, indices, self.seed, draws)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.images.cpu().contiguous().numpy()).hexdigest()
+        digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
         return f"{len(self)} images {digest}, seed {self.seed}"
 
 
@@ -253,6 +253,6 @@ def digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's 1,797 scanned digits: uint8 [N, 8, 8, 1] and labels [N]."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     levels = np.rint(data.images * (255 / 16)).astype(np.uint8)
     return torch.from_numpy(levels)[..., None], torch.from_numpy(data.target)

@@ -132,6 +132,7 @@ def claim_of(name: str) -> str:
 class Directory(AbstractPlace):
     """A directory of a file system with locks: a local disk, or NFS from version 4."""
 
+    path: Path
     pause: ClassVar = 0.1
     caches: ClassVar = False
 
@@ -211,6 +212,7 @@ class Bucket(AbstractPlace):
     endpoints in the provider's own configuration files and variables.
     """
 
+    path: str
     pause: ClassVar = 5.0
     caches: ClassVar = True
 

@@ -1,10 +1,11 @@
 """Read arrays and tensors from untrusted files: sizes are checked before memory is allocated."""
 
+import io
 import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -108,16 +109,16 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.n
     with whole(where, "zip file"):
         member = archive.open(info)
     with member:
-        return _read(member, info.file_size, where)
+        return _read(cast(BinaryIO, member), info.file_size, where)
 
 
 def _read(file: BinaryIO, size: int, where: Path | str) -> np.ndarray:
     header = read_header(file, size, where)
     with whole(where, "NumPy array"):
         array = np.empty(header.shape, header.dtype, order="F" if header.fortran else "C")
-        left = memoryview(array.reshape(-1, order="A").view(np.uint8))
+        left = memoryview(array.reshape(-1, order="A").view(np.uint8).data)
         while left:
-            if not (count := file.readinto(left)):
+            if not (count := cast(io.BufferedIOBase, file).readinto(left)):
                 raise EOFError("it ends too early")
             left = left[count:]
         file.read(1)  # reaching the end of a zip member makes zipfile check its checksum

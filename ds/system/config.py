@@ -212,7 +212,7 @@ def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     if origin is Literal:
         fits = any(type(value) is type(one) and value == one for one in args)
         return None if fits else _not(at, _words(kind), value)
-    if is_typeddict(kind) or (dataclasses.is_dataclass(kind) and not isinstance(value, kind)):
+    if is_typeddict(kind) or (_is_config(kind) and not isinstance(value, kind)):
         return _fields_mismatch(value, kind, at)
     if not _is_a(value, origin or kind):
         return _not(at, _words(kind), value)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,6 @@ def broadcast(compute: Callable[[], T]) -> T:
     """Return what the first process computes, everywhere."""
     if not dist.is_initialized():
         return compute()
-    box = [compute() if is_first() else None]
+    box: list[Any] = [compute() if is_first() else None]
     dist.broadcast_object_list(box)
     return box[0]

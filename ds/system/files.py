@@ -142,7 +142,7 @@ def present(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def regular(path: Path) -> os.stat_result:
+def regular(path: Path | str) -> os.stat_result:
     """Return the stat of a regular file, following links.
 
     Raises ValueError with the kind of anything else, and FileNotFoundError if nothing is there.
@@ -155,14 +155,14 @@ def regular(path: Path) -> os.stat_result:
         raise
 
 
-def _regular(path: Path, found: os.stat_result) -> os.stat_result:
+def _regular(path: Path | str, found: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path}: {kind_of(found.st_mode)}; a regular file is needed")
     return found
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path | str) -> Iterator[BinaryIO]:
     """Open a regular file for reading; see `regular`. An OSError in the block names the file."""
     regular(path)  # before it is opened: opening a device can have effects
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -190,7 +190,7 @@ def small(content: bytes, where: Any, most: int = MOST_JSON) -> bytes:
     return content
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with opened(path) as file:

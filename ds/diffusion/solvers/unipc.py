@@ -50,7 +50,7 @@ class UniPC(AbstractSolver):
         s: float,
         state: _State | None,
         draws: Draws | None = None,
-    ) -> tuple[Tensor, _State]:
+    ) -> tuple[Tensor, _State | None]:
         schedule = denoiser.schedule
         x0 = denoiser(x, t).x0
         if s == schedule.data:

@@ -238,7 +238,7 @@ def _config(file: Path, image_size: int | None) -> UNetConfig:
     return config
 
 
-def _schedule(folder: Path) -> tuple[LinearBeta, str, dict[str, Any]]:
+def _schedule(folder: Path) -> tuple[LinearBeta, Any, dict[str, Any]]:
     """Return a network's schedule, prediction and facts on sampling, from its scheduler."""
     places = (folder / _SCHEDULER, folder.parent / "scheduler" / _SCHEDULER)
     file = next((place for place in places if present(place)), None)
