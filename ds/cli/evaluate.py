@@ -16,6 +16,7 @@ from ds.evaluation.evaluate import check_count, evaluate, record
 from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
 from ds.evaluation.references import Moments, read_reference
 from ds.models import pretrained
+from ds.models.execution import Execution, Mode, Precision
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs
@@ -77,6 +78,9 @@ class Evaluate(Verb):
     seed: Seed = 1  # of the noise
     nfe: Count | None = None  # network calls of a student; None: as it was saved
     batch_size: Count = 256
+    precision: Precision | None = None  # None: bfloat16 for U-Nets on GPUs, else float32
+    # what runs the network; None: the fastest mode of its device
+    mode: Mode | None = None
     # a JSON file; by default the figures go into metrics.json and the card of a MODEL of ours
     out: Path | None = None
     force: bool = False  # replace the file --out
@@ -101,9 +105,16 @@ class Evaluate(Verb):
             "n": self.judge.count,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "execution": self._execution(model),
             "held_out": held_out,
         }
         return partial(self._evaluate, model, reference, extractor, options)
+
+    def _execution(self, model: Teacher | Student) -> Execution | None:
+        """Return how to run the model, if an option says anything about it."""
+        if not (self.precision or self.mode):
+            return None
+        return Execution.default(model, precision=self.precision, mode=self.mode)
 
     def _evaluate(
         self,

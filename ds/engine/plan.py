@@ -148,8 +148,8 @@ def blocks(net: UNet) -> dict[str, ResBlock]:
 
 
 def can_run(net: nn.Module) -> TypeGuard[UNet]:
-    """Return whether the engine can run a network: a U-Net whose only input beside x is t."""
-    return isinstance(net, UNet) and not getattr(net.config, "conditions", ())
+    """Return whether the engine can run a network: a U-Net that takes nothing beside x and t."""
+    return isinstance(net, UNet) and not net.config.takes
 
 
 @torch.no_grad()

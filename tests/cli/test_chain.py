@@ -74,6 +74,15 @@ def test_evaluate_writes_the_figures_with_their_protocol(chain):
     assert "0, 32" in p["held_out"]
 
 
+def test_evaluate_runs_a_model_as_it_is_told(chain, tmp_path):
+    out = tmp_path / "figures.json"
+    options = ("--precision", "bfloat16", "--mode", "eager", "--out", str(out))
+    few = ("--extractor", "pixels", "--count", "8")
+    assert main(["evaluate", str(chain / "student"), *few, *options]) == 0
+    execution = json.loads(out.read_text())["protocol"]["execution"]
+    assert (execution["precision"], execution["mode"]) == ("bfloat16", "eager")
+
+
 def test_distill_compares_images_of_the_average_with_real_ones_on_its_way(chain):
     notes = (chain / "student-run" / "metrics.jsonl").read_text().splitlines()
     found = {m["step"]: m for m in map(json.loads, notes) if "frechet_distance" in m}

@@ -23,7 +23,7 @@ OPTIONS = {
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
     "convert": ["--to", "--image-size"],
-    "evaluate": ["--reference", "--extractor", "--count", "--seed", "--store", "--out"],
+    "evaluate": ["--reference", "--extractor", "--count", "--seed", "--store", "--out", "--mode"],
 }
 
 

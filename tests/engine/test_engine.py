@@ -64,8 +64,9 @@ def test_different_times_in_a_call_are_refused():
 
 
 def test_another_network_is_refused():
-    with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet .*, not Linear"):
-        Engine(nn.Linear(1, 1))
+    for net in (nn.Linear(1, 1), build(replace(TINY, conditions=("h",)))):
+        with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet without cond"):
+            Engine(net)
 
 
 def test_an_engine_leaves_its_input_alone_and_repeats_itself():

@@ -12,7 +12,7 @@ from ds.diffusion.solvers import DDIM, Heun
 from ds.engine import Engine
 from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
-from tests.nets.test_unet import build, relative_rms
+from tests.nets.test_unet import TINY, build, relative_rms
 
 TEACHER = analytic.GaussianField(size=4).teacher(DDIM(), grids.quadratic(5))
 ENGINE, GRAPH = Execution(mode="engine"), Execution(mode="cuda_graph")
@@ -76,6 +76,12 @@ def test_the_default_is_that_of_the_device_and_the_weights(
     monkeypatch.setattr("ds.models.execution.device_of", lambda _: torch.device(device))
     assert Execution.default(unet, **asked) == expected
     assert Execution.default(TEACHER) == Execution()
+
+
+def test_a_network_with_conditions_is_run_by_itself():
+    net = build(replace(TINY, conditions=("h",)))
+    denoiser = ds.Denoiser(net, ds.schedule.LinearBeta()).given(h=torch.zeros(1))
+    assert Execution.default(ds.Teacher(denoiser, DDIM(), (5, 0))) == Execution()
 
 
 def test_every_model_whose_step_can_be_captured_is_on_a_gpu(unet, caplog, monkeypatch):
