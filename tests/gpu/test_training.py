@@ -10,6 +10,7 @@ import torch
 
 import ds
 from ds.methods import DenoisingStudent
+from ds.methods.networks import SharedDropout
 from ds.pairs.sources import Images, Pairs
 from ds.system.signals import Interrupted
 from ds.training.batches import Batches
@@ -17,7 +18,7 @@ from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.loader import load
 from ds.training.trainer import Trainer
 from tests import emulated
-from tests.training.test_trainer import assert_same_bits, lines, state, steady, stop_at, store
+from tests.training.runs import assert_same_bits, lines, state, steady, stop_at, store
 
 __all__ = ["store"]
 pytestmark = pytest.mark.gpu
@@ -93,3 +94,13 @@ def test_a_run_in_bfloat16_goes_on_to_the_same_bits(store, tmp_path, monkeypatch
     resumed = trainer(store, tmp_path / "cut", kind="memory_map")
     resumed.fit()
     assert_same_bits(whole, resumed)
+
+
+def test_forwards_share_their_dropout_on_a_gpu():
+    net, x = torch.nn.Dropout(0.5), torch.ones(4096, device=GPU)
+    shared = SharedDropout(net, device=GPU)
+    with shared:
+        first = net(x)
+    with shared:
+        assert torch.equal(net(x), first)
+    assert not torch.equal(net(x), first)

@@ -12,7 +12,7 @@ import ds
 from ds.system.signals import Interrupted
 from ds.training import ema
 from tests.system.test_reading import NO_FILES, no_file
-from tests.training.test_trainer import SHORT, TEACHER, stop_at, trainer
+from tests.training.runs import SHORT, TEACHER, stop_at, trainer
 
 STEPS, EVERY = 2000, 100
 

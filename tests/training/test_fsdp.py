@@ -24,7 +24,7 @@ from ds.training.config import RuntimeConfig
 from ds.training.parallel import blocks, local, whole
 from ds.training.trainer import Trainer
 from tests.processes import Two
-from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, unet
+from tests.training.runs import HELD_OUT, SHORT, TEACHER, lines, steady, unet
 from tests.training.test_trainer_ranks import Telling, curve
 from tests.training.test_turns import Contest
 

@@ -14,8 +14,8 @@ from ds.system.signals import Interrupted
 from ds.training.config import RuntimeConfig
 from ds.training.stages import Stages
 from ds.training.trainer import Trainer
-from tests.training.test_trainer import SHORT, affine, started, stop_at, trainer
-from tests.training.test_trainer import store as store
+from tests.training.runs import SHORT, affine, started, stop_at, trainer
+from tests.training.runs import store as store
 
 COUNT, HELD_OUT = 128, 32
 

@@ -20,7 +20,7 @@ from ds.system.signals import Interrupted
 from ds.training.config import RuntimeConfig
 from ds.training.trainer import Trainer
 from tests.processes import Two
-from tests.training.test_trainer import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
+from tests.training.runs import HELD_OUT, SHORT, TEACHER, lines, steady, trainer, unet
 from tests.training.test_turns import Contest
 
 pytestmark = pytest.mark.slow

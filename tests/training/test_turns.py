@@ -10,8 +10,8 @@ import torch
 from ds.methods import DenoisingStudent
 from ds.system.signals import Interrupted
 from ds.training.config import RuntimeConfig
-from tests.training.test_trainer import SHORT, assert_same_bits, lines, stop_at, trainer
-from tests.training.test_trainer import store as store
+from tests.training.runs import SHORT, assert_same_bits, lines, stop_at, trainer
+from tests.training.runs import store as store
 
 
 @dataclass(frozen=True)
