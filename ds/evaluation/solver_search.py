@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
-from ds.diffusion.schedules import AbstractSchedule
+from ds.diffusion.schedules import AbstractSchedule, AbstractTable
 from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, integrate
 from ds.models.execution import Execution, Precision
 from ds.models.model import device_of
@@ -47,13 +47,14 @@ class Frontier:
         return min(enough, key=lambda r: (r.nfe, r.error), default=None)
 
 
-def candidates(schedule: AbstractSchedule, top: int) -> list[SolveConfig]:
+def candidates(schedule: AbstractSchedule, top: float) -> list[SolveConfig]:
     """Return the solvers and grids to compare, from `top` down; note 0008 says why these.
 
-    A quadratic grid is left out if rounding changes its largest time.
+    A grid is left out if it starts elsewhere: for a quadratic one, rounding can change its top.
     """
+    first = {"top": top} if isinstance(schedule, AbstractTable) else {}
     every = [
-        SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, top=top)
+        SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, **first)
         for s in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
         for g in ("quadratic", "log_snr")
         for calls in CALLS
@@ -81,8 +82,10 @@ def frontier(
     _, grid = asked.build(schedule)
     schedule.check(*grid)
     top = grid[0]
+    above = max(top, 1) if isinstance(schedule, AbstractTable) else top
     fine, half = (
-        tuple(sorted({top, *grids.quadratic(n, top=max(top, 1))}, reverse=True)) for n in (400, 200)
+        tuple(sorted({top, *grids.quadratic(n, schedule, top=above)}, reverse=True))
+        for n in (400, 200)
     )
     among = list(candidates(schedule, int(top)) if among is None else among)
     with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:
@@ -91,7 +94,7 @@ def frontier(
             if grid[0] != top:
                 raise ValueError(f"frontier: a grid begins at {grid[0]}, not at {top}")
             bar.update()
-            return integrate(denoiser, solver, grid, z)
+            return integrate(denoiser, solver, grid, schedule.prior(z, top))
 
         truth, check = (endpoint(DPMSolverPP(order=3), times) for times in (fine, half))
         if not truth.isfinite().all():

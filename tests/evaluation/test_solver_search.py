@@ -5,8 +5,9 @@ import torch
 
 from ds import Denoiser, Teacher, analytic, noise
 from ds.diffusion.grids import quadratic
+from ds.diffusion.schedules import EDM, Linear
 from ds.diffusion.solvers import DDIM
-from ds.evaluation.solver_search import fidelity, frontier, plan_table
+from ds.evaluation.solver_search import candidates, fidelity, frontier, plan_table
 from ds.training.presets import SolveConfig
 from tests.nets.test_unet import build
 
@@ -38,6 +39,19 @@ def test_errors_are_distances_to_the_exact_endpoint(found):
         x = MIXTURE.teacher(solver, grid).sample(z())
         # both references miss the step from time 0 to the data, by some 5e-4
         assert row.error == pytest.approx((x - exact).square().mean().sqrt().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [EDM(), Linear()], ids=repr)
+def test_a_schedule_in_continuous_time_has_a_frontier(schedule):
+    denoiser = MIXTURE.teacher(DDIM(), (schedule.noise,), schedule).denoiser
+    few = [SolveConfig(solver=solver, steps=n) for solver in ("ddim", "heun") for n in (8, 16)]
+    found = frontier(denoiser, z(8), SolveConfig(steps=48), few)
+    exact = MIXTURE.endpoint(schedule.prior(z(8)), *schedule.at(schedule.noise))
+    solver, grid = found.asked.solve.build(schedule)
+    x = MIXTURE.teacher(solver, grid, schedule).sample(z(8))
+    error = (x - exact).square().mean().sqrt().item()
+    assert found.asked.error == pytest.approx(error, abs=3 * found.reference_error + 1e-4)
+    assert len({row.solve.grid for row in found.rows}) == 1 and candidates(schedule, grid[0])
 
 
 def test_rows_are_sorted_and_the_frontier_is_what_no_cheaper_row_reaches(found):
