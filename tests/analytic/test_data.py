@@ -117,17 +117,16 @@ def test_levels_may_be_tensors(data, shape):
 
 
 @every_data
-def test_the_endpoint_is_that_of_another_integrator(data):
+@pytest.mark.parametrize("level", [LinearBeta().at(800), (0.0, 1.0)], ids=["index 800", "noise"])
+def test_the_endpoint_is_that_of_another_integrator(data, level):
     """Follow d x / d theta with alpha = cos(theta), sigma = sin(theta) instead of sigma / alpha."""
     z = noise(2, range(12), data.shape, dtype=torch.float64)
-    alpha, sigma = LinearBeta().at(800)
+    alpha, sigma = level
 
     def velocity(theta, flat):
         a, s = math.cos(theta), math.sin(theta)
         x = torch.from_numpy(flat).reshape(z.shape)
-        # At the very end x is the data and its noise is unknown, but multiplied by nothing.
-        eps = data.eps(x, a, max(s, 1e-12))
-        return (a * eps - s * (x - s * eps) / a).flatten().numpy()
+        return (a * data.eps(x, a, s) - s * data.x0(x, a, s)).flatten().numpy()
 
     path = solve_ivp(
         velocity,
