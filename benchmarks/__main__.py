@@ -27,9 +27,20 @@ from benchmarks import against, harness
 from benchmarks.harness import Case
 
 CASES = (
-    "ops", "group_norm_silu", "loader", "network", "roofline", "convs", "where", "teacher_loop",
-    "pairs", "student", "train_step", "cold_start", "frontier",
-)  # fmt: skip
+    "ops",
+    "group_norm_silu",
+    "loader",
+    "network",
+    "roofline",
+    "convs",
+    "where",
+    "teacher_loop",
+    "pairs",
+    "student",
+    "train_step",
+    "cold_start",
+    "frontier",
+)
 
 
 def main() -> int:

@@ -65,8 +65,10 @@ NETWORKS = (presets.cifar10, presets.celeba, presets.lsun_bedroom, presets.lsun_
 # networks have. Those of several heads that are refused are not here.
 HEADS_OF_64 = [
     *((pixels, heads, 64, 0) for pixels in (64, 256) for heads in (4, 8)),
-    (64, 4, 64, 256), (64, 8, 64, 512), (256, 4, 64, 256),
-]  # fmt: skip
+    (64, 4, 64, 256),
+    (64, 8, 64, 512),
+    (256, 4, 64, 256),
+]
 ARCHITECTURES = (80, 90)
 FLOAT8, ARCHITECTURES_OF_FLOAT8 = torch.float8_e4m3fn, (89, 90)
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
@@ -74,9 +76,14 @@ BATCH = 32
 MANY = 528  # images: at 4 x 4 pixels, 4 for each multiprocessor
 DEFAULTS = False, None, None, None  # of the op's keep, shift, residual and skip
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
-    FLOAT8: "*fp8e4nv", int: "i32", float: "fp32",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+    FLOAT8: "*fp8e4nv",
+    int: "i32",
+    float: "fp32",
+}
 
 Launch = tuple[tuple, JITFunction, dict]  # for what shape, the kernel, its arguments by name
 Networks = Sequence[Callable[[], presets.Preset]]
@@ -120,8 +127,12 @@ def plans(preset: Callable[[], presets.Preset]) -> list[Plan]:
     with torch.device("meta"):
         net = preset().net.build()
     found = []
-    for own, norms, float8 in ((None, None, False), (True, False, False), (True, True, False),
-                               (True, False, True)):  # fmt: skip
+    for own, norms, float8 in (
+        (None, None, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+    ):
         target = Target(torch.device("cuda"), torch.bfloat16, BATCH, float8)
         forced = replace(Rewrites.good_for(target), implicit_gemm=own, norm_into_conv=norms)
         found.append(Plan.of(net, target, forced))

@@ -69,9 +69,17 @@ def main(arguments: list[str]) -> int:
     taught = options.weights == "taught"
     row = {
         "case": f"chain {options.preset}, {preset.pairs.count} pairs, share {options.share:g}",
-        "us": {}, "error": {}, "bytes": 0, "flops": 0, "dtype": preset.train.precision,
-        "images": 0, "wall": True, "missing": {}, "refused": {}, "phases": {},
-    }  # fmt: skip
+        "us": {},
+        "error": {},
+        "bytes": 0,
+        "flops": 0,
+        "dtype": preset.train.precision,
+        "images": 0,
+        "wall": True,
+        "missing": {},
+        "refused": {},
+        "phases": {},
+    }
     for name, side in (("diffusers and plain PyTorch", _peer), ("ours", _ours)):
         try:
             phases, row["error"][name] = side(net, preset, taught)
@@ -134,9 +142,12 @@ def _ours(net: UNet, preset: Preset, taught: bool) -> tuple[Phases, float]:
                 teacher = teacher.using(Trainer(*run, device=device).fit())
         with _phase(phases, "pairs"):
             store = generate_pairs(
-                teacher, Path(folder) / "pairs", preset.pairs.count,
-                batch_size=preset.pairs.batch_size, shard_size=preset.pairs.shard_size,
-            )  # fmt: skip
+                teacher,
+                Path(folder) / "pairs",
+                preset.pairs.count,
+                batch_size=preset.pairs.batch_size,
+                shard_size=preset.pairs.shard_size,
+            )
         with _phase(phases, "distill"):
             sources = Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
             run = (preset.method, teacher, *sources, Path(folder) / "distill", preset.train)
@@ -167,9 +178,12 @@ def _peer(net: UNet, preset: Preset, taught: bool) -> tuple[Phases, float]:
 
 
 def _train(
-    net: nn.Module, method: AbstractMethod, tensors: tuple[Tensor, ...], c: TrainConfig,
+    net: nn.Module,
+    method: AbstractMethod,
+    tensors: tuple[Tensor, ...],
+    c: TrainConfig,
     device: torch.device,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Train a copy of a network on x0, and its noise or fresh one, and return its average."""
     net = copy.deepcopy(net).requires_grad_(True).train()
     average = copy.deepcopy(net).requires_grad_(False).eval()

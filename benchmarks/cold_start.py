@@ -119,9 +119,12 @@ def _start(
     begin = time.time()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPTS[name], str(folder), str(device), _precision(device)],
-        cwd=ROOT, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     marks = [begin, *json.loads(done.stdout.splitlines()[-1])]
     for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
         phases.setdefault(name, {}).setdefault(phase, []).append(after - before)

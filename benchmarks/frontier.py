@@ -77,9 +77,14 @@ def taught(epochs: int, device: torch.device) -> Denoiser:
     logging.getLogger("ds").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            method, teacher, Images(images), Images(images[:64]),
-            folder, config, device=device,
-        )  # fmt: skip
+            method,
+            teacher,
+            Images(images),
+            Images(images[:64]),
+            folder,
+            config,
+            device=device,
+        )
         return method.denoiser(trainer.fit().requires_grad_(False))
 
 

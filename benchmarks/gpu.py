@@ -156,9 +156,14 @@ def do(step: Step, out: Path, limit: float, python: str, size: str) -> Verdict:
     begin, log = time.monotonic(), out / "log.txt"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, shell=True, cwd=ROOT, env=environment(step), stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            shell=True,
+            cwd=ROOT,
+            env=environment(step),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         status = _waited(process, limit)
     seconds = time.monotonic() - begin
     verdict = {None: "timed out", 0: "passed"}.get(status, "failed")
@@ -185,18 +190,27 @@ def environment(step: Step) -> dict[str, str]:
     """Return the environment of a step: the packages from wheels, the tools of CUDA, no buffers."""
     paths = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
     given = dict(item.split("=") for item in step.environment.split())
-    return os.environ | given | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PATH": os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin",
-        "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+    return (
+        os.environ
+        | given
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": os.environ["PATH"] + os.pathsep + "/usr/local/cuda/bin",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 # What tells what went wrong, the best first.
 COMPLAINTS = (
-    r"^FAILED .*", r"^.* FAILED .*", r"^not timed: .*", r"^.*not found$", r"^ERROR .*",
-    r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", r"^.*(?:error|Fatal|fault).*",
-)  # fmt: skip
+    r"^FAILED .*",
+    r"^.* FAILED .*",
+    r"^not timed: .*",
+    r"^.*not found$",
+    r"^ERROR .*",
+    r"^[\w.]*(?:Error|Exception|Interrupt)\b.*",
+    r"^.*(?:error|Fatal|fault).*",
+)
 
 
 def first_complaint(log: str) -> str:

@@ -443,9 +443,12 @@ def dirty() -> bool:
 
 
 def save(
-    name: str, folder: Path, rows: list[dict[str, Any]], calibration: dict[str, float],
+    name: str,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    calibration: dict[str, float],
     device: torch.device,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write <folder>/<name>.json. Raises ValueError for results/ if no commit names the code."""
     environ = environment(device, wall=any(row["wall"] for row in rows))
     if RESULTS in folder.parents and not is_named(environ["commit"]):

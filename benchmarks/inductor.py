@@ -34,10 +34,19 @@ from ds.engine import Plan, Target
 from ds.training import presets
 
 H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", type="cuda", major=9, minor=0, multi_processor_count=132,
-    total_memory=80 << 30, L2_cache_size=50 << 20, warp_size=32, regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448, gcnArchName="",
-)  # fmt: skip
+    name="NVIDIA H100 80GB HBM3",
+    type="cuda",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    L2_cache_size=50 << 20,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    shared_memory_per_block_optin=232448,
+    gcnArchName="",
+)
 GPU = torch.device("cuda", 0)
 
 
@@ -63,8 +72,9 @@ def traced(net: torch.nn.Module, images: int) -> fx.GraphModule:
     x, t = x.contiguous(memory_format=torch.channels_last), torch.zeros(images)
     trace = make_fx(
         lambda weights, x, t: functional_call(net, weights, (x, t)),
-        tracing_mode="fake", decomposition_table=select_decomp_table(),
-    )  # fmt: skip
+        tracing_mode="fake",
+        decomposition_table=select_decomp_table(),
+    )
     graph = trace(dict(net.named_parameters()), x, t)
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
@@ -107,10 +117,16 @@ def _kind(node: BaseSchedulerNode) -> str:
 def _as_if_on_an_h100() -> Iterator[None]:
     """Let PyTorch take an H100 to be here, as far as lowering asks."""
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
-        "get_device_capability": (9, 0), "get_device_name": H100.name, "_lazy_init": None,
-        "_get_device_properties": H100, "is_bf16_supported": True,
-    }  # fmt: skip
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "is_initialized": True,
+        "get_device_capability": (9, 0),
+        "get_device_name": H100.name,
+        "_lazy_init": None,
+        "_get_device_properties": H100,
+        "is_bf16_supported": True,
+    }
     raw = {"_cuda_getDevice": 0, "_cuda_getCurrentRawStream": 0}
     with ExitStack() as stack:
         for module, names in ((torch.cuda, answers), (torch._C, raw)):

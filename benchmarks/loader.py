@@ -69,8 +69,9 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         f"loader uint8 [{BATCH}, 32, 32, 3] x {STEPS}",
         {name: Side(partial(_take, source), prepare) for name, prepare in prepares.items()},
         lambda: (torch.arange(ROWS), torch.zeros(BATCH, 32, 32, 3)),
-        bytes=ROWS * (3 * 32 * 32 + 8), missing=missing,
-    )  # fmt: skip
+        bytes=ROWS * (3 * 32 * 32 + 8),
+        missing=missing,
+    )
 
 
 def _ours(kind: str, batches: Batches, device: torch.device) -> Loader:
@@ -100,9 +101,11 @@ def _webdataset(paths: list[Path], device: torch.device) -> Loader:
     pipeline = Pipeline(batch_size=BATCH, num_threads=1, device_id=None)
     with pipeline:
         files = fn.readers.webdataset(
-            paths=[*map(str, paths)], index_paths=[str(p.with_suffix(".idx")) for p in paths],
-            ext=["image.npy"], random_shuffle=True,
-        )  # fmt: skip
+            paths=[*map(str, paths)],
+            index_paths=[str(p.with_suffix(".idx")) for p in paths],
+            ext=["image.npy"],
+            random_shuffle=True,
+        )
         names = fn.get_property(files, key="source_info")
         pipeline.set_outputs(fn.decoders.numpy(files), names[-19:-10])
     pipeline.build()

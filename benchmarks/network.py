@@ -49,10 +49,13 @@ SMALLER: dict[Size, dict[str, Any]] = {
     "full": {},
     "quick": {"channels": 32},
     "tiny": {
-        "channels": 32, "image_size": 8, "channel_mult": (1, 1), "num_res_blocks": 1,
+        "channels": 32,
+        "image_size": 8,
+        "channel_mult": (1, 1),
+        "num_res_blocks": 1,
         "attention_resolutions": (4,),
     },
-}  # fmt: skip
+}
 
 
 def random_cifar10(device: torch.device, size: Size) -> UNet:

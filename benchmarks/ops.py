@@ -272,8 +272,9 @@ def adam_step(device: torch.device) -> Case:
     def ours(state: Sequence[list[Tensor]]) -> list[Tensor]:
         *parts, averages = state
         step, lr = torch.ones((), device=device), torch.tensor(1e-3, device=device)
-        ops.adam_step(*parts, step=step, lr=lr, averages=averages, ema_decay=0.995,
-                      betas=(0.9, 0.98))  # fmt: skip
+        ops.adam_step(
+            *parts, step=step, lr=lr, averages=averages, ema_decay=0.995, betas=(0.9, 0.98)
+        )
         return [parts[0][0], averages[0]]
 
     wide = [[tensor.double() for tensor in tensors[:1]] for tensors in state]

@@ -47,9 +47,13 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         missing["diffusers"] = str(error)
     sides["ours"] = Side(functools.partial(_ours, teacher, count, images, str(dtype)[6:]), _folder)
     yield Case(
-        f"{count} pairs, {len(GRID)} calls each, {about(net, images)}", sides,
-        functools.partial(_exact, teacher, count), images=count, dtype=dtype, missing=missing,
-    )  # fmt: skip
+        f"{count} pairs, {len(GRID)} calls each, {about(net, images)}",
+        sides,
+        functools.partial(_exact, teacher, count),
+        images=count,
+        dtype=dtype,
+        missing=missing,
+    )
 
 
 def _folder() -> Path:

@@ -27,13 +27,24 @@ SKY, RED, BLACK, GREY = "#56B4E9", "#D55E00", "#222222", "#8A8A8A"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE = {
-    "font.size": 10.5, "axes.titlesize": 12, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlepad": 12, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": GREY,
-    "xtick.color": BLACK, "ytick.color": BLACK, "legend.frameon": False,
-    "figure.constrained_layout.use": True, "savefig.dpi": 130,
-}  # fmt: skip
+    "font.size": 10.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GREY,
+    "xtick.color": BLACK,
+    "ytick.color": BLACK,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 130,
+}
 Saved = dict[str, Any]
 
 
@@ -56,9 +67,12 @@ def _draw(saved: Saved, draw: Callable[[Axes, Saved], None], path: Path) -> None
     e = saved["environment"]
     threads = "" if "cuda" in e["timing"].lower() else f", {e['threads']} thread"
     figure.supxlabel(
-        f"{e['device']}{threads}, torch {e['torch']}, {e['date']}", x=0.99, ha="right",
-        fontsize=8, color=GREY,
-    )  # fmt: skip
+        f"{e['device']}{threads}, torch {e['torch']}, {e['date']}",
+        x=0.99,
+        ha="right",
+        fontsize=8,
+        color=GREY,
+    )
     figure.savefig(path)
     plt.close(figure)
 
@@ -80,16 +94,42 @@ def roofline(axes: Axes, saved: Saved) -> None:
     low, high = min(*spans, peak / copy) / 3, max(*spans, peak / copy) * 2
     axes.plot([low, peak / copy, high], [low * copy, peak, peak], color=BLACK, linewidth=1.8)
     for (name, found), color, marker in zip(points.items(), COLORS * 2, MARKERS * 2, strict=False):
-        axes.scatter(*zip(*found, strict=True), s=44, color=color, marker=marker, label=name,
-                     edgecolor="white", linewidth=0.7, zorder=3)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(low, high), title="Layers under the roof",
-             xlabel="FLOPs a byte", ylabel="GFLOP/s")  # fmt: skip
+        axes.scatter(
+            *zip(*found, strict=True),
+            s=44,
+            color=color,
+            marker=marker,
+            label=name,
+            edgecolor="white",
+            linewidth=0.7,
+            zorder=3,
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        title="Layers under the roof",
+        xlabel="FLOPs a byte",
+        ylabel="GFLOP/s",
+    )
     axes.set_ylim(top=2 * peak)
     _plain_ticks(axes, "x", "y")
-    axes.annotate(f"matrix product, {peak:,.0f} GFLOP/s", (high, peak), (-4, 5), ha="right",
-                  textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.annotate(f"copy, {copy:,.0f} GB/s", (low, low * copy), (12, 2), ha="left",
-                  textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.annotate(
+        f"matrix product, {peak:,.0f} GFLOP/s",
+        (high, peak),
+        (-4, 5),
+        ha="right",
+        textcoords="offset points",
+        fontsize=9,
+    )
+    axes.annotate(
+        f"copy, {copy:,.0f} GB/s",
+        (low, low * copy),
+        (12, 2),
+        ha="left",
+        textcoords="offset points",
+        fontsize=9,
+    )
     axes.legend(loc="lower right")
 
 
@@ -104,15 +144,29 @@ def stacked(axes: Axes, saved: Saved, title: str, unit: float, label: str) -> No
     left = dict.fromkeys(sides, 0.0)
     for phase, color in zip(order, COLORS, strict=False):
         widths = [unit * row["phases"][side].get(phase, 0.0) for side in sides]
-        axes.barh(sides, widths, left=[left[s] for s in sides], color=color, label=phase,
-                  height=0.55, edgecolor="white", linewidth=1.2)  # fmt: skip
+        axes.barh(
+            sides,
+            widths,
+            left=[left[s] for s in sides],
+            color=color,
+            label=phase,
+            height=0.55,
+            edgecolor="white",
+            linewidth=1.2,
+        )
         for side, width in zip(sides, widths, strict=True):
             left[side] += width
     for side in sides:
         total = unit * totals[side]
         note = f"{total:,.0f}" if total >= 100 else f"{total:.3g}"
-        axes.annotate(note, (left[side], side), (5, 0), va="center",
-                      textcoords="offset points", fontweight="bold")  # fmt: skip
+        axes.annotate(
+            note,
+            (left[side], side),
+            (5, 0),
+            va="center",
+            textcoords="offset points",
+            fontweight="bold",
+        )
     axes.set(title=title, xlabel=label, xlim=(0, 1.12 * max(left.values())))
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1.4)
@@ -148,8 +202,14 @@ def throughput(axes: Axes, saved: Saved) -> None:
             for row in rows
             if name in row["us"]
         ]
-        axes.plot(*zip(*found, strict=True), color=color, marker=marker, label=name, markersize=7,
-                  linewidth=2.4 if name == names[-1] else 1.5)  # fmt: skip
+        axes.plot(
+            *zip(*found, strict=True),
+            color=color,
+            marker=marker,
+            label=name,
+            markersize=7,
+            linewidth=2.4 if name == names[-1] else 1.5,
+        )
     counts = [row["images"] for row in rows]
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(c) for c in counts])
@@ -170,13 +230,31 @@ def frontier(axes: Axes, saved: Saved) -> None:
                 (row["us"][side]["median"] / row["images"] / 1e3, row["error"][side])
                 for row in rows
             )
-            axes.plot(*zip(*found, strict=True), color=color, marker=marker, markersize=7,
-                      markerfacecolor=face, linestyle="-" if side == "engine" else ":",
-                      label=solver if side == "engine" else None)  # fmt: skip
-    axes.plot([], [], color=GREY, marker="o", markerfacecolor="white", linestyle=":",
-              label="the same in bfloat16")  # fmt: skip
-    axes.set(xscale="log", yscale="log", title="Fidelity against speed, scanned digits",
-             xlabel="milliseconds an image", ylabel="distance to the ODE's end")  # fmt: skip
+            axes.plot(
+                *zip(*found, strict=True),
+                color=color,
+                marker=marker,
+                markersize=7,
+                markerfacecolor=face,
+                linestyle="-" if side == "engine" else ":",
+                label=solver if side == "engine" else None,
+            )
+    axes.plot(
+        [],
+        [],
+        color=GREY,
+        marker="o",
+        markerfacecolor="white",
+        linestyle=":",
+        label="the same in bfloat16",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        title="Fidelity against speed, scanned digits",
+        xlabel="milliseconds an image",
+        ylabel="distance to the ODE's end",
+    )
     _plain_ticks(axes, "x")
     axes.legend()
 
@@ -200,13 +278,24 @@ def training(axes: Axes, saved: Saved) -> None:
             total * split.get(part, 0.0) / sum(split.values())
             for total, split in zip(totals, parts, strict=True)
         ]
-        axes.barh(labels, widths, left=left, color=color, label=part, height=0.6,
-                  edgecolor="white", linewidth=1.2)  # fmt: skip
+        axes.barh(
+            labels,
+            widths,
+            left=left,
+            color=color,
+            label=part,
+            height=0.6,
+            edgecolor="white",
+            linewidth=1.2,
+        )
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for label, total, note in zip(labels, totals, notes, strict=True):
         axes.annotate(note, (total, label), (5, 0), va="center", textcoords="offset points")
-    axes.set(title="A training step", xlabel="time, relative to the same network in plain modules",
-             xlim=(0, 1.45 * max(totals)))  # fmt: skip
+    axes.set(
+        title="A training step",
+        xlabel="time, relative to the same network in plain modules",
+        xlim=(0, 1.45 * max(totals)),
+    )
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3)
 

@@ -46,9 +46,19 @@ def compare(runs: Path, seeds: int) -> None:
         for name, (start, options) in SIDES.items():
             out = runs / f"{name}-{seed}"
             _dstudent(
-                "distill", "digits", "--teacher", teacher, "--store", pairs, "--out", out,
-                "--train.seed", seed, *options, start=start,
-            )  # fmt: skip
+                "distill",
+                "digits",
+                "--teacher",
+                teacher,
+                "--store",
+                pairs,
+                "--out",
+                out,
+                "--train.seed",
+                seed,
+                *options,
+                start=start,
+            )
             _dstudent("evaluate", out)
             found[name].append(read_json(out / "metrics.json")["frechet_distance"])
             print(name, seed, found[name][-1], flush=True)

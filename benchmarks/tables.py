@@ -64,9 +64,12 @@ def filled(page: str) -> str:
 
 def _made(name: str) -> str:
     special = {
-        "peers": peers, "projection": projection, "plots": plots, "sampler": sampler,
+        "peers": peers,
+        "projection": projection,
+        "plots": plots,
+        "sampler": sampler,
         "seeds": seeds,
-    }  # fmt: skip
+    }
     if name in special:
         return special[name]()
     tables = [table(saved) for saved in found(name)]

@@ -43,9 +43,11 @@ def trained(tmp_path_factory) -> Path:
         replace(Teach.of("digits", p), out=home / "teacher").run()
         replace(MakePairs.of("digits", p), teacher=home / "teacher", out=str(home / "pairs")).run()
         replace(
-            Distill.of("digits", p), teacher=home / "teacher", store=str(home / "pairs"),
+            Distill.of("digits", p),
+            teacher=home / "teacher",
+            store=str(home / "pairs"),
             out=home / "student",
-        ).run()  # fmt: skip
+        ).run()
     return folder
 
 

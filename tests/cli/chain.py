@@ -12,9 +12,17 @@ ROOT = Path(__file__).parents[2]
 NET = ("--net.channels", "8", "--net.norm-groups", "4")
 TEACH = (*NET, "--train.epochs", "1", "--train.check-every", "10", "--train.warmup-steps", "5")
 PAIRS = (
-    "--pairs.count", "128", "--pairs.held-out", "32", "--pairs.shard-size", "50",
-    "--pairs.batch-size", "32", "--solve.steps", "5",
-)  # fmt: skip
+    "--pairs.count",
+    "128",
+    "--pairs.held-out",
+    "32",
+    "--pairs.shard-size",
+    "50",
+    "--pairs.batch-size",
+    "32",
+    "--solve.steps",
+    "5",
+)
 DISTILL = ("--held-out", "32", "--train.epochs", "3", "--train.check-every", "2")
 JUDGE = ("--runtime.evaluate-every", "4", "--judge.extractor", "pixels", "--judge.count", "64")
 EVALUATE = ("--count", "128", "--extractor", "pixels")
@@ -76,9 +84,13 @@ def refused(capsys, *args: str) -> str:
 
 def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=ROOT, text=True, capture_output=True, timeout=100,
+        [sys.executable, "-c", code, *args],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=100,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+    )
 
 
 def pairs_of(*more: str) -> list[str]:

@@ -27,8 +27,12 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
     figure = re.search(r"in float32: bfloat16 (\S+); 18 calls of ddim miss the ODE by", precision)
     assert float(figure[1]) > 0
     assert {line.split()[1] for line in said.splitlines() if line[:5].strip().isdecimal()} == {
-        "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc"
-    }  # fmt: skip
+        "ddim",
+        "heun",
+        "dpmpp_2m",
+        "dpmpp_3m",
+        "unipc",
+    }
     assert tree(home) == before
 
 

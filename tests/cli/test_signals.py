@@ -220,9 +220,12 @@ def test_a_process_that_is_interrupted_says_one_line(tmp_path, moment, number, c
         (tmp_path / "tyro.py").write_text(f"try:\n  {waiting}\nexcept BaseException: pass\n")
         script = "import sys; sys.argv[1:] = ['doctor']; from ds.cli.__main__ import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-    )  # fmt: skip
+    )
     assert process.stdout.readline() == "working\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -231,9 +234,15 @@ def test_a_process_that_is_interrupted_says_one_line(tmp_path, moment, number, c
 
 @pytest.mark.parametrize(
     ("streams", "encoding"),
-    [(">&-", ""), ("2>&-", ""), (">&- 2>&- <&-", ""), ("| true", ""), ("2>&1 | true", ""),
-     (">/dev/null", "ascii")],
-)  # fmt: skip
+    [
+        (">&-", ""),
+        ("2>&-", ""),
+        (">&- 2>&- <&-", ""),
+        ("| true", ""),
+        ("2>&1 | true", ""),
+        (">/dev/null", "ascii"),
+    ],
+)
 @pytest.mark.parametrize("code", [0, 2], ids=["works", "fails"])
 def test_the_exit_code_is_that_of_the_work_whatever_the_streams_are(streams, encoding, code):
     """The work that fails does so with letters that no encoding has."""
