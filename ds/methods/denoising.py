@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ds.diffusion import grids
@@ -14,7 +15,9 @@ from ds.diffusion.predictions import Prediction
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress
+from ds.methods.proof import NORMAL, Check, Formula, Trial, exact
 from ds.models.teacher import Teacher
+from ds.nets import MLPConfig
 from ds.pairs.sources import Batch
 from ds.system.config import check
 
@@ -66,3 +69,33 @@ class Denoising(AbstractMethod):
     def denoiser(self, net: nn.Module) -> Denoiser:
         """Return the network with what it was trained to predict."""
         return Denoiser(net, self.schedule, self.prediction)
+
+    def trial(self) -> Trial:
+        """The network is told the indices of a table, as in DDPM."""
+        return Trial(net=MLPConfig(frequencies=(1.0, 1e-3)), bars={100: 0.08})
+
+    def identity(self) -> tuple[Check, ...]:
+        """The loss has no slope at the best prediction of normal data, a linear map.
+
+        Four rows with data and noise at plus and minus one deviation have the moments of all.
+        """
+        one = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]).double()
+        index = torch.arange(16).repeat_interleave(4)
+        a, b = (one.repeat(16, 1)[:, i, None].expand(-1, 3) for i in (0, 1))
+        rows = Batch(NORMAL.mean + NORMAL.std * a, b, index, Draws(0, index))
+
+        def slope(gain: float = 1.0, late: int = 0) -> Tensor:
+            off = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+
+            def best(x: Tensor, t: Tensor) -> Tensor:
+                levels = self.schedule.gather((t - late).clamp(min=0), x)
+                x0, eps = NORMAL.x0(x, *levels), NORMAL.eps(x, *levels)
+                target = self.denoiser(Formula(best)).target(x0, eps, (t - late).clamp(min=0))
+                return gain * target + off[0] * x + off[1]
+
+            modules = nn.ModuleDict({"student": Formula(best)})
+            loss = self.loss(modules, rows, Progress(0, 1))
+            return torch.autograd.grad(loss, off)[0]
+
+        wrong = {"prediction_too_small": slope(0.9), "time_told_too_late": slope(late=100)}
+        return (exact("slope of the loss at the best map", slope(), **wrong),)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ds.analytic import Gaussian
+from ds.diffusion.noise import Draws
 from ds.nets import AbstractNetConfig
+from ds.pairs.sources import Batch
 
 EXACT, WRONG = 1e-12, 1e-2  # an identity in float64 holds within EXACT; its controls miss by WRONG
 
@@ -60,9 +62,10 @@ class Trial:
     The student starts as a fresh `net`, by default an MLP, and trains for `steps` steps a stage.
     `changes` are fields of the method that the trial sets, to fit points in the plane. `train`
     holds fields of ds.TrainConfig. `bars` gives, for a number of network calls, the largest sliced
-    Wasserstein distance to the data. `agreement` is the least share of samples, of the fewest
-    calls, that are in the mode where the exact ODE ends. Each of `controls` names changes that make
-    the method wrong: trained in the same way, it must miss the bar of the fewest calls.
+    Wasserstein distance to the data; without any, there is no training. `agreement` is the least
+    share of samples, of the fewest calls, that are in the mode where the exact ODE ends. Each of
+    `controls` names changes that make the method wrong: trained in the same way, it must miss the
+    bar of the fewest calls.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -91,3 +94,9 @@ class Formula(nn.Module):
 # noise, in float64. A wrong sign or factor cannot be right for all three variances at once.
 NORMAL = Gaussian(0.3, torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64).sqrt(), (3,))
 NOISE = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None] * torch.tensor([1.0, -0.7, 0.4])
+
+
+def normal_pairs() -> Batch:
+    """Return pairs of NOISE and where the ODE of NORMAL takes it, as a teacher would make them."""
+    index = torch.arange(len(NOISE))
+    return Batch(NORMAL.endpoint(NOISE, 0, 1), NOISE, index, Draws(0, index))

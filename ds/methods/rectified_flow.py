@@ -15,7 +15,7 @@ from ds.diffusion.predictions import Velocity
 from ds.diffusion.schedules import Linear
 from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress, student_net
-from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
+from ds.methods.proof import NORMAL, Check, Formula, Trial, exact, normal_pairs
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
@@ -114,9 +114,8 @@ class RectifiedFlow(AbstractMethod):
 
         The control is the velocity of the data's own paths, before reflow.
         """
-        z, index = NOISE, torch.arange(len(NOISE))
-        end = NORMAL.endpoint(z, 0, 1)
-        pairs = Batch(end, z, index, Draws(0, index))
+        pairs = normal_pairs()
+        end, z = pairs.x0, pairs.noise
 
         def straight(x: Tensor, told: Tensor) -> Tensor:
             t = told[:, None] / self.time_scale
