@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.diffusion.noise import noise as noise
     from ds.diffusion.predictions import Estimate as Estimate
     from ds.evaluation.evaluate import evaluate as evaluate
+    from ds.evaluation.verify import verify as verify
     from ds.models import export as export
     from ds.models.execution import Execution as Execution
     from ds.models.hub import from_pretrained as from_pretrained
@@ -64,6 +65,7 @@ _PUBLIC = {
     "noise": "ds.diffusion.noise",
     "post_hoc_ema": "ds.training.ema",
     "push_to_hub": "ds.models.hub",
+    "verify": "ds.evaluation.verify",
 }
 _MODULES = {
     "analytic": "ds.analytic",

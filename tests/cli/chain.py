@@ -137,5 +137,6 @@ DRY = {
     "sample": ["sample", "teacher", "--out", "new.png"],
     "evaluate": ["evaluate", "student", "--extractor", "pixels", "--out", "new.json"],
     "convert": ["convert", "student", "new"],
+    "verify of methods": ["verify", "mean_flow"],
     "verify of a store": ["pairs", "verify", "pairs"],
 }

@@ -22,6 +22,7 @@ OPTIONS = {
     "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan", "--precision"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
+    "verify": ["METHOD", "--json", "--seed", "--steps"],
     "convert": ["--to", "--image-size"],
     "evaluate": ["--reference", "--extractor", "--count", "--seed", "--store", "--out", "--mode"],
 }

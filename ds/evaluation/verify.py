@@ -1,0 +1,258 @@
+"""verify: hold a method against the truth, by identities, a small training, and controls."""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds.analytic import GaussianMixture
+from ds.diffusion import grids
+from ds.diffusion.noise import Draws
+from ds.diffusion.schedules import EDM
+from ds.diffusion.solvers import DDIM, DPMSolverPP
+from ds.evaluation.metrics import mode_agreement, sliced_wasserstein
+from ds.evaluation.scores import even_noise
+from ds.methods import AbstractMethod
+from ds.methods.base import built
+from ds.methods.proof import Check, Trial
+from ds.models.teacher import Teacher
+from ds.nets import MLPConfig
+from ds.pairs.generate import generate_pairs
+from ds.pairs.sources import AbstractSource, Images, Noise, Pairs
+from ds.system.config import Count, Natural, require, to_json
+from ds.training.config import TrainConfig
+from ds.training.stages import Stages
+
+DATA = GaussianMixture()
+POINTS = 4096  # on which a trained network is judged
+ROWS, HELD_OUT = 30_000, 1024  # of data or pairs, where training is not very short
+# How a trial trains, unless it says otherwise. The one check is the last step's.
+TRAIN = {
+    "batch_size": 512,
+    "lr": 4e-3,
+    "lr_schedule": "cosine",
+    "betas": (0.9, 0.999),
+    "check_every": 1_000_000,
+    "log_every": 500,
+}
+log = logging.getLogger("ds")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The checks that verify made of one method."""
+
+    method: AbstractMethod
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed, and there was one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        checks = [
+            {**check._asdict(), "controls": {**check.controls}, "passed": check.passed}
+            for check in self.checks
+        ]
+        return {
+            "method": to_json(self.method),
+            "passed": self.passed,
+            "seconds": round(self.seconds, 1),
+            "checks": checks,
+        }
+
+    def table(self) -> str:
+        """Return a line for each check: its figures, and whether it passed.
+
+        The control is the one that comes nearest to passing.
+        """
+        head = "".join(f"{word:>10}" for word in ("value", "floor", "control", "bar"))
+        lines = [f"{type(self.method).__name__:38}{head}  verdict"]
+        for c in self.checks:
+            shown = (f"{x:.2g}" for x in (c.value, c.floor, c.control))
+            figures = "".join(f"{text.replace('nan', '-'):>10}" for text in shown)
+            bar = f"{'>' if c.at_least else '<'} {c.bar:.2g}"
+            verdict = "pass" if c.passed else "FAIL"
+            lines.append(f"  {c.metric:36}{figures}{bar:>10}  {verdict}")
+        return "\n".join(lines)
+
+
+def verify(
+    method: AbstractMethod, *, seed: int = 0, steps: int | None = None, controls: bool = True
+) -> Verification:
+    """Run a method's identities in float64, then train it on a mixture of Gaussians in the plane.
+
+    The identities, `method.identity()`, take milliseconds. The training is that of
+    `method.trial()`, by default `Trial()`: each stage, through the Trainer, for `steps` steps if
+    given. The networks are held to the bars of their stages, beside an untrained network and,
+    unless `controls` is off, beside networks that are trained with a mistake. The trial sets some
+    fields of the method, to fit points in the plane; the others are verified as they are.
+    """
+    require("verify", Count | None, steps=steps)
+    require("verify", Natural, seed=seed)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trial = method.trial()
+        bed = _Bed(method, trial, seed, steps or trial.steps, Path(folder))
+        checks = *method.identity(), *bed.checks(controls)
+    return Verification(method, checks, time.perf_counter() - begin)
+
+
+class _Made(NamedTuple):
+    """A method, or a stage of one, and a network that it made."""
+
+    method: AbstractMethod
+    net: nn.Module
+
+
+@dataclass(frozen=True)
+class _Bed:
+    """The small training of a method, in a folder that is thrown away."""
+
+    method: AbstractMethod
+    trial: Trial
+    seed: int
+    steps: int
+    out: Path
+
+    @property
+    def _count(self) -> int:
+        """How many rows there are to train on."""
+        return min(ROWS, max(2048, 16 * self.steps))
+
+    def checks(self, controls: bool) -> Iterator[Check]:
+        """Train, and yield what the networks of the stages are held to; nothing without bars."""
+        if not self.trial.bars:
+            return
+        *earlier, last = self._trained({})
+        untrained = {"untrained": self._untrained()}
+        wrong = {name: self._trained(c)[-1] for name, c in self.trial.controls.items() if controls}
+        for number, made in enumerate(earlier, 1):
+            for nfe, bar in made.method.trial().bars.items():
+                yield self._distance(f"stage {number}: ", made, nfe, bar, untrained)
+        fewest = min(self.trial.bars)
+        for nfe, bar in self.trial.bars.items():
+            beside = untrained | (wrong if nfe == fewest else {})
+            yield self._distance("", last, nfe, bar, beside)
+        if self.trial.agreement:
+            yield self._agreement(last, fewest, untrained | wrong)
+        with torch.no_grad():
+            right, *others = (last.method.measure(m.net, _noise()) for m in (last, *wrong.values()))
+        for check, *mistaken in zip(right, *others, strict=True):
+            values = (other.value for other in mistaken)
+            yield check._replace(controls=dict(zip(wrong, values, strict=True)))
+
+    def _distance(
+        self, where: str, made: _Made, nfe: int, bar: float, beside: Mapping[str, _Made]
+    ) -> Check:
+        """Hold the distance between samples and data to a bar."""
+        value, *others = (self._far(self._sample(one, nfe)) for one in (made, *beside.values()))
+        return Check(
+            f"{where}distance, {nfe} call{'s' * (nfe > 1)}",
+            value,
+            bar,
+            dict(zip(beside, others, strict=True)),
+            self._far(_exact(0)),
+        )
+
+    @staticmethod
+    def _far(x: Tensor) -> float:
+        return sliced_wasserstein(x, _exact(1)) if x.isfinite().all() else float("inf")
+
+    def _agreement(self, made: _Made, nfe: int, beside: Mapping[str, _Made]) -> Check:
+        """Hold the share of samples in the mode where the exact ODE ends to a bar."""
+        value, *others = (
+            mode_agreement(self._sample(one, nfe).nan_to_num(), _exact(0), DATA.centres(_exact(0)))
+            for one in (made, *beside.values())
+        )
+        controls = dict(zip(beside, others, strict=True))
+        metric = "agreement with the exact ODE"
+        return Check(metric, value, self.trial.agreement, controls, 1.0, at_least=True)
+
+    @torch.no_grad()
+    def _sample(self, made: _Made, nfe: int) -> Tensor:
+        draws = Draws(self.seed, torch.arange(POINTS))
+        return made.method.sample(made.net, _noise(), nfe=nfe, draws=draws)
+
+    def _start(self, changes: Mapping[str, Any]) -> tuple[AbstractMethod, Teacher]:
+        """Return the method as it is trained, and the teacher that it starts from.
+
+        A method with a field `student` distils the exact teacher. Any other one starts from a fresh
+        network in the exact one's place.
+        """
+        teacher, net = _teacher(), self.trial.net or MLPConfig()
+        if "student" in {field.name for field in fields(self.method)}:
+            changes = {"student": net, **changes}
+        else:
+            fresh = built(net, self.seed).requires_grad_(False)
+            teacher = replace(teacher, denoiser=replace(teacher.denoiser, net=fresh))
+        return replace(self.method, **changes), teacher
+
+    def _untrained(self) -> _Made:
+        method, teacher = self._start(self.trial.changes)
+        return _Made(method, method.stages()[0].init(teacher)["student"].eval())
+
+    def _trained(self, changes: Mapping[str, Any]) -> list[_Made]:
+        """Train the method with changes of its fields; return what each stage made."""
+        method, start = self._start({**self.trial.changes, **changes})
+        # Controls that begin with the same stage find it finished.
+        name = hashlib.sha256(json.dumps(to_json(method.stages()[0])).encode()).hexdigest()[:16]
+        own = {"ema_decay": max(0.0, 1 - 10 / self.steps), "warmup_steps": self.steps // 20}
+        train = {**TRAIN, **own, **self.trial.train}
+        epochs = self.steps / (self._count // train["batch_size"])
+        config = TrainConfig(**train, seed=self.seed, epochs=epochs)
+        stages = Stages(method, start, *self._rows(method), self.out / name, config)
+        stages.fit()
+        return [
+            _Made(stage, result.net)
+            for stage, result in zip(stages.stages, stages.results, strict=True)
+        ]
+
+    def _rows(self, method: AbstractMethod) -> tuple[AbstractSource, AbstractSource]:
+        """Return the rows to train the first stage on, and those held out."""
+        feeds, seeds = method.stages()[0].feeds, (2 * self.seed + 2, 2 * self.seed + 3)
+        sizes = dict(zip(seeds, (self._count, HELD_OUT), strict=True))
+        if feeds == "images":
+            return tuple(Images(DATA.sample(s, range(n)), seed=s) for s, n in sizes.items())
+        if feeds == "noise":
+            return tuple(Noise(n, DATA.shape, seed=s) for s, n in sizes.items())
+        if feeds != "pairs":
+            raise ValueError(f"verify: has no {feeds}, on which {type(method).__name__} feeds")
+        store = generate_pairs(
+            _teacher(), self.out / "pairs", sum(sizes.values()), seed=seeds[0], quantizer="float32"
+        )
+        return Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
+
+
+def _teacher() -> Teacher:
+    """Return the exact teacher."""
+    return DATA.teacher(DDIM(), grids.quadratic(100))
+
+
+@cache
+def _noise() -> Tensor:
+    return even_noise(POINTS, *DATA.shape)
+
+
+@cache
+def _exact(seed: int) -> Tensor:
+    """Return where the exact ODE ends from evenly spread noise: an exact sample of the data.
+
+    Seed 0 is that of _noise. The ends are within 0.001 of GaussianMixture.flow, in a thirtieth of
+    its time.
+    """
+    path = EDM(1000.0)
+    teacher = DATA.teacher(DPMSolverPP(order=3), grids.karras(128, path), path)
+    return teacher.sample(even_noise(POINTS, *DATA.shape, seed))

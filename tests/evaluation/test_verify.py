@@ -1,0 +1,200 @@
+"""verify: what passes, what fails, and a method in a file that the library has never seen."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import ds
+from ds.evaluation.scores import even_noise
+from ds.evaluation.verify import DATA, POINTS, Verification, _exact, verify
+from ds.methods import (
+    AbstractMethod,
+    ConsistencyDistillation,
+    DenoisingStudent,
+    MeanFlow,
+    RectifiedFlow,
+)
+from ds.methods.proof import Check, Trial
+from ds.models.teacher import Teacher
+from ds.nets import MLPConfig
+from ds.pairs.sources import Images
+from ds.system.config import from_json, to_json
+
+SHORT = 250  # steps; the bars of the methods are made for 2000
+MADE = {}
+
+
+def figures(method: AbstractMethod) -> dict[str, Check]:
+    """The checks of a method after a short training, made once for all tests."""
+    if method not in MADE:
+        MADE[method] = verify(method, steps=SHORT, controls=False)
+    return {check.metric: check for check in MADE[method].checks}
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "bar"),
+    [
+        (DenoisingStudent(), "distance, 1 call", 0.13),
+        (RectifiedFlow(), "stage 1: distance, 100 calls", 0.28),
+        (RectifiedFlow(), "distance, 1 call", 0.28),
+        (RectifiedFlow(), "agreement with the exact ODE", 0.88),
+        (MeanFlow(), "agreement with the exact ODE", 0.85),
+        (ConsistencyDistillation(), "distance, 1 call", 0.6),
+        (ConsistencyDistillation(), "agreement with the exact ODE", 0.8),
+    ],
+)
+def test_a_short_training_passes_bars_of_its_own_and_its_control_fails_them(method, metric, bar):
+    check = figures(method)[metric]._replace(bar=bar)
+    assert check.passed, check
+
+
+@dataclass(frozen=True)
+class Shuffled(AbstractMethod):
+    """Denoising Student on pairs of noise and the end of another noise."""
+
+    feeds = "pairs"
+    inner: ClassVar = DenoisingStudent()
+
+    def init(self, teacher):
+        return self.inner.init(teacher)
+
+    def loss(self, modules, batch, progress):
+        return self.inner.loss(modules, batch._replace(x0=batch.x0.roll(1, 0)), progress)
+
+    def times(self, nfe):
+        return self.inner.times(nfe)
+
+    def sample(self, net, z, *, nfe=1, cond=None, draws=None):
+        return self.inner.sample(net, z, nfe=nfe)
+
+    def trial(self):
+        return self.inner.trial()
+
+
+def test_a_method_with_a_mistake_fails():
+    found = figures(Shuffled())
+    right = figures(DenoisingStudent())
+    for metric, bar in (("distance, 1 call", 0.13), ("agreement with the exact ODE", 0.95)):
+        assert right[metric]._replace(bar=bar).passed
+        assert not found[metric]._replace(bar=bar).passed
+
+
+def test_the_reference_is_where_the_exact_ode_ends():
+    some = slice(0, POINTS, 64)
+    ends = DATA.flow(even_noise(POINTS, 2)[some], (0.0, 1.0), (1.0, 0.0))
+    assert (_exact(0)[some] - ends).square().mean().sqrt() < 2e-3
+
+
+def test_a_verification_passes_if_every_check_does_and_there_is_one():
+    right, wrong = Check("right", 1.0, 2.0, {"off": 3.0}), Check("wrong", 3.0, 2.0)
+    made = [Verification(MeanFlow(), checks, 1.0) for checks in ((right,), (right, wrong), ())]
+    assert [one.passed for one in made] == [True, False, False]
+    assert "pass" in made[0].table() and "FAIL" not in made[0].table()
+    assert made[1].table().count("FAIL") == 1
+    record = json.loads(json.dumps(made[1].record()))
+    assert record["method"] == to_json(MeanFlow()) | {"type": "mean_flow"}
+    assert [(c["metric"], c["controls"], c["passed"]) for c in record["checks"]] == [
+        ("right", {"off": 3.0}, True),
+        ("wrong", {}, False),
+    ]
+
+
+@pytest.mark.parametrize(("options", "said"), [({"steps": 0}, "steps"), ({"seed": -1}, "seed")])
+def test_options_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(ValueError, match=f"verify: {said} must be at least"):
+        verify(MeanFlow(), **options)
+
+
+# The smallest method: one call, taught by data that the noise has nothing to do with.
+OWN = '''
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds.methods import AbstractMethod
+from ds.methods.base import student_net
+from ds.methods.proof import NOISE, Check, Formula, Trial, exact
+
+
+@dataclass(frozen=True)
+class Halfway(AbstractMethod):
+    """Go a part of the way that the network says."""
+
+    feeds = "images"
+    share: float = 0.5
+
+    def init(self, teacher):
+        return nn.ModuleDict({"student": student_net(teacher, None)})
+
+    def loss(self, modules, batch, progress):
+        return (self.sample(modules["student"], batch.noise) - batch.x0).square().mean()
+
+    def times(self, nfe):
+        if nfe != 1:
+            raise ValueError(f"Halfway: 1 call, not {nfe}")
+        return (0,)
+
+    def sample(self, net, z, *, nfe=1, cond=None, draws=None):
+        (t,) = self.times(nfe)
+        return z - self.share * net(z, z.new_full((len(z),), t))
+
+    def identity(self):
+        stay = self.sample(Formula(lambda z, t: 0 * z), NOISE)
+        return (exact("no way to go", stay - NOISE, some_way=stay - 2 * NOISE),)
+
+    def trial(self):
+        return Trial(bars={1: 10.0}, steps=20)
+'''
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A method of a file that the library does not hold."""
+    (tmp_path / "halfway.py").write_text(OWN)
+    spec = importlib.util.spec_from_file_location("halfway", tmp_path / "halfway.py")
+    module = sys.modules["halfway"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.Halfway
+    del sys.modules["halfway"]
+
+
+def test_a_method_in_a_file_is_trained_resumed_sampled_and_verified(own, tmp_path):
+    method = own(share=0.25)
+    assert from_json(to_json(method), [own]) == method
+    denoiser = ds.Denoiser(MLPConfig(width=16).build(), ds.schedule.LinearBeta())
+    teacher = Teacher(denoiser, ds.solvers.DDIM(), (800, 400, 0))
+    rows = Images(DATA.sample(0, range(256)))
+    config = ds.TrainConfig(batch_size=64, epochs=2, warmup_steps=0, lr=1e-2, check_every=4)
+
+    whole = ds.Trainer(method, teacher, rows, rows, tmp_path / "whole", config).fit()
+    half = replace(config, epochs=1)
+    ds.Trainer(method, teacher, rows, rows, tmp_path / "run", half).fit()
+    again = ds.Trainer(method, teacher, rows, rows, tmp_path / "run", config).fit()
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+
+    student = method.result(again)
+    student.save_pretrained(tmp_path / "student")
+    loaded = ds.load_student(tmp_path / "student", types=[own])
+    z = ds.noise(0, range(4), (2,))
+    assert torch.equal(loaded.sample(z), student.sample(z))
+    assert (loaded.method, loaded.sample(z).shape) == (method, z.shape)
+
+    found = ds.verify(method, controls=False)
+    assert [check.metric for check in found.checks] == ["no way to go", "distance, 1 call"]
+    assert [check.passed for check in found.checks] == [True, False]  # 10 is a bar for nobody
+
+
+@dataclass(frozen=True)
+class Bare(Shuffled):
+    def trial(self):
+        return AbstractMethod.trial(self)
+
+
+def test_a_method_that_declares_nothing_is_trained_all_the_same():
+    (check,) = verify(Bare(), steps=20).checks
+    assert (check.metric, check.bar) == ("distance, 1 call", Trial().bars[1])
