@@ -52,7 +52,7 @@ def candidates(schedule: AbstractSchedule, top: float) -> list[SolveConfig]:
 
     A grid is left out if it starts elsewhere: for a quadratic one, rounding can change its top.
     """
-    first = {"top": top} if isinstance(schedule, AbstractTable) else {}
+    first = {"top": int(top)} if isinstance(schedule, AbstractTable) else {}
     every = [
         SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, **first)
         for s in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
