@@ -126,7 +126,7 @@ class TrainState:
     def __init__(
         self, modules: nn.ModuleDict, turns: Sequence[str], averages: Averages, config: TrainConfig
     ):
-        self.modules, self.turns, self.config, self.step = modules, turns, config, 0
+        self.modules, self.turns, self.step = modules, turns, 0
         if missing := {*turns} - {*modules}:
             raise ValueError(f"turns name {missing.pop()}; `init` made {', '.join(modules)}")
         student = modules["student"].parameters()
