@@ -193,12 +193,13 @@ class _Bed:
         network in the exact one's place.
         """
         teacher, net = _teacher(), self.trial.net or MLPConfig()
-        if "student" in {field.name for field in fields(self.method)}:
+        method: Any = self.method  # a dataclass, which the abstract one is not
+        if "student" in {field.name for field in fields(method)}:
             changes = {"student": net, **changes}
         else:
             fresh = built(net, self.seed).requires_grad_(False)
             teacher = replace(teacher, denoiser=replace(teacher.denoiser, net=fresh))
-        return replace(self.method, **changes), teacher
+        return replace(method, **changes), teacher
 
     def _untrained(self) -> _Made:
         method, teacher = self._start(self.trial.changes)
@@ -225,9 +226,11 @@ class _Bed:
         feeds, seeds = method.stages()[0].feeds, (2 * self.seed + 2, 2 * self.seed + 3)
         sizes = dict(zip(seeds, (self._count, HELD_OUT), strict=True))
         if feeds == "images":
-            return tuple(Images(DATA.sample(s, range(n)), seed=s) for s, n in sizes.items())
+            train, held_out = (Images(DATA.sample(s, range(n)), seed=s) for s, n in sizes.items())
+            return train, held_out
         if feeds == "noise":
-            return tuple(Noise(n, DATA.shape, seed=s) for s, n in sizes.items())
+            train, held_out = (Noise(n, DATA.shape, seed=s) for s, n in sizes.items())
+            return train, held_out
         if feeds != "pairs":
             raise ValueError(f"verify: has no {feeds}, on which {type(method).__name__} feeds")
         store = generate_pairs(

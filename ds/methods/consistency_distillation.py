@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import as_prediction
 from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
 from ds.methods.base import AbstractMethod, Progress, student_net
@@ -83,7 +84,7 @@ class ConsistencyDistillation(AbstractMethod):
 
     def _error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
         """Return f at levels i [N] minus its target, f one step of the teacher nearer to data."""
-        student, teacher = modules["student"], modules["teacher"]
+        student, teacher = modules["student"], cast(_Teacher, modules["teacher"])
         target = modules["target"] if self.target_decay else student
         t, s = teacher.levels[i], teacher.levels[i + 1]
         x = batch.x0 + _like(t, batch.x0) * batch.noise
@@ -96,7 +97,7 @@ class ConsistencyDistillation(AbstractMethod):
             wanted = self.f(target, nearer, s, batch.cond)
         return f - wanted
 
-    def _step(self, teacher: nn.Module, x: Tensor, i: Tensor) -> Tensor:
+    def _step(self, teacher: Any, x: Tensor, i: Tensor) -> Tensor:
         """Follow the ODE dx/dt = (x - x0) / t from level i to the next."""
         t, s = (_like(teacher.levels[k], x) for k in (i, i + 1))
         slope = (x - teacher(x, i)) / t
@@ -176,7 +177,7 @@ class ConsistencyDistillation(AbstractMethod):
             teacher = Formula(lambda x, t: x + gain * (NORMAL.x0(x, 1, t[:, None]) - x))
             return math.log2(error(80, solver, teacher) / error(160, solver, teacher))
 
-        def error(steps: int, solver: str, teacher: nn.Module) -> Tensor:
+        def error(steps: int, solver: str, teacher: Any) -> Tensor:
             method = replace(self, num_levels=steps + 1, solver=solver, target_decay=0.0)
             denoiser = Denoiser(teacher, EDM(self.sigma_max), "x0")
             modules = {"student": Formula(network), "teacher": _Teacher(denoiser, method.levels())}
@@ -213,7 +214,7 @@ class _Teacher(nn.Module):
     def __init__(self, denoiser: Denoiser, levels: Grid):
         super().__init__()
         self.net = copy.deepcopy(denoiser.net).requires_grad_(False)
-        self.schedule, self.prediction = denoiser.schedule, denoiser.prediction
+        self.schedule, self.prediction = denoiser.schedule, as_prediction(denoiser.prediction)
         times = [denoiser.schedule.time(-math.log(sigma)) for sigma in levels]
         for name, values in (("levels", levels), ("times", times)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)

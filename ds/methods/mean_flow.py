@@ -151,5 +151,5 @@ def _error(
     # Along the flow dx = v dt. The other end of the step stays, so h grows as t does.
     one = torch.ones_like(t)
     with torch.autocast(x.device.type, enabled=False):
-        u, du = torch.func.jvp(call, (x, t, h), (v, one, one))
+        u, du = torch.func.jvp(call, (x, t, h), (v, one, one))[:2]
     return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du).detach()

@@ -92,7 +92,8 @@ class Formula(nn.Module):
 
 # Three independent normal numbers, whose flow is linear on every path, and points of standard
 # noise, in float64. A wrong sign or factor cannot be right for all three variances at once.
-NORMAL = Gaussian(0.3, torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64).sqrt(), (3,))
+STDS: Any = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64).sqrt()
+NORMAL = Gaussian(0.3, STDS, (3,))
 NOISE = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None] * torch.tensor([1.0, -0.7, 0.4])
 
 

@@ -5,6 +5,7 @@ and nothing about the order has to be saved.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Batches:
         rows, draws = self.rows(number)
         return self.source.read(rows), self.source.indices(rows, draws)
 
-    def rows(self, number: int) -> tuple[np.ndarray, range]:
+    def rows(self, number: int) -> tuple[Any, range]:
         """Return the rows of a batch and the numbers of their draws."""
         epoch, position = divmod(number, self.per_epoch)
         first, draw = position * self.batch_size, number * self.batch_size

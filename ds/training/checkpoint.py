@@ -11,7 +11,7 @@ shards, which are in the JSON. So an error after that is not damage.
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import _pytree as pytree
 
@@ -67,10 +66,10 @@ class Checkpoint:
         self.file, self.folder = out / FILE, out / FOLDER
         self.device = device
         self.sharded = sharded
-        self.pending: Future | None = None
+        self.pending: Any = None  # the Future of what is being written
         self.thread = ThreadPoolExecutor(1)
         # The run uses the default group while this one writes.
-        self.group = dist.new_group(backend="gloo") if sharded else None
+        self.group: Any = dist.new_group(backend="gloo") if sharded else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Copy a state to the memory of the CPU, and begin to write it once the last is written."""
@@ -108,7 +107,7 @@ class Checkpoint:
                 self.writer.opened.__exit__(type(error), error, None)
             raise RuntimeError(f"{self.folder}: not written ({_reason(error)})") from None
 
-    def load(self, run: Stateful) -> None:
+    def load(self, run: Any) -> None:
         """Give a run the last state that was saved, if there is one.
 
         Raises ValueError if it is damaged or of another run, RuntimeError if it cannot be read.
@@ -249,7 +248,7 @@ def _share(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _reason(error: BaseException) -> BaseException:
+def _reason(error: BaseException) -> Any:
     """Return the error of the first process that failed, or the error itself."""
     if not isinstance(error, CheckpointException):
         return error

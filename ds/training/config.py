@@ -150,7 +150,8 @@ class RunFile:
     """run.json in the directory of a run: what is run, so that nothing else goes on there."""
 
     def __init__(self, fields: RunFields, out: Path, checkpoint: Checkpoint):
-        self.fields, self.out, self.checkpoint = fields, out, checkpoint
+        self.fields: dict[str, Any] = {**fields}
+        self.out, self.checkpoint = out, checkpoint
 
     @cached_property
     def identity(self) -> str:

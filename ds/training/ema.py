@@ -12,7 +12,7 @@ Karras et al. 2024, arXiv:2312.02696, section 3.2 and appendix C.
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def gamma_of(length: float) -> float:
     return float(np.roots([1, 7, 16 - squared, 12 - squared]).real.max())
 
 
-def write_snapshot(run: Path, step: int, tracked: list[nn.Module], of: str = "") -> None:
+def write_snapshot(run: Path, step: int, tracked: Iterable[nn.Module], of: str = "") -> None:
     """Write the averages of LENGTHS after `step` steps, and the identity `of` their run."""
     weights = {
         f"{i}.{name}": w.cpu().contiguous()

@@ -24,7 +24,8 @@ from ds.system.cost import check_memory
 from ds.training.batches import Batches
 
 LoaderKind = Literal["auto", "memory_map", "dali", "resident"]
-Loader = Generator[tuple[Tensor, Tensor], None, None]
+Rows = tuple[Tensor, Tensor]  # images, and the indices of their noise
+Loader = Generator[Rows, None, None]
 RESIDENT_SHARE = 0.25  # of the free memory of a GPU that the rows may take
 log = logging.getLogger("ds")
 
@@ -89,14 +90,16 @@ def _memory_map(batches: Batches, start: int, device: torch.device, prefetch: in
             yield _sent(ahead.popleft().result(), device)
 
 
-def _pinned(kept: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+def _pinned(kept: Rows, device: torch.device) -> Rows:
     """Return tensors in memory from which a GPU copies while the host goes on."""
-    return tuple(x.pin_memory() for x in kept) if device.type == "cuda" else kept
+    images, indices = kept
+    return (images.pin_memory(), indices.pin_memory()) if device.type == "cuda" else kept
 
 
-def _sent(kept: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+def _sent(kept: Rows, device: torch.device) -> Rows:
     """Return tensors on the device, without waiting for it."""
-    return tuple(x.to(device, non_blocking=True) for x in kept)
+    images, indices = (x.to(device, non_blocking=True) for x in kept)
+    return images, indices
 
 
 def _resident(batches: Batches, start: int, device: torch.device) -> Loader:

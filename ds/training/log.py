@@ -46,7 +46,7 @@ class RunLog:
 
             self.board = SummaryWriter(str(out), purge_step=step + 1)
         if wandb:
-            from wandb import init
+            from wandb import init  # pyright: ignore[reportMissingImports]
 
             subfolder(out / "wandb")
             name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]

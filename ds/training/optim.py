@@ -1,7 +1,7 @@
 """Adam in its variants, and the networks and optimisers of a run."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class Adam(torch.optim.Optimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"ema_decay": 0.0})
         (group,) = self.param_groups
-        params = group["params"]
-        group["step"] = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        weights = group["params"]
+        group["step"] = torch.zeros((), dtype=torch.float32, device=weights[0].device)
         for param in group["params"]:
             self.state[param] = {name: torch.zeros_like(param) for name in MOMENTS}
         if max_norm < math.inf and _sharded(group["params"]):
@@ -91,7 +91,7 @@ def build(
         raise ValueError(f"optimizer {kind}: takes no sharded weights; train.optimizer adam does")
     if not (status := apex.status()).startswith("NVIDIA's"):
         raise ValueError(f"optimizer {kind}: apex is {status}; train.optimizer adam needs none")
-    from apex.optimizers import FusedAdam
+    from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
 
     optimizer = FusedAdam(params, adam_w_mode=kind == "apex_adamw", **options)
 
@@ -144,7 +144,7 @@ class TrainState:
             turn: torch.zeros((), dtype=torch.float32, device=device) for turn in self.optimizers
         }
 
-    def _learns(self, turn: str, averaged: dict[nn.Parameter, Tensor]) -> list[nn.Parameter]:
+    def _learns(self, turn: str, averaged: Mapping[nn.Parameter, Any]) -> list[nn.Parameter]:
         """Return the weights that learn in a turn; those of no turn learn with the student."""
         if turn != "student":
             return [p for p in self.modules[turn].parameters() if p.requires_grad]

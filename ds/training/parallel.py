@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ class Loss(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> Tensor:
         return self.method.loss(self.modules_, batch, progress)
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def compiled(loss: Loss, runtime: RuntimeConfig) -> None:
@@ -130,7 +134,7 @@ def reduce_gradients(net: nn.Module, wanted: bool) -> None:
 
 
 @torch.no_grad()
-def whole(net: nn.Module) -> nn.Module:
+def whole(net: M) -> M:
     """Return a copy of a sharded network with whole weights; return any other network itself.
 
     All processes must call this together, and all get the copy.

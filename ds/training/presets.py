@@ -6,7 +6,7 @@ The paper's settings are those of its 2021 code, `get_settings` and `create_data
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -31,10 +31,10 @@ from ds.training.config import TrainConfig
 THREADS = 16  # at most, for each CPU: more only wait, and far too many end the process
 
 try:
-    from tyro.conf import arg
+    from tyro.conf import arg  # pyright: ignore[reportAssignmentType]
 except ImportError:  # only the command line needs the names of options
 
-    def arg(**_: list[str]) -> None: ...
+    def arg(**_: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ds.methods import AbstractMethod
 from ds.models.model import Model
 from ds.models.teacher import Teacher
@@ -103,13 +101,11 @@ class Stages:
         self, number: int, start: Teacher, sources: tuple[AbstractSource, AbstractSource]
     ) -> Trainer:
         """Return the run of a stage."""
-        stage, judge = self.stages[number], self.evaluate
+        stage, judge, options = self.stages[number], self.evaluate, {**self.options}
 
-        def evaluate(net: nn.Module) -> dict[str, float]:
-            return judge(stage.result(net))
-
+        if judge:
+            options["evaluate"] = lambda net: judge(stage.result(net))
         out = self.out / f"stage-{number + 1}" if number else self.out
-        options = self.options | ({"evaluate": evaluate} if judge else {})
         return Trainer(stage, start, *sources, out, self.config, **options)
 
     def _sources(self, number: int, last: Teacher) -> tuple[AbstractSource, AbstractSource]:

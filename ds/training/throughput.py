@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def flop_counter() -> FlopCounterMode:
     ds.ops.conv3x3 counts as a plain convolution, although its algorithm multiplies less.
     """
 
-    def forward(x, weight, *_, out_shape=None, **__) -> int:
+    def forward(x, weight, *_, out_shape: Any = None, **__) -> int:
         return conv_flop_count(x, weight, out_shape)
 
     def backward(dy, x, weight, wanted, *_, **__) -> int:

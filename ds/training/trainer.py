@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,8 @@ class Trainer:
             self.called = parallel.shard(modules, self.device, LOW[self.runtime.reduce])
         self.averages = Averages(modules["student"], config)
         self.state = TrainState(modules, method.turns, self.averages, config)
-        self.done = dict.fromkeys(("log", "snapshot", "evaluate", "check"), 0)  # last at this step
+        names = "log", "snapshot", "evaluate", "check"
+        self.done: dict[str, int] = dict.fromkeys(names, 0)  # the step at which each was last done
         self.checkpoint = Checkpoint(self.out, self.device, sharded=self.runtime.shard)
         self.run = RunFile(self._about(start), self.out, self.checkpoint)
 
@@ -297,8 +298,8 @@ class Trainer:
             images, indices = next(self.rows)
         draws = self.batches.draws(number, self.device)
         parts = (x.chunk(count) for x in (images, indices, draws.index))
-        for i, (*kept, index) in enumerate(zip(*parts, strict=True)):
-            batch = self.batches.source.prepare(*kept, draws._replace(index=index))
+        for i, (images, indices, index) in enumerate(zip(*parts, strict=True)):
+            batch = self.batches.source.prepare(images, indices, draws._replace(index=index))
             with parallel.unreduced(loss, i < count - 1):
                 part = distributed.rank() * count + i
                 with self._seeded(number, part), self.config.autocast(self.device):
@@ -357,12 +358,12 @@ class Trainer:
     def _check(self) -> None:
         """Score the average on the held-out rows, keep it if it is the best, draw, save."""
         student = {"student": self.averages.ema}
-        modules = parallel.whole(nn.ModuleDict({**self.state.modules, **student}))
+        modules = parallel.whole(nn.ModuleDict({**dict(self.state.modules), **student}))
         loss = self._score(modules)
         self.averages.keep_best(loss)
         self._did("check")  # it is saved with what it found
         if loss is not None:
-            self._write(held_out_loss=loss, best=self.best_loss)
+            self._write(held_out_loss=loss, best=cast(float, self.best_loss))
         if distributed.is_first():
             self._draw(modules["student"])
         self._save(modules["student"])
@@ -389,6 +390,7 @@ class Trainer:
     def _evaluate(self) -> None:
         net = parallel.whole(self.averages.ema)
         with self._may_be_cut():
+            assert self.evaluate is not None  # checked with the arguments
             found = self.evaluate(net)
         self._write(**found)
         self._did("evaluate")
@@ -470,7 +472,7 @@ def _watchdog(minutes: float) -> Iterator[Callable[[], None]]:
 
     def alive() -> None:
         seconds = min(60 * minutes, threading.TIMEOUT_MAX)
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
     alive()
     try:
