@@ -126,5 +126,6 @@ class GaussianMixture(AbstractData):
         weights = torch.tensor([self.weights], dtype=like.dtype, device=like.device)
         if y is None:
             return weights
-        own = weights * (torch.tensor(self.classes, device=y.device) == y[:, None])
+        classes = torch.tensor(self.classes, dtype=torch.int64, device=y.device)
+        own = weights * (classes == y[:, None])
         return own / own.sum(1, keepdim=True)

@@ -183,7 +183,7 @@ class _Bed:
 
     @torch.no_grad()
     def _sample(self, made: _Made, nfe: int) -> Tensor:
-        draws = Draws(self.seed, torch.arange(POINTS))
+        draws = Draws(self.seed, torch.arange(POINTS, dtype=torch.int64, device="cpu"))
         return made.method.sample(made.net, _noise(), nfe=nfe, draws=draws)
 
     def _start(self, changes: Mapping[str, Any]) -> tuple[AbstractMethod, Teacher]:

@@ -181,7 +181,8 @@ class ConsistencyDistillation(AbstractMethod):
             method = replace(self, num_levels=steps + 1, solver=solver, target_decay=0.0)
             denoiser = Denoiser(teacher, EDM(self.sigma_max), "x0")
             modules = {"student": Formula(network), "teacher": _Teacher(denoiser, method.levels())}
-            i, z = torch.arange(steps).repeat_interleave(len(NOISE)), NOISE.repeat(steps, 1)
+            i = torch.arange(steps, dtype=torch.int64, device="cpu").repeat_interleave(len(NOISE))
+            z = NOISE.repeat(steps, 1)
             batch = Batch(NORMAL.endpoint(z, 0, 1), z.flip(0), i, Draws(0, i))
             return method._error(nn.ModuleDict(modules), batch, i).square().mean().sqrt()
 

@@ -79,13 +79,15 @@ class Denoising(AbstractMethod):
 
         Four rows with data and noise at plus and minus one deviation have the moments of all.
         """
-        one = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]).double()
-        index = torch.arange(16).repeat_interleave(4)
+        one = torch.tensor(
+            [[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64, device="cpu"
+        )
+        index = torch.arange(16, dtype=torch.int64, device="cpu").repeat_interleave(4)
         a, b = (one.repeat(16, 1)[:, i, None].expand(-1, 3) for i in (0, 1))
         rows = Batch(NORMAL.mean + NORMAL.std * a, b, index, Draws(0, index))
 
         def slope(gain: float = 1.0, late: int = 0) -> Tensor:
-            off = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+            off = torch.zeros(2, 3, dtype=torch.float64, device="cpu", requires_grad=True)
 
             def best(x: Tensor, t: Tensor) -> Tensor:
                 levels = self.schedule.gather((t - late).clamp(min=0), x)

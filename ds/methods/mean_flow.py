@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig, MLPConfig
 from ds.pairs.sources import Batch
-from ds.system.config import NotNegative, Positive, Share, check
+from ds.system.config import Between, NotNegative, Positive, Share, check
 
 # Streams of random numbers: of two times, and of the choice to make them one.
 _ONE, _OTHER, _EQUAL = 0x6B0D27F94E1CA385, 0x2E97B54A08F36DC1, 0x51A3E8D76C4F0B29
@@ -44,9 +44,11 @@ class MeanFlow(AbstractMethod):
     power: NotNegative = 0.75
     offset: Positive = 1e-3  # keeps the weight of small errors finite
     equal: Share = 0.25  # share of rows with h = 0, which learn the velocity itself
-    time_mean: float = -2.0  # both times are sigmoids of normal numbers with this mean
+    # both times are sigmoids of normal numbers with this mean
+    time_mean: Annotated[float, Between(-20, 20)] = -2.0
     time_std: Positive = 2.0
-    student: AbstractNetConfig | None = None  # the network to train; else the teacher's, told h too
+    # the network to train; else the teacher's, told h too
+    student: AbstractNetConfig | None = None
 
     def __post_init__(self):
         check(self, "MeanFlow: ")
@@ -118,7 +120,7 @@ class MeanFlow(AbstractMethod):
         def error(net: Callable[..., Tensor]) -> Tensor:
             return _error(Formula(net), x, v(x, t, h), t, h, {})
 
-        x, even = NOISE, torch.linspace(0, 1, len(NOISE), dtype=torch.float64)
+        x, even = NOISE, torch.linspace(0, 1, len(NOISE), dtype=torch.float64, device="cpu")
         t = 0.2 + 0.75 * even
         h = t * (0.1 + 0.8 * even.roll(11))
         end = NORMAL.endpoint(x, 0, 1)

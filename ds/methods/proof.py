@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ds.analytic import Gaussian
 from ds.diffusion.noise import Draws
 from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
+from ds.system.config import Between, Count, Positive, check
 
 EXACT, WRONG = 1e-12, 1e-2  # an identity in float64 holds within EXACT; its controls miss by WRONG
 
@@ -71,10 +72,13 @@ class Trial:
     changes: Mapping[str, Any] = field(default_factory=dict)
     net: AbstractNetConfig | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 2000
-    bars: Mapping[int, float] = field(default_factory=lambda: {1: 0.15})
-    agreement: float = 0.0
+    steps: Count = 2000
+    bars: Mapping[Count, Positive] = field(default_factory=lambda: {1: 0.15})
+    agreement: Annotated[float, Between(0, 1)] = 0.0
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self, "Trial: ")
 
 
 class Formula(nn.Module):
@@ -92,12 +96,13 @@ class Formula(nn.Module):
 
 # Three independent normal numbers, whose flow is linear on every path, and points of standard
 # noise, in float64. A wrong sign or factor cannot be right for all three variances at once.
-STDS: Any = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64).sqrt()
+STDS: Any = torch.tensor([0.05, 0.5, 2.0], dtype=torch.float64, device="cpu").sqrt()
 NORMAL = Gaussian(0.3, STDS, (3,))
-NOISE = torch.linspace(-2, 2, 33, dtype=torch.float64)[:, None] * torch.tensor([1.0, -0.7, 0.4])
+_DIRECTION = torch.tensor([1.0, -0.7, 0.4], dtype=torch.float64, device="cpu")
+NOISE = torch.linspace(-2, 2, 33, dtype=torch.float64, device="cpu")[:, None] * _DIRECTION
 
 
 def normal_pairs() -> Batch:
     """Return pairs of NOISE and where the ODE of NORMAL takes it, as a teacher would make them."""
-    index = torch.arange(len(NOISE))
+    index = torch.arange(len(NOISE), dtype=torch.int64, device="cpu")
     return Batch(NORMAL.endpoint(NOISE, 0, 1), NOISE, index, Draws(0, index))

@@ -64,5 +64,6 @@ class MLP(nn.Module):
         numbers = [t, *(cond[name] for name in c.conditions)]
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:
-            told.append(cond["y"][:, None] == torch.arange(c.classes, device=x.device))
+            classes = torch.arange(c.classes, dtype=torch.int64, device=x.device)
+            told.append(cond["y"][:, None] == classes)
         return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))

@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -160,6 +160,7 @@ _WORDS = {
     list: "a list",
     tuple: "a list",
     dict: "fields by name",
+    Mapping: "fields by name",
 }
 
 
@@ -216,7 +217,7 @@ def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
         return _fields_mismatch(value, kind, at)
     if not _is_a(value, origin or kind):
         return _not(at, _words(kind), value)
-    if origin is dict:
+    if origin in (dict, Mapping):
         return _first(mismatch(v, args[1], _join(at, name)) for name, v in value.items())
     if origin in (list, tuple) and args:
         if origin is tuple and args[-1] is not ...:

@@ -15,7 +15,7 @@ import torch
 
 import ds
 from ds.cli.distill import Distill
-from ds.cli.pairs import MakePairs
+from ds.cli.pairs import MakePairs, Maker
 from ds.cli.teach import Teach
 from ds.evaluation.features import Pixels
 from ds.evaluation.references import Moments
@@ -49,7 +49,7 @@ def dataclasses_of_ds() -> set[type]:
             for _, cls in inspect.getmembers(part, inspect.isclass):
                 if cls.__module__ == part.__name__ and dataclasses.is_dataclass(cls):
                     found.add(cls)
-    return found - {presets.Preset}
+    return found - {presets.Preset, Maker}  # which are made of checked ones
 
 
 def usual(cls: type) -> Any:
