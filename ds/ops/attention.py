@@ -89,9 +89,23 @@ def _():
         # one Sapphire Rapids core with PyTorch 2.13, November 2026; its forward is the faster one.
         if q.dtype == torch.bfloat16 and _needs_gradient(q):
             raise Unsupported("it does not take bfloat16 with a gradient")
+        # Its result has the strides of q, and so is wrong where elements of q share memory.
+        if not q.is_contiguous() and _elements_overlap(q):
+            raise Unsupported("it does not take queries whose elements share memory")
         return F.scaled_dot_product_attention(q, k, v)
 
     return launch
+
+
+def _elements_overlap(x: Tensor) -> bool:
+    """Return whether elements may share memory: a stride does not pass the smaller ones' reach."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 _ARGUMENTS = (

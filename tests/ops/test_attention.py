@@ -268,3 +268,12 @@ def test_the_flops_of_attention_are_counted_through_our_kernel(weight):
             call(*arguments)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_queries_that_share_memory_are_attended_from():
+    """PyTorch's kernel gives its result the strides of the queries."""
+    q = torch.randn(1, 1, 5 + 8, generator=torch.Generator().manual_seed(0))
+    q = q.as_strided((1, 1, 6, 8), (1, 1, 1, 1))
+    k, v = q.flip(2), q.roll(1, 2).contiguous()
+    exact = ds.ops.attention(*(x.double().contiguous() for x in (q, k, v)))
+    torch.testing.assert_close(ds.ops.attention(q, k, v).double(), exact, rtol=1e-5, atol=1e-6)

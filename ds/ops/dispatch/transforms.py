@@ -117,7 +117,7 @@ def differentiable_twice(name: str, compute: Callable, reference: Callable):
     def forward(ctx, *args):
         with torch.enable_grad():
             leaves = [
-                x if x is None else x.detach().requires_grad_(want)
+                x.detach().requires_grad_(want) if isinstance(x, Tensor) else x
                 for x, want in zip(args, ctx.needs_input_grad, strict=True)
             ]
             result = compute(*leaves)
