@@ -272,8 +272,7 @@ def test_the_flops_of_attention_are_counted_through_our_kernel(weight):
 
 def test_queries_that_share_memory_are_attended_from():
     """PyTorch's kernel gives its result the strides of the queries."""
-    q = torch.randn(1, 1, 5 + 8, generator=torch.Generator().manual_seed(0))
-    q = q.as_strided((1, 1, 6, 8), (1, 1, 1, 1))
-    k, v = q.flip(2), q.roll(1, 2).contiguous()
+    numbers = torch.randn(2, 1, 17, 32, generator=torch.Generator().manual_seed(0))
+    q, k, v = numbers.as_strided((2, 1, 17, 32), (1, 1, 1, 1)), numbers.flip(2), numbers.roll(1, 2)
     exact = ds.ops.attention(*(x.double().contiguous() for x in (q, k, v)))
     torch.testing.assert_close(ds.ops.attention(q, k, v).double(), exact, rtol=1e-5, atol=1e-6)
