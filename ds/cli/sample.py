@@ -111,7 +111,8 @@ class Sample(Verb):
             images, columns = sampler(self.seed, indices), None
         scale = self._scale(model.shape)
         save(images, self.out, columns=columns, scale=scale, force=self.force)
-        say(f"samples: {self.out}, {len(images)} images, {model.nfe} network calls each")
+        calls = "1 network call" if model.nfe == 1 else f"{model.nfe} network calls"
+        say(f"samples: {self.out}, {len(images)} images, {calls} each")
 
 
 def _indices(text: str) -> Ranges:

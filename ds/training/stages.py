@@ -102,7 +102,6 @@ class Stages:
     ) -> Trainer:
         """Return the run of a stage."""
         stage, judge, options = self.stages[number], self.evaluate, {**self.options}
-
         if judge:
             options["evaluate"] = lambda net: judge(stage.result(net))
         out = self.out / f"stage-{number + 1}" if number else self.out
