@@ -9,6 +9,7 @@ from torch.func import grad, jvp
 
 from ds import ops
 from ds.nets import UNet, UNetConfig
+from ds.ops.dispatch.transforms import tangents_are_lost
 
 TIMES = torch.tensor([3.0, 100.0, 500.0, 900.0])
 
@@ -74,7 +75,11 @@ def test_jvp(net, x, v, exact, backend):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_jvp_where_no_gradient_is_recorded(net, x, v, exact, mode):
     with mode():
-        close(tangent(net, x, v), exact)
+        if tangents_are_lost():  # by PyTorch itself, before 2.13
+            with pytest.raises(ValueError, match="every tangent 0 in inference mode"):
+                tangent(net, x, v)
+        else:
+            close(tangent(net, x, v), exact)
 
 
 def test_jvp_under_autocast(net, x, v, exact):

@@ -99,7 +99,14 @@ class Op:
 
         The dispatcher takes longer than the launch (docs/notes/0003).
         """
-        if torch.compiler.is_compiling() or _watched(args):
+        if torch.compiler.is_compiling():
+            return self._dispatched(*args)
+        if _watched(args):
+            if transforms.active() and transforms.tangents_are_lost():
+                raise ValueError(
+                    f"{self.name}: this PyTorch makes every tangent 0 in inference mode; use "
+                    f"torch.no_grad() instead"
+                )
             return self._dispatched(*args)
         if not torch.is_grad_enabled():
             return self.compute(*args)

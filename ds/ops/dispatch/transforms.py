@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ def untraced(function: Callable) -> Callable:
 def active() -> bool:
     """Return whether forward mode or a transform of torch.func is on."""
     return forward_ad._current_level >= 0 or in_functorch()
+
+
+def tangents_are_lost() -> bool:
+    """Return whether inference mode is on and PyTorch, as in 2.11, drops tangents there."""
+    return torch.is_inference_mode_enabled() and _inference_mode_drops_tangents()
+
+
+@cache
+def _inference_mode_drops_tangents() -> bool:
+    one = torch.ones((), dtype=torch.float32, device="cpu")
+    with torch.inference_mode():
+        return not torch.func.jvp(torch.sin, (one,), (one,))[1]
 
 
 def in_functorch() -> bool:
