@@ -197,6 +197,9 @@ def check_addends(function, values, addends, groups, backend="") -> list[Tensor]
     sizes = cancelling(backend, exact[1], weight, some_gradients(exact)[0][0].to(x.device), groups)
     sizes |= dict.fromkeys(("residual", "skip"), sizes["x"])
     sizes["shift"] = sizes["x"] * len(x) * x[0, 0].numel()
+    # The gradient of x may be rounded, each element by half of eps, before shift's sums it.
+    summed = found_exact["x"].abs().transpose(0, 1).flatten(1).sum(1).max().item()
+    sizes["shift"] += summed * torch.finfo(x.dtype).eps / 2 / (2 * 2**-23)
     if "shift" in addends and addends["shift"].dim() == 1:  # its gradient is a sum of rounded rows
         rows = addends | {"shift": addends["shift"].expand(x.shape[:2])}
         _, by_image = results(rounded, values, rows, groups, some_gradients, torch.float64)
