@@ -1,0 +1,38 @@
+"""The JSON fields of diffusers' files, each checked before it is used."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds.system.config import short
+from ds.system.files import by_name, read_json
+
+
+def load(file: Path) -> dict[str, Any]:
+    return by_name(read_json(file), file)
+
+
+def check(
+    fields: Mapping[str, Any], field: str, accept: Callable[[Any], bool], words: str, file: Path
+) -> None:
+    """Raise ValueError unless a field is accepted; `words` describe what is."""
+    value = fields.get(field)
+    if not accept(value):
+        raise ValueError(f"{file}: {field} is {short(repr(value))}; accepted is {words}")
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def list_of(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(accept, value))
