@@ -10,6 +10,7 @@ from ds.system.files import by_name, read_json
 
 
 def load(file: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file."""
     return by_name(read_json(file), file)
 
 
@@ -23,16 +24,20 @@ def check(
 
 
 def whole(value: Any) -> bool:
+    """Return whether a value is a whole number above 0."""
     return type(value) is int and value > 0
 
 
 def number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def text(value: Any) -> bool:
+    """Return whether a value is a text."""
     return isinstance(value, str)
 
 
 def list_of(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a test for lists, not empty, whose values are all accepted."""
     return lambda value: isinstance(value, list) and bool(value) and all(map(accept, value))
