@@ -3,14 +3,15 @@
 import copy
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds.diffusion.noise import Draws, noise
 from ds.engine import Engine, Loop, Recurrence, Rewrites, Target, can_run
@@ -90,6 +91,11 @@ class Execution:
             ways.append(cls(precision, "eager"))
         return min(ways, key=lambda way: way.prepare(model, 1).seconds_each())
 
+    def dtype(self, model: Model) -> str:
+        """Return the name of the dtype that the network's convolutions and products are in."""
+        own = str(dtype_of(model.net)).removeprefix("torch.")
+        return own if self.precision == "float32" else self.precision
+
     def check(self, model: Model, device: torch.device) -> None:
         """Raise ValueError if a model cannot be run in this way on a device."""
         if self.precision == "tf32" and device.type != "cuda":
@@ -119,16 +125,17 @@ class Execution:
 
 
 class Runner:
-    """A model made ready to be run in one way: runner.sample(noise) -> samples.
+    """A model made ready to be run in one way: runner.sample(noise) -> samples, finite.
 
     `model` has the network that is run. `cold_start` holds the seconds that planning (weights
-    packed or copied), compiling and capturing took.
+    packed or copied), compiling and capturing took. `dtype` names the dtype of the network's
+    products.
     """
 
     def __init__(self, model: Model, execution: Execution, batch_size: int):
         self.execution, self.batch_size = execution, batch_size
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
-        self.device = device_of(model.net)
+        self.device, self.dtype = device_of(model.net), execution.dtype(model)
         self._loop: Loop | None = None
         with self._timed("plan"):
             self.model = _planned(model, execution, batch_size)
@@ -141,6 +148,8 @@ class Runner:
             assert isinstance(engine, Engine)
             with self._timed("capture"):
                 self._loop = Loop(engine, Recurrence.of(model))
+        self._watched = _Watched(self.model.net)
+        self._watching = self.model.using(self._watched)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -157,15 +166,20 @@ class Runner:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @without_ambient()
-    def sample(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1].
+    def sample(self, z: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Return the samples of noise z [N, *shape], floats on the device, and a flag.
 
-        A stochastic model takes its noise from `draws`.
+        The flag, a bool on the device, says whether the samples are finite, and whether all that
+        the network returned on the way was: a clip would hide an infinity. A stochastic model takes
+        its noise from `draws`.
         """
         with self._products():
-            if self._loop is None:  # what is captured is deterministic
-                return self.model.sample(z, draws=draws)
-            return torch.cat([_looped(self._loop, part) for part in z.split(self._loop.images)])
+            if self._loop is not None:  # what is captured is linear, and hides nothing
+                parts = [_looped(self._loop, part) for part in z.split(self._loop.images)]
+                return (x := torch.cat(parts)), _sum(x).isfinite()
+            with self._watched.summing() as total:
+                x = self._watching.sample(z, draws=draws)
+            return x, (total() + _sum(x)).isfinite()
 
     @without_ambient()
     def seconds_each(self) -> float:
@@ -178,6 +192,38 @@ class Runner:
                 # .item() waits for the device.
                 call = seconds_each(lambda n: self.model.call(z[:n]).sum().item(), self.batch_size)
         return call * self.model.nfe
+
+
+class _Watched(nn.Module):
+    """A network, and the sum of what it returned while that was asked for."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+        self._here = threading.local()  # a sampler may serve several threads
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a method of the caller's looks for in its network."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
+
+    @contextmanager
+    def summing(self) -> Iterator[Callable[[], Tensor | float]]:
+        """Yield what returns the sum over the calls since."""
+        self._here.total = 0.0
+        yield lambda: self._here.total
+
+    def forward(self, *args: Any, **cond: Any) -> Tensor:
+        out = self.net(*args, **cond)
+        self._here.total = self._here.total + _sum(out)
+        return out
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Return the sum of x in float32 or wider: it is finite only if every element is."""
+    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _looped(loop: Loop, z: Tensor) -> Tensor:

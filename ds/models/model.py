@@ -97,6 +97,8 @@ def device_of(net: nn.Module, otherwise: torch.device | str = "cpu") -> torch.de
 
 def dtype_of(net: nn.Module) -> torch.dtype:
     """Return the dtype of a network's weights, float32 for one without any."""
+    if isinstance(net, Engine):  # its weights are packed
+        return net.target.dtype
     return next((w.dtype for w in net.parameters()), torch.float32)
 
 

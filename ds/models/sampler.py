@@ -20,8 +20,10 @@ from ds.system.ambient import without_ambient
 from ds.system.config import Count, Seed, require
 from ds.system.cost import check_memory
 
+NARROW = ("float16", "fp8")  # dtypes whose largest number is small
 _PLAINER = {"cuda_graph": "engine", "engine": "eager"}
 log = logging.getLogger("ds")
+_Work = tuple[Tensor, Draws | None, Sequence[int]]  # noise, randomness of the way, indices
 
 
 class Sampler:
@@ -52,7 +54,8 @@ class Sampler:
     .. end
 
     Raises ValueError for a batch_size below 1 or beyond the memory, and for an execution that the
-    model or its device does not support.
+    model or its device does not support. Every way to draw raises RuntimeError where a sample, or
+    what the network returned on the way, is not finite, as an overflow of float16 makes it.
     """
 
     @without_ambient()
@@ -109,8 +112,7 @@ class Sampler:
         Raises ValueError for a stochastic model: its noise depends on seeds and indices.
         """
         self._check_images(len(z))
-        parts = (part.to(self.device) for part in z.split(self.batch_size))
-        return self._images(map(self.sample, parts), rounding)
+        return self._images(self._checked(self._given(z), "the noise given"), rounding)
 
     def _check_images(self, number: int) -> None:
         if len(self.model.shape) != 3:
@@ -127,18 +129,59 @@ class Sampler:
         return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in batches)])
 
     def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the samples of `indices` in order, floats [N, *shape] on the model's device."""
-        for start in range(0, len(indices), self.batch_size):
-            index = as_bits(indices[start : start + self.batch_size]).to(self.device)
-            z = noise(seed, index, self.model.shape, device=self.device)
-            yield self.sample(z, Draws(seed, index))
+        """Yield the samples of `indices` in order, floats [N, *shape] on the model's device.
+
+        Raises RuntimeError for samples that are not finite: on a CPU in place of the batch that has
+        them, on a GPU, which is not waited for, after the last batch.
+        """
+        return self._checked(self._noise(seed, indices), f"seed {seed}")
 
     def sample(self, z: Tensor, draws: Draws | None = None) -> Tensor:
         """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1].
 
-        A stochastic model takes its noise from `draws`. Raises ValueError if it has none.
+        A stochastic model takes its noise from `draws`. Raises ValueError if it has none, and
+        RuntimeError for samples that are not finite, for which it waits for the device.
         """
-        return self._runner.sample(z, draws)
+        (x,) = self._checked([(z, draws, range(len(z)))], "the noise given")
+        return x
+
+    def _noise(self, seed: int, indices: Sequence[int]) -> Iterator[_Work]:
+        for start in range(0, len(indices), self.batch_size):
+            part = indices[start : start + self.batch_size]
+            index = as_bits(part).to(self.device)
+            z = noise(seed, index, self.model.shape, device=self.device)
+            yield z, Draws(seed, index), part
+
+    def _given(self, z: Tensor) -> Iterator[_Work]:
+        for start in range(0, len(z), self.batch_size):
+            part = z[start : start + self.batch_size]
+            yield part.to(self.device), None, range(start, start + len(part))
+
+    def _checked(self, work: Iterable[_Work], source: str) -> Iterator[Tensor]:
+        """Yield the samples of batches; raise RuntimeError if one of them is not finite."""
+        flags: list[tuple[Tensor, Sequence[int]]] = []
+        for z, draws, part in work:
+            x, finite = self._runner.sample(z, draws)
+            flags.append((finite, part))
+            if self.device.type == "cpu":
+                self._check(flags, source)
+                flags.clear()
+            yield x
+        self._check(flags, source)
+
+    def _check(self, flags: list[tuple[Tensor, Sequence[int]]], source: str) -> None:
+        """Raise RuntimeError for the first batch whose flag, which is read here, is false."""
+        finite = torch.stack([flag for flag, _ in flags]).tolist() if flags else []
+        if all(finite):
+            return
+        part, dtype = flags[finite.index(False)][1], self._runner.dtype
+        advice = "look at its weights and its noise"
+        if dtype in NARROW:
+            advice = f"{dtype} is too narrow for it, use float32 or bfloat16"
+        raise RuntimeError(
+            f"Sampler: the network's numbers for samples {part[0]} to {part[-1]} of {source} are "
+            f"not finite (dtype {dtype}, mode {self.execution.mode}); {advice}"
+        )
 
     def seconds_each(self) -> float:
         """Measure the seconds that an image takes, from a few network calls."""

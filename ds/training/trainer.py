@@ -401,7 +401,13 @@ class Trainer:
         if len(self.shape) != 3:
             return
         z = noise(self.config.seed, range(64), self.shape, device=self.device)
-        sheet = tile(to_uint8(self.method.sample(average, z)), columns=8)
+        x = self.method.sample(average, z)
+        if not x.isfinite().all():
+            raise RuntimeError(
+                f"{self.out}: the samples of step {self.state.step} are not finite; the last "
+                f"checkpoint is kept, try a smaller train.lr"
+            )
+        sheet = tile(to_uint8(x), columns=8)
         file = subfolder(self.out / "samples") / f"step-{self.state.step:07d}.png"
         with replacing(file) as path:
             save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))

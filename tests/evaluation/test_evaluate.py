@@ -127,6 +127,18 @@ def test_held_out_pairs_without_a_model_are_refused(pairs):
         evaluate(REFERENCE, REFERENCE, Pixels(), held_out=pairs)
 
 
+@pytest.mark.parametrize("where", ["drawn", "held out"])
+def test_float16_that_overflows_has_no_frechet_distance(where, pairs):
+    class Loud(torch.nn.Module):
+        shape = DATA.shape
+
+        def forward(self, x, t):
+            return x * (math.inf if where == "drawn" or len(x) == 15 else 1)
+
+    with pytest.raises(RuntimeError, match="are not finite"):
+        evaluate(TEACHER.using(Loud()), REFERENCE, Pixels(), n=8, held_out=pairs)
+
+
 def test_the_floor_compares_random_parts_of_the_real_images():
     def distance(seed):
         order = np.random.default_rng(seed).permutation(50)

@@ -1,7 +1,7 @@
 """Sampler: images by seed and index, its batch size, what it falls back to, and pickling."""
 
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +13,7 @@ from ds import analytic
 from ds.diffusion import grids
 from ds.diffusion.solvers import DDIM
 from ds.models.execution import Execution
+from ds.models.interpolate import great_circle
 from ds.models.sampler import default_batch_size
 from ds.nets import UNetConfig
 from ds.training import presets
@@ -123,3 +124,96 @@ def test_a_captured_step_that_fails_leaves_the_engine(monkeypatch, caplog):
     assert sampler.execution == engine
     assert torch.equal(sampler(0, range(3)), ds.Sampler(model, execution=engine)(0, range(3)))
     assert "mode cuda_graph failed, engine is used instead" in caplog.text
+
+
+# Overflow.
+
+
+def loud(dtype: torch.dtype) -> ds.Student:
+    """Return a student whose first convolution overflows float16, in a dtype."""
+    student = tiny()
+    with torch.no_grad():
+        student.net.conv_in.weight *= 3e5
+        student.net.conv_in.bias += 3e5
+    return student.using(student.net.to(dtype))
+
+
+WAYS = {
+    "call": lambda sampler: sampler(5, range(2, 9)),
+    "draw": lambda sampler: sampler.draw(ds.noise(5, range(7), (1, 8, 8))),
+    "batches": lambda sampler: [*sampler.batches(5, range(2, 9))],
+    "sample": lambda sampler: sampler.sample(ds.noise(5, range(3), (1, 8, 8))),
+    "path": lambda sampler: sampler.draw(great_circle(ds.noise(5, [0, 1], (1, 8, 8)), 2)),
+}
+RANGES = dict(zip(WAYS, ["2 to 4 of seed 5", *["0 to 2 of the noise given"] * 4], strict=True))
+RANGES["batches"] = RANGES["call"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float16_that_overflows_is_an_error_and_no_black_picture(way):
+    message = (
+        rf"^Sampler: the network's numbers for samples {RANGES[way]} are not finite \(dtype "
+        r"float16, mode eager\); float16 is too narrow for it, use float32 or bfloat16$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        WAYS[way](ds.Sampler(loud(torch.float16), batch_size=3))
+    for dtype in (torch.float32, torch.bfloat16):
+        WAYS[way](ds.Sampler(loud(dtype), batch_size=3))
+
+
+class Spoiled(nn.Module):
+    """A network with one bad number for the image of index 4 of seed 0, in batches of 3."""
+
+    shape = (1, 4, 4)
+
+    def __init__(self, bad: float):
+        super().__init__()
+        self.bad, self.image = bad, ds.noise(0, [4], self.shape)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        bad = (x == self.image).flatten(1).all(1)
+        return torch.zeros_like(x).masked_fill(bad[:, None, None, None], self.bad)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A method that hides what its network returns behind a clip."""
+
+    def sample(self, net, z, *, nfe=1, draws=None):
+        return net(z, z[:, 0, 0, 0]).nan_to_num().clamp(-1, 1)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_a_clip_would_hide_is_an_error_that_names_the_batch(bad):
+    sampler = ds.Sampler(ds.Student(Spoiled(bad), Hidden()), batch_size=3)
+    batches = sampler.batches(0, range(9))
+    assert next(batches).shape == (3, 1, 4, 4)
+    with pytest.raises(RuntimeError, match=r"3 to 5 of seed 0 are not finite .*look at its weigh"):
+        next(batches)
+
+
+def test_a_gpu_is_not_waited_for_before_the_last_batch(monkeypatch):
+    sampler = ds.Sampler(ds.Student(Spoiled(float("inf")), Hidden()), batch_size=3)
+    sampler.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr("ds.models.sampler.noise", lambda *args, device: ds.noise(*args))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+    batches = sampler.batches(0, range(9))
+    assert len([next(batches) for _ in range(3)]) == 3
+    with pytest.raises(RuntimeError, match="3 to 5 of seed 0 are not finite"):
+        next(batches)
+
+
+def test_an_overflow_in_a_replayed_step_is_an_error(monkeypatch):
+    monkeypatch.setattr(Execution, "check", lambda *_: None)  # a CPU replays it, uncaptured
+    sampler = ds.Sampler(loud(torch.float16), execution=Execution(mode="cuda_graph"))
+    with pytest.raises(RuntimeError, match=r"dtype float16, mode cuda_graph"):
+        sampler(0, range(3))
+
+
+def test_a_method_sees_the_attributes_of_its_network():
+    class Asks(Hidden):
+        def sample(self, net, z, *, nfe=1, draws=None):
+            return z * net.bad + net.image
+
+    x = next(ds.Sampler(ds.Student(Spoiled(0.0), Asks())).batches(0, range(3)))
+    assert torch.equal(x, ds.noise(0, [4], (1, 4, 4)).expand(3, 1, 4, 4))

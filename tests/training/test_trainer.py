@@ -230,6 +230,16 @@ def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_pat
     assert sheets == [f"step-{step:07d}.png" for step in (4, 8, 12)]
 
 
+def test_samples_of_a_check_that_are_not_finite_are_an_error_and_no_black_sheet(store, tmp_path):
+    class Loud(DenoisingStudent):
+        def sample(self, net, z, **options):
+            return super().sample(net, z, **options) * (math.inf if len(z) == 64 else 1)
+
+    with pytest.raises(RuntimeError, match="the samples of step 4 are not finite"):
+        trainer(store, tmp_path, method=Loud()).fit()
+    assert not [*tmp_path.glob("samples/*")]
+
+
 @pytest.mark.parametrize(
     ("device", "capability", "asked", "found"),
     [

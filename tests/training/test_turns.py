@@ -146,7 +146,7 @@ def test_a_method_that_does_not_score_keeps_the_last_average(store, tmp_path):
     assert not [line for line in lines(tmp_path) if "best" in line]
 
 
-def test_held_out_scores_get_the_progress_of_the_run(store, tmp_path):
+def test_held_out_scoring_gets_the_training_step_and_not_the_number_of_the_batch(store, tmp_path):
     class Noting(DenoisingStudent):
         def score(self, modules, batch, progress):
             seen.append(tuple(progress))
