@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds.diffusion.noise import Draws, noise
 from ds.engine import Engine, Loop, Recurrence, Rewrites, Target, can_run
 from ds.models.model import Model, device_of, dtype_of
-from ds.system.ambient import without_ambient
+from ds.system.ambient import tf32, without_ambient
 from ds.system.config import check
 from ds.system.cost import seconds_each
 
@@ -159,7 +159,7 @@ class Runner:
         self.cold_start[part] = time.perf_counter() - begin
 
     def _products(self) -> Any:
-        return _tf32(self.execution.precision == "tf32")
+        return tf32(self.execution.precision == "tf32")
 
     def _zeros(self) -> Tensor:
         shape = (self.batch_size, *self.model.shape)
@@ -261,17 +261,3 @@ def _is_recurrence(model: Model) -> bool:
 def fp8_is_open() -> bool:
     """Return whether the environment allows the experimental precision fp8."""
     return os.environ.get("DS_EXPERIMENTAL") == "fp8"
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in products and convolutions, which PyTorch sets for the process."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = allowed
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            place.allow_tf32 = was

@@ -31,12 +31,12 @@ def from_pretrained(
     """Load a teacher or a student from a directory or, if there is none, from the hub.
 
     `options` are those of ds.models.load.load, such as device. Only the configuration and the
-    safetensors file are fetched. Raises ValueError for a directory or repository that holds
+    safetensors files are fetched. Raises ValueError for a directory or repository that holds
     neither.
     """
     path = Path(name)
     if not path.exists():
-        files = ["config.json", "model.safetensors"]
+        files = ["config.json", "model.safetensors", "decoder/*"]
         path = _hub().snapshot_download(str(name), revision=revision, allow_patterns=files)
     return load(path, **options)
 

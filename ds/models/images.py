@@ -1,10 +1,12 @@
 """uint8 images, the float tensors networks see, and pictures."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ds import ops
@@ -13,6 +15,13 @@ from ds.system import targets
 from ds.system.staging import replacing, replacing_directory
 
 SUFFIXES = (".png", ".gif", ".npy", ".npz", "")
+ARRAYS = (".npy", ".npz")
+GREY_OR_RGB = (1, 3)  # the channels of a picture
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Return whether a sample of this shape can be a picture: [C, H, W], grey or RGB."""
+    return len(shape) == 3 and shape[0] in GREY_OR_RGB
 
 
 def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -30,6 +39,17 @@ def to_float(images: Tensor) -> Tensor:
     return ops.dequantize(images)
 
 
+def grey_channels(x: Tensor) -> Tensor:
+    """Show samples [N, C, H, W] that are no pictures: their channels side by side, in grey.
+
+    Returns uint8 [N, H, C * W, 1]. Black and white are the least and the largest number that the
+    channel has in any of the samples.
+    """
+    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    span = (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+    return to_uint8(2 * (x - low) / span - 1).movedim(-1, 2).flatten(2)[..., None]
+
+
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """Lay uint8 images [N, H, W, C] out as one image, row by row, on white, `gap` pixels apart."""
     n, h, w, c = images.shape
@@ -42,7 +62,11 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path, *, scale: int = 1) -> None:
-    """Write one uint8 image [H, W, 1 or 3], each pixel enlarged to scale x scale."""
+    """Write one uint8 image [H, W, 1 or 3], each pixel enlarged to scale x scale.
+
+    Raises ValueError for another number of channels, or another dtype.
+    """
+    _check_pictures(image[None])
     _picture(image, scale).save(path, format="PNG")
 
 
@@ -54,10 +78,13 @@ def save(
 
     .png is one sheet with `columns` (by default as square as possible), .gif an animation forth and
     back, .npy an array, .npz an array called "images". A name without a suffix becomes a directory
-    of PNGs: 000000.png and so on. `scale` enlarges the pixels of pictures. Raises ValueError as
-    `target` does.
+    of PNGs: 000000.png and so on. `scale` enlarges the pixels of pictures. Arrays may hold any
+    numbers in any shape. Raises ValueError as `target` does, and for pictures that are neither
+    grey nor RGB.
     """
     suffix = Path(path).suffix
+    if suffix not in ARRAYS:
+        _check_pictures(images)
     where, old = target(path, force=force)
     if not suffix:
         with replacing_directory(where, old) as folder:
@@ -102,6 +129,14 @@ def _ours(folder: Path) -> targets.Ours | None:
     if not isinstance(count, int):
         return None
     return lambda name: name == targets.MARK or targets.numbered(name, ".png", count)
+
+
+def _check_pictures(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in GREY_OR_RGB:
+        raise ValueError(
+            f"pictures are uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}; "
+            f"write .npy or .npz, or make pictures of the channels first"
+        )
 
 
 def _picture(image: Tensor, scale: int) -> Any:

@@ -17,11 +17,13 @@ from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
+from ds.models.decoder import Decoder
 from ds.models.model import M
 from ds.models.student import Generator, Student
 from ds.models.teacher import Teacher
 from ds.system.ambient import without_ambient
 from ds.system.config import from_json
+from ds.system.files import present, sha256
 
 
 def load(
@@ -89,14 +91,25 @@ def _teacher(path: str | Path, types: Iterable[type]) -> Teacher:
         prediction = entry("prediction", AbstractPrediction)
         denoiser = Denoiser(net, entry("schedule", AbstractSchedule), prediction)
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
-        return Teacher(denoiser, solver, grid, config.get("provenance", {}))
+        about, decoder = config.get("provenance", {}), _decoder(path, config)
+        return Teacher(denoiser, solver, grid, about, decoder)
 
 
 def _student(path: str | Path, types: Iterable[type]) -> Student:
     config, net = pretrained.read(path, Student.kind, types)
     with pretrained.naming(path):
         method = pretrained.entry(config, "method", Generator, types=types)
-        return Student(net, method, config.get("nfe", 1), config.get("provenance", {}))
+        about, decoder = config.get("provenance", {}), _decoder(path, config)
+        return Student(net, method, config.get("nfe", 1), about, decoder)
+
+
+def _decoder(path: str | Path, config: dict[str, Any]) -> Decoder | None:
+    """Read the decoder in one of our directories, if its configuration tells of one."""
+    for name, digest in (files := pretrained.decoder_files(config)).items():
+        if not present(file := Path(path) / name):
+            raise ValueError(f"{file}: is missing; copy the directory again")
+        pretrained.check_hash(file, sha256(file), digest)
+    return Decoder.read(Path(path) / pretrained.DECODER) if files else None
 
 
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
@@ -104,12 +117,12 @@ _OURS = {Teacher.kind: _teacher, Student.kind: _student}
 
 def _adopt(found: Imported) -> Teacher | Student:
     """Give an imported network its meaning."""
-    net = _built(found)
+    net, decoder = _built(found), found.decoder and Decoder.read(found.decoder)
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
         return Student(net, method, provenance=found.facts)
     denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
-    return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts)
+    return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts, decoder)
 
 
 @without_ambient()

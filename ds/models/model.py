@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ds.diffusion.noise import Draws
 from ds.engine import Engine, times
 from ds.models import pretrained
+from ds.models.decoder import Decoder
+from ds.models.images import is_picture
 
 M = TypeVar("M", bound="Model")
 
@@ -24,12 +26,42 @@ class Model(ABC):
     kind: ClassVar[str]
     net: nn.Module
     nfe: int  # network calls per sample
+    decoder: Decoder | None = None  # makes pictures of samples that are latents
     provenance: dict[str, Any]  # where it comes from, for people
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample, (C, H, W) for images."""
         return tuple(self.net.shape)  # type: ignore[arg-type]
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the samples themselves are pictures, and not latents, points or fields."""
+        return self.decoder is None and is_picture(self.shape)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """The shape (C, H, W) of the pictures that people see, decoded ones; None without any."""
+        if self.decoder is not None:
+            return self.decoder.image_shape(self.shape)
+        return cast(tuple[int, int, int], self.shape) if is_picture(self.shape) else None
+
+    def require_images(self, what: str) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the pictures; ValueError, for `what`, without any."""
+        if (shape := self.image_shape) is None:
+            raise ValueError(
+                f"{what}: samples of shape {list(self.shape)} are no images [C, H, W] of 1 or 3 "
+                f"channels, and the model has no decoder; use a Sampler's `batches`, or "
+                f"`dstudent sample --out samples.npy`"
+            )
+        return shape
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Return the pictures of samples [N, *shape], floats about [-1, 1] [N, C, H, W].
+
+        Without a decoder they are the samples themselves.
+        """
+        return x if self.decoder is None else self.decoder(x)
 
     @abstractmethod
     def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
@@ -64,10 +96,15 @@ class Model(ABC):
         facts = self.provenance if provenance is None else provenance
         rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
         table = f"\n| where it comes from | |\n| --- | --- |\n{rows}" if rows else ""
+        draw = (
+            "images = ds.Sampler(model)(seed=0, indices=range(64))"
+            if self.image_shape
+            else "samples = [*ds.Sampler(model).batches(seed=0, indices=range(64))]"
+        )
         return (
             f"{self._headline()}\n\n```python\nimport ds\n\n"
             f"model = ds.load_{self.kind}({json.dumps(name, ensure_ascii=False)})\n"
-            f"images = ds.Sampler(model)(seed=0, indices=range(64))\n```\n{table}"
+            f"{draw}\n```\n{table}"
         )
 
     def save_pretrained(self, path: str | Path, *, force: bool = False, **provenance: Any) -> None:
@@ -78,7 +115,22 @@ class Model(ABC):
         model.
         """
         about = {**self._about(), "provenance": self.provenance | provenance}
-        pretrained.write(path, self.kind, about, self.net, self.card, force=force)
+        parts = self.decoder.files() if self.decoder else {}
+        pretrained.write(path, self.kind, about, self.net, self.card, parts, force=force)
+
+    def _check_decoder(self) -> None:
+        if self.decoder is not None:
+            self.decoder.image_shape(self.shape)
+
+    def _describe(self) -> str:
+        """Describe what is drawn in words, for people."""
+        if (shape := self.image_shape) is None:
+            return f"Samples of shape {list(self.shape)}"
+        c, h, w = shape
+        images = f"mages of {h} x {w} pixels, {c} channel{'s' * (c > 1)}"
+        if self.decoder is None:
+            return f"I{images}"
+        return f"Latents of shape {list(self.shape)}, decoded to i{images}"
 
     @abstractmethod
     def _headline(self) -> str:
@@ -100,10 +152,3 @@ def dtype_of(net: nn.Module) -> torch.dtype:
     if isinstance(net, Engine):  # its weights are packed
         return net.target.dtype
     return next((w.dtype for w in net.parameters()), torch.float32)
-
-
-def describe_shape(shape: tuple[int, ...]) -> str:
-    """Describe a sample of this shape in words, for people."""
-    if len(shape) != 3:
-        return f"Samples of shape {list(shape)}"
-    return f"Images of {shape[1]} x {shape[2]} pixels, {shape[0]} channel{'s' * (shape[0] > 1)}"

@@ -7,7 +7,7 @@ it can run code.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -29,6 +29,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 METRICS = "metrics.json"
+DECODER = "decoder"  # a directory within that of a model of latents, written as diffusers does
+DECODER_CONFIG = "config.json"
+DECODER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 Card = Callable[[str, dict[str, Any]], str]  # the text for a name and a provenance
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,17 +52,24 @@ class _Config(TypedDict, total=False):
     nfe: Count
     provenance: dict[str, Any]
     card: Sha256
+    decoder: dict[str, Sha256]  # the hashes of its files
 
 
 def write(
-    path: str | Path, kind: str, config: dict[str, Any], net: nn.Module, card: Card, *,
+    path: str | Path,
+    kind: str,
+    config: dict[str, Any],
+    net: nn.Module,
+    card: Card,
+    decoder: Mapping[str, bytes],
+    *,
     force: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write a network, its configuration, and the card made from the name and the provenance.
 
-    A model of the same run is replaced; what other commands noted on the same weights stays. Raises
-    ValueError for a network without a configuration to rebuild it from, for weights that are not
-    finite, and as `target` does.
+    `decoder` holds the content of a decoder's files by name. A model of the same run is replaced;
+    what other commands noted on the same weights stays. Raises ValueError for a network without a
+    configuration to rebuild it from, for weights that are not finite, and as `target` does.
     """
     weights = {name: w.detach().cpu().contiguous() for name, w in _state(net).items()}
     check_finite(weights, str(path))
@@ -69,10 +79,15 @@ def write(
     old = [name for name in old if force or name != METRICS]
     content = save(weights)
     head["sha256"] = hashlib.sha256(content).hexdigest()
+    if decoder:
+        head["decoder"] = {n: hashlib.sha256(part).hexdigest() for n, part in decoder.items()}
     if old and not force and (before := _read_config(where))["sha256"] == head["sha256"]:
         config = {**config, "provenance": before["provenance"] | config["provenance"]}
     with replacing_directory(where, old) as folder:
         (folder / WEIGHTS).write_bytes(content)
+        for name, part in decoder.items():
+            (folder / DECODER).mkdir(exist_ok=True)
+            (folder / DECODER / name).write_bytes(part)
         _describe(folder, {**head, **config}, card, where)
 
 
@@ -105,7 +120,7 @@ def annotated(path: str | Path) -> tuple[Path, list[str]]:
     where, old = targets.directory(path, "model", _ours, again=True)
     if METRICS not in old and (where / METRICS).exists():
         raise ValueError(f"{where / METRICS}: was not written by `evaluate`; move it")
-    return where, [name for name in old if name != WEIGHTS]
+    return where, [n for n in old if n != WEIGHTS and not n.startswith(f"{DECODER}/")]
 
 
 def _describe(folder: Path, config: dict[str, Any], card: Card, where: Path) -> None:
@@ -122,13 +137,22 @@ def _ours(folder: Path) -> targets.Ours | None:
     """Return a test for names that we wrote in a model's directory: an edited card is not ours."""
     if not is_ours(folder):
         return None
-    names = {CONFIG, WEIGHTS, METRICS, CARD}
-    written, found = _read_config(folder).get("card"), folder / CARD
+    config = _read_config(folder)
+    names = {CONFIG, WEIGHTS, METRICS, CARD, *decoder_files(config)}
+    written, found = config.get("card"), folder / CARD
     if written and found.exists() and sha256(found) != written:
         names -= {CARD}
     if not _holds_figures(folder / METRICS):
         names -= {METRICS}
     return names.__contains__
+
+
+def decoder_files(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the files of the decoder that a configuration tells of, by relative name: hashes."""
+    if not isinstance(hashes := config.get("decoder"), dict):
+        return {}
+    names = (DECODER_CONFIG, DECODER_WEIGHTS)
+    return {f"{DECODER}/{name}": hashes.get(name) for name in names}
 
 
 def _holds_figures(file: Path) -> bool:
@@ -196,7 +220,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy weights into a network; every tensor is used once, has its shape, and is finite.
+    """Copy weights into a network; ValueError as `check_weights` raises it."""
+    check_weights(net, weights, where)
+    net.load_state_dict(weights)
+
+
+def check_weights(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Check that every weight is used once, has its shape, and is finite.
 
     Raises ValueError naming the first wrong key, both shapes if they differ, or a dtype that is not
     floating where the network's is.
@@ -218,10 +248,9 @@ def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> Non
         if name not in expected:
             raise ValueError(f"{where}: the network has no weight {name}")
     check_finite(weights, where)
-    net.load_state_dict(weights)
 
 
-def check_finite(weights: dict[str, Tensor], where: str) -> None:
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError naming the first weight that holds an infinity or not-a-number."""
     for name, w in weights.items():
         if not w.isfinite().all():
@@ -290,9 +319,14 @@ def _read_weights(path: Path, digest: Any) -> dict[str, Tensor]:
     found = sha256(path)  # which also shows that it can be read
     with whole(path, "safetensors file"):
         weights = load_file(path)
+    check_hash(path, found, digest)
+    return weights
+
+
+def check_hash(path: Path, found: str, digest: Any) -> None:
+    """Raise ValueError if a file's SHA-256 is not the one that its directory gives."""
     if found != digest:
         raise ValueError(
             f"{path}: its SHA-256 is not the one in {CONFIG}; the file is damaged or from "
             f"elsewhere, copy the directory again"
         )
-    return weights

@@ -98,7 +98,7 @@ class Sampler:
     def __call__(
         self, seed: int = 0, indices: Sequence[int] = range(64), *, rounding: Rounding = "round"
     ) -> Tensor:
-        """Return the images of `indices` as uint8 [N, H, W, C] on the CPU.
+        """Return the images of `indices` as uint8 [N, H, W, C] on the CPU, latents decoded.
 
         Raises ValueError for a model whose samples are no images.
         """
@@ -115,24 +115,22 @@ class Sampler:
         return self._images(self._checked(self._given(z), "the noise given"), rounding)
 
     def _check_images(self, number: int) -> None:
-        if len(self.model.shape) != 3:
-            raise ValueError(
-                f"Sampler: samples of shape {list(self.model.shape)} are no images [C, H, W]; "
-                f"use `batches`"
-            )
+        shape = self.model.require_images("Sampler")
         # All of them, and once more while they are put together.
-        check_memory(f"Sampler: {number} images", 2 * number * math.prod(self.model.shape))
+        check_memory(f"Sampler: {number} images", 2 * number * math.prod(shape))
 
     def _images(self, batches: Iterable[Tensor], rounding: Rounding) -> Tensor:
-        c, h, w = self.model.shape
+        c, h, w = self.model.require_images("Sampler")
         empty = torch.empty(0, h, w, c, dtype=torch.uint8, device="cpu")
-        return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in batches)])
+        decoded = (self.model.decoded(x) for x in batches)
+        return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in decoded)])
 
     def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
         """Yield the samples of `indices` in order, floats [N, *shape] on the model's device.
 
-        Raises RuntimeError for samples that are not finite: on a CPU in place of the batch that has
-        them, on a GPU, which is not waited for, after the last batch.
+        Latents are not decoded; `model.decoded` does that. Raises RuntimeError for samples that are
+        not finite: on a CPU in place of the batch that has them, on a GPU, which is not waited for,
+        after the last batch.
         """
         return self._checked(self._noise(seed, indices), f"seed {seed}")
 

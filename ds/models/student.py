@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ds.diffusion.noise import Draws
-from ds.models.model import Model, describe_shape
+from ds.models.decoder import Decoder
+from ds.models.model import Model
 from ds.system.config import Count, require, to_json
 
 
@@ -26,17 +27,20 @@ class Generator(Protocol):
 class Student(Model):
     """A distilled network and the method that samples from it with `nfe` network calls.
 
-    Raises ValueError for an nfe below 1.
+    A student of a teacher of latents has its decoder. Raises ValueError for an nfe below 1, and
+    for a decoder of other latents.
     """
 
     net: nn.Module
     method: Generator
     nfe: Count = 1
     provenance: dict[str, Any] = field(default_factory=dict)
+    decoder: Decoder | None = None
     kind: ClassVar[str] = "student"
 
     def __post_init__(self):
         require("Student", Count, nfe=self.nfe)
+        self._check_decoder()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
@@ -53,7 +57,7 @@ class Student(Model):
         steps, calls = ("one", "call") if self.nfe == 1 else (self.nfe, "calls")
         return (
             f"# A {steps}-step generator, distilled by denoising-student\n\n"
-            f"{describe_shape(self.shape)}, {steps} network {calls} a sample, "
+            f"{self._describe()}, {steps} network {calls} a sample, "
             f"{sum(p.numel() for p in self.net.parameters()):,} parameters. "
             f"Method: {type(self.method).__name__}."
         )

@@ -11,7 +11,8 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.solvers import AbstractSolver, integrate
-from ds.models.model import Model, describe_shape
+from ds.models.decoder import Decoder
+from ds.models.model import Model
 from ds.system.config import to_json
 
 
@@ -19,13 +20,17 @@ from ds.system.config import to_json
 class Teacher(Model):
     """A denoiser, the solver that integrates it, and the grid of times the solver visits.
 
-    Raises ValueError for a grid that does not fall or has a time that the schedule lacks.
+    A teacher of latents may have a decoder, which makes pictures of them.
+
+    Raises ValueError for a grid that does not fall or has a time that the schedule lacks, and for
+    a decoder of other latents.
     """
 
     denoiser: Denoiser
     solver: AbstractSolver
     grid: Grid
     provenance: dict[str, Any] = field(default_factory=dict)
+    decoder: Decoder | None = None
     kind: ClassVar[str] = "teacher"
 
     def __post_init__(self):
@@ -36,6 +41,7 @@ class Teacher(Model):
                 f"Teacher: a grid falls from noise to a time above {data}, not {self.grid}"
             )
         self.denoiser.schedule.check(*self.grid)
+        self._check_decoder()
 
     @property
     def net(self) -> nn.Module:
@@ -69,7 +75,7 @@ class Teacher(Model):
     def _headline(self) -> str:
         return (
             f"# A teacher for denoising-student\n\n"
-            f"{describe_shape(self.shape)}, {self.nfe} network calls a sample."
+            f"{self._describe()}, {self.nfe} network calls a sample."
         )
 
     def _about(self) -> dict[str, Any]:

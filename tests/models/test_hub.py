@@ -37,8 +37,10 @@ def service(tmp_path, monkeypatch):
     def snapshot_download(repo_id, revision, allow_patterns):
         local = tmp_path / "cache"
         local.mkdir()
-        for name in allow_patterns:
-            shutil.copy(folder / repo_id / name, local)
+        for file in (f for name in allow_patterns for f in (folder / repo_id).glob(name)):
+            place = local / file.relative_to(folder / repo_id)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(file, place)
         return str(local)
 
     for double in (create_repo, upload_folder, snapshot_download):

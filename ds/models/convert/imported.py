@@ -30,7 +30,8 @@ class Imported(NamedTuple):
     """A network from elsewhere: its configuration, its weights under our names, its meaning.
 
     `prediction` is "eps", "x0" or "v", and None for a student. `facts` are plain JSON values for
-    the provenance: format, file, sha256, and what else the format says.
+    the provenance: format, file, sha256, and what else the format says. `decoder` is the directory
+    of the autoencoder whose latents the network draws.
     """
 
     kind: Literal["teacher", "student"]
@@ -39,6 +40,7 @@ class Imported(NamedTuple):
     schedule: LinearBeta
     prediction: Prediction | None
     facts: dict[str, Any]
+    decoder: Path | None = None
 
 
 @contextmanager

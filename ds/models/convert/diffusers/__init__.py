@@ -19,6 +19,7 @@ from ds.system.staging import replacing_directory, write_json
 _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _INDEX = "model_index.json"
+_DECODERS = ("vae", "vqvae")
 _WRITTEN = {
     _INDEX, f"scheduler/{scheduler.FILE}", f"unet/{_CONFIG}", f"unet/{_WEIGHTS[0]}", targets.MARK,
 }  # fmt: skip
@@ -36,7 +37,12 @@ def read(path: Path, image_size: int | None) -> Imported:
     weights = fit(config, named(tensors(file), file), partial(spelling, config), file)
     facts = {"format": "diffusers", "file": file.name, "sha256": sha256(file)}
     schedule, prediction, sampling = scheduler.read(folder)
-    return Imported("teacher", config, weights, schedule, prediction, facts | sampling)
+    places = (folder.parent / name for name in _DECODERS)
+    decoder = next((place for place in places if present(place / _CONFIG)), None)
+    if folder == path:  # no pipeline
+        decoder = None
+    about = facts | sampling
+    return Imported("teacher", config, weights, schedule, prediction, about, decoder)
 
 
 def write(

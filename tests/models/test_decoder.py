@@ -1,0 +1,161 @@
+"""Latents: what decodes them goes with the model, and draws what diffusers draws."""
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+
+import ds
+from ds.methods import DenoisingStudent
+from ds.models.images import to_uint8
+from ds.models.load import load
+from ds.models.model import Model
+
+BLOCKS = {
+    "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+TIMES = (800, 500, 200, 10)
+
+
+def unet(channels: int) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1,
+        block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+    ).eval()  # fmt: skip
+
+
+def vq() -> VQModel:
+    return VQModel(**BLOCKS, scaling_factor=0.5, num_vq_embeddings=32).eval()
+
+
+def kl(**more) -> AutoencoderKL:
+    return AutoencoderKL(**BLOCKS, latent_channels=4, **more).eval()
+
+
+MAKE = {
+    "vqvae": vq,
+    "vae": kl,
+    "vae with a shift": lambda: kl(scaling_factor=0.36, shift_factor=0.12),
+    "vae with means": lambda: kl(latents_mean=[0.1, -1, 0, 2], latents_std=[1.0, 2, 3, 0.5]),
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Return pipelines with random weights, and the directories that diffusers writes of them."""
+    made = {}
+    for name, make in MAKE.items():
+        torch.manual_seed(0)
+        autoencoder, folder = make(), tmp_path_factory.mktemp("pipeline")
+        scheduler = DDIMScheduler(clip_sample=False)
+        pipe = LDMPipeline(autoencoder, unet(autoencoder.config.latent_channels), scheduler)
+        pipe.save_pretrained(folder)
+        if name != "vqvae":  # where pipelines of an AutoencoderKL keep it
+            (folder / "vqvae").rename(folder / "vae")
+            index = json.loads((folder / "model_index.json").read_text())
+            index["vae"] = index.pop("vqvae")
+            (folder / "model_index.json").write_text(json.dumps(index))
+        made[name] = pipe, folder
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(pipelines):
+    return pipelines["vqvae"][1]
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return ds.load_teacher(folder, grid=TIMES)
+
+
+def unscaled(z, config):
+    """Return latents as diffusers' pipelines hand them to the autoencoder."""
+    z = z / config.scaling_factor
+    if config.get("latents_mean"):
+        mean, std = (torch.tensor(config[f"latents_{m}"]).view(4, 1, 1) for m in ("mean", "std"))
+        return z * std + mean
+    return z + (config.get("shift_factor") or 0)
+
+
+@torch.no_grad()
+def drawn(pipe, z):
+    """Draw as LDMPipeline does, on our times."""
+    scheduler, x = DDIMScheduler(clip_sample=False), z
+    for t, s in zip(TIMES, (*TIMES[1:], None), strict=True):
+        out = pipe.unet(x, t).sample
+        a, b = (1 if i is None else scheduler.alphas_cumprod[i] for i in (t, s))
+        x0 = (x - (1 - a) ** 0.5 * out) / a**0.5
+        x = b**0.5 * x0 + (1 - b) ** 0.5 * out
+    return pipe.vqvae.decode(unscaled(x, pipe.vqvae.config)).sample
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_latent_teacher_draws_the_pictures_that_diffusers_draws(pipelines, name):
+    pipe, folder = pipelines[name]
+    ours = ds.load_teacher(folder, grid=TIMES)
+    z = ds.noise(3, range(3), ours.shape)
+    found, expected = ours.decoded(ours.sample(z)), drawn(pipe, z)
+    assert found.shape == expected.shape == (3, *ours.image_shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    images = ds.Sampler(ours, batch_size=2)(seed=3, indices=range(3))
+    assert (images.int() - to_uint8(expected).int()).abs().max() <= 1
+
+
+def test_the_loop_of_the_test_is_that_of_a_pipeline(pipelines):
+    """On LDMPipeline's own times; so what the test above compares with is what people draw."""
+    pipe, folder = pipelines["vqvae"]
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        batch_size=2, num_inference_steps=4, generator=torch.manual_seed(0), output_type="np"
+    ).images
+    z = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(0))
+    ours = ds.load_teacher(folder, grid=(750, 500, 250, 0))
+    found = (ours.decoded(ours.sample(z)) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert abs(found - theirs).max() < 1e-4
+
+
+def test_three_channels_of_latents_are_no_picture(teacher):
+    assert teacher.shape == (3, 8, 8) and not teacher.makes_pictures
+    assert teacher.image_shape == (3, 16, 16)
+
+
+def test_a_teacher_keeps_its_decoder_whatever_is_made_of_it(teacher):
+    grid = teacher.grid
+    for made in (
+        teacher.using(copy.deepcopy(teacher.net)),
+        teacher.engine(2),
+        teacher.compile(),
+        replace(teacher, grid=grid[:2]),
+        ds.Sampler(teacher, batch_size=2).model,
+    ):
+        assert made.decoder is teacher.decoder
+    images = ds.Sampler(teacher, batch_size=2)(indices=range(3))
+    again = pickle.loads(pickle.dumps(ds.Sampler(teacher, batch_size=2)))(indices=range(3))
+    assert torch.equal(images, again)
+
+
+def models(teacher):
+    return teacher, ds.Student(teacher.net, DenoisingStudent(), decoder=teacher.decoder)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["teacher", "student"])
+def test_a_directory_of_ours_holds_the_decoder(teacher, which, tmp_path):
+    before: Model = models(teacher)[which]
+    before.save_pretrained(tmp_path / "m")
+    after = load(tmp_path / "m")
+    x = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(0))
+    assert torch.equal(after.decoded(x), before.decoded(x))
+    theirs = VQModel.from_pretrained(tmp_path / "m" / "decoder")
+    with torch.no_grad():
+        assert torch.equal(theirs.decode(x / 0.5).sample, before.decoded(x))
+    after.save_pretrained(tmp_path / "m", force=True)
+    replace(after, decoder=None).save_pretrained(tmp_path / "m", force=True)
+    assert not list((tmp_path / "m" / "decoder").glob("*")) and load(tmp_path / "m").decoder is None
