@@ -61,6 +61,35 @@ def read_arrays(path: Path, *wanted: str) -> dict[str, np.ndarray]:
             return {name: _member(archive, there[name], path) for name in names}
 
 
+def read_headers(path: Path) -> dict[str, Header | None]:
+    """Return the headers of the arrays of an .npz by name; None for what is no array of numbers.
+
+    An .npy file has one array, named "". Raises ValueError as `read_arrays` does.
+    """
+    with opened(path) as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return {"": read_header(file, os.fstat(file.fileno()).st_size, path)}
+        with unpacked(file, path, "zip file") as archive:
+            infos = archive.infolist()
+            return {info.filename.removesuffix(".npy"): _header(archive, info) for info in infos}
+
+
+def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Header | None:
+    try:
+        with archive.open(info) as member:
+            return read_header(cast(BinaryIO, member), info.file_size, "")
+    except Exception:  # `read_arrays` tells what is wrong with an array that is wanted
+        return None
+
+
+def map_array(path: Path, header: Header) -> torch.Tensor:
+    """Return the uint8 array of an .npy file, which is read from disk as it is needed."""
+    size = path.stat().st_size
+    content = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    return content[size - math.prod(header.shape) :].view(header.shape)
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read tensors in plain containers that torch.save wrote, without running any code.
 

@@ -50,12 +50,12 @@ def test_grey_images_keep_one_channel(tmp_path):
 def test_images_of_two_sizes_are_refused_by_name(tmp_path):
     Image.fromarray(IMAGES[0].numpy()).save(tmp_path / "a.png")
     Image.fromarray(IMAGES[0, :3].numpy()).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b.png is \[3, 5, 3\], a.png is \[4, 5, 3\]"):
+    with pytest.raises(ValueError, match=r"b.png is 5 x 3 pixels, .*a.png is 5 x 4"):
         read_reference(str(tmp_path))
 
 
 def test_an_empty_directory_is_no_reference(tmp_path):
-    with pytest.raises(ValueError, match=r"no reference.*no .png"):
+    with pytest.raises(ValueError, match=r"no picture is there \(.png"):
         read_reference(str(tmp_path))
 
 
