@@ -367,7 +367,7 @@ class Distill(Verb):
 
     def _training_seconds_each(self) -> float:
         """Measure the training of one row: forward and backward of all turns, no optimiser."""
-        stage, device = self.method.stages()[0], self.machine.use()
+        stage, device = self.method.stages()[0].on(self.start), self.machine.use()
         config = self.train.on(device)
         modules = stage.init(self.start).to(device)
         rows = _Unmade(self.start.shape, 1) if self._feeds == "pairs" else self._data(None)[1]

@@ -58,7 +58,7 @@ class Denoiser:
             alpha, sigma = self.schedule.gather(t, x_t)
         else:
             alpha, sigma = self.schedule.at(t)
-            t = _filled(x_t, t)
+            t = time_of_each(x_t, t)
         prediction = as_prediction(self.prediction)
         x, c_noise = prediction.inputs(x_t, t, alpha, sigma)
         return prediction.estimate(x_t, self.net(x, c_noise, **self.cond), alpha, sigma)
@@ -68,8 +68,8 @@ class Denoiser:
         return as_prediction(self.prediction).target(x0, eps, *self.schedule.gather(t, x0))
 
 
-def _filled(x: Tensor, t: float) -> Tensor:
-    """Return a time for every sample of x: int64 for an index, else real."""
+def time_of_each(x: Tensor, t: float) -> Tensor:
+    """Return time t for every sample of x [N, *shape], [N]: int64 for a whole number, else real."""
     if isinstance(t, Integral):
         return torch.full((x.shape[0],), int(t), dtype=torch.int64, device=x.device)
     return torch.full((x.shape[0],), float(t), dtype=time_dtype(x), device=x.device)

@@ -203,7 +203,8 @@ class _Bed:
 
     def _untrained(self) -> _Made:
         method, teacher = self._start(self.trial.changes)
-        return _Made(method, method.stages()[0].init(teacher)["student"].eval())
+        first = method.stages()[0].on(teacher)
+        return _Made(method, first.init(teacher)["student"].eval())
 
     def _trained(self, changes: Mapping[str, Any]) -> list[_Made]:
         """Train the method with changes of its fields; return what each stage made."""

@@ -4,6 +4,7 @@ A method is a frozen dataclass of hyperparameters in a file of its own in this f
 live in the modules that `init` creates. The Trainer calls a method in this order:
 
     for stage in method.stages():             each starts from the result of the last one
+        stage = stage.on(teacher)             (by ds.Stages; a Trainer takes the method as it is)
         modules = stage.init(teacher)
         for step in range(total):
             for turn in stage.turns:          a batch for each turn
@@ -60,6 +61,10 @@ class AbstractMethod(ABC):
     feeds: ClassVar[Feed]
     turns: ClassVar[tuple[str, ...]] = ("student",)
     coupled: ClassVar[bool] = False
+
+    def on(self, teacher: Teacher) -> "AbstractMethod":
+        """Return the method with what it takes from a teacher filled in, such as its last time."""
+        return self
 
     @abstractmethod
     def init(self, teacher: Teacher) -> nn.ModuleDict:

@@ -11,8 +11,8 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
-from ds.diffusion.predictions import Prediction
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.predictions import Prediction, as_prediction
+from ds.diffusion.schedules import AbstractTable, LinearBeta
 from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress
 from ds.methods.proof import NORMAL, Check, Formula, Trial, exact
@@ -26,20 +26,27 @@ _TIMES = 0x7D3A59E2C1846BF0  # the stream of the times
 
 @dataclass(frozen=True)
 class Denoising(AbstractMethod):
-    """Predict the noise that was added at a random time.
+    """Predict the noise that was added at a random time, or what else determines it.
 
-    Ho et al. 2020, arXiv:2006.11239, Eq. 14.
+    A teacher to start from must have the same schedule and prediction. Ho et al. 2020,
+    arXiv:2006.11239, Eq. 14.
     """
 
     feeds: ClassVar = "images"
 
-    schedule: LinearBeta = field(default_factory=LinearBeta)
-    prediction: Prediction = "eps"
+    schedule: AbstractTable = field(default_factory=LinearBeta)
+    prediction: Prediction = "eps"  # what the network learns to predict
 
     def __post_init__(self):
         check(self, "Denoising: ")
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
+        there = teacher.denoiser.schedule, as_prediction(teacher.denoiser.prediction)
+        if there != (self.schedule, as_prediction(self.prediction)):
+            raise ValueError(
+                f"Denoising: learns the prediction {self.prediction} on {self.schedule}; this "
+                f"teacher has {there[1]} on {there[0]}; give Denoising the same"
+            )
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:

@@ -1,15 +1,25 @@
 """Denoising Student: the method of the paper."""
 
 import copy
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.denoiser import Denoiser, time_of_each
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
-from ds.diffusion.schedules import MOST
+from ds.diffusion.predictions import (
+    X0,
+    Eps,
+    Preconditioned,
+    TrigFlow,
+    V,
+    Velocity,
+    as_prediction,
+)
+from ds.diffusion.schedules import MOST, AbstractTable
 from ds.methods.base import AbstractMethod, Progress
 from ds.methods.proof import NORMAL, Check, Formula, Trial, exact, normal_pairs
 from ds.models.teacher import Teacher
@@ -17,13 +27,34 @@ from ds.pairs.sources import Batch
 from ds.system.config import Between, check
 
 
+class Form(NamedTuple):
+    """A student of noise z: gain * net(z, t), plus z if it is residual."""
+
+    t: float
+    residual: bool
+    gain: float
+
+
+PAPER = Form(999, True, -1.0)  # for 1000 steps and predicted noise
+
+
 @dataclass(frozen=True)
 class DenoisingStudent(AbstractMethod):
     """Regress the endpoint of a deterministic sampler on its noise, in one network call.
 
-    student(x_T) = x_T - net(x_T, t), and net starts with the teacher's weights. The difference
-    x_T - x0 is a target of ordinary size; x0 itself would need the noise prediction divided by
-    alpha_T = 1/157. Luhman & Luhman 2021, arXiv:2101.02388, section 3.
+    The network starts with the teacher's weights, and the student as near to the data as these
+    bring it at the last time T. That depends on what the teacher predicts:
+
+        the noise, a velocity     student(x_T) = x_T - net(x_T, T)
+        x0                        student(x_T) = net(x_T, T)
+        v                         student(x_T) = -net(x_T, T)
+
+    The paper's teachers predict the noise. The difference x_T - x0 is then a target of ordinary
+    size; x0 itself would need the noise prediction divided by alpha_T = 1/157. Luhman & Luhman
+    2021, arXiv:2101.02388, section 3.
+
+    Fields that are None are the paper's until `on` takes them from a teacher. Training raises
+    ValueError if that teacher needs others.
 
     The loss is the mean over elements. The paper's is the sum over the elements of an image, and
     Adam takes the same steps for both.
@@ -32,14 +63,37 @@ class DenoisingStudent(AbstractMethod):
     feeds: ClassVar = "pairs"
 
     loss_type: Literal["l1", "l2"] = "l2"
-    # the time the network is told; the last index of the schedule, which the teacher may not visit
-    t: Annotated[int, Between(0, MOST - 1)] = 999
+    # the time the network is told; None: the last one of the teacher's schedule, which the teacher
+    # may not visit
+    t: Annotated[float, Between(0, MOST - 1)] | None = None
+    # whether the student is the noise plus the output, or the output alone; None: what suits the
+    # teacher's prediction
+    residual: bool | None = None
+    # factor of the output; None: what suits the teacher's prediction
+    gain: Annotated[float, Between(-1e6, 1e6)] | None = None
 
     def __post_init__(self):
         check(self, "DenoisingStudent: ")
 
+    def on(self, teacher: Teacher) -> "DenoisingStudent":
+        if None not in (self.t, self.residual, self.gain):
+            return self
+        t, residual, gain = self._or(_form(teacher.denoiser))
+        return replace(self, t=t, residual=residual, gain=gain)
+
+    def _or(self, form: Form) -> Form:
+        """Return t, residual and gain: those of `form` where they are None here."""
+        own = self.t, self.residual, self.gain
+        return Form(*(b if a is None else a for a, b in zip(own, form, strict=True)))
+
     def init(self, teacher: Teacher) -> nn.ModuleDict:
-        teacher.denoiser.schedule.check(self.t)
+        if isinstance(teacher.denoiser.schedule, AbstractTable) and self.t is not None:
+            teacher.denoiser.schedule.check(self.t)
+        if (there := self.on(teacher)._or(PAPER)) != self._or(PAPER):
+            raise ValueError(
+                f"DenoisingStudent: this teacher needs t = {there.t:g}, residual = "
+                f"{there.residual} and gain = {there.gain:g}; use method.on(teacher)"
+            )
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
@@ -49,7 +103,7 @@ class DenoisingStudent(AbstractMethod):
     def times(self, nfe: int) -> Grid:
         if nfe != 1:
             raise ValueError(f"DenoisingStudent: makes an image in 1 network call, not {nfe}")
-        return (self.t,)
+        return (self._or(PAPER).t,)
 
     def sample(
         self,
@@ -60,8 +114,9 @@ class DenoisingStudent(AbstractMethod):
         cond: dict[str, Tensor] | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        (t,) = self.times(nfe)
-        return z - net(z, torch.full((z.shape[0],), t, dtype=torch.int64, device=z.device))
+        (t,), (_, residual, gain) = self.times(nfe), self._or(PAPER)
+        out = net(z, time_of_each(z, t))
+        return torch.add(z, out, alpha=gain) if residual else gain * out
 
     def trial(self) -> Trial:
         return Trial(bars={1: 0.07}, agreement=0.97)
@@ -76,3 +131,29 @@ class DenoisingStudent(AbstractMethod):
 
         wrong = {"pairs_shuffled": loss(pairs._replace(x0=moved)), "way_reversed": loss(pairs, -1)}
         return (exact("loss of the ODE's pairs", loss(pairs), **wrong),)
+
+
+def _form(denoiser: Denoiser) -> Form:
+    """Return the form that makes the teacher's network its best guess of x0 at the last time.
+
+    What alpha * x adds to that guess is left out, since alpha is small there. Raises ValueError for
+    a prediction without such a form.
+    """
+    prediction, last = as_prediction(denoiser.prediction), denoiser.schedule.noise
+    x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    told = prediction.inputs(x, time_of_each(x, last), *denoiser.schedule.at(last))[1].item()
+    match prediction:
+        case Eps() | Velocity():
+            return Form(told, True, -1.0)
+        case X0():
+            return Form(told, False, 1.0)
+        case V():
+            return Form(told, False, -1.0)
+        case Preconditioned(sigma_data=sigma_data):
+            return Form(told, False, sigma_data)
+        case TrigFlow(sigma_data=sigma_data):
+            return Form(told, False, -sigma_data)
+    raise ValueError(
+        f"DenoisingStudent: knows no start for the prediction {prediction}; set t, residual and "
+        f"gain of the method"
+    )

@@ -52,7 +52,8 @@ class Stages:
         **options: Any,
     ):
         require("Stages", Count | None, pairs=pairs)
-        self.method, self.stages, self.out, self.config = method, method.stages(), Path(out), config
+        self.method, self.out, self.config = method, Path(out), config
+        self.stages = [*method.stages()]  # each as it is on its teacher, once that is known
         self.sources, self.pairs = (source, held_out), pairs or len(source)
         self.evaluate, self.options = evaluate, options
         for number, stage in enumerate(self.stages[1:], 2):
@@ -83,7 +84,7 @@ class Stages:
         Raises as Trainer.fit does.
         """
         self.trainer = self.first
-        result = self.stages[0].result(self.trainer.fit())
+        result = self._result()
         self.results = [result]
         for number, stage in enumerate(self.stages[1:], 1):
             log.info("stage %d of %d: %s", number + 1, len(self.stages), stage)
@@ -93,15 +94,20 @@ class Stages:
                     f"the `result` of the stage before it is a {type(result).__name__}"
                 )
             self.trainer = self._trainer(number, result, self._sources(number, result))
-            result = stage.result(self.trainer.fit())
+            result = self._result()
             self.results.append(result)
         return result
+
+    def _result(self) -> Model:
+        """Train the stage that was reached to its end; return its result."""
+        return self.trainer.method.result(self.trainer.fit())
 
     def _trainer(
         self, number: int, start: Teacher, sources: tuple[AbstractSource, AbstractSource]
     ) -> Trainer:
         """Return the run of a stage."""
-        stage, judge, options = self.stages[number], self.evaluate, {**self.options}
+        stage = self.stages[number] = self.stages[number].on(start)
+        judge, options = self.evaluate, {**self.options}
         if judge:
             options["evaluate"] = lambda net: judge(stage.result(net))
         out = self.out / f"stage-{number + 1}" if number else self.out

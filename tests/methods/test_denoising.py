@@ -54,3 +54,10 @@ def test_its_result_is_a_teacher_with_its_prediction():
     z = ds.noise(0, range(2), SHAPE)
     assert (teacher.denoiser.prediction, teacher.nfe) == (ds.predictions.V(), 20)
     assert torch.equal(teacher.sample(z), method.sample(teacher.net, z))
+
+
+def test_it_does_not_train_a_teacher_on_another_schedule_than_its_own():
+    teacher = starts()[0]
+    for method in (Denoising(ds.schedule.Cosine()), Denoising(prediction="v")):
+        with pytest.raises(ValueError, match="give Denoising the same"):
+            method.init(teacher)

@@ -63,10 +63,19 @@ def bits(model) -> dict[str, torch.Tensor]:
 def test_a_method_of_one_stage_is_a_run(store, tmp_path):
     sources = Pairs(store, range(256, 512)), Pairs(store, range(64))
     stages = Stages(DenoisingStudent(), affine(), *sources, tmp_path / "stages", SHORT)
-    plain = trainer(store, tmp_path / "run")
+    plain = trainer(store, tmp_path / "run", method=DenoisingStudent().on(affine()))
     assert bits(stages.fit()) == {name: w for name, w in plain.fit().state_dict().items()}
     assert stages.identity == plain.identity
     assert not [*(tmp_path / "stages").glob("stage-*")]
+
+
+def test_the_student_of_a_teacher_with_other_times_is_told_these(store, tmp_path):
+    start = affine()
+    schedule = ds.schedule.LinearBeta(50, 0.002, 0.4)
+    start = replace(start, denoiser=replace(start.denoiser, schedule=schedule), grid=(49, 20))
+    sources = Pairs(store, range(256, 512)), Pairs(store, range(64))
+    student = Stages(DenoisingStudent(), start, *sources, tmp_path, SHORT).fit()
+    assert student.method == DenoisingStudent(t=49, residual=True, gain=-1.0)
 
 
 def test_a_later_stage_learns_the_pairs_of_the_result_before_it(store, tmp_path):
@@ -76,7 +85,9 @@ def test_a_later_stage_learns_the_pairs_of_the_result_before_it(store, tmp_path)
     pairs = ds.PairStore(tmp_path / "stage-2-pairs")
     assert len(pairs) == COUNT + HELD_OUT
     assert pairs.seed not in (store.seed, SHORT.seed)
-    there = Trainer(Rounds(), affine(), *stages.sources, tmp_path, SHORT).fit()  # read again
+    there = Trainer(
+        stages.stages[0], affine(), *stages.sources, tmp_path, SHORT
+    ).fit()  # read again
     made = started(there).sample(pairs.noise(range(8)))
     assert torch.allclose(pairs.targets(range(8)), made.clamp(-1, 1), atol=1 / 255)
     assert stages.trainer.out == tmp_path / "stage-2"
