@@ -17,7 +17,8 @@ USAGE = "\n".join(
         *(f"  {f'dstudent {verb} {words}':33} {does}" for verb, (_, words, does) in VERBS.items()),
         "",
         "PRESET is one of: digits, cifar10, celeba, lsun_bedroom, lsun_church.",
-        "MODEL is what teach or distill wrote, a diffusers directory, or a checkpoint file.",
+        "MODEL is what teach or distill wrote, a diffusers directory, a checkpoint file, or one of",
+        "these on the Hugging Face hub: hf://owner/name, or owner/name.",
         "`dstudent VERB --help` lists a verb's options; `--dry-run` checks them and does nothing.",
     ]
 )

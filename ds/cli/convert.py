@@ -29,18 +29,24 @@ class Convert(Verb):
     source: Model
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
-    image_size: Natural = 0  # for a file that does not record it
+    image_size: Natural = 0  # pixels a side, for a file that does not record them
+    # a scheduler_config.json, or its folder, for a file that does not tell its schedule
+    scheduler: Path | None = None
+    variant: str | None = None  # of the weights of a diffusers directory, such as fp16
     force: bool = False  # replace the result of an earlier `convert`
     code: Code = None
 
     def idle(self) -> dict[str, str]:
-        tells = {"image-size": f"on {self.source}, which records its own"}
-        return tells if pretrained.is_ours(self.source) else {}
+        reason = f"on {self.source}, which records its own"
+        names = ("image-size", "scheduler", "variant")
+        return dict.fromkeys(names, reason) if pretrained.is_ours(self.source) else {}
 
     def prepare(self) -> Callable[[], None]:
-        _TARGETS[self.to](self.out, force=self.force, apart=[self.source])
-        size: dict[str, Any] = {"image_size": self.image_size} if self.image_size else {}
-        model = load(self.source, **size, types=classes_in(self.code))
+        _TARGETS[self.to](self.out, force=self.force, apart=[self.source, self.scheduler])
+        given = {"scheduler": self.scheduler, "variant": self.variant}
+        given["image_size"] = self.image_size or None
+        options = {name: value for name, value in given.items() if value is not None}
+        model = load(self.source, types=classes_in(self.code), **options)
         if self.to == "diffusers" and isinstance(model, Student):
             raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):

@@ -138,4 +138,4 @@ class Evaluate(Verb):
             return targets.file(self.out, force=self.force, apart=read)
         if pretrained.is_ours(self.model):
             pretrained.annotated(self.model)
-        return self.model
+        return Path(self.model)

@@ -86,7 +86,7 @@ class MakePairs(Verb):
     may join and leave at any time. A store grows with a larger --pairs.count.
     """
 
-    teacher: Path  # a directory or a checkpoint
+    teacher: str  # a directory, a checkpoint, or hf://owner/name
     out: str  # of the store: a directory, or a URL such as s3://bucket/folder
     pairs: PairsConfig
     solve: SolveConfig
@@ -99,7 +99,7 @@ class MakePairs(Verb):
     def of(cls, name: str, p: Preset) -> "MakePairs":
         home = home_of(name)
         return cls(
-            teacher=home / "teacher",
+            teacher=str(home / "teacher"),
             out=str(home / "pairs"),
             pairs=p.pairs,
             solve=p.solve,
@@ -165,7 +165,7 @@ class PairsVerify(Verb):
     """Hash every shard of a store. With its teacher, also make some of the pairs again."""
 
     store: Store
-    teacher: Path | None = None
+    teacher: str | None = None
     recompute: Count = 4  # number of pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
 

@@ -33,7 +33,8 @@ from ds.system.files import first_line, redacted
 from ds.training.config import RUN, TrainConfig
 from ds.training.presets import PRESETS, Machine, SolveConfig
 
-Model = Annotated[Path, tyro.conf.Positional]
+# A directory, a file, or a name on the hub. It is no Path, which would spoil hf://owner/name.
+Model = Annotated[str, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
 Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour for all devices; 0: unknown")]
 log = logging.getLogger("ds")
@@ -151,7 +152,7 @@ def classes_in(file: Path | None) -> tuple[type, ...]:
 
 
 def loaded(
-    path: Path, device: torch.device, code: Path | None, nfe: int | None
+    path: str, device: torch.device, code: Path | None, nfe: int | None
 ) -> Teacher | Student:
     """Load a teacher or a student, with the network calls that are asked for.
 

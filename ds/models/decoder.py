@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ds.models import pretrained
-from ds.models.convert.imported import named, tensors
+from ds.models.convert.diffusers import files
+from ds.models.convert.imported import named
 from ds.models.images import GREY_OR_RGB
 from ds.models.pretrained import DECODER_CONFIG as CONFIG
 from ds.models.pretrained import DECODER_WEIGHTS as WEIGHTS
@@ -20,7 +21,6 @@ from ds.system.ambient import tf32, without_ambient
 from ds.system.files import by_name, first_line, present, read_json
 
 KINDS = ("AutoencoderKL", "VQModel")
-PICKLED = "diffusion_pytorch_model.bin"
 AT_ONCE = 2**25  # elements of the widest map that is decoded at a time
 # Attention has other names in old files.
 _OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -59,12 +59,10 @@ class Decoder:
         fields = by_name(read_json(file), file)
         if "scaling_factor" not in fields:
             log.warning("%s: gives no scaling_factor, so that of diffusers is taken", file)
-        net, where = _built(fields, file), folder / WEIGHTS
-        if not present(where):
-            where = folder / PICKLED
-        if not present(where):
-            raise ValueError(f"{folder}: the decoder's weights are missing, {WEIGHTS} or {PICKLED}")
-        weights = {_current(name): w for name, w in named(tensors(where), where).items()}
+        net, (where, said) = _built(fields, file), files.find(folder)
+        for sentence in said:
+            log.info("%s", sentence)
+        weights = {_current(name): w for name, w in named(files.read(where), where).items()}
         pretrained.check_weights(net, weights, str(where))
         net.load_state_dict(weights, assign=True)
         with pretrained.naming(file):

@@ -4,9 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ds.models.convert.remote import located
 from ds.models.load import load
 from ds.models.student import Student
 from ds.models.teacher import Teacher
+
+__all__ = ["from_pretrained", "located", "push_to_hub"]
 
 
 def push_to_hub(
@@ -16,34 +19,26 @@ def push_to_hub(
 
     `provenance` goes into config.json and the model card, as with save_pretrained.
     """
-    hub = _hub()
-    url = hub.create_repo(repo_id, private=private, exist_ok=True)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise RuntimeError("the hub needs one more package: pip install huggingface_hub") from None
+    url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / repo_id.rpartition("/")[2]
         model.save_pretrained(path, **provenance)
-        hub.upload_folder(repo_id=repo_id, folder_path=path, commit_message=f"A {model.kind}")
+        huggingface_hub.upload_folder(
+            repo_id=repo_id, folder_path=path, commit_message=f"A {model.kind}"
+        )
     return str(url)
 
 
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, **options: Any
 ) -> Teacher | Student:
-    """Load a teacher or a student from a directory or, if there is none, from the hub.
+    """Load a teacher or a student from a path or, if there is none, from the hub.
 
-    `options` are those of ds.models.load.load, such as device. Only the configuration and the
-    safetensors files are fetched. Raises ValueError for a directory or repository that holds
-    neither.
+    `name` and `options` are those of ds.models.load.load, and `revision` is a branch, a tag or a
+    commit. Of a repository, only what is read is fetched. Raises as `load` does.
     """
-    path = Path(name)
-    if not path.exists():
-        files = ["config.json", "model.safetensors", "decoder/*"]
-        path = _hub().snapshot_download(str(name), revision=revision, allow_patterns=files)
-    return load(path, **options)
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise RuntimeError("the hub needs one more package: pip install huggingface_hub") from None
-    return huggingface_hub
+    return load(name, revision=revision, **options)

@@ -1,5 +1,6 @@
 """Read teachers and students: our own directories, and the files other codes wrote."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
+from ds.models.convert.remote import located
 from ds.models.decoder import Decoder
 from ds.models.model import M
 from ds.models.student import Generator, Student
@@ -24,6 +26,8 @@ from ds.models.teacher import Teacher
 from ds.system.ambient import without_ambient
 from ds.system.config import from_json
 from ds.system.files import present, sha256
+
+log = logging.getLogger("ds")
 
 
 def load(
@@ -37,20 +41,33 @@ def load(
     """Read a teacher or a student, whichever is there, whatever wrote it.
 
     Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM and
-    DDIM codes, and the HDF5 files of 2021, recognised by their content; see docs/teachers.md.
-    `types` are the caller's own classes that our directories may name: methods, networks,
-    schedules, predictions and solvers. `overrides` are a teacher's `solver` and `grid`, a student's
-    `nfe`, and `image_size` for a file that does not tell it. Raises ValueError, naming the file, if
-    something is missing, damaged or of another kind.
+    DDIM codes, and the HDF5 files of 2021, recognised by their content, and the same on the Hugging
+    Face hub, as hf://owner/name; see docs/teachers.md. What a file does not say, and is assumed, is
+    logged as a warning. `types` are the caller's own classes that our directories may name:
+    methods, networks, schedules, predictions and solvers. `overrides` are a teacher's `solver` and
+    `grid`, a student's `nfe`, a `revision` on the hub, and for files of other codes `image_size`,
+    `scheduler` (a scheduler_config.json, or its folder) and `variant` (of the weights, such as
+    "fp16"). Raises ValueError, naming the file, if something is missing, damaged or of another
+    kind, and RuntimeError if the hub cannot be reached.
     """
-    if pretrained.is_ours(path):
-        if "image_size" in overrides:
-            raise ValueError(f"{path}: tells the size of its images itself; leave image_size out")
-        model = _OURS[pretrained.kind(path, tuple(_OURS))](path, types)
+    here = located(path, revision=overrides.pop("revision", None), variant=overrides.get("variant"))
+    path = _directory(here)
+    foreign = {name: overrides.pop(name) for name in _FOREIGN if name in overrides}
+    if not pretrained.is_ours(path):
+        model = _adopt(read(path, **foreign), path)
+    elif foreign:
+        name = next(iter(foreign))
+        raise ValueError(f"{path}: tells what it needs itself; leave {name} out")
     else:
-        model = _adopt(read(path, image_size=overrides.pop("image_size", None)))
+        model = _OURS[pretrained.kind(path, tuple(_OURS))](path, types)
     model.net.to(device, dtype)
     return replace(model, **overrides)
+
+
+def _directory(path: Path) -> Path:
+    """Return the directory for a file inside one of ours, and any other path as it is."""
+    ours = path.name in (pretrained.CONFIG, pretrained.WEIGHTS) and path.is_file()
+    return path.parent if ours and pretrained.is_ours(path.parent) else path
 
 
 def load_teacher(
@@ -112,11 +129,16 @@ def _decoder(path: str | Path, config: dict[str, Any]) -> Decoder | None:
     return Decoder.read(Path(path) / pretrained.DECODER) if files else None
 
 
+_FOREIGN = ("image_size", "scheduler", "variant")
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
 
 
-def _adopt(found: Imported) -> Teacher | Student:
-    """Give an imported network its meaning."""
+def _adopt(found: Imported, path: Path) -> Teacher | Student:
+    """Give an imported network its meaning, and say what of it is assumed."""
+    for sentence in found.said:
+        log.info("%s", sentence)
+    for sentence in found.assumed:
+        log.warning("%s: %s", path, sentence)
     net, decoder = _built(found), found.decoder and Decoder.read(found.decoder)
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -90,11 +91,37 @@ def map_array(path: Path, header: Header) -> torch.Tensor:
     return content[size - math.prod(header.shape) :].view(header.shape)
 
 
+class Inert:
+    """Stand in for a value that lies beside tensors and is not read, whatever it was made of."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any):
+        pass
+
+
+# What training code leaves beside its tensors: numbers and arrays of NumPy, options, paths.
+_BESIDE = [
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"numpy.{core}.multiarray.{f}"
+        for core in ("core", "_core")
+        for f in ("scalar", "_reconstruct")
+    ),
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+]
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read tensors in plain containers that torch.save wrote, without running any code.
 
-    Raises ValueError naming the file for any other content or a wrong checksum. Files written
-    before 2020 have no checksums.
+    Values of NumPy, options and paths beside them become `Inert`. Raises ValueError naming the file
+    for any other content or a wrong checksum. Files written before 2020 have no checksums.
     """
     kind = "PyTorch file of plain tensors; nothing in it was run"
     with opened(path) as file:
@@ -102,11 +129,14 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
             check_zip(file, path, kind)
         file.seek(0)
         try:
-            return torch.load(file, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals([(Inert, name) for name in _BESIDE]):
+                return torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # its type depends on the damage
             if is_of_the_machine(error):
                 raise unjudged(path, error) from None
-            raise ValueError(f"{path}: not a whole {kind}") from None
+            needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+            words = f" (it asks for {needs[1]})" if needs else ""
+            raise ValueError(f"{path}: not a whole {kind}{words}") from None
 
 
 def check_zip(file: BinaryIO, where: Path | str, kind: str) -> None:

@@ -6,6 +6,7 @@ A folder stands in for the service, behind the three functions of huggingface_hu
 import inspect
 import shutil
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -35,12 +36,12 @@ def service(tmp_path, monkeypatch):
         shutil.copytree(folder_path, folder / repo_id, dirs_exist_ok=True)
 
     def snapshot_download(repo_id, revision, allow_patterns):
-        local = tmp_path / "cache"
-        local.mkdir()
-        for file in (f for name in allow_patterns for f in (folder / repo_id).glob(name)):
-            place = local / file.relative_to(folder / repo_id)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copy(file, place)
+        local, there = tmp_path / "cache", folder / repo_id
+        for file in (f for f in there.rglob("*") if f.is_file()):
+            name = file.relative_to(there)
+            if any(fnmatch(str(name), pattern) for pattern in allow_patterns):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, local / name)
         return str(local)
 
     for double in (create_repo, upload_folder, snapshot_download):

@@ -3,38 +3,57 @@
 Formats are recognised by content, never by name. Tensors are read; no code is run.
 """
 
+import re
 from pathlib import Path
 
 from ds.models.convert import ddpm, diffusers, keras
 from ds.models.convert.diffusers import write as to_diffusers
-from ds.models.convert.imported import Imported
+from ds.models.convert.diffusers.files import is_index
+from ds.models.convert.diffusers.parts import scheduler_file
+from ds.models.convert.imported import Imported, Options, tensors
+from ds.models.convert.weights import TIMES, choose
 from ds.system.files import opened
 
 __all__ = ["Imported", "read", "to_diffusers"]
 
-_READERS = {b"\x89HDF": keras.read, b"PK\x03\x04": ddpm.read, b"\x80\x02": ddpm.read}
+_TENSORS = re.compile(rb"PK\x03\x04|\x80\x02|.{8}\{", re.DOTALL)  # two of torch.save, safetensors
+_KERAS = b"\x89HDF"
 
 
-def read(path: str | Path, *, image_size: int | None = None) -> Imported:
+def read(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    scheduler: str | Path | None = None,
+    variant: str | None = None,
+) -> Imported:
     """Read a teacher or a student of another code from a file or a directory.
 
-    `image_size` [pixels] is needed if the file does not tell it. Raises ValueError, naming the
-    file, if something is missing, damaged, of another kind or of another shape.
+    `image_size` [pixels] is needed if the file does not tell it. `scheduler` is a
+    scheduler_config.json of diffusers, or the folder that holds it, for a file that does not tell
+    its schedule and prediction, or tells wrong ones. `variant` picks weights of diffusers, such as
+    "fp16". Raises ValueError, naming the file, if something is missing, damaged, of another kind or
+    of another shape.
     """
     path = Path(path)
-    if path.is_dir():
-        return diffusers.read(path, image_size)
+    options = Options(image_size, scheduler and scheduler_file(Path(scheduler)), variant)
+    if path.is_dir() or is_index(path):
+        return diffusers.read(path, options)
+    if variant is not None:
+        raise ValueError(f"{path}: is one file; variant={variant!r} is for a directory")
     try:
         with opened(path) as file:
             head = file.read(9)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file or directory") from None
-    for signature, reader in _READERS.items():
-        if head.startswith(signature):
-            return reader(path, image_size)
-    if head[8:] == b"{":  # safetensors: the length of a JSON header, then the header
-        return ddpm.read(path, image_size)
+    if head.startswith(_KERAS):
+        return keras.read(path, options)
+    if _TENSORS.match(head):
+        weights = choose(tensors(path), path)
+        reader = diffusers if TIMES[1] in weights.tensors else ddpm
+        return reader.read_file(path, weights, options)
+    hint = f"; give its folder, {path.parent}" if path.suffix == ".json" else ""
     raise ValueError(
-        f"{path}: not a checkpoint; accepted are PyTorch, safetensors and HDF5 files, and "
+        f"{path}: not a checkpoint{hint}; accepted are PyTorch, safetensors and HDF5 files, and "
         f"diffusers directories"
     )

@@ -1,58 +1,55 @@
 """Checkpoints of the DDIM code and of the PyTorch port of DDPM. Our weights have their names.
 
-ermongroup/ddim saves [model, optimizer, epoch, step, ema]; the port (pesser/pytorch_diffusion)
-saves a state dict. Neither describes the network, so it is inferred from the tensors.
+ermongroup/ddim and the port (pesser/pytorch_diffusion) wrote them; ds.models.convert.weights knows
+the containers. Neither describes the network, so it is inferred from the tensors.
 """
 
 from collections.abc import Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
 from torch import Size, Tensor
 
 from ds.diffusion.schedules import LinearBeta
-from ds.models.convert.imported import PUBLISHED, Imported, fit, named, naming, tensors
+from ds.models.convert.diffusers import scheduler
+from ds.models.convert.imported import PUBLISHED, Imported, Options, fit, naming
+from ds.models.convert.weights import Weights
 from ds.nets.unet import UNetConfig
 from ds.system.files import sha256
 
 
-def read(path: Path, image_size: int | None) -> Imported:
-    """Read a file with the weights of a DDPM U-Net, with the schedule of both codes."""
-    found, which = _choose(tensors(path), path)
-    config = _architecture(found, image_size, path)
-    weights = fit(config, found, _spelling, path)
-    facts = {"format": "ddpm", "file": path.name, "sha256": sha256(path), "weights": which}
-    return Imported("teacher", config, weights, LinearBeta(), "eps", facts)
-
-
-def _choose(saved: Any, where: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict to use, without DataParallel's prefix, and a description of it."""
-    which = "the only ones in the file"
-    if isinstance(saved, list | tuple):
-        if len(saved) not in (4, 5):
-            raise ValueError(
-                f"{where}: holds a list of {len(saved)}; accepted are a state dict and "
-                f"[model, optimizer, epoch, step, ema], the last or not"
-            )
-        saved, which = (saved[4], "EMA") if len(saved) == 5 else (saved[0], "model, without EMA")
-    found = named(saved, where)
-    if all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): w for key, w in found.items()}
-    return found, which
+def read_file(path: Path, weights: Weights, options: Options) -> Imported:
+    """Return the DDPM U-Net with the weights of a file, and the schedule of both codes."""
+    config, assumed = _architecture(weights.tensors, options.image_size, path)
+    found = Imported(
+        kind="teacher",
+        config=config,
+        weights=fit(config, weights.tensors, _spelling, path),
+        schedule=LinearBeta(),
+        prediction="eps",
+        facts={
+            "format": "ddpm",
+            "file": path.name,
+            "sha256": sha256(path),
+            "weights": weights.which,
+        },
+        assumed=assumed,
+        said=weights.said,
+    )
+    return scheduler.given(found, options.scheduler, weights.betas)
 
 
 def _spelling(name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
     return (name, name.replace("nin_shortcut", "conv_shortcut")), shape  # the latter is 3x3
 
 
-def _architecture(found: Mapping[str, Tensor], image_size: int | None, where: Path) -> UNetConfig:
-    """Return the configuration of these weights; `fit` then checks every one of them."""
-    if "time_embedding.linear_1.weight" in found:
-        raise ValueError(
-            f"{where}: weights of diffusers, which need their config.json; give the directory "
-            f"that holds both"
-        )
+def _architecture(
+    found: Mapping[str, Tensor], image_size: int | None, where: Path
+) -> tuple[UNetConfig, tuple[str, ...]]:
+    """Return the configuration of these weights, and what of it is assumed.
+
+    `fit` then checks every weight.
+    """
     # Read off biases, so that a weight with its dimensions swapped is left for `fit` to name.
     channels = _length(found, "conv_in.bias", where)
     width = "down.{}.block.0.conv2.bias"
@@ -67,8 +64,17 @@ def _architecture(found: Mapping[str, Tensor], image_size: int | None, where: Pa
     mult = tuple(length // channels for length in widths)
     attend = tuple(i for i in levels if _has(found, f"down.{i}.attn."))
     size = image_size or _published_size(mult, attend, where)
+    assumed = (
+        ()
+        if image_size
+        else (
+            f"images of {size} pixels are assumed, those of the published network with the same "
+            f"levels; if that is wrong, pass image_size, or write it down with `dstudent convert "
+            f"SOURCE OUT --image-size PIXELS`",
+        )
+    )
     with naming(where):
-        return UNetConfig(
+        config = UNetConfig(
             image_size=size,
             in_channels=_length(found, "conv_out.bias", where),
             channels=channels,
@@ -77,6 +83,7 @@ def _architecture(found: Mapping[str, Tensor], image_size: int | None, where: Pa
             attention_resolutions=tuple(size >> i for i in attend),
             conv_shortcut=any(".conv_shortcut." in key for key in found),
         )
+    return config, assumed
 
 
 def _length(found: Mapping[str, Tensor], key: str, where: Path) -> int:

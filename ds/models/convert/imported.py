@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Size, Tensor
 
 from ds.diffusion.predictions import Prediction
-from ds.diffusion.schedules import LinearBeta
+from ds.diffusion.schedules import AbstractTable
 from ds.nets.unet import UNetConfig
 from ds.system.arrays import load_tensors
 from ds.system.files import opened, whole
@@ -21,7 +21,8 @@ PUBLISHED = (
     UNetConfig(image_size=64, channel_mult=(1, 2, 2, 2, 4)),
     UNetConfig(image_size=256, channel_mult=(1, 1, 2, 2, 4, 4)),
 )
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float32 holds each of them exactly
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)  # float32 holds each of them exactly
 # How a file spells one of our weights: the keys it may have there, and its shape under them.
 Spelling = Callable[[str, Size], tuple[tuple[str, ...], Size]]
 
@@ -30,17 +31,28 @@ class Imported(NamedTuple):
     """A network from elsewhere: its configuration, its weights under our names, its meaning.
 
     `prediction` is "eps", "x0" or "v", and None for a student. `facts` are plain JSON values for
-    the provenance: format, file, sha256, and what else the format says. `decoder` is the directory
-    of the autoencoder whose latents the network draws.
+    the provenance: format, file, sha256, and what else the format says. `assumed` are sentences
+    about what the file does not say, and `said` about what was chosen in it. `decoder` is the
+    folder of the diffusers vae or vqvae whose latents the network draws.
     """
 
     kind: Literal["teacher", "student"]
     config: UNetConfig
     weights: dict[str, Tensor]
-    schedule: LinearBeta
+    schedule: AbstractTable
     prediction: Prediction | None
     facts: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
     decoder: Path | None = None
+
+
+class Options(NamedTuple):
+    """What the caller says of a file that does not say it itself; None: nothing."""
+
+    image_size: int | None = None  # pixels a side
+    scheduler: Path | None = None  # a scheduler_config.json
+    variant: str | None = None  # of the weights of diffusers, such as fp16
 
 
 @contextmanager

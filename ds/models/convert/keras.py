@@ -16,7 +16,8 @@ import torch
 from torch import Size, Tensor
 
 from ds.diffusion.schedules import LinearBeta
-from ds.models.convert.imported import PUBLISHED, Imported, checked, shapes
+from ds.models.convert.diffusers import scheduler
+from ds.models.convert.imported import PUBLISHED, Imported, Options, checked, shapes
 from ds.nets.unet import UNetConfig
 from ds.system.arrays import check_unpacked
 from ds.system.files import opened, sha256, whole
@@ -32,7 +33,7 @@ class Variable(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read(path: Path, image_size: int | None) -> Imported:
+def read(path: Path, options: Options) -> Imported:
     """Read a weights file of Keras; its nesting tells a teacher from a student."""
     try:
         import h5py
@@ -46,9 +47,10 @@ def read(path: Path, image_size: int | None) -> Imported:
             check_unpacked(sum(o.nbytes for o in datasets.values()), stored, path)
         found = _listed(layers, datasets, path)
         config, order = _architecture(found, path)
-        if image_size not in (None, config.image_size):
+        if options.image_size not in (None, config.image_size):
             raise ValueError(
-                f"{path}: its network draws {config.image_size} pixels, image_size is {image_size}"
+                f"{path}: its network draws {config.image_size} pixels, image_size is "
+                f"{options.image_size}"
             )
         stored = {
             ours.name: _weight(datasets[v.name], v, path)
@@ -57,9 +59,10 @@ def read(path: Path, image_size: int | None) -> Imported:
     weights = {name: stored[name].reshape(shape) for name, shape in shapes(config).items()}
     kind = "student" if sum(map(bool, layers.values())) == 1 else "teacher"
     facts = {"format": "denoising-student-2021", "file": path.name, "sha256": sha256(path)}
-    return Imported(
-        kind, config, weights, LinearBeta(), "eps" if kind == "teacher" else None, facts
-    )
+    if kind == "student":
+        return Imported(kind, config, weights, LinearBeta(), None, facts)
+    teacher = Imported(kind, config, weights, LinearBeta(), "eps", facts)
+    return scheduler.given(teacher, options.scheduler)
 
 
 def _contents(

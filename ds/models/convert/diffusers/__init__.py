@@ -1,5 +1,6 @@
 """Directories of diffusers: a UNet2DModel, in a pipeline or alone, and its scheduler."""
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -7,42 +8,68 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from ds.diffusion.schedules import AbstractSchedule
-from ds.models.convert.diffusers import scheduler
+from ds.diffusion.schedules import AbstractSchedule, LinearBeta
+from ds.models.convert.diffusers import files, scheduler
 from ds.models.convert.diffusers.network import config_of, fields_of, spelling
-from ds.models.convert.imported import Imported, fit, named, tensors
+from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
+from ds.models.convert.imported import Imported, Options, fit
+from ds.models.convert.weights import Weights, choose
 from ds.nets.unet import UNetConfig
 from ds.system import targets
 from ds.system.files import present, sha256
 from ds.system.staging import replacing_directory, write_json
 
-_CONFIG = "config.json"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_INDEX = "model_index.json"
-_DECODERS = ("vae", "vqvae")
-_WRITTEN = {
-    _INDEX, f"scheduler/{scheduler.FILE}", f"unet/{_CONFIG}", f"unet/{_WEIGHTS[0]}", targets.MARK,
-}  # fmt: skip
+_WEIGHTS = f"unet/{files.STEM}.safetensors"
+_WRITTEN = {INDEX, f"scheduler/{scheduler.FILE}", f"unet/{CONFIG}", _WEIGHTS, targets.MARK}
 
 
-def read(path: Path, image_size: int | None) -> Imported:
-    """Read a pipeline directory, its unet/, or a bare UNet2DModel, with or without a scheduler."""
-    folder = path / "unet" if present(path / "unet" / _CONFIG) else path
-    if not present(folder / _CONFIG):
-        raise ValueError(f"{path}: no network here, neither {_CONFIG} nor unet/{_CONFIG}")
-    config = config_of(folder / _CONFIG, image_size)
-    file = next((folder / name for name in _WEIGHTS if present(folder / name)), None)
-    if file is None:
-        raise ValueError(f"{folder}: the weights are missing, {' or '.join(_WEIGHTS)}")
-    weights = fit(config, named(tensors(file), file), partial(spelling, config), file)
-    facts = {"format": "diffusers", "file": file.name, "sha256": sha256(file)}
-    schedule, prediction, sampling = scheduler.read(folder)
-    places = (folder.parent / name for name in _DECODERS)
-    decoder = next((place for place in places if present(place / _CONFIG)), None)
-    if folder == path:  # no pipeline
-        decoder = None
-    about = facts | sampling
-    return Imported("teacher", config, weights, schedule, prediction, about, decoder)
+def read(path: Path, options: Options) -> Imported:
+    """Read a pipeline, its unet/, a checkpoint of a training run, or a bare UNet2DModel.
+
+    A path of a file is the index of a UNet2DModel's shards.
+    """
+    folder = path if path.is_dir() else path.parent
+    place = locate(folder)
+    file, said = (path, ()) if folder != path else files.find(place.network, options.variant)
+    return _network(place, file, choose(files.read(file), file), said, options)
+
+
+def read_file(path: Path, weights: Weights, options: Options) -> Imported:
+    """Return the network with the weights of a file, which lies beside its configuration."""
+    if files.is_shard(path):
+        raise ValueError(f"{path}: is one of several shards; give their folder, {path.parent}")
+    if not present(path.parent / CONFIG):
+        raise ValueError(
+            f"{path}: weights of diffusers, which need their {CONFIG}; put it beside them, and "
+            f"the scheduler's {scheduler.FILE} too"
+        )
+    return _network(locate(path.parent), path, weights, (), options)
+
+
+def _network(
+    place: Place, file: Path, weights: Weights, said: tuple[str, ...], options: Options
+) -> Imported:
+    config = config_of(place.network / CONFIG, options.image_size)
+    schedule = options.scheduler or scheduler_of(place)
+    if schedule and not options.scheduler and _is_far(schedule, place.network):
+        said += (f"{place.network}: its scheduler is {schedule}",)
+    found = Imported(
+        kind="teacher",
+        config=config,
+        weights=fit(config, weights.tensors, partial(spelling, config), file),
+        schedule=LinearBeta(),
+        prediction="eps",
+        facts={"format": "diffusers", "file": file.name, "sha256": sha256(file)},
+        said=(*place.said, *said, *weights.said),
+        decoder=place.decoder,
+    )
+    return scheduler.given(found, schedule, weights.betas)
+
+
+def _is_far(scheduler: Path, network: Path) -> bool:
+    """Return whether a scheduler's file lies outside of a network's own pipeline."""
+    above = Path(os.path.abspath(network)).parent
+    return above not in Path(os.path.abspath(scheduler)).parents[:2]
 
 
 def write(
@@ -72,13 +99,13 @@ def write(
         )
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
     files = {
-        _INDEX: {
+        INDEX: {
             "_class_name": "DDIMPipeline",
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
         f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path),
-        f"unet/{_CONFIG}": fields_of(config),
+        f"unet/{CONFIG}": fields_of(config),
     }
     spelled = {}
     for name, w in weights.items():
@@ -89,7 +116,7 @@ def write(
             (folder / name).parent.mkdir(exist_ok=True)
             write_json(folder / name, content)
         content = save(spelled, metadata={"format": "pt"})
-        (folder / "unet" / _WEIGHTS[0]).write_bytes(content)
+        (folder / _WEIGHTS).write_bytes(content)
         targets.mark(folder, "diffusers")
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ds.diffusion.predictions import AbstractPrediction, as_prediction
-from ds.diffusion.schedules import AbstractSchedule, LinearBeta
+from ds.diffusion.schedules import AbstractSchedule, AbstractTable, LinearBeta, Table
 from ds.models.convert.diffusers.fields import check, load, number, whole
-from ds.models.convert.imported import naming
-from ds.system.files import present
+from ds.models.convert.imported import Imported, naming
 
 FILE = "scheduler_config.json"
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -15,12 +16,39 @@ _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _SAMPLING = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample")
 
 
-def read(folder: Path) -> tuple[LinearBeta, Any, dict[str, Any]]:
-    """Return a network's schedule, prediction and facts on sampling, from its scheduler."""
-    places = (folder / FILE, folder.parent / "scheduler" / FILE)
-    file = next((place for place in places if present(place)), None)
-    if file is None:
-        return LinearBeta(), "eps", {"schedule": f"assumed, there is no {FILE}"}
+def given(found: Imported, file: Path | None, betas: Tensor | None = None) -> Imported:
+    """Return a network with the schedule and the prediction of a scheduler's file.
+
+    Without one, the schedule is that of the betas beside the weights, if there are any. What then
+    stays as it was is said to be assumed.
+    """
+    if file is not None:
+        schedule, prediction, facts = read(file)
+        return found._replace(schedule=schedule, prediction=prediction, facts=found.facts | facts)
+    if betas is not None:
+        found, what = found._replace(schedule=_table(betas)), "from the betas beside the weights"
+    else:
+        what = "assumed"
+    facts = found.facts | {"schedule": f"{what}, there is no {FILE}"}
+    sentence = (
+        f"there is no scheduler beside the weights: the schedule is {what}, "
+        f"{found.schedule!s:.80}, and the prediction is assumed, {found.prediction!r}; if that is "
+        f"wrong, pass scheduler=FILE, or write it down with `dstudent convert SOURCE OUT "
+        f"--scheduler FILE`"
+    )
+    return found._replace(facts=facts, assumed=(*found.assumed, sentence))
+
+
+def _table(betas: Tensor) -> AbstractTable:
+    """Return the schedule of betas, which files have in float32: the usual line, or a table."""
+    usual, betas = LinearBeta(), betas.double()
+    if betas.shape == (usual.num_steps,) and betas.allclose(usual.betas(), rtol=1e-6, atol=0):
+        return usual
+    return Table(tuple(betas.tolist()))
+
+
+def read(file: Path) -> tuple[AbstractTable, Any, dict[str, Any]]:
+    """Return a network's schedule, prediction and facts on sampling, from its scheduler's file."""
     fields = {"prediction_type": "epsilon", **load(file)}
     check(fields, "beta_schedule", ["linear"].__contains__, "'linear'", file)
     check(fields, "num_train_timesteps", whole, "a whole number", file)
