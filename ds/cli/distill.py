@@ -40,6 +40,7 @@ from ds.models.load import load_teacher
 from ds.models.model import Model
 from ds.models.pretrained import fingerprint
 from ds.models.teacher import Teacher
+from ds.pairs.quantizer import fitting, row_of
 from ds.pairs.sources import AbstractSource, Batch, Generated, Images, Noise, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
@@ -59,11 +60,9 @@ class _Unmade(Images):
 
     feeds: ClassVar = "pairs"
 
-    def __init__(self, shape: tuple[int, ...], count: int):
-        c, *rest = shape
-        dtype = torch.uint8 if len(shape) == 3 else torch.float32
-        row = torch.zeros(1, *rest, c, dtype=dtype, device="cpu")
-        super().__init__(row.expand(count, *rest, c))
+    def __init__(self, teacher: Teacher, count: int):
+        shape, dtype = row_of(teacher.shape, fitting(teacher))
+        super().__init__(torch.zeros(1, *shape, dtype=dtype, device="cpu").expand(count, *shape))
 
     def fingerprint(self) -> str:
         return "not made yet"
@@ -304,12 +303,12 @@ class Distill(Verb):
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
             )
-        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(shape, p.held_out)
+        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(self.start, p.held_out)
         if self.online:
             epochs = train.epochs * (p.count // train.batch_size) / self.pool
             return self._generated(store), held_out, replace(train, epochs=epochs)
         rest = range(p.held_out, len(store)) if store else range(p.count)
-        return Pairs(store, rest) if store else _Unmade(shape, p.count), held_out, train
+        return Pairs(store, rest) if store else _Unmade(self.start, p.count), held_out, train
 
     def _opened(self) -> PairStore:
         return PairStore(self.store, check=self.check_store)
@@ -370,7 +369,7 @@ class Distill(Verb):
         stage, device = self.method.stages()[0].on(self.start), self.machine.use()
         config = self.train.on(device)
         modules = stage.init(self.start).to(device)
-        rows = _Unmade(self.start.shape, 1) if self._feeds == "pairs" else self._data(None)[1]
+        rows = _Unmade(self.start, 1) if self._feeds == "pairs" else self._data(None)[1]
         most = max(1, self.train.batch_size // distributed.world_size())
         whole = rows.batch([i % len(rows) for i in range(most)], device=device)
 

@@ -11,7 +11,7 @@ import logging
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ds.models.sampler import Sampler, least_memory
 from ds.models.teacher import Teacher
 from ds.pairs import shards
 from ds.pairs.manifest import MANIFEST, Manifest, name
-from ds.pairs.quantizer import IMAGES, Quantizer, quantize, row_of
+from ds.pairs.quantizer import Quantizer, fitting, quantize, row_of
 from ds.pairs.storage import AbstractPlace, place
 from ds.pairs.store import PairStore
 from ds.system import cost
@@ -44,7 +44,7 @@ def generate_pairs(
     seed: int = 0,
     batch_size: int | None = None,
     shard_size: int = 16384,
-    quantizer: Quantizer = "round",
+    quantizer: Quantizer | None = None,
     execution: Execution | None = None,
     price: float = 0.0,
     progress: bool = False,
@@ -56,8 +56,9 @@ def generate_pairs(
     and no two processes write the same one. A larger count grows a store, which cannot be read
     until it is finished again.
 
-    Images are stored as uint8, rounded; "floor" truncates as in 2021; "float16" and "float32" keep
-    the teacher's numbers unclipped, for points and latents. The teacher runs on its network's
+    Pictures, [C, H, W] with 1 or 3 channels, are stored as uint8, by default rounded; "floor"
+    truncates as in 2021. "float16" and "float32" keep the teacher's numbers unclipped; "float32" is
+    the default for everything else, such as points and latents. The teacher runs on its network's
     device. `execution` says how, by default `Execution.default`; a store keeps the one it was begun
     with. With a `price`, in dollars an hour, the estimate and the progress show the cost.
 
@@ -65,7 +66,8 @@ def generate_pairs(
     disk is too small, the execution fails or the teacher returns numbers that are not finite, and
     Interrupted soon after SIGINT, SIGTERM, SIGUSR1 or SIGHUP; finished shards are safe.
     """
-    where = place(out)
+    where, asked = place(out), quantizer
+    quantizer = fitting(teacher, asked)
     manifest = prepare(
         teacher,
         where,
@@ -80,6 +82,8 @@ def generate_pairs(
     if missing := shards.missing(where, manifest):
         sampler = Sampler(teacher, batch_size=batch_size, execution=manifest.execution)
         total = manifest.pairs(missing)
+        if asked is None and quantizer == "float32":
+            log.info(f"{where}: samples {list(teacher.shape)} are no pictures, kept as float32")
         log.info(f"{where}: {estimate(sampler, total, quantizer, price)[0]}")
         with (
             deferred_signals() as stop,
@@ -106,7 +110,7 @@ def prepare(
     seed: int,
     batch_size: int | None,
     shard_size: int,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     execution: Execution | None,
 ) -> Manifest:
     """Raise what generate_pairs raises before its work; write nothing; return the manifest."""
@@ -114,7 +118,7 @@ def prepare(
     require("generate_pairs", Count | None, batch_size=batch_size)
     require("generate_pairs", Seed, seed=seed)
     require("generate_pairs", Execution | None, execution=execution)
-    _check_quantizer(quantizer, teacher.shape)
+    quantizer = fitting(teacher, quantizer)
     check_memory(  # as rows, as one tensor and as the bytes of a file
         "generate_pairs: a shard",
         3 * min(count, shard_size) * row_of(teacher.shape, quantizer).bytes,
@@ -135,19 +139,6 @@ def prepare(
     return manifest
 
 
-def _check_quantizer(quantizer: str, shape: tuple[int, ...]) -> None:
-    if quantizer not in get_args(Quantizer):
-        raise ValueError(
-            f"generate_pairs: quantizer must be one of {', '.join(get_args(Quantizer))}, "
-            f"not {quantizer!r}"
-        )
-    if quantizer in IMAGES and len(shape) != 3:
-        raise ValueError(
-            f"generate_pairs: {quantizer!r} stores images [C, H, W]; samples of the shape "
-            f"{list(shape)} need quantizer='float32'"
-        )
-
-
 def _check_disk(where: AbstractPlace, manifest: Manifest) -> None:
     pairs = manifest.pairs(shards.missing(where, manifest))
     needed, free = pairs * manifest.row.bytes, where.free()
@@ -159,10 +150,10 @@ def _check_disk(where: AbstractPlace, manifest: Manifest) -> None:
 
 
 def estimate(
-    sampler: Sampler, pairs: int, quantizer: Quantizer, price: float = 0.0
+    sampler: Sampler, pairs: int, quantizer: Quantizer | None, price: float = 0.0
 ) -> tuple[str, float]:
     """Estimate the cost of so many pairs from a few network calls; return a line and seconds."""
-    bytes_per_pair = row_of(sampler.model.shape, quantizer).bytes
+    bytes_per_pair = row_of(sampler.model.shape, fitting(sampler.model, quantizer)).bytes
     seconds = sampler.seconds_each() * pairs
     return (
         f"{pairs:,} pairs to make, {cost.size(pairs * bytes_per_pair)}, {sampler.model.nfe} "

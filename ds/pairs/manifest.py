@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import ds
 from ds.models.execution import Execution
+from ds.models.images import is_picture
 from ds.models.model import device_of
 from ds.models.pretrained import describe, fingerprint
 from ds.models.teacher import Teacher
@@ -114,8 +115,11 @@ class Manifest:
             )
         if len(self.sha256) > shards:
             raise ValueError(f"{file}: has {len(self.sha256):,} hashes for {shards:,} shards")
-        if self.quantizer in IMAGES and len(self.shape) != 3:
-            raise ValueError(f"{file}: shape must be [C, H, W], not {self.shape}")
+        if self.quantizer in IMAGES and not is_picture(self.shape):
+            raise ValueError(
+                f"{file}: shape must be [C, H, W] with 1 or 3 channels for the quantizer "
+                f"{self.quantizer}, not {self.shape}"
+            )
         return self
 
     # Growth.

@@ -3,7 +3,6 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
-from ds.pairs.quantizer import Quantizer, quantize, row_of
+from ds.pairs.quantizer import fitting, quantize, row_of
 from ds.pairs.rows import as_indices
 from ds.pairs.store import PairStore
 from ds.system import distributed
@@ -141,11 +140,11 @@ class Generated(AbstractSource):
         require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
         require("Generated", Natural, first=first)
         require("Generated", Seed, seed=seed)
-        kept = 1 if len(teacher.shape) == 3 else 4  # bytes; and once more while put together
-        check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows * prod(teacher.shape))
+        self._quantizer = fitting(teacher)
+        kept = row_of(teacher.shape, self._quantizer).bytes  # and once more while put together
+        check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows)
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
         self._sampler = Sampler(teacher, batch_size=batch_size, execution=execution)
-        self._quantizer: Quantizer = "round" if len(teacher.shape) == 3 else "float32"
         self._pool, self._number = torch.empty(0, dtype=torch.float32, device="cpu"), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "

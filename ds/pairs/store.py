@@ -122,7 +122,7 @@ class PairStore:
         (x,) = sampler.batches(self.seed, picks)
         again = quantize(x, self.manifest.quantizer).float()
         stored = self.images(picks)
-        allowed = 1.0 if stored.dtype == torch.uint8 else 1e-3
+        allowed = 1.0 if stored.dtype == torch.uint8 else 1e-3 * max(1.0, float(again.abs().max()))
         errors = (again - stored.float()).flatten(1).abs().amax(1)
         for i, error in zip(picks, errors.tolist(), strict=True):
             if error > allowed:

@@ -126,7 +126,9 @@ class PairsConfig:
     seed: Seed = 0  # of the noise
     batch_size: Count | None = None  # images at a time; None: 256, or what fills a GPU
     shard_size: Count = 16_384  # pairs in a file
-    quantizer: Quantizer = "round"  # how images are stored: as uint8 (round, floor) or floats
+    # how samples are stored: as uint8 (round, floor) or as floats; None: round for pictures,
+    # float32 for everything else, such as latents
+    quantizer: Quantizer | None = None
     # of the teacher's matrix products; None: bfloat16 on GPUs, float32 on CPUs
     precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
     mode: Mode | None = None  # what runs the teacher; None: the fastest way its device has

@@ -12,7 +12,7 @@ import ds
 from ds.analytic import Gaussian
 from ds.pairs import archives
 
-TEACHER = Gaussian(shape=(2, 4, 4)).teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))
+TEACHER = Gaussian(shape=(1, 4, 8)).teacher(ds.solvers.DDIM(), ds.grids.quadratic(4))
 
 
 @pytest.fixture(scope="module", params=["round", "float32"])

@@ -1,5 +1,6 @@
 """generate_pairs: the same store from every process, refusals before work, interruptions."""
 
+import logging
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import ds
-from ds.analytic import Gaussian, GaussianMixture
+from ds.analytic import Gaussian
 from ds.models.execution import Execution
 from ds.pairs import generate as pairs
 from ds.pairs import storage as places
+from ds.pairs.sources import Generated
 from tests.pairs.test_store import COUNT, GAUSSIAN, all_images, contents, make
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +137,7 @@ def test_a_claim_on_a_file_that_was_dropped_meanwhile_is_not_used(tmp_path, monk
         ({"execution": Execution(mode="compile")}, r"execution.mode: eager, not compile"),
         ({"teacher": replace(GAUSSIAN, grid=ds.grids.quadratic(9))}, r"grid: \[800, "),
         (
-            {"teacher": Gaussian(shape=(2, 4, 4)).teacher(GAUSSIAN.solver, GAUSSIAN.grid)},
+            {"teacher": Gaussian(shape=(1, 4, 8)).teacher(GAUSSIAN.solver, GAUSSIAN.grid)},
             r"teacher\.sha256: ",
         ),
     ],
@@ -197,10 +199,26 @@ def test_fp8_and_bfloat16_never_mix(tmp_path, unet, monkeypatch, first, then):
     assert contents(tmp_path / "s") == before
 
 
-def test_points_are_not_stored_as_images(tmp_path):
-    teacher = GaussianMixture().teacher(ds.solvers.DDIM(), ds.grids.quadratic(10))
-    with pytest.raises(ValueError, match="need quantizer='float32'"):
-        make(tmp_path / "s", teacher)
+@pytest.mark.parametrize("shape", [(2,), (3, 8), (2, 4, 4), (4, 4, 4), (5, 4, 4)], ids=str)
+def test_latents_and_points_are_kept_as_floats_and_never_clipped(tmp_path, shape, caplog):
+    teacher = Gaussian(mean=3.0, shape=shape).teacher(GAUSSIAN.solver, GAUSSIAN.grid)
+    with caplog.at_level(logging.INFO, "ds"):
+        store = make(tmp_path / "s", teacher)
+    assert f"samples {list(shape)} are no pictures, kept as float32" in caplog.text
+    assert store.manifest.quantizer == "float32" and store.targets(range(COUNT)).max() > 3
+    store.verify(teacher)
+    made = Generated(teacher, COUNT, seed=3).batch(range(COUNT)).x0
+    torch.testing.assert_close(made, store.targets(range(COUNT)), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="need quantizer='float32' or 'float16'"):
+        make(tmp_path / "t", teacher, quantizer="round")
+
+
+def test_numbers_beyond_float16_are_not_stored_as_infinity(tmp_path):
+    teacher = Gaussian(mean=1e5, shape=(4, 4, 4)).teacher(GAUSSIAN.solver, GAUSSIAN.grid)
+    with pytest.raises(
+        RuntimeError, match=r"samples reach 9\.954e\+04, beyond float16; .*'float32'"
+    ):
+        make(tmp_path / "s", teacher, quantizer="float16")
 
 
 def test_a_disk_too_small_is_noticed_before_any_work(tmp_path, monkeypatch):

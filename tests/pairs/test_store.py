@@ -22,7 +22,7 @@ from ds.system.files import read_sealed, sealed
 from ds.system.staging import write_json
 
 COUNT = 40
-GAUSSIAN = Gaussian(mean=0.1, std=0.3, shape=(2, 4, 4)).teacher(
+GAUSSIAN = Gaussian(mean=0.1, std=0.3, shape=(1, 4, 8)).teacher(
     ds.solvers.DDIM(), ds.grids.quadratic(10)
 )
 TINY = UNetConfig(
@@ -127,7 +127,7 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
         "seed": 3,
         "count": COUNT,
         "grown_from": [],
-        "shape": [2, 4, 4],
+        "shape": [1, 4, 8],
         "quantizer": "round",
         "shard_size": 16,
         "sha256": hashes,
