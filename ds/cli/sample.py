@@ -1,5 +1,6 @@
 """dstudent sample: draw images from a model."""
 
+import logging
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +10,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ds.cli.verb import Code, Here, Model, Verb, loaded, say
 from ds.diffusion.noise import noise
 from ds.models.execution import Execution, Precision
-from ds.models.images import save, target
+from ds.models.images import ARRAYS, grey_channels, save, target
 from ds.models.interpolate import great_circle
 from ds.models.sampler import Sampler, count
+from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.system.config import Count, Natural, Seed
 from ds.system.cost import check_memory
 from ds.training.presets import Machine
 
+log = logging.getLogger("ds")
 GIF = 2**16 - 1  # pixels of a side, by its format
 
 
@@ -51,7 +58,9 @@ class Sample(Verb):
     """Draw images from a teacher or a student, or a path between images.
 
     The suffix of --out chooses the format: .png is one sheet, .gif an animation, .npy or .npz an
-    array, uint8 [N, H, W, C], and no suffix a directory of PNGs.
+    array, uint8 [N, H, W, C], and no suffix a directory of PNGs. Latents are decoded if the model
+    has a decoder. Samples that are no pictures go into arrays as they are, float32; in pictures
+    each of their channels is grey, black at its least number and white at its largest.
     """
 
     model: Model
@@ -69,7 +78,7 @@ class Sample(Verb):
 
     def idle(self) -> dict[str, str]:
         array = {"scale": "on an array; it is for pictures"}
-        return array if self.out.suffix in (".npy", ".npz") else {}
+        return array if self.out.suffix in ARRAYS else {}
 
     def prepare(self) -> Callable[[], None]:
         indices = _indices(self.indices)
@@ -77,42 +86,76 @@ class Sample(Verb):
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         target(self.out, force=self.force, apart=[self.model])
         model = loaded(self.model, self.machine.use(), self.code, self.nfe)
-        if len(model.shape) == 3:  # other shapes are refused when they are drawn
-            self._check_size(indices.count, model.shape)
+        self._check_size(indices.count, self._picture(model), size=1 if model.image_shape else 4)
         execution = self.precision and Execution.default(model, precision=self.precision)
         sampler = Sampler(model, batch_size=self.batch_size, execution=execution)
         return partial(self._draw, sampler, indices)
 
-    def _check_size(self, count: int, shape: tuple[int, ...]) -> None:
-        """Raise ValueError if the images, enlarged, do not fit the memory or the format."""
-        scale = self._scale(shape)
-        if self.out.suffix == ".gif" and scale * max(shape[1:]) > GIF:
-            raise ValueError(
-                f"sample: a side of a .gif has at most {GIF:,} pixels, at a scale of {scale} it "
-                f"has {scale * max(shape[1:]):,}"
-            )
-        many = (count - 1) * (self.between + 1) + 1
-        if self.out.suffix in (".npy", ".npz"):
-            check_memory(f"sample: {many} images", 2 * many * prod(shape))
-        elif not self.out.suffix:  # one picture at a time
-            check_memory(f"sample: {many} images", (2 * many + 3 * scale**2) * prod(shape))
-        else:
-            check_memory(f"sample: pictures of {many} images", 3 * many * scale**2 * prod(shape))
+    def _picture(self, model: Teacher | Student) -> tuple[int, ...]:
+        """Return the shape of what is written of a sample: of a picture, (C, H, W).
 
-    def _scale(self, shape: tuple[int, ...]) -> int:
-        return self.scale or max(1, 64 // shape[-2])
+        Raises ValueError for samples that no picture can show.
+        """
+        if (shape := model.image_shape) is not None:
+            return shape
+        if self.out.suffix in ARRAYS:
+            return model.shape
+        if len(model.shape) != 3:
+            raise ValueError(
+                f"sample: samples of shape {list(model.shape)} are no pictures; write them as an "
+                f"array, such as --out samples.npy"
+            )
+        channels, height, width = model.shape
+        log.warning(
+            "samples %s are no pictures, and the model has no decoder; each of the %d channels is "
+            "shown in grey, scaled to its own range; --out samples.npy keeps the numbers",
+            list(model.shape),
+            channels,
+        )
+        return 1, height, channels * width
+
+    def _check_size(self, count: int, shape: tuple[int, ...], size: int) -> None:
+        """Raise ValueError if what is written does not fit the memory or the format.
+
+        `size` is that of a number in bytes.
+        """
+        many = (count - 1) * (self.between + 1) + 1
+        needed = 2 * size * many * prod(shape)  # all of them, and once more while put together
+        if self.out.suffix not in ARRAYS:
+            scale, at_once = self._scale(shape[1]), many if self.out.suffix else 1
+            if self.out.suffix == ".gif" and scale * max(shape[1:]) > GIF:
+                raise ValueError(
+                    f"sample: a side of a .gif has at most {GIF:,} pixels, at a scale of {scale} "
+                    f"it has {scale * max(shape[1:]):,}"
+                )
+            needed += 3 * scale**2 * at_once * prod(shape)
+        check_memory(f"sample: {many} of them in {self.out}", needed)
+
+    def _scale(self, height: int) -> int:
+        return self.scale or max(1, 64 // height)
 
     def _draw(self, sampler: Sampler, indices: Ranges) -> None:
-        model = sampler.model
-        if self.between:
-            z = noise(self.seed, indices, model.shape)
-            images, columns = sampler.draw(great_circle(z, self.between)), self.between + 1
-        else:
-            images, columns = sampler(self.seed, indices), None
-        scale = self._scale(model.shape)
-        save(images, self.out, columns=columns, scale=scale, force=self.force)
+        model, columns = sampler.model, self.between + 1 if self.between else None
+        found = self._drawn(sampler, indices)
+        scale = self._scale(found.shape[1])
+        save(found, self.out, columns=columns, scale=scale, force=self.force)
+        what = "images" if model.image_shape else "samples"
         calls = "1 network call" if model.nfe == 1 else f"{model.nfe} network calls"
-        say(f"samples: {self.out}, {len(images)} images, {calls} each")
+        say(f"samples: {self.out}, {len(found)} {what}, {calls} each")
+
+    def _drawn(self, sampler: Sampler, indices: Ranges) -> Tensor:
+        """Return uint8 pictures [N, H, W, C]; floats [N, *shape] of what is none, for an array."""
+        path, model = None, sampler.model
+        if self.between:
+            path = great_circle(noise(self.seed, indices, model.shape), self.between)
+        if model.image_shape:
+            return sampler(self.seed, indices) if path is None else sampler.draw(path)
+        if path is None:
+            parts = sampler.batches(self.seed, indices)
+        else:
+            parts = map(sampler.sample, path.to(sampler.device).split(sampler.batch_size))
+        found = torch.cat([x.float().cpu() for x in parts])
+        return found if self.out.suffix in ARRAYS else grey_channels(found)
 
 
 def _indices(text: str) -> Ranges:

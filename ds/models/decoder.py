@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,14 @@ class Decoder:
         scale = 2 ** (len(fields["block_out_channels"]) - 1)
         return fields["out_channels"], scale * latent[1], scale * latent[2]
 
-    def memory(self, latent: tuple[int, ...]) -> int:
-        """Return a lower bound on the bytes that decoding a latent takes.
+    def memory(self, latent: tuple[int, ...], count: int) -> int:
+        """Return a lower bound on the bytes that decoding so many latents takes.
 
-        The last block reads two maps of its width, float32, and writes one.
+        Pictures are float32, and there once more while they are put together. The last block reads
+        two maps of its width, float32, and writes one.
         """
-        return 3 * 4 * self._widest(latent)
+        pictures = 2 * 4 * count * math.prod(self.image_shape(latent))
+        return pictures + 3 * 4 * min(count, self._many(latent)) * self._widest(latent)
 
     @without_ambient()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class Decoder:
         """
         shape = self.image_shape(tuple(latents.shape[1:]))
         self.net.to(latents.device)
-        many = max(1, AT_ONCE // self._widest(tuple(latents.shape[1:])))
+        many = self._many(tuple(latents.shape[1:]))
         with tf32(False):
             parts = [self._decode(self._unscaled(z)) for z in latents.float().split(many)]
         images = torch.cat([latents.new_empty(0, *shape, dtype=torch.float32), *parts])
@@ -124,6 +127,10 @@ class Decoder:
             mean, std = (z.new_tensor(values).reshape(-1, 1, 1) for values in (mean, std))
             return z * std + mean
         return z + (fields.get("shift_factor") or 0.0)
+
+    def _many(self, latent: tuple[int, ...]) -> int:
+        """Return how many latents are decoded at a time."""
+        return max(1, AT_ONCE // self._widest(latent))
 
     def _widest(self, latent: tuple[int, ...]) -> int:
         _, h, w = self.image_shape(latent)

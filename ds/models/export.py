@@ -1,6 +1,7 @@
 """Students for programs without this library: torch.export and ONNX."""
 
 import io
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ds.ops.group_norm_silu import Addends
 from ds.system import targets
 from ds.system.staging import replacing
 
+log = logging.getLogger("ds")
 BATCH = torch.export.Dim("batch", min=1, max=65536)
 
 
@@ -19,7 +21,8 @@ def to_program(student: Student, path: str | Path, *, force: bool = False) -> No
     """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
 
     Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else.
-    Raises ValueError if the path cannot be written to or, without `force`, exists.
+    Latents are not decoded, which is logged. Raises ValueError if the path cannot be written to or,
+    without `force`, exists.
     """
     where = targets.file(path, force=force)
     content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
@@ -58,6 +61,12 @@ class _Sampling(nn.Module):
 
 @torch.no_grad()
 def _exported(student: Student) -> torch.export.ExportedProgram:
+    if student.decoder:
+        log.warning(
+            "export: the program returns latents %s; decode them with the autoencoder in decoder/, "
+            "by its scaling_factor",
+            list(student.shape),
+        )
     z = torch.zeros(
         2, *student.shape, dtype=torch.float32, device=next(student.net.parameters()).device
     )

@@ -1,7 +1,7 @@
 """uint8 images, the float tensors networks see, and pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ def to_uint8(x: Tensor, rounding: Rounding = "round") -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 [N, H, W, C] to float32 in [-1, 1], [N, C, H, W] in channels_last memory."""
     return ops.dequantize(images)
+
+
+def shown(x: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return pictures, uint8 [N, H, W, 1 or 3], of samples [N, C, H, W], about [-1, 1].
+
+    They are the decoder's, if there is one; the samples, if they are grey or RGB; and else those of
+    `grey_channels`.
+    """
+    x = decoder(x) if decoder else x
+    return to_uint8(x) if is_picture(x.shape[1:]) else grey_channels(x)
 
 
 def grey_channels(x: Tensor) -> Tensor:
@@ -78,9 +88,9 @@ def save(
 
     .png is one sheet with `columns` (by default as square as possible), .gif an animation forth and
     back, .npy an array, .npz an array called "images". A name without a suffix becomes a directory
-    of PNGs: 000000.png and so on. `scale` enlarges the pixels of pictures. Arrays may hold any
-    numbers in any shape. Raises ValueError as `target` does, and for pictures that are neither
-    grey nor RGB.
+    of PNGs: 000000.png and so on. `scale` enlarges the pixels of pictures. Arrays may hold other
+    numbers in any shape, which an .npz calls "samples". Raises ValueError as `target` does, and for
+    pictures that are neither grey nor RGB.
     """
     suffix = Path(path).suffix
     if suffix not in ARRAYS:
@@ -96,7 +106,8 @@ def save(
         if suffix == ".npy":
             np.save(file, images.numpy())
         elif suffix == ".npz":
-            np.savez_compressed(file, images=images.numpy())
+            name = "images" if images.dtype == torch.uint8 else "samples"
+            np.savez_compressed(file, **{name: images.numpy()})
         elif suffix == ".png":
             sheet = tile(images, columns or math.ceil(len(images) ** 0.5))
             _picture(sheet, scale).save(file, format="PNG")

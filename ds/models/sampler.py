@@ -116,6 +116,9 @@ class Sampler:
 
     def _check_images(self, number: int) -> None:
         shape = self.model.require_images("Sampler")
+        if decoder := self.model.decoder:
+            decoding = decoder.memory(self.model.shape, min(number, self.batch_size))
+            check_memory(f"Sampler: decoding {self.batch_size} at a time", decoding, self.device)
         # All of them, and once more while they are put together.
         check_memory(f"Sampler: {number} images", 2 * number * math.prod(shape))
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ds.methods import AbstractMethod
 from ds.models.model import Model
@@ -32,8 +33,9 @@ class Stages:
         noise     fresh noise, as many rows as `source` has
         other     `source` and `held_out`
 
-    Call it again after an interruption: finished stages are read, the others go on to the same
-    bits. `evaluate` makes figures of a model, and `options` go to each Trainer.
+    Results have the decoder of `start`, if it draws latents. Call it again after an interruption:
+    finished stages are read, the others go on to the same bits. `evaluate` makes figures of a
+    model, and `options` go to each Trainer.
 
     Raises ValueError as Trainer does.
     """
@@ -55,7 +57,7 @@ class Stages:
         self.method, self.out, self.config = method, Path(out), config
         self.stages = [*method.stages()]  # each as it is on its teacher, once that is known
         self.sources, self.pairs = (source, held_out), pairs or len(source)
-        self.evaluate, self.options = evaluate, options
+        self.evaluate, self.options, self.decoder = evaluate, options, start.decoder
         for number, stage in enumerate(self.stages[1:], 2):
             if stage.feeds not in ("pairs", "noise", source.feeds):
                 raise ValueError(
@@ -100,7 +102,11 @@ class Stages:
 
     def _result(self) -> Model:
         """Train the stage that was reached to its end; return its result."""
-        return self.trainer.method.result(self.trainer.fit())
+        return self._decoding(self.trainer.method.result(self.trainer.fit()))
+
+    def _decoding(self, result: Model) -> Model:
+        """Return a result with the decoder of the teacher whose latents it draws."""
+        return replace(cast(Any, result), decoder=self.decoder)
 
     def _trainer(
         self, number: int, start: Teacher, sources: tuple[AbstractSource, AbstractSource]
@@ -109,7 +115,7 @@ class Stages:
         stage = self.stages[number] = self.stages[number].on(start)
         judge, options = self.evaluate, {**self.options}
         if judge:
-            options["evaluate"] = lambda net: judge(stage.result(net))
+            options["evaluate"] = lambda net: judge(self._decoding(stage.result(net)))
         out = self.out / f"stage-{number + 1}" if number else self.out
         return Trainer(stage, start, *sources, out, self.config, **options)
 
@@ -128,7 +134,6 @@ class Stages:
             self.out / f"stage-{number + 1}-pairs",
             count + self.pairs,
             seed=seed,
-            quantizer="round" if len(last.shape) == 3 else "float32",
             progress=self.options.get("progress", False),
         )
         return Pairs(store, range(count, len(store))), Pairs(store, range(count))

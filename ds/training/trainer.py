@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ds.diffusion.noise import noise
 from ds.methods import AbstractMethod, Progress
-from ds.models.images import save_png, tile, to_uint8
+from ds.models.images import is_picture, save_png, shown, tile
 from ds.models.pretrained import check_finite, fingerprint
 from ds.models.teacher import Teacher
 from ds.nets import UNet, recompute_norms
@@ -76,7 +76,7 @@ class Trainer:
         self.method, self.held_out, self.out = method, held_out, Path(out)
         self.device, self.runtime = torch.device(device), runtime or RuntimeConfig()
         self.config = config = config.on(self.device)
-        self.evaluate, self.shape = evaluate, start.shape
+        self.evaluate, self.shape, self.decoder = evaluate, start.shape, start.decoder
         self.progress = progress and distributed.is_first()
         self._check_arguments(source)
         self.batches = Batches(
@@ -213,6 +213,8 @@ class Trainer:
         )
         self.throughput = Throughput(self.device, self._flops(), LOW[c.precision] or torch.float32)
         self.throughput.start(self._rows(state.step))
+        if len(self.shape) == 3 and not (self.decoder or is_picture(self.shape)):
+            log.info("%s: samples/ shows each channel in grey, scaled to its range", self.out)
         begin = state.step * len(self.method.turns)
         self.rows = loader.load(self.batches, begin, self.device, r.loader, r.prefetch)
         with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:
@@ -407,10 +409,11 @@ class Trainer:
                 f"{self.out}: the samples of step {self.state.step} are not finite; the last "
                 f"checkpoint is kept, try a smaller train.lr"
             )
-        sheet = tile(to_uint8(x), columns=8)
+        images = shown(x, self.decoder)
+        sheet = tile(images, columns=8)
         file = subfolder(self.out / "samples") / f"step-{self.state.step:07d}.png"
         with replacing(file) as path:
-            save_png(sheet, path, scale=max(1, 256 // self.shape[-1] // 8))
+            save_png(sheet, path, scale=max(1, 256 // images.shape[2] // 8))
 
     def _write(self, **figures: float) -> None:
         self.log.write(self.state.step, **figures)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQ
 
 import ds
 from ds.methods import DenoisingStudent
+from ds.models.execution import Execution
 from ds.models.images import to_uint8
 from ds.models.load import load
 from ds.models.model import Model
@@ -159,3 +160,10 @@ def test_a_directory_of_ours_holds_the_decoder(teacher, which, tmp_path):
     after.save_pretrained(tmp_path / "m", force=True)
     replace(after, decoder=None).save_pretrained(tmp_path / "m", force=True)
     assert not list((tmp_path / "m" / "decoder").glob("*")) and load(tmp_path / "m").decoder is None
+
+
+def test_decoding_fits_the_memory_or_is_refused(teacher, monkeypatch):
+    monkeypatch.setattr("ds.system.cost.free_memory", lambda device: 5e4)
+    sampler = ds.Sampler(teacher, batch_size=2, execution=Execution())
+    with pytest.raises(ValueError, match=r"decoding 2 at a time needs .* of memory"):
+        sampler(indices=range(2))
