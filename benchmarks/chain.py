@@ -218,7 +218,7 @@ def _train(
 def _distance(sample: Loop, student: nn.Module, preset: Preset) -> float:
     """Return how far a student is from its teacher, as a share of the images' root mean square."""
     weight = next(student.parameters())
-    shape = (preset.net.in_channels, preset.net.image_size, preset.net.image_size)
+    shape = (preset.net.in_channels, *preset.net.size)
     z = noise(1, range(HELD_OUT), shape, device=weight.device)
     with torch.no_grad():
         exact, made = sample(z), preset.method.sample(student, z)

@@ -2,8 +2,19 @@
 
 from ds.engine.calls import Target
 from ds.engine.loop import Loop, Recurrence, times
-from ds.engine.plan import Plan, can_run
+from ds.engine.plan import RUNS, Plan, can_plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.run import Engine
 
-__all__ = ["Engine", "Loop", "Plan", "Recurrence", "Rewrites", "Target", "can_run", "times"]
+__all__ = [
+    "RUNS",
+    "Engine",
+    "Loop",
+    "Plan",
+    "Recurrence",
+    "Rewrites",
+    "Target",
+    "can_plan",
+    "can_run",
+    "times",
+]

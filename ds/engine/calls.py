@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds import ops
-from ds.nets.unet import Attention, GroupNorm, pixels
+from ds.nets.unet import Attention, GroupNorm, pixels, split
 from ds.ops.conv.winograd import tiles
 
 Shape = tuple[int, int, int]  # [C, H, W] of an image
@@ -112,18 +112,19 @@ class Call(ABC):
 class Conv(Call):
     """A convolution; a second input, if any, is added to its result.
 
-    With stride 2 the image is padded on the right and below only. The channels of the result are
-    cut into `parts` of one size, each an output.
+    With stride 2 the image is padded on the right and below only, or with `pad_all_sides` on all.
+    The channels of the result are cut into `parts` of one size, each an output.
     """
 
     weight: Tensor
     bias: Bias
     stride: int = 1
     parts: int = 1
+    pad_all_sides: bool = False
 
     def prepare(self, target: Target, *shapes: Shape) -> Run:
         weight, bias = target.cast(self.weight), target.bias(self.bias)
-        halves = self.stride == 2
+        halves = self._pads_before
         padding = [0 if halves else self.weight.shape[2] // 2] * 2
         strides = [self.stride] * 2
         if _has_onednn(target):
@@ -156,6 +157,11 @@ class Conv(Call):
         return run
 
     @property
+    def _pads_before(self) -> bool:
+        """Whether the image is padded before the convolution, which knows equal padding alone."""
+        return self.stride == 2 and not self.pad_all_sides
+
+    @property
     def _is_product(self) -> bool:
         """Whether it is a matrix product: a GPU's libraries fuse the bias into those only.
 
@@ -171,7 +177,7 @@ class Conv(Call):
         c, h, w = shapes[0]
         made, seen = values(self.shapes(*shapes)), c * h * w
         found = []
-        if self.stride == 2:
+        if self._pads_before:
             seen = c * (h + 1) * (w + 1)
             found += [
                 Launch("pad: zeros", seen, seen),
@@ -433,7 +439,10 @@ class ImplicitGemm(Call):
 
 @dataclass(frozen=True, eq=False)
 class Attend(Call):
-    """Attention with one head, the output projection and the residual, of q, k, v and residual."""
+    """Attention in the layer's heads, the output projection and the residual.
+
+    The inputs are q, k, v and residual.
+    """
 
     layer: Attention  # whose projections made q, k and v
     weight: Tensor | None
@@ -444,8 +453,9 @@ class Attend(Call):
         bias = target.cast(self.bias.detach())
 
         def run(_: Tensor, *inputs: Tensor) -> Tensor:
-            *heads, residual = (pixels(each) for each in inputs)
-            y = ops.attention_residual(*(head[:, None] for head in heads), weight, bias, residual)
+            *found, residual = (pixels(each) for each in inputs)
+            heads = (split(each, self.layer.heads) for each in found)
+            y = ops.attention_residual(*heads, weight, bias, residual)
             return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
 
         return run

@@ -31,7 +31,8 @@ from ds.engine.calls import (
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
 from ds.nets.embedding import sinusoids
-from ds.nets.unet import Attention, ResBlock
+from ds.nets.fold import FoldedAttention
+from ds.nets.unet import Attention, GroupNorm, ResBlock
 
 INPUT = "x"
 TILE = 128  # pixels, and also channels, that one program computes on a GPU
@@ -48,7 +49,8 @@ class Plan:
     def of(cls, net: UNet, target: Target, rewrites: Rewrites | None = None) -> "Plan":
         """Make the plan of a network for a target, by default with the target's own rewrites.
 
-        It holds the network's weights, not copies of them.
+        It holds the network's weights, not copies of them. The network is one that `can_plan`
+        accepts.
         """
         steps, shapes = list(_walk(net)), {INPUT: net.shape}
         for call, inputs, outputs in steps:
@@ -147,9 +149,22 @@ def blocks(net: UNet) -> dict[str, ResBlock]:
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
 
 
+# What can_run accepts.
+RUNS = "U-Nets without conditions, scale_shift, resnet_down, resnet_up and folded attention"
+
+
 def can_run(net: nn.Module) -> TypeGuard[UNet]:
-    """Return whether the engine can run a network: a U-Net that takes nothing beside x and t."""
-    return isinstance(net, UNet) and not net.config.takes
+    """Return whether the engine can run a network: it has a plan, and takes nothing but x and t."""
+    return can_plan(net) and not net.config.takes
+
+
+def can_plan(net: nn.Module) -> TypeGuard[UNet]:
+    """Return whether there is a plan of a network: a U-Net whose parts all have a call."""
+    if not isinstance(net, UNet):
+        return False
+    c = net.config
+    folded = any(isinstance(layer, FoldedAttention) for layer in net.modules())
+    return not (c.scale_shift or c.resnet_down or c.resnet_up or folded)
 
 
 @torch.no_grad()
@@ -187,10 +202,18 @@ class _Writer:
         return name
 
     def conv(self, layer: nn.Conv2d, x: str, *, bias: bool = True) -> str:
-        call = Conv(layer.weight.detach(), layer.bias.detach() if bias else None, layer.stride[0])
+        sides = layer.stride[0] == 2 and layer.padding[0] == 1
+        call = Conv(
+            layer.weight.detach(),
+            layer.bias.detach() if bias else None,
+            layer.stride[0],
+            pad_all_sides=sides,
+        )
         return self.call(self.names[layer], call, x)
 
     def norm(self, layer: nn.Module, x: str) -> str:
+        if not isinstance(layer, GroupNorm):
+            return x
         return self.call(self.names[layer], Norm(layer), x)
 
     def block(self, layer: ResBlock, x: str, skip: str | None = None) -> str:

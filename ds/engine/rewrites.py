@@ -86,11 +86,14 @@ class Rewrites:
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
-    """Premultiply two pairs of an attention layer's projections; the pixels are then the keys."""
+    """Premultiply two pairs of projections of an attention layer of one head.
+
+    The pixels are then the keys.
+    """
     made = _makers(steps)
     replaced: dict[str, Step | None] = {}
     for step in steps:
-        if isinstance(step.call, Attend):
+        if isinstance(step.call, Attend) and step.call.layer.heads == 1:
             q, k, v, residual = step.inputs
             layer = FoldedAttention(step.call.layer)
             (pixels,) = made[k].inputs
@@ -202,6 +205,8 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> 
     readers = _readers(steps)
 
     def fused(conv: Step, norm: Step) -> Step | None:
+        if not _is_for_our_kernel(conv.call):
+            return None
         (x, *others), (normed, *kept) = norm.inputs, norm.outputs
         if x not in conv.outputs or len(others) > norm.call.residual or norm.call.float8:
             return None  # x is the other branch, or there is a skip connection
@@ -221,11 +226,16 @@ def implicit_gemm(steps: list[Step], chosen: Callable[[Step], Step | None]) -> l
     """Compute convolutions by our own kernel."""
 
     def own(step: Step) -> Step:
-        if not isinstance(step.call, Conv | UpsampleConv):
+        if not _is_for_our_kernel(step.call):
             return step
         return chosen(step._replace(call=ImplicitGemm(step.call))) or step
 
     return [own(step) for step in steps]
+
+
+def _is_for_our_kernel(call: Call) -> bool:
+    """Return whether our kernel can compute a call: with stride 2 it pads right and below only."""
+    return isinstance(call, UpsampleConv) or (isinstance(call, Conv) and not call.pad_all_sides)
 
 
 def in_float8(steps: list[Step]) -> list[Step]:

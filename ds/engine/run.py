@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds.engine.calls import Target, values
-from ds.engine.plan import INPUT, Plan, can_run, time_rows
+from ds.engine.plan import INPUT, RUNS, Plan, can_run, time_rows
 from ds.engine.rewrites import Rewrites
 
 # Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
@@ -54,9 +54,7 @@ class Engine(nn.Module):
         super().__init__()
         self.tune = tune
         if not can_run(net):
-            raise ValueError(
-                f"Engine: net must be a ds.nets.UNet without conditions, not {type(net).__name__}"
-            )
+            raise ValueError(f"Engine: net must be one of the {RUNS}, not {type(net).__name__}")
         weight = net.conv_in.weight
         float8 = dtype == torch.float8_e4m3fn
         dtype = torch.bfloat16 if float8 else dtype or _dtype(weight)

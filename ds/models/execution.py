@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds.diffusion.noise import Draws, noise
-from ds.engine import Engine, Loop, Recurrence, Rewrites, Target, can_run
+from ds.engine import RUNS, Engine, Loop, Recurrence, Rewrites, Target, can_run
 from ds.models.model import Model, device_of, dtype_of
 from ds.system.ambient import tf32, without_ambient
 from ds.system.config import check
@@ -110,8 +110,8 @@ class Execution:
             raise ValueError("precision fp8 is for U-Nets in the mode engine or cuda_graph")
         if self.mode in ENGINE and not unet:
             raise ValueError(
-                f"mode {self.mode} is for U-Nets without conditions, not for "
-                f"{type(model.net).__name__}; use eager or compile"
+                f"mode {self.mode} is for {RUNS}, not for this {type(model.net).__name__}; "
+                f"use eager or compile"
             )
         if self.mode == "cuda_graph" and device.type != "cuda":
             raise ValueError(f"mode cuda_graph is for CUDA GPUs, not for {device.type}; use engine")

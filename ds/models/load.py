@@ -159,6 +159,6 @@ def _built(found: Imported) -> nn.Module:
 def _paper_grid(found: Imported) -> Grid:
     """Return the paper's grid for a network of this size, on the schedule's own steps."""
     steps = found.schedule.num_steps
-    if found.config.image_size > 64:
+    if max(found.config.size) > 64:
         return grids.uniform(min(50, steps), found.schedule)
     return grids.quadratic(100, found.schedule)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds.diffusion.noise import Draws, as_bits, noise
-from ds.engine import Plan, Target
+from ds.engine import Plan, Target, can_plan
 from ds.models.execution import Execution, Runner
 from ds.models.images import Rounding, to_uint8
 from ds.models.model import Model, device_of
@@ -233,7 +233,7 @@ def least_memory(model: Model) -> int:
     if not isinstance(model.net, UNet):
         return state
     c = model.net.config
-    return state + 3 * 2 * c.channels * c.channel_mult[0] * c.image_size**2
+    return state + 3 * 2 * c.widths[0] * math.prod(c.size)
 
 
 def default_batch_size(model: Model) -> int:
@@ -243,7 +243,7 @@ def default_batch_size(model: Model) -> int:
     to fit an eighth of the memory.
     """
     device = device_of(model.net)
-    if device.type != "cuda" or not isinstance(model.net, UNet):
+    if device.type != "cuda" or not can_plan(model.net):
         return 256
     gpu, target = torch.cuda.get_device_properties(device), Target(device, torch.bfloat16, 1)
     plan = Plan.of(model.net, target)

@@ -12,19 +12,20 @@ from ds.nets.unet import Attention, UNet, pixels
 def fold_attention(net: UNet) -> UNet:
     """Return a copy for inference whose attention layers take a third less arithmetic.
 
+    Layers of several heads stay as they are: folded, each head would be as wide as the channels.
     The function is the same in exact arithmetic, and the products of weights are made in float64.
     The copy can be neither trained nor saved.
     """
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, Attention):
+            if isinstance(layer, Attention) and layer.heads == 1:
                 setattr(module, name, FoldedAttention(layer))
     return net.to(memory_format=torch.channels_last)
 
 
 class FoldedAttention(nn.Module):
-    """The function of an Attention layer, with the normalized pixels themselves as its keys.
+    """The function of an Attention layer of one head, with the normalized pixels as its keys.
 
     With rows h of pixels, scores are (h W_q^T + b_q) (h W_k^T + b_k)^T, and a softmax sees only
 

@@ -65,7 +65,7 @@ def test_different_times_in_a_call_are_refused():
 
 def test_another_network_is_refused():
     for net in (nn.Linear(1, 1), build(replace(TINY, conditions=("h",)))):
-        with pytest.raises(ValueError, match=r"^Engine: net must be a ds\.nets\.UNet without cond"):
+        with pytest.raises(ValueError, match=r"^Engine: net must be one of the U-Nets"):
             Engine(net)
 
 

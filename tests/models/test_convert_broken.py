@@ -250,23 +250,57 @@ BROKEN = {
         *directory(lambda d: (d / "unet" / "config.json").write_text("[1]")), "holds a list",
     ),
     "another model": (*unet_fields(_class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
-    "a field of the future": (*unet_fields(gate="tanh"), "gate is 'tanh'; accepted is None"),
-    "attention heads": (*unet_fields(attention_head_dim=8), "attention_head_dim is 8"),
-    "other padding": (*unet_fields(downsample_padding=1), "downsample_padding is 1; .* is 0"),
-    "cosines first": (*unet_fields(flip_sin_to_cos=True), "flip_sin_to_cos is True"),
-    "other blocks": (
+    "a field of the future": (*unet_fields(gate="tanh"), "gate is 'tanh'; accepted is null"),
+    "classes": (*unet_fields(num_class_embeds=10), "num_class_embeds is 10; accepted is null"),
+    "classes by a time": (*unet_fields(class_embed_type="timestep"), "class_embed_type is 'times"),
+    "pixels from 0 to 1": (*unet_fields(center_input_sample=True), "center_input_sample is True"),
+    "random frequencies": (
+        *unet_fields(time_embedding_type="fourier"), "is 'fourier'; accepted is 'positional'",
+    ),
+    "learned times": (*unet_fields(time_embedding_type="learned"), "embedding_type is 'learned'"),
+    "other frequencies": (*unet_fields(freq_shift=0.5), "freq_shift is 0.5; accepted is 0 or 1"),
+    "another activation": (*unet_fields(act_fn="gelu"), "act_fn is 'gelu'; .* 'silu' or 'swish'"),
+    "other padding": (*unet_fields(downsample_padding=2), "downsample_padding is 2; .* is 0 or 1"),
+    "other resampling": (*unet_fields(downsample_type="fir"), "'fir'; accepted is 'conv' or 'res"),
+    "norms in space": (
+        *unet_fields(resnet_time_scale_shift="spatial"), "'spatial'; accepted is 'default' or",
+    ),
+    "no middle": (*unet_fields(mid_block_type=None), "mid_block_type is None"),
+    "a scaled middle": (*unet_fields(mid_block_scale_factor=1.4), "mid_block_scale_factor is 1.4"),
+    "heads that do not fit": (
+        *unet_fields(attention_head_dim=24), r"attention_head_dim is 24; .* divisor of \[64, 64\]",
+    ),
+    "a head wider than all": (*unet_fields(attention_head_dim=128), "attention_head_dim is 128"),
+    "heads in words": (*unet_fields(attention_head_dim="8"), "attention_head_dim is '8'"),
+    "skip blocks": (
         *unet_fields(down_block_types=["SkipDownBlock2D", "AttnDownBlock2D"]),
-        "down_block_types is .*SkipDownBlock2D",
+        "down_block_types is .*SkipDownBlock2D.* accepted is 2 of DownBlock2D, AttnDown",
     ),
-    "blocks that differ": (
-        *unet_fields(up_block_types=["UpBlock2D", "UpBlock2D"]), "up_block_types is",
+    "K blocks": (
+        *unet_fields(up_block_types=["AttnUpBlock2D", "KUpBlock2D"]), "up_block_types is .*KUpBl",
     ),
-    "uneven channels": (
-        *unet_fields(block_out_channels=[32, 48]), r"block_out_channels is \[32, 48\]",
+    "attention on the way down alone": (
+        *unet_fields(up_block_types=["UpBlock2D", "UpBlock2D"]),
+        r"up_block_types have attention at the levels \[\]; accepted is .*, \[1\]",
     ),
+    "a block type less": (
+        *unet_fields(up_block_types=["AttnUpBlock2D"]), "accepted is 2 of UpBlock2D",
+    ),
+    "other channels out": (
+        *unet_fields(out_channels=3), "out_channels is 3; accepted is 1, or 2 with a learned",
+    ),
+    "groups that do not fit": (
+        *unet_fields(block_out_channels=[32, 44]), r"channels \(44\) .* norm_groups \(8\)",
+    ),
+    "groups of the middle that do not fit": (
+        *unet_fields(attn_norm_num_groups=7), r"channels \(64\) .* mid_norm_groups \(7\)",
+    ),
+    "odd channels": (*unet_fields(block_out_channels=[31, 64]), "channels must be even"),
     "channels in words": (*unet_fields(block_out_channels="32"), "block_out_channels is '32'"),
-    "no size": (*unet_fields(sample_size=None), "sample_size is None"),
+    "no size": (*unet_fields(sample_size=None), "sample_size is None; .* give image_size"),
+    "three sizes": (*unet_fields(sample_size=[8, 8, 8]), r"sample_size is \[8, 8, 8\]"),
     "odd size": (*unet_fields(sample_size=9), "must be a multiple of 2"),
+    "odd width": (*unet_fields(sample_size=[8, 9]), r"image_size \(\(8, 9\)\) must be a multiple"),
     "epsilon in words": (*unet_fields(norm_eps="small"), "norm_eps is 'small'"),
     "a level less": (
         *unet_fields(block_out_channels=[32], down_block_types=["AttnDownBlock2D"],
@@ -281,6 +315,7 @@ BROKEN = {
     "betas that fall": (*scheduler_fields(beta_start=0.5), "beta_start <= beta_end"),
     "no betas": (*scheduler_fields(beta_start=None), "beta_start is None"),
     "a prediction we lack": (*scheduler_fields(prediction_type="flow"), "prediction_type"),
+    "half a learned variance": (*unet_fields(out_channels=2), r"conv_out.weight has .* \[2, 32"),
     "unet: missing key": (*unet_state(drop(UNET)), f"{UNET} .* is missing"),
     "unet: extra key": (
         *unet_state(lambda w: w.update(a=torch.zeros(2))), r"no weight a \[2\]",

@@ -126,7 +126,7 @@ def test_a_field_that_cannot_be_is_refused(field):
         (
             "exact",
             ENGINE,
-            "mode engine is for U-Nets without conditions, not for ExactNet",
+            "mode engine is for U-Nets without .*, not for this ExactNet",
         ),
         ("exact", Execution("fp8", "engine"), "precision fp8 is for U-Nets in the mode engine"),
         ("unet", Execution("fp8", "eager"), "precision fp8 is for U-Nets in the mode engine"),

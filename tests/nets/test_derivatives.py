@@ -14,7 +14,7 @@ from ds.ops.dispatch.transforms import tangents_are_lost
 TIMES = torch.tensor([3.0, 100.0, 500.0, 900.0])
 
 
-def drawn(size: int, channel_mult: tuple[int, ...]) -> UNet:
+def drawn(size: int, channel_mult: tuple[int, ...], **fields) -> UNet:
     config = UNetConfig(
         image_size=size,
         in_channels=1,
@@ -23,6 +23,7 @@ def drawn(size: int, channel_mult: tuple[int, ...]) -> UNet:
         num_res_blocks=1,
         attention_resolutions=(4,),
         norm_groups=8,
+        **fields,
     )
     torch.manual_seed(0)
     net = config.build()
@@ -48,6 +49,10 @@ def v():
 
 @pytest.fixture(scope="module")
 def exact(net, x, v):
+    return differences(net, x, v)
+
+
+def differences(net, x, v):
     """The derivative along v in float64, by central differences."""
     wide, h = copy.deepcopy(net).double(), 1e-4
     with torch.no_grad():
@@ -70,6 +75,23 @@ def test_jvp(net, x, v, exact, backend):
         return
     with ops.use_backend(backend):
         close(tangent(net, x, v), exact)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale_shift": True, "resnet_down": (0,), "resnet_up": (1,)},
+        {"head_channels": 8, "mid_norm_groups": 0, "pad_all_sides": True},
+        {"mid_attention": False},
+    ],
+    ids=repr,
+)
+def test_derivatives_of_what_diffusers_trains(x, v, fields):
+    net = drawn(8, (1, 2), **fields)
+    exact = differences(net, x, v)
+    close(tangent(net, x, v), exact)
+    found = grad(lambda x: (net(x, TIMES) * v).sum())(x)
+    close((found * v).sum(), (exact * v).sum(), tolerance=1e-2)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -1,11 +1,13 @@
 """A U-Net with folded attention against the one it was made of."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from ds.engine import Engine
 from ds.nets import fold_attention
 from ds.nets.fold import FoldedAttention
 from ds.nets.unet import Attention
@@ -54,6 +56,21 @@ def test_every_attention_of_a_network_is_folded_and_nothing_else_changes():
     assert not attending(folded)
     names = {name for name, m in folded.named_modules() if isinstance(m, FoldedAttention)}
     assert names == attending(net) != set()
+
+
+@torch.no_grad()
+def test_attention_of_several_heads_is_not_folded_where_one_head_is():
+    """Of the two widths, 8 has one head and 16 has two."""
+    config = replace(TINY, attention_resolutions=(8, 4), head_channels=8)
+    net = build(config).double()
+    folded = fold_attention(net)
+    x, t = inputs()
+    expected, found = net(x.double(), t), folded(x.double(), t)
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    names = {name for name, m in folded.named_modules() if isinstance(m, FoldedAttention)}
+    assert names == {"down.0.attn.0", "up.0.attn.0", "up.0.attn.1"}
+    with pytest.raises(ValueError, match="folded attention"):
+        Engine(folded)  # it would leave these out
 
 
 @torch.no_grad()

@@ -37,6 +37,15 @@ TINY = UNetConfig(
     attention_resolutions=(4,),
     norm_groups=4,
 )
+# What diffusers trains beside: with every part that has a derivative of its own.
+GUIDED = replace(
+    TINY,
+    head_channels=4,
+    mid_norm_groups=2,
+    scale_shift=True,
+    resnet_down=(0,),
+    resnet_up=(1,),
+)
 
 
 def build(config=TINY, seed=0):
@@ -50,7 +59,7 @@ def build(config=TINY, seed=0):
 
 
 def inputs(n=3, config=TINY):
-    x = ds.noise(0, range(n), (config.in_channels, config.image_size, config.image_size))
+    x = ds.noise(0, range(n), (config.in_channels, *config.size))
     return x, torch.tensor([999, 0, 37, 500])[:n]
 
 
@@ -148,7 +157,7 @@ def test_cifar10_weights_have_the_names_and_shapes_of_the_ddpm_port():
 
 
 def test_downsampling_pads_on_the_right_and_below():
-    layer = Downsample(2)
+    layer = Downsample(TINY, 2)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, 4, 6, generator=generator)
     weight, bias = layer.conv.weight, layer.conv.bias
@@ -235,8 +244,9 @@ def attending(net):
     ],
 )
 def test_attention_is_in_the_middle_and_where_it_is_asked_for(resolutions, expected):
-    net = replace(TINY, attention_resolutions=resolutions).build()
-    assert attending(net) == expected | {"mid.attn_1"}
+    config = replace(TINY, attention_resolutions=resolutions)
+    assert attending(config.build()) == expected | {"mid.attn_1"}
+    assert attending(replace(config, mid_attention=False).build()) == expected
 
 
 def test_attention_lets_every_pixel_see_every_other():
@@ -311,8 +321,9 @@ def test_the_memory_format_of_x_changes_nothing():
     assert torch.equal(net(x.to(memory_format=torch.channels_last), t), net(x.contiguous(), t))
 
 
-def test_every_weight_learns():
-    net = build()
+@pytest.mark.parametrize("config", [TINY, GUIDED])
+def test_every_weight_learns(config):
+    net = build(config)
     net(*inputs()).square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad.isfinite().all(), name
@@ -322,8 +333,9 @@ def test_every_weight_learns():
 
 
 @torch.no_grad()
-def test_it_compiles_as_one_graph():
-    net, (x, t) = build(), inputs()
+@pytest.mark.parametrize("config", [TINY, GUIDED])
+def test_it_compiles_as_one_graph(config):
+    net, (x, t) = build(config), inputs()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-5, atol=1e-5)
 
@@ -402,9 +414,9 @@ class Living(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
-def train_step(recompute, dropout=0.3, precision=torch.float32):
+def train_step(recompute, dropout=0.3, precision=torch.float32, config=TINY):
     """The gradients of a network, the bytes kept between its passes, and the ops of backward."""
-    net = build(replace(TINY, channels=32, dropout=dropout)).train()
+    net = build(replace(config, channels=32, dropout=dropout)).train()
     if recompute:
         recompute_norms(net)
     torch.manual_seed(0)
@@ -416,9 +428,11 @@ def train_step(recompute, dropout=0.3, precision=torch.float32):
     return [p.grad for p in net.parameters()], kept, backward.runs
 
 
+@pytest.mark.parametrize("config", [TINY, GUIDED])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_recomputed_norms_give_the_same_gradients_to_the_bit(precision):
-    pairs = zip(*(train_step(r, precision=precision)[0] for r in (False, True)), strict=True)
+def test_recomputed_norms_give_the_same_gradients_to_the_bit(precision, config):
+    steps = (train_step(r, precision=precision, config=config)[0] for r in (False, True))
+    pairs = zip(*steps, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -451,6 +465,13 @@ def test_a_network_without_blocks_has_no_norms_to_recompute():
         ({"channel_mult": (1, 0)}, r"channel_mult\[1\] must be at least 1, not 0"),
         ({"dropout": 1.5}, "dropout must be below 1, not 1.5"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0, not 0.0"),
+        ({"image_size": (8, 9)}, r"image_size \(\(8, 9\)\) must be a multiple of 2"),
+        ({"image_size": (8, 8, 8)}, "image_size must be a whole number or a list"),
+        ({"channel_mult": (1, 1.3)}, r"must be whole numbers, not \[8, 10.4\]"),
+        ({"head_channels": 3}, r"channels \(16\) must be a multiple of head_channels \(3\)"),
+        ({"mid_norm_groups": 5}, r"channels \(16\) must be a multiple of mid_norm_groups \(5\)"),
+        ({"resnet_down": (1,)}, "resnet_down holds 1; accepted are 0"),
+        ({"resnet_up": (0,)}, "resnet_up holds 0; accepted are 1"),
     ],
 )
 def test_an_impossible_configuration_is_one_clear_error(change, message):

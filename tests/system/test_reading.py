@@ -267,5 +267,7 @@ def test_a_method_of_no_meaning_is_refused(change):
 
 def test_lists_are_looked_into():
     config = to_json(replace(UNetConfig(), channels=64))
-    with pytest.raises(ValueError, match=r"channel_mult\[1\] must be a whole number, not 1.5"):
-        from_json(config | {"channel_mult": [1, 1.5]})
+    with pytest.raises(
+        ValueError, match=r"attention_resolutions\[1\] must be a whole number, not 1.5"
+    ):
+        from_json(config | {"attention_resolutions": [1, 1.5]})

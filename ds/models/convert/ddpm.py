@@ -111,14 +111,9 @@ def _published_size(mult: tuple[int, ...], attend: tuple[int, ...], where: Path)
     The weights do not tell it: a convolution fits any image. Raises ValueError for other levels.
     """
     for known in PUBLISHED:
-        if (known.channel_mult, _attention_levels(known)) == (mult, attend):
+        if (known.channel_mult, known.attention_levels) == (mult, attend):
             return known.image_size
     raise ValueError(
         f"{where}: the file does not tell the size of its images (levels of {mult} times the "
         f"base channels, attention at levels {attend}); pass image_size"
     )
-
-
-def _attention_levels(config: UNetConfig) -> tuple[int, ...]:
-    levels = range(len(config.channel_mult))
-    return tuple(i for i in levels if config.image_size >> i in config.attention_resolutions)

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
-from ds.models.convert.diffusers import files, scheduler
-from ds.models.convert.diffusers.network import config_of, fields_of, spelling
+from ds.models.convert.diffusers import files, network, scheduler
+from ds.models.convert.diffusers.names import spelling
 from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
 from ds.models.convert.imported import Imported, Options, fit
 from ds.models.convert.weights import Weights, choose
@@ -49,18 +48,18 @@ def read_file(path: Path, weights: Weights, options: Options) -> Imported:
 def _network(
     place: Place, file: Path, weights: Weights, said: tuple[str, ...], options: Options
 ) -> Imported:
-    config = config_of(place.network / CONFIG, options.image_size)
+    net = network.read(place.network / CONFIG, options.image_size)
     schedule = options.scheduler or scheduler_of(place)
     if schedule and not options.scheduler and _is_far(schedule, place.network):
         said += (f"{place.network}: its scheduler is {schedule}",)
     found = Imported(
         kind="teacher",
-        config=config,
-        weights=fit(config, weights.tensors, partial(spelling, config), file),
+        config=net.config,
+        weights=net.weights(weights.tensors, file),
         schedule=LinearBeta(),
         prediction="eps",
-        facts={"format": "diffusers", "file": file.name, "sha256": sha256(file)},
-        said=(*place.said, *said, *weights.said),
+        facts={"format": "diffusers", "file": file.name, "sha256": sha256(file), **net.facts},
+        said=(*place.said, *said, *net.said, *weights.said),
         decoder=place.decoder,
     )
     return scheduler.given(found, schedule, weights.betas)
@@ -85,18 +84,13 @@ def write(
 
     `weights` have our names and are saved as float32. The scheduler visits the times of
     ds.grids.uniform and does not clip, like ds.solvers.DDIM. Raises ValueError for what diffusers
-    has no words for: 3x3 shortcuts, another schedule than LinearBeta, another prediction. It also
-    does for a place that cannot be written to or is taken; `force` replaces what `write` has made.
+    has no words for: a network that is no UNet2DModel, another schedule than LinearBeta, another
+    prediction. It also does for a place that cannot be written to or is taken; `force` replaces
+    what `write` has made.
     """
     path = Path(path)
     where, old = target(path, force=force)
-    if config.conv_shortcut:
-        raise ValueError(f"{path}: a UNet2DModel has 1x1 shortcuts, and conv_shortcut is True")
-    if config.conditions or config.frequencies != UNetConfig.frequencies:
-        raise ValueError(
-            f"{path}: a UNet2DModel is told an index in time alone, and this network has "
-            f"conditions {config.conditions} and frequencies {config.frequencies}"
-        )
+    fields = network.fields_of(config, path)
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
     files = {
         INDEX: {
@@ -105,7 +99,7 @@ def write(
             "unet": ["diffusers", "UNet2DModel"],
         },
         f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path),
-        f"unet/{CONFIG}": fields_of(config),
+        f"unet/{CONFIG}": fields,
     }
     spelled = {}
     for name, w in weights.items():

@@ -1,156 +1,337 @@
-"""The network of a diffusers directory: a UNet2DModel's fields and the names of its weights.
+"""The network of a diffusers directory: our U-Net from a UNet2DModel's fields, and the fields."""
 
-Reading compares the fields with those that writing would give the same network. So the two cannot
-disagree, and an export reads back to the bit.
-"""
-
-import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Size
+from torch import Size, Tensor
 
 from ds.models.convert.diffusers.fields import check, list_of, load, number, text, whole
-from ds.models.convert.imported import naming
+from ds.models.convert.diffusers.names import spelling
+from ds.models.convert.imported import checked, fit, naming
+from ds.nets.embedding import Frequencies
 from ds.nets.unet import UNetConfig
 
-# The fields of a UNet2DModel that all our networks share.
-_SHARED = {
-    "_class_name": "UNet2DModel",
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 0,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "attn_norm_num_groups": None,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-}
-# diffusers' defaults for fields that a file leaves out, where they differ from the values above.
+# What UNet2DModel fills in for fields that a file leaves out.
 _DEFAULTS = {
     "_class_name": None,
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
     "freq_shift": 0,
     "flip_sin_to_cos": True,
-    "block_out_channels": None,
-    "down_block_types": None,
-    "up_block_types": None,
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
     "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
     "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
     "dropout": 0.0,
+    "act_fn": "silu",
     "attention_head_dim": 8,
     "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
     "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
 }
-_IGNORED = ("num_train_timesteps",)  # of learned time embeddings
-
-# Parts of our names, and diffusers' for them.
-_NAMES = (
-    (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
-    (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^mid\.block_1\.", "mid_block.resnets.0."),
-    (r"^mid\.attn_1\.", "mid_block.attentions.0."),
-    (r"^mid\.block_2\.", "mid_block.resnets.1."),
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"\.block\.", ".resnets."),
-    (r"\.attn\.", ".attentions."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-    (r"\.temb_proj\.", ".time_emb_proj."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-)
-_ATTENTION = {  # ours, theirs, theirs before 2023
-    "norm": ("group_norm",),
-    "q": ("to_q", "query"),
-    "k": ("to_k", "key"),
-    "v": ("to_v", "value"),
-    "proj_out": ("to_out.0", "proj_attn"),
+# Fields that do not change what the network computes: the first is of learned time embeddings, the
+# others are of the moving average that training saves with the network.
+_IGNORED = {
+    "num_train_timesteps",
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+}
+# The values that a field may have.
+_ACCEPTED: dict[str, list[Any]] = {
+    "center_input_sample": [False],
+    "time_embedding_type": ["positional"],
+    "freq_shift": [0, 1],
+    "flip_sin_to_cos": [False, True],
+    "mid_block_type": ["UNetMidBlock2D"],
+    "mid_block_scale_factor": [1],
+    "downsample_padding": [0, 1],
+    "downsample_type": ["conv", "resnet", None],
+    "upsample_type": ["conv", "resnet", None],
+    "act_fn": ["silu", "swish"],
+    "resnet_time_scale_shift": ["default", "scale_shift"],
+    "add_attention": [True, False],
+    "class_embed_type": [None],
+    "num_class_embeds": [None],
+}
+_CLASSES = "null: a network that is told a class is not read"
+_TYPES = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
 
 
-def fields_of(config: UNetConfig) -> dict[str, Any]:
-    """Return the fields of the UNet2DModel that computes the same as our network."""
-    levels = range(len(config.channel_mult))
-    attend = ["Attn" * (config.image_size >> i in config.attention_resolutions) for i in levels]
-    return {
-        **_SHARED,
-        "sample_size": config.image_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "block_out_channels": [config.channels * mult for mult in config.channel_mult],
-        "down_block_types": [f"{attn}DownBlock2D" for attn in attend],
-        "up_block_types": [f"{attn}UpBlock2D" for attn in reversed(attend)],
-        "layers_per_block": config.num_res_blocks,
-        "dropout": config.dropout,
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-    }
+class Network(NamedTuple):
+    """The network that a file of fields describes, and how its weights differ from ours."""
+
+    config: UNetConfig
+    file: Path
+    cosines_first: bool  # in the time embedding; ours has the sines first
+    learns_variance: bool  # half of the outputs are a variance, which we leave out
+
+    def weights(self, found: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+        """Return the weights under our names; ValueError names the first that does not fit."""
+        config, found = self.config, dict(found)
+        if self.learns_variance:
+            for key in {"conv_out.weight", "conv_out.bias"} & found.keys():
+                both = Size((2 * config.in_channels, *found[key].shape[1:]))
+                found[key] = checked(found[key], key, both, where)[: config.in_channels]
+        weights = fit(config, found, partial(spelling, config), where)
+        if self.cosines_first:
+            columns = weights["temb.dense.0.weight"]
+            weights["temb.dense.0.weight"] = columns.roll(config.channels // 2, 1)
+        return weights
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is left out of the file, for the provenance."""
+        return {"variance": "learned, left out"} if self.learns_variance else {}
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The same as sentences."""
+        if not self.learns_variance:
+            return ()
+        return (
+            f"{self.file}: out_channels is twice in_channels: the network's mean is read, and the "
+            f"variance that it learned is left out",
+        )
 
 
-def config_of(file: Path, image_size: int | None) -> UNetConfig:
-    """Return our network for the fields in a file; ValueError names the first unsupported one."""
-    fields = {**_SHARED, **_DEFAULTS, **load(file)}
+def read(file: Path, image_size: int | None) -> Network:
+    """Return the network for the fields in a file; ValueError names the first unsupported one."""
+    fields = {**_DEFAULTS, **load(file)}
     if image_size is not None and fields["sample_size"] is None:
         fields["sample_size"] = image_size
-    check(fields, "_class_name", ["UNet2DModel"].__contains__, "'UNet2DModel'", file)
-    for field in ("sample_size", "in_channels", "layers_per_block", "norm_num_groups"):
-        check(fields, field, whole, "a whole number", file)
-    for field in ("dropout", "norm_eps"):
-        check(fields, field, number, "a number", file)
-    check(fields, "block_out_channels", list_of(whole), "a list of whole numbers", file)
-    check(fields, "down_block_types", list_of(text), "a list of names", file)
-
-    widths, types = fields["block_out_channels"], fields["down_block_types"]
-    size = fields["sample_size"]
+    _check(fields, file)
+    size = _size(fields["sample_size"])
     if image_size not in (None, size):
         raise ValueError(f"{file}: its network draws {size} pixels, image_size is {image_size}")
     with naming(file):
-        config = UNetConfig(
-            image_size=size,
-            in_channels=fields["in_channels"],
-            channels=widths[0],
-            channel_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=fields["layers_per_block"],
-            attention_resolutions=tuple(size >> i for i, t in enumerate(types) if "Attn" in t),
-            dropout=fields["dropout"],
-            norm_groups=fields["norm_num_groups"],
-            norm_eps=fields["norm_eps"],
-        )
-    attended = {width for width, t in zip(widths, types, strict=False) if "Attn" in t}
-    ours = fields_of(config)
-    alike = {  # other values that say the same
-        "time_embedding_dim": [config.temb_channels],
-        "attn_norm_num_groups": [config.norm_groups],
-        "attention_head_dim": widths[-1:] if attended <= {widths[-1]} else [],
-    }
+        config = _config(fields, size)
+    learns_variance = fields["out_channels"] != fields["in_channels"]
+    return Network(config, file, fields["flip_sin_to_cos"], learns_variance)
+
+
+def _check(fields: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError for the first field with a value that no network of ours has."""
+    check(fields, "_class_name", ["UNet2DModel"].__contains__, "'UNet2DModel'", file)
     for field in fields:
-        if field in _IGNORED or field.startswith("_"):
-            continue
-        accepted = [ours.get(field), *alike.get(field, [])]
-        words = " or ".join(map(repr, accepted))
+        if field not in _DEFAULTS and field not in _IGNORED and not field.startswith("_"):
+            check(fields, field, [None].__contains__, "null: it is no field that is read", file)
+    for field, accepted in _ACCEPTED.items():
+        words = _CLASSES if "class" in field else " or ".join(map(repr, accepted))
         check(fields, field, accepted.__contains__, words, file)
-    return config
+    for field in ("in_channels", "layers_per_block", "norm_num_groups"):
+        check(fields, field, whole, "a whole number", file)
+    for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"):
+        check(fields, field, _or_none(whole), "a whole number or null", file)
+    for field in ("dropout", "norm_eps"):
+        check(fields, field, number, "a number", file)
+    words = "a whole number or a list of two; give image_size for null"
+    check(fields, "sample_size", _is_size, words, file)
+    channels = fields["in_channels"]
+    words = f"{channels}, or {2 * channels} with a learned variance"
+    check(fields, "out_channels", [channels, 2 * channels].__contains__, words, file)
+    check(fields, "block_out_channels", list_of(whole), "a list of whole numbers", file)
+    levels = len(fields["block_out_channels"])
+    for field, types in _TYPES.items():
+        words = f"{levels} of {', '.join(types)}, one for each of block_out_channels"
+        check(fields, field, _blocks(types, levels), words, file)
 
 
-def spelling(config: UNetConfig, name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
-    """Return diffusers' keys for a weight of ours, the current one first, and its shape there."""
-    last = len(config.channel_mult) - 1  # diffusers counts the way up from the smallest images
-    name = re.sub(r"^up\.(\d+)", lambda level: f"up.{last - int(level[1])}", name)
-    for ours, theirs in _NAMES:
-        name = re.sub(ours, theirs, name)
-    if ".attentions." not in name:
-        return (name,), shape
-    place, part, end = name.rsplit(".", 2)
-    # [:2]: dense layers where ours are 1x1 convolutions
-    return tuple(f"{place}.{theirs}.{end}" for theirs in _ATTENTION[part]), shape[:2]
+def _or_none(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accept(value)
+
+
+def _is_size(value: Any) -> bool:
+    return whole(value) or (list_of(whole)(value) and len(value) == 2)
+
+
+def _blocks(types: tuple[str, ...], levels: int) -> Callable[[Any], bool]:
+    """Return a test for lists of one block type a level."""
+    return lambda value: (
+        list_of(text)(value) and len(value) == levels and {*map(_current, value)} <= {*types}
+    )
+
+
+def _current(block: str) -> str:
+    """Return today's name of a block type."""
+    return block.removeprefix("UNetRes")
+
+
+def _config(fields: Mapping[str, Any], size: int | tuple[int, int]) -> UNetConfig:
+    """Return our network for fields that were checked. Raise ValueError if two do not fit."""
+    widths, norm_groups = fields["block_out_channels"], fields["norm_num_groups"]
+    channels, last = widths[0], len(widths) - 1
+    down = [*map(_current, fields["down_block_types"])]
+    up = [*map(_current, reversed(fields["up_block_types"]))]
+    attend, back = ([i for i, t in enumerate(types) if "Attn" in t] for types in (down, up))
+    if attend != back:
+        raise ValueError(
+            f"up_block_types have attention at the levels {back}; accepted is the same as on the "
+            f"way down, {attend}"
+        )
+    scale_shift = fields["resnet_time_scale_shift"] == "scale_shift"
+    middle = fields["add_attention"]
+    # Without groups of its own, the middle's attention has those of blocks; with scale_shift, none.
+    groups = fields["attn_norm_num_groups"] or (0 if scale_shift else norm_groups)
+    return UNetConfig(
+        image_size=size,
+        in_channels=fields["in_channels"],
+        channels=channels,
+        channel_mult=tuple(w / channels if w % channels else w // channels for w in widths),
+        num_res_blocks=fields["layers_per_block"],
+        attention_resolutions=tuple(
+            (size if isinstance(size, int) else size[0]) >> i for i in attend
+        ),
+        dropout=fields["dropout"],
+        norm_groups=norm_groups,
+        norm_eps=fields["norm_eps"],
+        frequencies=_frequencies(channels, fields["freq_shift"]),
+        time_channels=_unless(4 * channels, fields["time_embedding_dim"]),
+        head_channels=_head(
+            fields["attention_head_dim"], [widths[i] for i in attend + [last] * middle]
+        ),
+        mid_attention=middle,
+        mid_norm_groups=_unless(norm_groups, groups) if middle else None,
+        scale_shift=scale_shift,
+        pad_all_sides=fields["downsample_padding"] == 1,
+        resnet_down=tuple(i for i in range(last) if _is_resnet(down[i], fields["downsample_type"])),
+        resnet_up=tuple(
+            i for i in range(1, last + 1) if _is_resnet(up[i], fields["upsample_type"])
+        ),
+    )
+
+
+def _size(value: int | list[int]) -> int | tuple[int, int]:
+    """Return our image_size for a sample_size."""
+    if isinstance(value, int):
+        return value
+    height, width = value
+    return height if height == width else (height, width)
+
+
+def _unless(default: int, value: int | None) -> int | None:
+    return None if value == default else value
+
+
+def _frequencies(channels: int, shift: int) -> Frequencies:
+    """Return the highest and lowest frequency of a time embedding with a freq_shift of 0 or 1.
+
+    The i-th of n frequencies is 10000 ** (-i / (n - freq_shift)).
+    """
+    n = channels // 2
+    return (1.0, 1e-4) if shift else (1.0, 1e-4 ** ((n - 1) / n))
+
+
+def _head(width: int | None, attended: list[int]) -> int | None:
+    """Return the channels of a head, None for one head of all; ValueError if heads do not fit."""
+    if width is None or {*attended} <= {width}:
+        return None
+    if any(channels % width for channels in attended):
+        raise ValueError(
+            f"attention_head_dim is {width}; accepted is a divisor of {attended}, the "
+            f"block_out_channels with attention"
+        )
+    return width
+
+
+def _is_resnet(block: str, resampling: str | None) -> bool:
+    """Return whether a block resamples by a residual block: the field counts beside attention."""
+    return resampling == "resnet" if "Attn" in block else block.startswith("Resnet")
+
+
+def fields_of(config: UNetConfig, where: Path) -> dict[str, Any]:
+    """Return the fields of the UNet2DModel that computes the same as our network.
+
+    Raises ValueError, naming `where`, for what a UNet2DModel cannot be.
+    """
+    levels, attend = range(len(config.widths)), config.attention_levels
+    halves, doubles = (
+        {i: i in chosen for i in reached}
+        for chosen, reached in ((config.resnet_down, levels[:-1]), (config.resnet_up, levels[1:]))
+    )
+    _check_sayable(config, [{*map(way.get, attend)} for way in (halves, doubles)], where)
+    return {
+        **_DEFAULTS,
+        "_class_name": "UNet2DModel",
+        "sample_size": config.image_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "time_embedding_dim": config.time_channels,
+        "freq_shift": int(config.frequencies == _frequencies(config.channels, 1)),
+        "flip_sin_to_cos": False,
+        "down_block_types": [_block("Down", i in attend, halves.get(i)) for i in levels],
+        "up_block_types": [_block("Up", i in attend, doubles.get(i)) for i in reversed(levels)],
+        "block_out_channels": [*config.widths],
+        "layers_per_block": config.num_res_blocks,
+        "downsample_padding": int(config.pad_all_sides),
+        "downsample_type": _resampling(halves, attend),
+        "upsample_type": _resampling(doubles, attend),
+        "dropout": config.dropout,
+        "attention_head_dim": config.head_channels,
+        "norm_num_groups": config.norm_groups,
+        "attn_norm_num_groups": _middle_groups(config),
+        "norm_eps": config.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        "add_attention": config.mid_attention,
+    }
+
+
+def _block(way: str, attends: bool, resnet: bool | None) -> str:
+    """Return the type of a block; one with attention has a field for how it resamples."""
+    if attends:
+        return f"Attn{way}Block2D"
+    return f"Resnet{way}sampleBlock2D" if resnet else f"{way}Block2D"
+
+
+def _resampling(resnet: Mapping[int, bool], attend: tuple[int, ...]) -> str:
+    """Return how the levels with attention resample, all in the same way."""
+    return "resnet" if any(resnet.get(level) for level in attend) else "conv"
+
+
+def _middle_groups(config: UNetConfig) -> int | None:
+    """Return attn_norm_num_groups, whose null means no norm beside scale_shift."""
+    if config.mid_norm_groups is None and config.scale_shift and config.mid_attention:
+        return config.norm_groups
+    return config.mid_norm_groups or None
+
+
+def _check_sayable(config: UNetConfig, resamples: list[set[bool | None]], where: Path) -> None:
+    """Raise ValueError, with the field, for what a UNet2DModel cannot be."""
+    known = [_frequencies(config.channels, shift) for shift in (0, 1)]
+    unsaid = {
+        "conv_shortcut": config.conv_shortcut,
+        "conditions": bool(config.conditions),
+        "frequencies": config.frequencies not in known,
+        "channel_mult": config.widths[0] != config.channels,
+        "mid_norm_groups": config.mid_norm_groups == 0 and not config.scale_shift,
+        "resnet_down": {True, False} <= resamples[0],
+        "resnet_up": {True, False} <= resamples[1],
+    }
+    for field, is_unsaid in unsaid.items():
+        if is_unsaid:
+            raise ValueError(
+                f"{where}: no UNet2DModel has {field} {getattr(config, field)}; "
+                f"docs/teachers.md lists what it can be"
+            )
