@@ -85,12 +85,10 @@ def _tasks(preset: presets.Preset, places: dict[str, Path]) -> list[tuple[str, A
     teacher, store, student = places.values()
     return [
         ("teach", replace(Teach.of("digits", preset), out=teacher)),
-        ("pairs", replace(MakePairs.of("digits", preset), teacher=str(teacher), out=str(store))),
+        ("pairs", replace(MakePairs.of("digits", preset), teacher=teacher, out=str(store))),
         (
             "distill",
-            replace(
-                Distill.of("digits", preset), teacher=str(teacher), store=str(store), out=student
-            ),
+            replace(Distill.of("digits", preset), teacher=teacher, store=str(store), out=student),
         ),
     ]
 

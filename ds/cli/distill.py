@@ -21,6 +21,7 @@ from ds.cli.teach import training_images
 from ds.cli.verb import (
     Here,
     Price,
+    Source,
     Verb,
     check_outputs,
     home_of,
@@ -78,7 +79,7 @@ class Distill(Verb):
 
     shared: ClassVar = True
 
-    teacher: str  # a directory, a checkpoint, or hf://owner/name
+    teacher: Source
     store: str  # of the pairs: a directory, or a URL such as s3://bucket/folder
     out: Path  # a directory for the student; its run goes beside it, into OUT-run
     images: str  # to train on, if the method needs them; only "digits" come with the library
@@ -107,7 +108,7 @@ class Distill(Verb):
     def of(cls, name: str, p: Preset) -> "Distill":
         home = home_of(name)
         return cls(
-            teacher=str(home / "teacher"),
+            teacher=home / "teacher",
             store=str(home / "pairs"),
             out=home / "student",
             images=name,

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import tyro
 
 from ds.cli.verb import (
+    MODEL,
     Here,
     Price,
+    Source,
     Store,
     Verb,
     home_of,
@@ -86,7 +88,7 @@ class MakePairs(Verb):
     may join and leave at any time. A store grows with a larger --pairs.count.
     """
 
-    teacher: str  # a directory, a checkpoint, or hf://owner/name
+    teacher: Source
     out: str  # of the store: a directory, or a URL such as s3://bucket/folder
     pairs: PairsConfig
     solve: SolveConfig
@@ -99,7 +101,7 @@ class MakePairs(Verb):
     def of(cls, name: str, p: Preset) -> "MakePairs":
         home = home_of(name)
         return cls(
-            teacher=str(home / "teacher"),
+            teacher=home / "teacher",
             out=str(home / "pairs"),
             pairs=p.pairs,
             solve=p.solve,
@@ -165,7 +167,7 @@ class PairsVerify(Verb):
     """Hash every shard of a store. With its teacher, also make some of the pairs again."""
 
     store: Store
-    teacher: str | None = None
+    teacher: Annotated[str | Path | None, MODEL] = None
     recompute: Count = 4  # number of pairs to make again, spread over the store
     machine: Here = field(default_factory=Machine)
 

@@ -33,8 +33,10 @@ from ds.system.files import first_line, redacted
 from ds.training.config import RUN, TrainConfig
 from ds.training.presets import PRESETS, Machine, SolveConfig
 
-# A directory, a file, or a name on the hub. It is no Path, which would spoil hf://owner/name.
-Model = Annotated[str, tyro.conf.Positional]
+# Text on the command line: a Path would spoil hf://owner/name.
+MODEL = tyro.conf.arg(metavar="MODEL", help="the model's directory or file, or hf://owner/name")
+Source = Annotated[str | Path, MODEL]
+Model = Annotated[Source, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
 Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour for all devices; 0: unknown")]
 log = logging.getLogger("ds")
@@ -152,7 +154,7 @@ def classes_in(file: Path | None) -> tuple[type, ...]:
 
 
 def loaded(
-    path: str, device: torch.device, code: Path | None, nfe: int | None
+    path: str | Path, device: torch.device, code: Path | None, nfe: int | None
 ) -> Teacher | Student:
     """Load a teacher or a student, with the network calls that are asked for.
 

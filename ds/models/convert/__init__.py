@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds.models.convert import ddpm, diffusers, keras
 from ds.models.convert.diffusers import write as to_diffusers
-from ds.models.convert.diffusers.files import is_index
+from ds.models.convert.diffusers.files import is_index, is_shard
 from ds.models.convert.diffusers.parts import scheduler_file
 from ds.models.convert.imported import Imported, Options, tensors
 from ds.models.convert.weights import TIMES, choose
@@ -39,6 +39,8 @@ def read(
     options = Options(image_size, scheduler and scheduler_file(Path(scheduler)), variant)
     if path.is_dir() or is_index(path):
         return diffusers.read(path, options)
+    if is_shard(path):
+        raise ValueError(f"{path}: is one of several shards; give their folder, {path.parent}")
     if variant is not None:
         raise ValueError(f"{path}: is one file; variant={variant!r} is for a directory")
     try:

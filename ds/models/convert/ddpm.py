@@ -33,7 +33,7 @@ def read_file(path: Path, weights: Weights, options: Options) -> Imported:
             "sha256": sha256(path),
             "weights": weights.which,
         },
-        assumed=assumed,
+        assumed=(assumed,),
         said=weights.said,
     )
     return scheduler.given(found, options.scheduler, weights.betas)
@@ -45,7 +45,7 @@ def _spelling(name: str, shape: Size) -> tuple[tuple[str, ...], Size]:
 
 def _architecture(
     found: Mapping[str, Tensor], image_size: int | None, where: Path
-) -> tuple[UNetConfig, tuple[str, ...]]:
+) -> tuple[UNetConfig, str]:
     """Return the configuration of these weights, and what of it is assumed.
 
     `fit` then checks every weight.
@@ -64,15 +64,9 @@ def _architecture(
     mult = tuple(length // channels for length in widths)
     attend = tuple(i for i in levels if _has(found, f"down.{i}.attn."))
     size = image_size or _published_size(mult, attend, where)
-    assumed = (
-        ()
-        if image_size
-        else (
-            f"images of {size} pixels are assumed, those of the published network with the same "
-            f"levels; if that is wrong, pass image_size, or write it down with `dstudent convert "
-            f"SOURCE OUT --image-size PIXELS`",
-        )
-    )
+    assumed = [f"{UNetConfig.norm_groups} groups in each norm"]
+    if not image_size:
+        assumed.append(f"images of {size} pixels (pass image_size, or convert with --image-size)")
     with naming(where):
         config = UNetConfig(
             image_size=size,
@@ -83,7 +77,8 @@ def _architecture(
             attention_resolutions=tuple(size >> i for i in attend),
             conv_shortcut=any(".conv_shortcut." in key for key in found),
         )
-    return config, assumed
+    words = f"the weights do not tell {' and '.join(assumed)}; assumed as in the published networks"
+    return config, words
 
 
 def _length(found: Mapping[str, Tensor], key: str, where: Path) -> int:

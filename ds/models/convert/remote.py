@@ -115,7 +115,8 @@ def _fetched(there: Repository, variant: str | None) -> Path:
     root = there.fetch(wanted)
     path = root / there.inside
     if not present(path):
-        raise ValueError(f"{there.path}: the repository on the hub holds no {there.inside}")
+        what = f"no {there.inside}" if there.inside else "nothing that is read"
+        raise ValueError(f"{there.path}: the repository on the hub holds {what}")
     if wanted:
         return path
     if _is_ours(path):

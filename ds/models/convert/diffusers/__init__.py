@@ -35,8 +35,6 @@ def read(path: Path, options: Options) -> Imported:
 
 def read_file(path: Path, weights: Weights, options: Options) -> Imported:
     """Return the network with the weights of a file, which lies beside its configuration."""
-    if files.is_shard(path):
-        raise ValueError(f"{path}: is one of several shards; give their folder, {path.parent}")
     if not present(path.parent / CONFIG):
         raise ValueError(
             f"{path}: weights of diffusers, which need their {CONFIG}; put it beside them, and "
