@@ -30,7 +30,6 @@ from ds.engine.calls import (
 )
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
-from ds.nets.embedding import sinusoids
 from ds.nets.fold import FoldedAttention
 from ds.nets.unet import Attention, GroupNorm, ResBlock
 
@@ -173,7 +172,7 @@ def time_rows(net: UNet, t: Tensor) -> Tensor:
 
     [M, channels of all blocks], in float64.
     """
-    temb = sinusoids(t, net.config.channels, net.config.frequencies).double()
+    temb = net.config.embed(t).double()
     for i, layer in enumerate(net.temb.dense):
         temb = _linear(layer, temb if i == 0 else F.silu(temb))
     temb = F.silu(temb)

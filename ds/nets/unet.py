@@ -45,6 +45,7 @@ class UNetConfig(AbstractNetConfig):
     conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
     # highest and lowest frequency of the time embedding; use (6, 0.5) for times from 0 to 1
     frequencies: Frequencies = (1.0, 1e-4)
+    open_frequencies: bool = False  # the lowest frequency is left out, as in diffusers by default
     time_channels: Count | None = None  # width of the time embedding; None: 4 * channels
     head_channels: Count | None = None  # channels of an attention head; None: one head of all
     mid_attention: bool = True  # attention between the way down and the way up
@@ -87,6 +88,10 @@ class UNetConfig(AbstractNetConfig):
     def temb_channels(self) -> int:
         """The width of the time embedding."""
         return self.time_channels or 4 * self.channels
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Return numbers t [N], times or conditions, as features [N, channels]."""
+        return sinusoids(t, self.channels, self.frequencies, open_ended=self.open_frequencies)
 
     def __post_init__(self):
         check(self, "UNetConfig: ")
@@ -246,10 +251,9 @@ class UNet(nn.Module):
         """Return the features of the time and the conditions that every block is told."""
         c, layers = self.config, self.temb
         check_conditions(c, cond)
-        hidden = layers.dense[0](sinusoids(t, c.channels, c.frequencies).to(dtype))
+        hidden = layers.dense[0](c.embed(t).to(dtype))
         for name in c.conditions:  # together, one layer on the embeddings side by side
-            part = sinusoids(cond[name], c.channels, c.frequencies).to(dtype)
-            hidden = hidden + layers.conditions[name](part)
+            hidden = hidden + layers.conditions[name](c.embed(cond[name]).to(dtype))
         return layers.dense[1](F.silu(hidden))
 
 

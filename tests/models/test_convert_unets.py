@@ -16,9 +16,11 @@ from ds.models.convert.diffusers import network
 from ds.models.execution import Execution
 from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
+from ds.nets.embedding import sinusoids
 from tests.nets.peers import change, randomized
 
 diffusers = pytest.importorskip("diffusers")
+get_timestep_embedding = pytest.importorskip("diffusers.models.embeddings").get_timestep_embedding
 EMAModel = pytest.importorskip("diffusers.training_utils").EMAModel
 
 # diffusers' own defaults, which a file of its tutorials has, but for the widths.
@@ -190,6 +192,13 @@ def test_a_unet_goes_back_to_diffusers_and_is_read_to_the_bit(pair, tmp_path, na
     with torch.no_grad():
         expected = theirs(x, t).sample[:, : x.shape[1]]
         assert distance(again(x, t).sample, expected) < 1e-5
+
+
+def test_the_time_of_a_long_schedule_is_told_to_the_bit():
+    """A rounding in another order would be 5e-5 of a feature at the last of 4000 steps."""
+    t = torch.tensor([0, 1, 999, 3999])
+    expected = get_timestep_embedding(t, 24, downscale_freq_shift=0)
+    assert torch.equal(sinusoids(t, 24, open_ended=True), expected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import Size, Tensor
 from ds.models.convert.diffusers.fields import check, list_of, load, number, text, whole
 from ds.models.convert.diffusers.names import spelling
 from ds.models.convert.imported import checked, fit, naming
-from ds.nets.embedding import Frequencies
 from ds.nets.unet import UNetConfig
 
 # What UNet2DModel fills in for fields that a file leaves out.
@@ -207,7 +206,7 @@ def _config(fields: Mapping[str, Any], size: int | tuple[int, int]) -> UNetConfi
         dropout=fields["dropout"],
         norm_groups=norm_groups,
         norm_eps=fields["norm_eps"],
-        frequencies=_frequencies(channels, fields["freq_shift"]),
+        open_frequencies=fields["freq_shift"] == 0,
         time_channels=_unless(4 * channels, fields["time_embedding_dim"]),
         head_channels=_head(
             fields["attention_head_dim"], [widths[i] for i in attend + [last] * middle]
@@ -233,15 +232,6 @@ def _size(value: int | list[int]) -> int | tuple[int, int]:
 
 def _unless(default: int, value: int | None) -> int | None:
     return None if value == default else value
-
-
-def _frequencies(channels: int, shift: int) -> Frequencies:
-    """Return the highest and lowest frequency of a time embedding with a freq_shift of 0 or 1.
-
-    The i-th of n frequencies is 10000 ** (-i / (n - freq_shift)).
-    """
-    n = channels // 2
-    return (1.0, 1e-4) if shift else (1.0, 1e-4 ** ((n - 1) / n))
 
 
 def _head(width: int | None, attended: list[int]) -> int | None:
@@ -279,7 +269,7 @@ def fields_of(config: UNetConfig, where: Path) -> dict[str, Any]:
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "time_embedding_dim": config.time_channels,
-        "freq_shift": int(config.frequencies == _frequencies(config.channels, 1)),
+        "freq_shift": int(not config.open_frequencies),
         "flip_sin_to_cos": False,
         "down_block_types": [_block("Down", i in attend, halves.get(i)) for i in levels],
         "up_block_types": [_block("Up", i in attend, doubles.get(i)) for i in reversed(levels)],
@@ -319,11 +309,10 @@ def _middle_groups(config: UNetConfig) -> int | None:
 
 def _check_sayable(config: UNetConfig, resamples: list[set[bool | None]], where: Path) -> None:
     """Raise ValueError, with the field, for what a UNet2DModel cannot be."""
-    known = [_frequencies(config.channels, shift) for shift in (0, 1)]
     unsaid = {
         "conv_shortcut": config.conv_shortcut,
         "conditions": bool(config.conditions),
-        "frequencies": config.frequencies not in known,
+        "frequencies": config.frequencies != UNetConfig.frequencies,
         "channel_mult": config.widths[0] != config.channels,
         "mid_norm_groups": config.mid_norm_groups == 0 and not config.scale_shift,
         "resnet_down": {True, False} <= resamples[0],
