@@ -189,12 +189,13 @@ class Distill(Verb):
         }
         where = f"on {self.store}, which is finished and has"
         idle = {name: f"{where} {value}" for name, value in found.items()}
-        solver, grid = self.solve.build(self.start.denoiser.schedule)
+        solver, grid = self.solve.build(self.start.denoiser.schedule, self.start.solver)
         if solver != store.solver:
-            idle["solve.solver"] = f"{where} {store.solver}"
+            idle |= dict.fromkeys(("solve.solver", "solve.clip"), f"{where} {store.solver}")
         if grid != store.grid:
             times = f"{len(store.grid)} times from {store.grid[0]} to {store.grid[-1]}"
-            idle |= dict.fromkeys(("solve.grid", "solve.steps", "solve.top"), f"{where} {times}")
+            names = ("grid", "steps", "top", "spacing")
+            idle |= {f"solve.{name}": f"{where} {times}" for name in names}
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
     @cached_property

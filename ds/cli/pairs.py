@@ -17,12 +17,14 @@ from ds.cli.verb import (
     Store,
     Verb,
     home_of,
+    log,
     per_preset,
     say,
     solve_idle,
     watched,
 )
 from ds.diffusion.noise import noise
+from ds.diffusion.solvers import Clipped
 from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
 from ds.models.execution import Execution
 from ds.models.load import load_teacher
@@ -147,6 +149,8 @@ class MakePairs(Verb):
         sampler = Sampler(teacher, batch_size=p.batch_size, execution=execution)
         seconds = sampler.seconds_each() / teacher.nfe
         z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
+        if isinstance(teacher.solver, Clipped):
+            log.warning("plan: solvers are compared without clipping, which has no ODE to be near")
         found = frontier(teacher.denoiser, z, self.solve, progress=watched())
         say(plan_table(found, seconds, self.count))
         say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))

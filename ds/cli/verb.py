@@ -197,8 +197,9 @@ def _is_method(value: Any) -> bool:
 
 def solve_idle(solve: SolveConfig) -> dict[str, str]:
     """Return the options of a grid that have no effect."""
-    uniform = {"solve.top": "with --solve.grid uniform, which has a first time of its own"}
-    return uniform if solve.grid == "uniform" else {}
+    if solve.grid == "uniform":
+        return {"solve.top": "with --solve.grid uniform, which has a first time of its own"}
+    return {"solve.spacing": f"with --solve.grid {solve.grid}, which is not evenly spaced"}
 
 
 def train_idle(train: TrainConfig) -> dict[str, str]:

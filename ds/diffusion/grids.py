@@ -9,9 +9,10 @@ The 2021 implementation visits some small times of its quadratic grid more than 
 t to t changes nothing, so a grid here lists each time once: the same endpoint for fewer calls.
 """
 
+import logging
 import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -20,27 +21,88 @@ from ds.system.config import Between, require
 
 Grid = tuple[float, ...]
 Times = Annotated[int, Between(-math.inf, MOST)]  # before the rules of each grid
+Spacing = Literal["leading", "trailing", "linspace"]
+log = logging.getLogger("ds")
+# The most signal, alpha, at the first time of a grid. LinearBeta() leaves 0.0388 at index 800.
+SIGNAL = 0.04
+# alpha / sigma at the first time from which `warn_of_signal` warns: with 0.14, data of a small
+# deviation come out with one that is 1 % too large.
+MUCH_SIGNAL = 0.14
 # The noise levels, sigma / alpha, of EDM: the ends of a grid on a schedule that has no own.
 LARGEST, SMALLEST = 80.0, 0.002
 
 
-def uniform(n: int, schedule: AbstractSchedule | None = None) -> Grid:
+def start(schedule: AbstractSchedule) -> float:
+    """Return the largest time that the paper's grids visit: 800 of LinearBeta(), an index.
+
+    A sampler takes pure noise for the state at this time. On a table it is therefore the first
+    index from 4/5 of the steps on whose alpha is at most 0.04, or else the last index. In
+    continuous time it is the noise.
+    """
+    if not isinstance(schedule, AbstractTable):
+        return schedule.noise
+    late = schedule.num_steps * 4 // 5
+    left = schedule.alphas_bar()[late:].sqrt()
+    return late + min(int((left > SIGNAL).sum()), len(left) - 1)  # alpha falls
+
+
+def warn_of_signal(schedule: AbstractSchedule, grid: Grid, where: str) -> None:
+    """Log a warning if much signal is left at the first time, for which samplers take noise."""
+    left = math.exp(schedule.lam(grid[0]))
+    if left > MUCH_SIGNAL:
+        log.warning(
+            "%s: sampling starts from pure noise at time %g of %g, where alpha / sigma is still "
+            "%.2f: the deviation of the samples can be off by %.0f %%; a grid that starts later, "
+            "if the schedule has one, mends that",
+            where,
+            grid[0],
+            schedule.noise,
+            left,
+            50 * left**2,
+        )
+
+
+def uniform(
+    n: int,
+    schedule: AbstractSchedule | None = None,
+    *,
+    spacing: Spacing = "leading",
+    offset: int = 0,
+) -> Grid:
     """Return n evenly spaced times: 980, 960, ..., 0 for n = 50 and LinearBeta(), the default.
 
-    On a table, 0 is one of them. Where n does not divide num_steps the spacing is rounded down and
-    the largest times stay unvisited. In continuous time, n even steps lead from the noise to the
-    data. Raises ValueError unless n is at least 1 and a table has n times. Song et al. 2020,
-    arXiv:2010.02502, D.2.
+    On a table of N steps the spacing has the meaning that it has in diffusers:
+
+        leading       from 0 + offset upwards by N // n, so that the largest times stay unvisited
+        trailing      from N - 1 downwards by N / n
+        linspace      from N - 1 to 0
+
+    Few leading times start where much signal is left, above all on schedules such as Cosine, whose
+    noise rises late: with n = 10, alpha is 0.16 at the first. Trailing ones start at the noise. In
+    continuous time, n even steps lead from the noise to the data, whatever the spacing.
+
+    Raises ValueError unless n is at least 1 and a table has n times, and for an offset, or a
+    spacing, that is not accepted. Song et al. 2020, arXiv:2010.02502, D.2; Lin et al. 2023,
+    arXiv:2305.08891, Table 2.
     """
     schedule = schedule or LinearBeta()
+    table = isinstance(schedule, AbstractTable)
     most = schedule.num_steps if isinstance(schedule, AbstractTable) else MOST
-    require("uniform", int, n=n)
+    require("uniform", int, n=n, offset=offset)
+    require("uniform", Spacing, spacing=spacing)
     if not 1 <= n <= most:
         raise ValueError(f"uniform: n must lie between 1 and {most}, not {n}")
-    if isinstance(schedule, AbstractTable):
-        spacing = most // n
-        return tuple(range((n - 1) * spacing, -1, -spacing))
-    return tuple(schedule.noise * (i / n) for i in range(n, 0, -1))
+    if offset and not (table and spacing == "leading" and offset > 0):
+        raise ValueError(f"uniform: an offset is above 0, of leading indices, not {offset}")
+    if not table:
+        return tuple(schedule.noise * (i / n) for i in range(n, 0, -1))
+    if spacing == "linspace":
+        return _distinct(np.linspace(0, schedule.noise, n).round())
+    if spacing == "trailing":  # a last index of -1 comes from rounding
+        return _distinct(t for t in np.arange(most, 0, -most / n).round() - 1 if t >= 0)
+    times = range((n - 1) * (most // n) + offset, -1, -(most // n))[:n]
+    schedule.check(times[0])
+    return tuple(times)
 
 
 def quadratic(
@@ -48,19 +110,18 @@ def quadratic(
 ) -> Grid:
     """Return times evenly spaced in their square root: dense near the data.
 
-    On a table they are the distinct times among int(linspace(0, sqrt(top), n)**2), with top at 4/5
-    of its steps by default: quadratic(100) has 96 times, 800 down to 0, of LinearBeta(). In
-    continuous time, n steps lead from top, by default the noise, to the data. Raises ValueError
-    unless n >= 2, top is positive and a time of the schedule, if one is given. Song et al. 2020,
-    arXiv:2010.02502, D.2; Luhman & Luhman 2021 for CIFAR-10 and CelebA.
+    On a table they are the distinct times among int(linspace(0, sqrt(top), n)**2): quadratic(100)
+    has 96 times, 800 down to 0, of LinearBeta(). In continuous time, n steps lead from top to the
+    data. top is by default `start(schedule)`. Raises ValueError unless n >= 2, top is positive and
+    a time of the schedule, if one is given. Song et al. 2020, arXiv:2010.02502, D.2; Luhman &
+    Luhman 2021 for CIFAR-10 and CelebA.
     """
+    if top is None:
+        top = start(schedule or LinearBeta())
     if schedule is not None and not isinstance(schedule, AbstractTable):
-        top = schedule.noise if top is None else top
         _check("quadratic", n, top, 0)
         schedule.check(top)
         return tuple(top * (i / n) ** 2 for i in range(n, 0, -1))
-    if top is None:
-        top = (schedule or LinearBeta()).num_steps * 4 // 5
     require("quadratic", Times, n=n, top=top)
     _check("quadratic", n, top, 1)
     if schedule is not None:

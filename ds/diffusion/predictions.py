@@ -6,7 +6,7 @@ was trained on log(sigma) / 4 answers nonsense to sigma.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ class Estimate(NamedTuple):
 
 
 class AbstractPrediction(ABC):
-    """The meaning of a network's output, and the inputs it needs."""
+    """The meaning of a network's output, and the inputs it needs.
+
+    `needs_signal` tells whether x0 is unknown where alpha is 0.
+    """
+
+    needs_signal: ClassVar[bool] = False
 
     def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
         """Return what the network is fed for x_t [N, *shape] and times t [N]: by default both."""
@@ -51,6 +56,8 @@ class AbstractPrediction(ABC):
 @dataclass(frozen=True)
 class Eps(AbstractPrediction):
     """The noise. Ho et al. 2020, arXiv:2006.11239. It says nothing of x0 where alpha is 0."""
+
+    needs_signal: ClassVar[bool] = True
 
     def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
         return Estimate((x - sigma * out) / alpha, out)
@@ -123,6 +130,8 @@ class Preconditioned(AbstractPrediction):
     sigma_data is the standard deviation of the data. The network is fed
     noise_scale * log(sigma / alpha). Karras et al. 2022, arXiv:2206.00364, Eq. 7 and Table 1.
     """
+
+    needs_signal: ClassVar[bool] = True
 
     sigma_data: Positive = 0.5
     noise_scale: Positive = 0.25

@@ -52,11 +52,13 @@ def candidates(schedule: AbstractSchedule, top: float) -> list[SolveConfig]:
 
     A grid is left out if it starts elsewhere: for a quadratic one, rounding can change its top.
     """
-    first = {"top": int(top)} if isinstance(schedule, AbstractTable) else {}
+    first = {"top": top / schedule.num_steps} if isinstance(schedule, AbstractTable) else {}
+    # log(alpha / sigma) has no even spacing from a time without signal.
+    kinds = ("quadratic", "log_snr") if schedule.at(top)[0] else ("quadratic",)
     every = [
         SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, **first)
         for s in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
-        for g in ("quadratic", "log_snr")
+        for g in kinds
         for calls in CALLS
     ]
     return [solve for solve in every if solve.build(schedule)[1][0] == top]
@@ -79,15 +81,13 @@ def frontier(
     ValueError for a grid that does not, RuntimeError if the reference is not finite.
     """
     schedule = denoiser.schedule
-    _, grid = asked.build(schedule)
-    schedule.check(*grid)
-    top = grid[0]
+    top = asked.build(schedule)[1][0]
     above = max(top, 1) if isinstance(schedule, AbstractTable) else top
     fine, half = (
         tuple(sorted({top, *grids.quadratic(n, schedule, top=above)}, reverse=True))
         for n in (400, 200)
     )
-    among = list(candidates(schedule, int(top)) if among is None else among)
+    among = list(candidates(schedule, top) if among is None else among)
     with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:
 
         def endpoint(solver: AbstractSolver, grid: Grid) -> Tensor:

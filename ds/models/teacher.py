@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import as_prediction
+from ds.diffusion.schedules import AbstractTable
 from ds.diffusion.solvers import AbstractSolver, integrate
 from ds.models.decoder import Decoder
 from ds.models.model import Model
@@ -22,8 +24,9 @@ class Teacher(Model):
 
     A teacher of latents may have a decoder, which makes pictures of them.
 
-    Raises ValueError for a grid that does not fall or has a time that the schedule lacks, and for
-    a decoder of other latents.
+    Raises ValueError for a grid that does not fall or has a time that the schedule lacks, for one
+    that starts at an index without signal if the prediction says nothing of x0 there, and for a
+    decoder of other latents.
     """
 
     denoiser: Denoiser
@@ -42,6 +45,7 @@ class Teacher(Model):
             )
         self.denoiser.schedule.check(*self.grid)
         self._check_decoder()
+        _check_signal(self.denoiser, self.grid[0])
 
     @property
     def net(self) -> nn.Module:
@@ -85,3 +89,14 @@ class Teacher(Model):
             "solver": to_json(self.solver),
             "grid": list(self.grid),
         }
+
+
+def _check_signal(denoiser: Denoiser, t: float) -> None:
+    """Raise ValueError if the first time of a table leaves no way to x0."""
+    prediction = as_prediction(denoiser.prediction)
+    table = isinstance(denoiser.schedule, AbstractTable)
+    if table and prediction.needs_signal and denoiser.schedule.at(t)[0] == 0:
+        raise ValueError(
+            f"Teacher: alpha is 0 at the first time, t = {t}, where {prediction} says nothing of "
+            f"x0; accepted are a grid that starts earlier, and networks that predict v or x0"
+        )

@@ -15,6 +15,8 @@ from ds.diffusion.schedules import MOST, AbstractSchedule, AbstractTable
 from ds.diffusion.solvers import (
     DDIM,
     AbstractSolver,
+    Clipped,
+    DDIMToFirst,
     DPMSolverPP,
     DPMSolverPPSinglestep,
     Heun,
@@ -77,32 +79,64 @@ class SolveConfig:
     )
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: Annotated[int, Between(1, MOST)] = 100
-    # largest index of the grid on a table of steps; a uniform grid has its own, and so has any
-    # grid in continuous time
-    top: Annotated[int, Between(1, MOST - 1)] = 800
+    # largest time of the grid, as a share of the teacher's steps; None: 0.8, or later where much
+    # signal is left there; a uniform grid has its own
+    top: Annotated[float, Between(0, 1, "(]")] | None = None
+    spacing: grids.Spacing = "leading"  # of a uniform grid; the words are those of diffusers
+    # of predicted images. teacher: as its scheduler says, the end of the last step included; static:
+    # to [-1, 1]; dynamic: to the 99.5 % quantile of each
+    clip: Literal["teacher", "none", "static", "dynamic"] = "teacher"
 
     def __post_init__(self):
         check(self, "solve.")
 
-    def build(self, schedule: AbstractSchedule) -> tuple[AbstractSolver, grids.Grid]:
-        """Return the solver and the grid. Raise ValueError if the schedule has no such grid."""
-        return SOLVERS[self.solver], self._grid(schedule)
+    def build(
+        self, schedule: AbstractSchedule, of: AbstractSolver | None = None
+    ) -> tuple[AbstractSolver, grids.Grid]:
+        """Return the solver and the grid for a teacher whose own solver is `of`, if it has one.
+
+        Raises ValueError if the schedule has no such grid.
+        """
+        return self._solver(of), self._grid(schedule)
 
     def on(self, teacher: Teacher) -> Teacher:
         """Return a teacher with this solver and grid."""
-        solver, grid = self.build(teacher.denoiser.schedule)
+        schedule = teacher.denoiser.schedule
+        solver, grid = self.build(schedule, teacher.solver)
+        grids.warn_of_signal(schedule, grid, "solve")
         return replace(teacher, solver=solver, grid=grid)
+
+    def _solver(self, of: AbstractSolver | None) -> AbstractSolver:
+        solver = SOLVERS[self.solver]
+        if self.clip == "none":
+            return solver
+        inner = of.solver if isinstance(of, Clipped) else of
+        if self.clip == "teacher" and solver == DDIM() and inner == DDIMToFirst():
+            solver = inner
+        clipped = _CLIPPED.get(self.clip, of)
+        if not isinstance(clipped, Clipped):
+            return solver
+        # Heun steps along the noise, which must then be that of the clipped prediction.
+        return replace(clipped, solver=solver, rederive=self.solver == "heun")
 
     def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
-            return grids.uniform(self.steps, schedule)
+            return grids.uniform(self.steps, schedule, spacing=self.spacing)
         make = {
             "quadratic": grids.quadratic,
             "log_snr": grids.log_snr,
             "karras": grids.karras,
         }[self.grid]
-        top = self.top if isinstance(schedule, AbstractTable) else None  # None: the grid's own
-        return make(self.steps, schedule, top=top)
+        return make(self.steps, schedule, top=self._top(schedule))
+
+    def _top(self, schedule: AbstractSchedule) -> float | None:
+        """Return the largest time; None where it is the grid's own."""
+        table = isinstance(schedule, AbstractTable)
+        if self.top is None:
+            return grids.start(schedule) if table else None
+        if table:
+            return min(round(self.top * schedule.num_steps), schedule.noise)
+        return self.top * schedule.noise
 
 
 SOLVERS: dict[str, AbstractSolver] = {
@@ -113,6 +147,10 @@ SOLVERS: dict[str, AbstractSolver] = {
     "dpmpp_2s": DPMSolverPPSinglestep(order=2),
     "dpmpp_3s": DPMSolverPPSinglestep(order=3),
     "unipc": UniPC(p=2),
+}
+_CLIPPED = {
+    "static": Clipped(DDIM()),
+    "dynamic": Clipped(DDIM(), quantile=0.995, most=100.0),
 }
 
 

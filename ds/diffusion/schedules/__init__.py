@@ -8,7 +8,9 @@ from ds.diffusion.schedules.tables import (
     Cosine,
     LinearBeta,
     ScaledLinear,
+    Sigmoid,
     Table,
+    zero_terminal_snr,
 )
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "Linear",
     "LinearBeta",
     "ScaledLinear",
+    "Sigmoid",
     "Table",
     "Trig",
+    "zero_terminal_snr",
 ]

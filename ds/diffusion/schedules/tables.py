@@ -135,6 +135,22 @@ class Cosine(AbstractTable):
 
 
 @dataclass(frozen=True)
+class Sigmoid(AbstractTable):
+    """Betas on a sigmoid of -6 to 6. Xu et al. 2022, arXiv:2203.02923 (GeoDiff), in its code."""
+
+    num_steps: Steps = 1000
+    beta_start: Positive = 1e-4
+    beta_end: Positive = 0.02
+
+    def __post_init__(self):
+        _check_betas(self)
+
+    def betas(self) -> Tensor:
+        rise = _line(-6, 6, self.num_steps).sigmoid()
+        return self.beta_start + (self.beta_end - self.beta_start) * rise
+
+
+@dataclass(frozen=True)
 class Table(AbstractTable):
     """Any betas, such as those of a checkpoint. A last beta of 1 leaves no signal at the end."""
 
@@ -155,11 +171,23 @@ class Table(AbstractTable):
         return torch.tensor(self.values, dtype=torch.float64, device="cpu")
 
 
+def zero_terminal_snr(schedule: AbstractTable) -> Table:
+    """Return the schedule shifted and scaled so that alpha is the same at index 0, and 0 at last.
+
+    Raises ValueError for a schedule of one step. Lin et al. 2023, arXiv:2305.08891, Algorithm 1.
+    """
+    if schedule.num_steps < 2:
+        raise ValueError(f"zero_terminal_snr: needs 2 steps or more, not {schedule}")
+    alpha = schedule.alphas_bar().sqrt()
+    abar = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))).square()
+    return Table(tuple((1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])).tolist()))
+
+
 def _line(start: float, end: float, count: int) -> Tensor:
     return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
-def _check_betas(schedule: LinearBeta | ScaledLinear) -> None:
+def _check_betas(schedule: LinearBeta | ScaledLinear | Sigmoid) -> None:
     name, first, last = type(schedule).__name__, schedule.beta_start, schedule.beta_end
     check(schedule, f"{name}: ")
     if not 0 < first <= last < 1:

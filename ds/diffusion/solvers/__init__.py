@@ -1,7 +1,8 @@
 """Solvers of the probability-flow ODE and SDE, one file each."""
 
 from ds.diffusion.solvers.base import AbstractSolver, integrate
-from ds.diffusion.solvers.ddim import DDIM
+from ds.diffusion.solvers.clipped import Clipped
+from ds.diffusion.solvers.ddim import DDIM, DDIMToFirst
 from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
 from ds.diffusion.solvers.heun import Heun
 from ds.diffusion.solvers.unipc import UniPC
@@ -9,6 +10,8 @@ from ds.diffusion.solvers.unipc import UniPC
 __all__ = [
     "DDIM",
     "AbstractSolver",
+    "Clipped",
+    "DDIMToFirst",
     "DPMSolverPP",
     "DPMSolverPPSinglestep",
     "Heun",

@@ -54,3 +54,25 @@ class DDIM(AbstractSolver):
         fresh = sigma * self.eta * math.sqrt(-math.expm1(2 * (schedule.lam(t) - schedule.lam(s))))
         kept = math.sqrt(sigma**2 - fresh**2)
         return alpha * x0 + kept * eps + fresh * fresh_noise(draws, _STREAM, x, t), None
+
+
+@dataclass(frozen=True)
+class DDIMToFirst(AbstractSolver):
+    """DDIM that ends at the noise level of a table's index 0, and not at the data.
+
+    This is diffusers' DDIM with `set_alpha_to_one: false`. The sample keeps the noise of index 0. A
+    schedule in continuous time has no such level: there it is DDIM.
+    """
+
+    order: ClassVar[int] = 1
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: float,
+        s: float,
+        state: None,
+        draws: Draws | None = None,
+    ) -> tuple[Tensor, None]:
+        return DDIM().step(denoiser, x, t, max(s, 0), state, draws)
