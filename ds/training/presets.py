@@ -83,8 +83,8 @@ class SolveConfig:
     # signal is left there; a uniform grid has its own
     top: Annotated[float, Between(0, 1, "(]")] | None = None
     spacing: grids.Spacing = "leading"  # of a uniform grid; the words are those of diffusers
-    # of predicted images. teacher: as its scheduler says, the end of the last step included; static:
-    # to [-1, 1]; dynamic: to the 99.5 % quantile of each
+    # of predicted images. teacher: as its scheduler says, the end of the last step included;
+    # static: to [-1, 1]; dynamic: to the 99.5 % quantile of each
     clip: Literal["teacher", "none", "static", "dynamic"] = "teacher"
 
     def __post_init__(self):
