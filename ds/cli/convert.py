@@ -71,6 +71,8 @@ class Convert(Verb):
             model.net.state_dict(),
             denoiser.schedule,
             denoiser.prediction,
+            solver=model.solver,
+            grid=model.grid,
             force=self.force,
         )
 

@@ -15,7 +15,7 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import AbstractPrediction
 from ds.diffusion.schedules import AbstractSchedule
-from ds.diffusion.solvers import DDIM, AbstractSolver
+from ds.diffusion.solvers import AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
 from ds.models.convert.remote import located
@@ -144,7 +144,9 @@ def _adopt(found: Imported, path: Path) -> Teacher | Student:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
         return Student(net, method, provenance=found.facts)
     denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
-    return Teacher(denoiser, DDIM(), _paper_grid(found), found.facts, decoder)
+    grid = found.grid or _paper_grid(found)
+    grids.warn_of_signal(found.schedule, grid, "load")
+    return Teacher(denoiser, found.solver, grid, found.facts, decoder)
 
 
 @without_ambient()

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Size, Tensor
 
+from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import Prediction
 from ds.diffusion.schedules import AbstractTable
+from ds.diffusion.solvers import DDIM, AbstractSolver
 from ds.nets.unet import UNetConfig
 from ds.system.arrays import load_tensors
 from ds.system.files import opened, whole
@@ -32,8 +34,9 @@ class Imported(NamedTuple):
 
     `prediction` is "eps", "x0" or "v", and None for a student. `facts` are plain JSON values for
     the provenance: format, file, sha256, and what else the format says. `assumed` are sentences
-    about what the file does not say, and `said` about what was chosen in it. `decoder` is the
-    folder of the diffusers vae or vqvae whose latents the network draws.
+    about what the file does not say, and `said` about what is done with what it says. `decoder` is
+    the folder of the diffusers vae or vqvae whose latents the network draws. `grid` is None for the
+    paper's.
     """
 
     kind: Literal["teacher", "student"]
@@ -45,6 +48,8 @@ class Imported(NamedTuple):
     assumed: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
     decoder: Path | None = None
+    solver: AbstractSolver = DDIM()
+    grid: Grid | None = None
 
 
 class Options(NamedTuple):

@@ -7,7 +7,9 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
+from ds.diffusion.solvers import AbstractSolver
 from ds.models.convert.diffusers import files, network, scheduler
 from ds.models.convert.diffusers.names import spelling
 from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
@@ -76,15 +78,17 @@ def write(
     schedule: AbstractSchedule,
     prediction: str = "eps",
     *,
+    solver: AbstractSolver | None = None,
+    grid: Grid | None = None,
     force: bool = False,
 ) -> None:
     """Write a pipeline directory that diffusers' DDIMPipeline loads.
 
-    `weights` have our names and are saved as float32. The scheduler visits the times of
-    ds.grids.uniform and does not clip, like ds.solvers.DDIM. Raises ValueError for what diffusers
-    has no words for: a network that is no UNet2DModel, another schedule than LinearBeta, another
-    prediction. It also does for a place that cannot be written to or is taken; `force` replaces
-    what `write` has made.
+    `weights` have our names and are saved as float32. The scheduler clips as `solver` does, and
+    spaces its times as `grid` if that is a grid of ds.grids.uniform. By default it is DDIM with
+    leading times. Raises ValueError for what diffusers has no words for: a network that is
+    no UNet2DModel, a schedule in continuous time, another prediction. It also does for a place that
+    cannot be written to or is taken; `force` replaces what `write` has made.
     """
     path = Path(path)
     where, old = target(path, force=force)
@@ -96,7 +100,7 @@ def write(
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path),
+        f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path, solver, grid),
         f"unet/{CONFIG}": fields,
     }
     spelled = {}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ds.diffusion import grids
 from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import AbstractPrediction, as_prediction
@@ -101,20 +103,42 @@ class Sampling(NamedTuple):
     said: tuple[str, ...]
 
 
-def given(found: Imported, file: Path | None) -> Imported:
-    """Return a network with what a scheduler's file says; without one it stays as it is."""
-    if file is None:
-        facts = {"schedule": f"assumed, there is no {FILE}"}
-        return found._replace(facts=found.facts | facts)
-    s = read(file)
-    return found._replace(
-        schedule=s.schedule,
-        prediction=s.prediction,
-        solver=s.solver,
-        grid=s.grid,
-        facts=found.facts | s.facts,
-        said=(*found.said, *s.said),
+def given(found: Imported, file: Path | None, betas: Tensor | None = None) -> Imported:
+    """Return a network with what a scheduler's file says of it.
+
+    Without one, the schedule is that of the betas beside the weights, if there are any. What then
+    stays as it was is said to be assumed.
+    """
+    if file is not None:
+        s = read(file)
+        return found._replace(
+            schedule=s.schedule,
+            prediction=s.prediction,
+            solver=s.solver,
+            grid=s.grid,
+            facts=found.facts | s.facts,
+            said=(*found.said, *s.said),
+        )
+    if betas is not None:
+        found, what = found._replace(schedule=_found(betas)), "from the betas beside the weights"
+    else:
+        what = "assumed"
+    facts = found.facts | {"schedule": f"{what}, there is no {FILE}"}
+    sentence = (
+        f"there is no scheduler beside the weights: the schedule is {what}, "
+        f"{found.schedule!s:.80}, and the prediction is assumed, {found.prediction!r}; if that is "
+        f"wrong, pass scheduler=FILE, or write it down with `dstudent convert SOURCE OUT "
+        f"--scheduler FILE`"
     )
+    return found._replace(facts=facts, assumed=(*found.assumed, sentence))
+
+
+def _found(betas: Tensor) -> AbstractTable:
+    """Return the schedule of betas, which files have in float32: the usual line, or a table."""
+    usual, betas = LinearBeta(), betas.double()
+    if betas.shape == (usual.num_steps,) and betas.allclose(usual.betas(), rtol=1e-6, atol=0):
+        return usual
+    return Table(tuple(betas.tolist()))
 
 
 def read(file: Path) -> Sampling:
@@ -131,7 +155,7 @@ def read(file: Path) -> Sampling:
     with naming(file):
         schedule = _schedule(fields, name)
         grid = _grid(fields, schedule)
-    solver, said = _solver(fields)
+        solver, said = _solver(fields)
     if grid is not None:
         said.append(
             f"its own grid has {len(grid)} times from {grid[0]:g} to {grid[-1]:g}, "
