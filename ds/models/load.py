@@ -54,7 +54,7 @@ def load(
     path = _directory(here)
     foreign = {name: overrides.pop(name) for name in _FOREIGN if name in overrides}
     if not pretrained.is_ours(path):
-        model = _adopt(read(path, **foreign), path)
+        model = _adopt(read(path, **foreign), path, overrides.get("grid"))
     elif foreign:
         name = next(iter(foreign))
         raise ValueError(f"{path}: tells what it needs itself; leave {name} out")
@@ -133,8 +133,11 @@ _FOREIGN = ("image_size", "scheduler", "variant")
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
 
 
-def _adopt(found: Imported, path: Path) -> Teacher | Student:
-    """Give an imported network its meaning, and say what of it is assumed."""
+def _adopt(found: Imported, path: Path, grid: Grid | None) -> Teacher | Student:
+    """Give an imported network its meaning, and say what of it is assumed.
+
+    `grid` is what the caller wants instead of the network's own.
+    """
     for sentence in found.said:
         log.info("%s", sentence)
     for sentence in found.assumed:
@@ -143,10 +146,11 @@ def _adopt(found: Imported, path: Path) -> Teacher | Student:
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
         return Student(net, method, provenance=found.facts)
-    denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
-    grid = found.grid or _paper_grid(found)
-    grids.warn_of_signal(found.schedule, grid, "load")
-    return Teacher(denoiser, found.solver, grid, found.facts, decoder)
+    grid = grid or found.grid or _paper_grid(found)
+    grids.warn_of_signal(found.schedule, grid, str(path))
+    with pretrained.naming(path):
+        denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
+        return Teacher(denoiser, found.solver, grid, found.facts, decoder)
 
 
 @without_ambient()

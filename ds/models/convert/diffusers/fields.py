@@ -9,9 +9,9 @@ from ds.system.config import short
 from ds.system.files import by_name, read_json
 
 
-def load(file: Path) -> dict[str, Any]:
+def load(file: Path, *, finite: bool = True) -> dict[str, Any]:
     """Return the fields of a JSON file."""
-    return by_name(read_json(file), file)
+    return by_name(read_json(file, finite=finite), file)
 
 
 def check(

@@ -143,7 +143,7 @@ def _found(betas: Tensor) -> AbstractTable:
 
 def read(file: Path) -> Sampling:
     """Read a scheduler's file. Raise ValueError, naming it, for what is not a table of betas."""
-    there = load(file)
+    there = load(file, finite=False)  # lambda_min_clipped is -Infinity in many files
     name = there.get("_class_name", "DDIMScheduler")
     if name not in _CLASSES:
         raise ValueError(
