@@ -308,10 +308,33 @@ BROKEN = {
         "is missing",
     ),
     "a schedule we lack": (
-        *scheduler_fields(beta_schedule="squaredcos_cap_v2"),
-        "beta_schedule is 'squaredcos_cap_v2'; accepted is 'linear'",
+        *scheduler_fields(beta_schedule="laplace"),
+        "beta_schedule is 'laplace'; accepted is 'linear' or 'scaled_linear' or 'squaredcos_cap_v2'"
+        " or 'sigmoid'",
     ),
-    "betas of its own": (*scheduler_fields(trained_betas=[0.1, 0.2]), "trained_betas"),
+    "a scheduler without betas": (
+        *scheduler_fields(_class_name="ScoreSdeVeScheduler"),
+        "_class_name is 'ScoreSdeVeScheduler', whose schedule is not read; accepted are",
+    ),
+    "a class that is no name": (*scheduler_fields(_class_name=["x"]), r"_class_name is \['x'\]"),
+    "a flow": (*scheduler_fields(use_flow_sigmas=True), "use_flow_sigmas is True"),
+    "continuous times": (*scheduler_fields(timestep_type="continuous"), "is 'continuous'"),
+    "fewer betas than steps": (
+        *scheduler_fields(trained_betas=[0.1, 0.2]),
+        "trained_betas has 2 numbers; accepted are 1000, its num_train_timesteps",
+    ),
+    "a beta above 1": (
+        *scheduler_fields(trained_betas=[0.1, 1.2], num_train_timesteps=2),
+        r"values\[1\] must be",
+    ),
+    "an odd spacing": (*scheduler_fields(timestep_spacing="log"), "timestep_spacing is 'log'"),
+    "an offset beyond the steps": (*scheduler_fields(steps_offset=2000), "t = "),
+    "a quantile above 1": (
+        *scheduler_fields(thresholding=True, dynamic_thresholding_ratio=2),
+        "quantile must be",
+    ),
+    "a range that is no number": (*scheduler_fields(clip_sample_range="1"), "clip_sample_range"),
+    "a flag that is no flag": (*scheduler_fields(thresholding="no"), "thresholding is 'no'"),
     "betas that fall": (*scheduler_fields(beta_start=0.5), "beta_start <= beta_end"),
     "no betas": (*scheduler_fields(beta_start=None), "beta_start is None"),
     "a prediction we lack": (*scheduler_fields(prediction_type="flow"), "prediction_type"),

@@ -1,7 +1,6 @@
 """Teachers with the schedulers that people have, against diffusers on the same noise and times."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -18,10 +17,7 @@ from ds.diffusion.schedules import (
     Table,
     zero_terminal_snr,
 )
-from ds.diffusion.solvers import DDIM, Clipped, DDIMToFirst, Heun
-from ds.models.convert import to_diffusers
-from ds.models.convert.diffusers import scheduler
-from ds.training.presets import SolveConfig
+from ds.diffusion.solvers import DDIM, Clipped, DDIMToFirst
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -44,13 +40,22 @@ CONFIGS = {
         Clipped(DDIM(), quantile=0.9, most=2.5),
     ),
     "thresholding at its defaults": (
-        "DDPM", {"thresholding": True, **COSINE}, Cosine(), Clipped(DDIM(), quantile=0.995)
+        "DDPM",
+        {"thresholding": True, **COSINE},
+        Cosine(),
+        Clipped(DDIM(), quantile=0.995),
     ),
     "set_alpha_to_one false": (
-        "DDIM", {"set_alpha_to_one": False, **PLAIN}, LinearBeta(), DDIMToFirst()
+        "DDIM",
+        {"set_alpha_to_one": False, **PLAIN},
+        LinearBeta(),
+        DDIMToFirst(),
     ),
     "clipping and set_alpha_to_one false": (
-        "DDIM", {"set_alpha_to_one": False}, LinearBeta(), Clipped(DDIMToFirst())
+        "DDIM",
+        {"set_alpha_to_one": False},
+        LinearBeta(),
+        Clipped(DDIMToFirst()),
     ),
     "DDPM": ("DDPM", {"variance_type": "fixed_large"}, LinearBeta(), Clipped(DDIM())),
     "DDPM, x0": ("DDPM", {**X0, **COSINE}, Cosine(), Clipped(DDIM())),
@@ -58,12 +63,25 @@ CONFIGS = {
     "cosine, eps, clipped": ("DDPM", COSINE, Cosine(), Clipped(DDIM())),
     "sigmoid": ("DDPM", SIGMOID, Sigmoid(), Clipped(DDIM())),
     "scaled_linear, as latent diffusion": (
-        "PNDM", {**LATENT, "steps_offset": 1, "skip_prk_steps": True}, ScaledLinear(), DDIMToFirst()
+        "PNDM",
+        {**LATENT, "steps_offset": 1, "skip_prk_steps": True},
+        ScaledLinear(),
+        DDIMToFirst(),
     ),
-    "trained_betas": ("DDIM", {**BETAS, **V}, Table(tuple(BETAS["trained_betas"])), Clipped(DDIM())),
+    "trained_betas": (
+        "DDIM",
+        {**BETAS, **V},
+        Table(tuple(BETAS["trained_betas"])),
+        Clipped(DDIM()),
+    ),
     "trailing": ("DDIM", {**TRAILING, **V, **PLAIN}, LinearBeta(), DDIM()),
     "an offset": ("DDIM", {"steps_offset": 1}, LinearBeta(), Clipped(DDIM())),
-    "zero terminal SNR, v": ("DDIM", {**ZERO, **V}, zero_terminal_snr(LinearBeta()), Clipped(DDIM())),
+    "zero terminal SNR, v": (
+        "DDIM",
+        {**ZERO, **V},
+        zero_terminal_snr(LinearBeta()),
+        Clipped(DDIM()),
+    ),
     "zero terminal SNR, x0, scaled": (
         "DDIM",
         {**ZERO, **X0, **PLAIN, **LATENT},
@@ -83,10 +101,13 @@ CONFIGS = {
         Clipped(DDIM()),
     ),
     "DPM-Solver": (
-        "DPMSolverMultistep", {**V, **COSINE, "use_karras_sigmas": True}, Cosine(), DDIM()
+        "DPMSolverMultistep",
+        {**V, **COSINE, "use_karras_sigmas": True},
+        Cosine(),
+        DDIM(),
     ),
     "Euler": ("EulerDiscrete", LATENT, ScaledLinear(), DDIM()),
-}  # fmt: skip
+}
 every_scheduler = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -175,3 +196,11 @@ def test_a_teacher_draws_what_ddim_of_diffusers_draws_with_its_scheduler(pipe, n
             x = theirs.step(net(x, t), t, x).prev_sample
     drawn = replace(teacher, grid=times).sample(noise())
     assert (drawn - x).abs().max() <= 1e-4
+
+
+def test_a_network_that_predicts_noise_is_refused_where_no_signal_is_left(pipe):
+    saved(pipe, "DDIM", ZERO)
+    with pytest.raises(ValueError, match=r"alpha is 0 at the first time, t = 999, where Eps\(\)"):
+        ds.load_teacher(pipe[0])
+    teacher = ds.load_teacher(pipe[0], grid=grids.uniform(20))  # from 950
+    assert teacher.sample(noise()).isfinite().all()

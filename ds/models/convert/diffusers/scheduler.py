@@ -145,7 +145,7 @@ def read(file: Path) -> Sampling:
     """Read a scheduler's file. Raise ValueError, naming it, for what is not a table of betas."""
     there = load(file, finite=False)  # lambda_min_clipped is -Infinity in many files
     name = there.get("_class_name", "DDIMScheduler")
-    if name not in _CLASSES:
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(
             f"{file}: _class_name is {name!r}, whose schedule is not read; accepted are the "
             f"classes of diffusers with a table of betas: {', '.join(_CLASSES)}"
@@ -187,8 +187,9 @@ def _check(fields: Mapping[str, Any], file: Path) -> None:
             )
     for field in ("rescale_betas_zero_snr", "clip_sample", "thresholding", "set_alpha_to_one"):
         check(fields, field, lambda value: type(value) is bool, "true or false", file)
-    for field in ("beta_start", "beta_end"):
-        check(fields, field, number, "a number", file)
+    if fields["trained_betas"] is None and fields["beta_schedule"] != "squaredcos_cap_v2":
+        for field in ("beta_start", "beta_end"):
+            check(fields, field, number, "a number", file)
     for field in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"):
         check(fields, field, lambda value: number(value) and value > 0, "a number above 0", file)
     check(fields, "steps_offset", lambda v: v == 0 or whole(v), "a whole number", file)
