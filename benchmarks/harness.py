@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ds
 from ds import ops
+from ds.system.machine import device_name
 from ds.system.staging import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,7 +362,7 @@ def environment(device: torch.device, *, wall: bool = False) -> dict[str, Any]:
     """Say what was measured, on what, with which versions, and by the clock on the wall or not."""
     cuda = device.type == "cuda"
     return {
-        "device": _gpu(device) if cuda else _cpu(),
+        "device": _name(device),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "timing": "wall-clock time" if wall else _timing(device),
@@ -391,21 +392,10 @@ def _timing(device: torch.device) -> str:
     return "process CPU time" if torch.get_num_threads() == 1 else "wall-clock time"
 
 
-def _cpu() -> str:
-    """Return the name of the processor and its vectors: a name may stand for several of them."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except FileNotFoundError:
-        found = None
-    name = found.group(1) if found else platform.processor() or platform.machine()
-    narrow = " with bfloat16" * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{narrow}"
-
-
 def machine(device: torch.device | str) -> str:
     """Return the name of the folder for the results of this machine."""
-    cuda = torch.device(device).type == "cuda"
-    return folder_name(_gpu(device) if cuda else f"{_cpu()} {os.cpu_count()} cores")
+    cores = "" if torch.device(device).type == "cuda" else f" {os.cpu_count()} cores"
+    return folder_name(f"{_name(device)}{cores}")
 
 
 def folder_name(device: str) -> str:
@@ -413,8 +403,9 @@ def folder_name(device: str) -> str:
     return re.sub(r"\W+", "-", device.lower()).strip("-")
 
 
-def _gpu(device: torch.device | str) -> str:
-    return torch.cuda.get_device_name(device) + EMULATED * ("DS_EMULATED_GPU" in os.environ)
+def _name(device: torch.device | str) -> str:
+    cuda = torch.device(device).type == "cuda"
+    return device_name(device) + EMULATED * (cuda and "DS_EMULATED_GPU" in os.environ)
 
 
 def git(*arguments: str) -> str:

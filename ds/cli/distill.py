@@ -388,6 +388,6 @@ class Distill(Verb):
 
     def _judge(self) -> Judge:
         """Return a function that evaluates a model during training."""
-        reference, extractor = self.judge.build(self.machine.use())
+        reference, extractor = self.judge.build(self.start, self.machine.use())
         n = self.judge.count
         return lambda model: figures(evaluate(model, reference, extractor, n=n))

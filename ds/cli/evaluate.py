@@ -1,6 +1,7 @@
 """dstudent evaluate: compare a model's images with real ones."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +13,16 @@ import tyro
 from torch import Tensor
 
 from ds.cli.verb import Code, Here, Model, Verb, loaded, say
-from ds.evaluation.evaluate import check_count, evaluate, record
-from ds.evaluation.features import AbstractExtractor, Digits, Inception, Pixels
+from ds.evaluation.evaluate import check_evaluation, evaluate, image_shape, record, way
+from ds.evaluation.features import (
+    DIGITS,
+    SIDE,
+    AbstractExtractor,
+    AveragedPixels,
+    Digits,
+    Inception,
+    Pixels,
+)
 from ds.evaluation.references import Moments, read_reference
 from ds.models import pretrained
 from ds.models.execution import Execution, Mode, Precision
@@ -27,6 +36,8 @@ from ds.system.distributed import is_first
 from ds.system.staging import write_json
 from ds.training.presets import Machine
 
+log = logging.getLogger("ds")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -34,7 +45,9 @@ class EvalConfig:
 
     # digits, a directory of images, an array of them, or a file of mu and sigma
     reference: str = "digits"
-    extractor: Literal["digits", "pixels", "inception"] = "digits"
+    # what images are compared on; auto: inception if its weights are given, the digits classifier
+    # for 8 x 8 digits, else pixels, of large images after averaging down to 16 x 16
+    extractor: Literal["auto", "digits", "pixels", "inception"] = "auto"
     inception_weights: Path | None = None  # a file, for --extractor inception
     count: Count = 4096  # number of images to draw
 
@@ -43,26 +56,46 @@ class EvalConfig:
 
     def idle(self) -> dict[str, str]:
         """Return the options that have no effect, each with the reason."""
-        file = {"inception-weights": "without --extractor inception"}
-        return {} if self.extractor == "inception" else file
+        if self.extractor in ("auto", "inception"):
+            return {}
+        return {"inception-weights": f"with --extractor {self.extractor}"}
 
     def files(self) -> list[Path | str | None]:
         """Return the files to be read."""
         named = [] if self.reference == "digits" else [self.reference]
         return [self.inception_weights, *named]
 
-    def build(self, device: torch.device) -> tuple[Tensor | Moments, AbstractExtractor]:
-        """Return the reference and the extractor. Raise ValueError if one is not available."""
-        reference, extractor = read_reference(self.reference), self._extractor(device)
-        check_count(self.count, reference, extractor)
+    def build(
+        self, model: Teacher | Student, device: torch.device
+    ) -> tuple[Tensor | Moments, AbstractExtractor]:
+        """Return the reference and the extractor for the pictures of a model.
+
+        Raises ValueError if one is not available, or does not fit the pictures.
+        """
+        shape = image_shape(model)
+        if self.reference == "digits" and shape != DIGITS:
+            raise ValueError(
+                f"evaluate: the model's pictures are {list(shape)}, and the reference is digits, "
+                f"{list(DIGITS)}; give real images such as a folder of them, with --reference"
+            )
+        reference, extractor = read_reference(self.reference), self._extractor(shape, device)
+        check_evaluation(shape, self.count, reference, extractor)
         return reference, extractor
 
-    def _extractor(self, device: torch.device) -> AbstractExtractor:
-        if self.extractor == "inception":
-            if self.inception_weights is None:
-                raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
-            return Inception(self.inception_weights, device=device)
-        return Digits() if self.extractor == "digits" else Pixels()
+    def _extractor(self, shape: tuple[int, ...], device: torch.device) -> AbstractExtractor:
+        name = self.extractor
+        if name == "inception" and self.inception_weights is None:
+            raise ValueError("evaluate: extractor inception needs --inception-weights FILE")
+        found: AbstractExtractor = Pixels()
+        if self.inception_weights is not None and name in ("auto", "inception"):
+            found = Inception(self.inception_weights, device=device)
+        elif name == "digits" or (name == "auto" and self.reference == "digits"):
+            found = Digits()
+        elif name == "auto" and max(shape[:2]) > SIDE:
+            found = AveragedPixels()
+        if name == "auto":
+            log.info("evaluate: features are %s; --extractor takes others", found.name)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +133,7 @@ class Evaluate(Verb):
         device = self.machine.use()
         model = loaded(self.model, device, self.code, self.nfe)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
-        reference, extractor = self.judge.build(device)
+        reference, extractor = self.judge.build(model, device)
         options = {
             "n": self.judge.count,
             "seed": self.seed,
@@ -125,6 +158,7 @@ class Evaluate(Verb):
     ) -> None:
         result = evaluate(model, reference, extractor, **options)
         if is_first():
+            log.info("evaluate: %s, %s features", way(result), extractor.name)
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
             if self.out is not None:
                 write_json(self._target(), result, force=self.force)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,45 +21,52 @@ from ds.evaluation.metrics import (
     SPLITS,
     frechet_distance,
     frechet_distance_from_moments,
-    inception_score,
     kernel_distance,
     precision_recall,
-    r2,
 )
 from ds.evaluation.references import Moments, check_images
+from ds.evaluation.statistics import PAIRWISE, Statistics
 from ds.models import pretrained
 from ds.models.execution import Execution
 from ds.models.images import Rounding
-from ds.models.model import Model
+from ds.models.model import Model, dtype_of
 from ds.models.sampler import Sampler
+from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs
 from ds.system import targets
 from ds.system.ambient import without_ambient
-from ds.system.config import Between, Count, Seed, require
+from ds.system.config import Between, Count, Seed, require, to_json
 from ds.system.cost import check_memory
-from ds.system.distributed import broadcast, gather, is_first, share
+from ds.system.distributed import broadcast, gather, is_first, share, world_size
+from ds.system.machine import device_name
 from ds.system.staging import write_json
 
 log = logging.getLogger("ds")
+MOST = 10_000_000  # images: more of them move no figure
 SECONDS = "seconds_per_1000_images"
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How figures were obtained. The last fields are for images that a model has drawn."""
+    """How figures were obtained. The fields after `pairwise` are for images that a model draws."""
 
     version: str
-    n: int
+    n: int  # images
     quantizer: Rounding
     extractor: dict[str, Any]
     reference: dict[str, Any]
+    pairwise: dict[str, int] | None = None  # images whose distances to each other were taken
     nfe: int | None = None
+    solver: Any = None
+    grid: list[float] | None = None
+    method: Any = None
     seed: int | None = None
     batch_size: int | None = None
+    dtype: str | None = None  # of the network's weights
     execution: dict[str, Any] | None = None
-    device: str | None = None
-    held_out: str | None = None
+    device: dict[str, str] | None = None
+    held_out: dict[str, Any] | None = None
 
     @property
     def json(self) -> dict[str, Any]:
@@ -86,44 +94,73 @@ def evaluate(
     `images_or_model` is a model to draw n images from, with the noise of (seed, 0 .. n - 1), or
     uint8 images [N, H, W, C]. `reference` is uint8 images, or the moments of their features, which
     allow only a Frechet distance. `execution` says how the model is run, by default as a Sampler
-    does; the protocol records it. With `held_out` pairs, the model's images for their noise are
+    does; the protocol records it. With `held_out` pairs, the model's samples for their noise are
     compared with the stored ones: "pair_rms" in units of [-1, 1], and "pair_r2". With `out`, the
     result is also written there as JSON. Processes that torchrun started share the work and return
     the same figures.
 
-    The Frechet distance is called "fid" only on Inception features of 50,000 images or more, and
-    "frechet_distance" otherwise. Raises ValueError for images that are not uint8 or have another
-    size, for an n that is too small for a figure or too large for the memory, for held-out pairs
-    without a model, and for an `out` that cannot be written to or, without `force`, exists.
+    Images that are drawn are not kept, so memory does not grow with n. Kernel distance, precision
+    and recall compare the first 16,384 of each side. The Frechet distance is called "fid" only on
+    Inception features of 50,000 images or more, and "frechet_distance" otherwise.
+
+    Raises ValueError before anything is drawn: for images that are not uint8 or have another size
+    than the reference, an extractor that does not take them, moments of another width, an n that is
+    too small for a figure, features too wide for the memory, held-out pairs without a model, and an
+    `out` that cannot be written to or, without `force`, exists. Raises RuntimeError where the
+    network's numbers are not finite.
     """
-    n = len(images_or_model) if isinstance(images_or_model, Tensor) else n
-    check_count(n, reference, extractor)
-    require("evaluate", Count, batch_size=batch_size)
-    require("evaluate", Seed, seed=seed)
-    if out is not None and is_first():  # before the work, not after it
-        out = targets.file(out, force=force, apart=[held_out.store.path if held_out else None])
     if isinstance(images_or_model, Tensor):
+        check_images(images_or_model, reference)
+        n, shape = len(images_or_model), images_or_model.shape[1:]
         if held_out is not None:
             raise ValueError("evaluate: held_out pairs need a model, not images it has drawn")
-        images, found, drawn = _mine(images_or_model), {}, {}
+    else:
+        shape = image_shape(images_or_model)
+    width = check_evaluation(shape, n, reference, extractor)
+    require("evaluate", Count, batch_size=batch_size)
+    require("evaluate", Seed, seed=seed)
+    if held_out is not None and len(held_out) < 2:
+        raise ValueError(f"evaluate: held_out needs 2 pairs or more, not {len(held_out)}")
+    if out is not None and is_first():  # before the work, not after it
+        out = targets.file(out, force=force, apart=[held_out.store.path if held_out else None])
+
+    def statistics(rows_of: Callable[[range], Tensor], count: int) -> Statistics:
+        keep = PAIRWISE if isinstance(reference, Tensor) else 0
+        found = Statistics(count, width, extractor.logits, keep)
+        for rows in _rounds(count, batch_size):
+            features = torch.empty(0, width, dtype=torch.float64, device="cpu")
+            if rows:
+                features = extractor(rows_of(rows), batch_size=batch_size)
+            features = gather(features)
+            if is_first():  # which computes the figures
+                found.add(features)
+        found.finish()
+        return found
+
+    found: Figures = {}
+    drawn: dict[str, Any] = {}
+    if isinstance(images_or_model, Tensor):
+        made = statistics(_slices(images_or_model), n)
     else:
         sampler = Sampler(images_or_model, batch_size=batch_size, execution=execution)
-        images, found, drawn = _draw(sampler, reference, seed, n, rounding)
+        drawing = _Drawing(sampler, seed, n, rounding)
+        made = statistics(drawing, n)
+        found[SECONDS] = drawing.seconds / n * 1000
+        drawn = _about_drawing(sampler, images_or_model, seed)
         if held_out is not None:
             found |= _pair_error(sampler, held_out)
-            drawn["held_out"] = held_out.fingerprint()
-    check_images(images, reference)
-    made = gather(extractor(images, batch_size=batch_size))
+            drawn["held_out"] = {"n": len(held_out), "fingerprint": held_out.fingerprint()}
     real = reference
     if isinstance(reference, Tensor):
-        real = gather(extractor(_mine(reference), batch_size=batch_size))
-    found |= broadcast(lambda: _distances(made, real, extractor))
+        real = statistics(_slices(reference), len(reference))
+        drawn["pairwise"] = {"n": min(n, PAIRWISE), "reference": min(len(reference), PAIRWISE)}
+    found |= broadcast(lambda: _distances(made, real, n, extractor))
     protocol = Protocol(
         version=ds.__version__,
         n=n,
         quantizer=rounding,
-        extractor={"name": extractor.name, "sha256": extractor.sha256, "dim": made.shape[1]},
-        reference=_about(reference),
+        extractor={"name": extractor.name, "sha256": extractor.sha256, "dim": width},
+        reference=_about_reference(reference),
         **drawn,
     )
     result = {**found, "protocol": protocol.json}
@@ -132,19 +169,57 @@ def evaluate(
     return result
 
 
-def check_count(n: int, reference: Tensor | Moments, extractor: AbstractExtractor) -> None:
-    """Raise ValueError for fewer images than every figure needs, or more than the memory holds."""
+def image_shape(model: Model) -> tuple[int, int, int]:
+    """Return the shape (H, W, C) of a model's pictures; ValueError if it makes none."""
+    c, h, w = model.require_images("evaluate")
+    return h, w, c
+
+
+def check_evaluation(
+    shape: Sequence[int], n: int, reference: Tensor | Moments, extractor: AbstractExtractor
+) -> int:
+    """Check that n images of a shape (H, W, C) can be evaluated; return the width of the features.
+
+    Raises ValueError for another size than the reference's, an extractor that does not take the
+    images, moments of another width, fewer images than every figure needs, and features that do not
+    fit the memory.
+    """
+    probe = torch.zeros(2, *shape, dtype=torch.uint8, device="cpu")
+    check_images(probe, reference)
     scored = type(extractor).logits is not AbstractExtractor.logits
     least = SPLITS if scored else NEAREST + 1 if isinstance(reference, Tensor) else 2
-    require("evaluate", Annotated[int, Between(least, 2**63 - 1)], n=n)
+    require("evaluate", Annotated[int, Between(least, MOST)], n=n)
     if isinstance(reference, Tensor):
-        check_images(reference, reference)
         require("evaluate", Annotated[int, Between(least, 2**63 - 1)], reference=len(reference))
-        width, image = extractor(reference[:2]).shape[1], reference[0].numel()
-    else:
-        width, image = len(reference.mean), 1
-    # Images, once more while they are put together, and their features in float64.
-    check_memory(f"evaluate: {n} images", n * (2 * image + 8 * width))
+    width = _width(extractor, probe)
+    kept = 0
+    if isinstance(reference, Tensor):
+        kept = min(n, PAIRWISE) + min(len(reference), PAIRWISE)
+    elif width != len(reference.mean):
+        raise ValueError(
+            f"evaluate: the reference holds moments of {len(reference.mean):,} features, the "
+            f"extractor {extractor.name} makes {width:,}; give the extractor that made them "
+            f"(2,048 are Inception's: --inception-weights FILE)"
+        )
+    # Moments and their product and eigenvectors; features kept, centred, and put together.
+    needed = 8 * width * (10 * width + 3 * kept)
+    check_memory(f"evaluate: {width:,} features an image, of {extractor.name},", needed)
+    return width
+
+
+def _width(extractor: AbstractExtractor, images: Tensor) -> int:
+    """Return how many features an extractor makes of an image; ValueError if it takes no such."""
+    shape = list(images.shape[1:])
+    refusal = ValueError(
+        f"evaluate: the extractor {extractor.name} takes {extractor.takes}, and these are {shape}; "
+        f"give another one (--extractor auto chooses by the images)"
+    )
+    if not extractor.fits(shape):
+        raise refusal
+    try:
+        return extractor(images).shape[1]
+    except RuntimeError:  # a layer of an extractor of the caller's does not take them
+        raise refusal from None
 
 
 def figures(result: dict[str, Any]) -> Figures:
@@ -152,11 +227,21 @@ def figures(result: dict[str, Any]) -> Figures:
     return {k: v for k, v in result.items() if k not in ("protocol", SECONDS)}
 
 
+def way(result: dict[str, Any]) -> str:
+    """Return how an evaluated model was run, in words: precision, mode and device."""
+    about = result["protocol"]
+    execution, device = about["execution"], about["device"]
+    return (
+        f"{execution['precision']}, mode {execution['mode']}, on {device['type']} "
+        f"({device['name']})"
+    )
+
+
 def record(path: str | Path, model: Model, result: dict[str, Any]) -> None:
     """Put the figures of an evaluation into a model directory: metrics.json and its card."""
     about = result["protocol"]
     known = {k: f"{v:.4g}" for k, v in figures(result).items()}
-    known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}"
+    known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}; {way(result)}"
     pretrained.annotate(path, model.provenance | known, model.card, result)
 
 
@@ -175,68 +260,97 @@ def split_floor(
     return total / splits
 
 
-def _draw(
-    sampler: Sampler, reference: Tensor | Moments, seed: int, n: int, rounding: Rounding
-) -> tuple[Tensor, Figures, dict[str, Any]]:
-    """Draw this process's share of n images; return them, the speed, and facts for the protocol."""
-    # The first batch warms up, so that the speed is that of the others; it also checks the sizes.
-    check_images(sampler(seed, range(min(n, sampler.batch_size))), reference)
-    start = time.perf_counter()
-    images = sampler(seed, share(n), rounding=rounding)
-    speed = {SECONDS: (time.perf_counter() - start) / n * 1000}
-    return (
-        images,
-        speed,
-        {
-            "nfe": sampler.model.nfe,
-            "seed": seed,
-            "batch_size": sampler.batch_size,
-            "execution": dict(vars(sampler.execution)),
-            "device": sampler.device.type,
-        },
-    )
+class _Drawing:
+    """Draw images of a seed: drawing(rows) -> uint8; `seconds` is how long that has taken."""
+
+    def __init__(self, sampler: Sampler, seed: int, n: int, rounding: Rounding):
+        self._sampler, self._seed, self._rounding = sampler, seed, rounding
+        self.seconds = 0.0
+        sampler(seed, range(min(n, sampler.batch_size)))  # warms up
+
+    def __call__(self, rows: range) -> Tensor:
+        start = time.perf_counter()
+        images = self._sampler(self._seed, rows, rounding=self._rounding)
+        self.seconds += time.perf_counter() - start
+        return images
 
 
-def _mine(images: Tensor) -> Tensor:
-    """Return this process's share of images."""
-    mine = share(len(images))
-    return images[mine.start : mine.stop]
+def _slices(images: Tensor) -> Callable[[range], Tensor]:
+    return lambda rows: images[rows.start : rows.stop]
 
 
-def _distances(made: Tensor, real: Tensor | Moments, extractor: AbstractExtractor) -> Figures:
+def _rounds(n: int, batch_size: int) -> Iterator[range]:
+    """Yield this process's part of every batch_size rows for each process."""
+    for start in range(0, n, size := batch_size * world_size()):
+        part = share(min(size, n - start))
+        yield range(start + part.start, start + part.stop)
+
+
+def _distances(
+    made: Statistics, real: Statistics | Moments, n: int, extractor: AbstractExtractor
+) -> Figures:
     """Return the figures that compare two sets of features."""
-    fid = extractor.name == Inception.name and len(made) >= 50_000
-    name = "fid" if fid else "frechet_distance"
-    if isinstance(real, Moments):
-        moments = (made.mean(0), made.T.cov(), real.mean, real.covariance)
-        found = {name: frechet_distance_from_moments(*moments)}
-    else:
-        found = {name: frechet_distance(made, real)}
-        found["kernel_distance"] = kernel_distance(made, real)
-        found |= precision_recall(real, made)._asdict()
-    logits = extractor.logits(made)
-    if logits is not None:
-        found["inception_score"], found["inception_score_std"] = inception_score(logits)
+    name = "fid" if extractor.name == Inception.name and n >= 50_000 else "frechet_distance"
+    moments = (real.mean, real.covariance) if isinstance(real, Moments) else real.moments
+    found = {name: frechet_distance_from_moments(*made.moments, *moments)}
+    if isinstance(real, Statistics):
+        found["kernel_distance"] = kernel_distance(made.first, real.first)
+        found |= precision_recall(real.first, made.first)._asdict()
+    if (score := made.score) is not None:
+        found["inception_score"], found["inception_score_std"] = score
     return found
 
 
 def _pair_error(sampler: Sampler, pairs: Pairs) -> Figures:
-    made, stored = [], []
+    """Return the error on pairs, and the share of their variance that the model explains."""
+    errors, spreads, offsets = [], [], []
+    origin = pairs.batch([0], [0]).x0  # near the mean, so that sums lose no digits
     for start in range(0, len(pairs), sampler.batch_size):
         rows = range(start, min(start + sampler.batch_size, len(pairs)))
         batch = pairs.batch(rows, rows)
-        made.append(sampler.sample(batch.noise.to(sampler.device)).float().cpu())
-        stored.append(batch.x0)
-    output, target = torch.cat(made), torch.cat(stored)
-    rms = math.sqrt((output - target).double().square().mean())
-    return {"pair_rms": rms, "pair_r2": r2(output, target)}
+        output = sampler.sample(batch.noise.to(sampler.device)).float().cpu()
+        offset = (batch.x0 - origin).double()
+        errors.append((output - batch.x0).double().square().flatten(1).sum(1))
+        spreads.append(offset.square().flatten(1).sum(1))
+        offsets.append(offset.sum(0))
+    error, mean = torch.cat(errors).sum(), torch.stack(offsets).sum(0) / len(pairs)
+    spread = torch.cat(spreads).sum() - len(pairs) * mean.square().sum()
+    rms = math.sqrt(error / (len(pairs) * origin.numel()))
+    return {"pair_rms": rms, "pair_r2": float(1 - error / spread)}
 
 
-def _about(reference: Tensor | Moments) -> dict[str, Any]:
+def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:
+    """Return what the protocol says of a model and of how it is run."""
+    if isinstance(model, Teacher):
+        way = {"solver": _described(model.solver), "grid": [*map(float, model.grid)]}
+    else:
+        way = {"method": _described(getattr(model, "method", model))}
+    execution = {**vars(sampler.execution), "precision": sampler.precision}
+    name = device_name(sampler.device)
+    return {
+        **way,
+        "nfe": model.nfe,
+        "seed": seed,
+        "batch_size": sampler.batch_size,
+        "dtype": str(dtype_of(model.net)).removeprefix("torch."),
+        "execution": execution,
+        "device": {"type": sampler.device.type, "name": name},
+    }
+
+
+def _described(value: Any) -> Any:
+    """Return a solver or a method as JSON; of one that is no configuration, its name."""
+    try:
+        return to_json(value)
+    except TypeError:
+        return type(value).__qualname__
+
+
+def _about_reference(reference: Tensor | Moments) -> dict[str, Any]:
     """Return what the protocol says of a reference."""
     if isinstance(reference, Moments):
         return {"moments": True, "sha256": reference.sha256}
-    digest = hashlib.sha256(reference.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(reference.contiguous().numpy().data).hexdigest()
     return {"n": len(reference), "sha256": digest}
 
 

@@ -6,6 +6,7 @@ report.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.models.images import to_float
+from ds.models.images import GREY_OR_RGB, to_float
 from ds.pairs.sources import digits
 from ds.system.ambient import without_ambient
 from ds.system.files import sha256
+
+SIDE = 16  # pixels that averaged images have at most
+DIGITS = (8, 8, 1)  # the shape of a scanned digit
 
 
 class AbstractExtractor(ABC):
@@ -24,6 +28,11 @@ class AbstractExtractor(ABC):
 
     name: str
     sha256: str
+    takes: str = "images of any size"  # for people
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Return whether images of this shape (H, W, C) are what it takes."""
+        return True
 
     @abstractmethod
     def batch(self, images: Tensor) -> Tensor:
@@ -49,6 +58,20 @@ class Pixels(AbstractExtractor):
         return to_float(images).flatten(1)
 
 
+class AveragedPixels(AbstractExtractor):
+    """The pixels of images made small, no side longer than SIDE, by averaging: cruder still.
+
+    Their covariance fits the memory, whatever the size of the images.
+    """
+
+    name = f"pixels-averaged-to-{SIDE}"
+    sha256 = ""
+
+    def batch(self, images: Tensor) -> Tensor:
+        sides = [min(side, SIDE) for side in images.shape[1:3]]
+        return F.adaptive_avg_pool2d(to_float(images), sides).flatten(1)
+
+
 class Inception(AbstractExtractor):
     """The pool3 features of the FID standard, from a file of its weights.
 
@@ -56,6 +79,7 @@ class Inception(AbstractExtractor):
     """
 
     name = "inception-2015-12-05"
+    takes = "grey and RGB images"
 
     def __init__(self, path: str | Path, *, device: torch.device | str = "cpu"):
         from ds.nets.inception import Inception as Network
@@ -63,6 +87,9 @@ class Inception(AbstractExtractor):
         self.net = Network.load(path).to(device)
         self.device = device
         self.sha256 = sha256(Path(path))
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return shape[-1] in GREY_OR_RGB
 
     def batch(self, images: Tensor) -> Tensor:
         if images.shape[-1] == 1:  # grey
@@ -81,6 +108,7 @@ class Digits(AbstractExtractor):
     """
 
     name = "digits-classifier"
+    takes = "grey images of 8 x 8"
 
     def __init__(self):
         self.net = _train_classifier()
@@ -88,6 +116,9 @@ class Digits(AbstractExtractor):
         for w in self.net.state_dict().values():
             digest.update(w.numpy().tobytes())
         self.sha256 = digest.hexdigest()
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return tuple(shape) == DIGITS
 
     def batch(self, images: Tensor) -> Tensor:
         return self.net.features(to_float(images))

@@ -6,8 +6,8 @@ blocks of a fixed size, so the same two sets always give the same figure. A dist
 independent sample of the same distribution is not zero: print that floor next to the score.
 """
 
-import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 SPLITS = 10  # of an Inception Score
 NEAREST = 3  # neighbours that a ball of precision and recall reaches to
 _BLOCK = 2048  # rows; one block of pairs in float64 is 32 MiB
+_CHUNK = 256  # MiB of distances that precision and recall hold at a time
 
 
 class PrecisionRecall(NamedTuple):
@@ -89,13 +90,43 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]
     logits is [N, K]; each split is a run of consecutive rows with its own marginal p(y).
     Salimans et al. 2016, arXiv:1606.03498, section 4. Raises ValueError for fewer rows than splits.
     """
-    if len(logits) < splits:
-        raise ValueError(f"inception_score: {len(logits)} rows cannot make {splits} splits")
-    scores = []
-    for part in logits.double().log_softmax(1).tensor_split(splits):
-        marginal = part.logsumexp(0) - math.log(len(part))
-        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
-    return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))
+    score = InceptionScore(len(logits), splits)
+    score.add(logits)
+    return score.result()
+
+
+class InceptionScore:
+    """The inception_score of n rows of logits that come in parts."""
+
+    def __init__(self, n: int, splits: int = SPLITS):
+        self._n = n
+        self._ends = [n // splits * i + min(i, n % splits) for i in range(1, splits + 1)]
+        self._marginals: list[Tensor | float] = [0.0] * splits
+        self._entropies: list[Tensor | float] = [0.0] * splits
+        self.count = 0  # of rows so far
+
+    def add(self, logits: Tensor) -> None:
+        """Add rows of logits [N, K]."""
+        begin = self.count
+        for i, (start, end) in enumerate(pairwise([0, *self._ends])):
+            part = logits[max(start - begin, 0) : max(end - begin, 0)].double().softmax(1)
+            self._marginals[i] = self._marginals[i] + part.sum(0)
+            self._entropies[i] = self._entropies[i] + torch.special.entr(part).sum()
+        self.count += len(logits)
+
+    def result(self) -> tuple[float, float]:
+        """Return the mean and the standard deviation; ValueError for fewer rows than splits."""
+        if self._n < len(self._ends):
+            raise ValueError(
+                f"inception_score: {self._n} rows cannot make {len(self._ends)} splits"
+            )
+        scores = []
+        for i, (start, end) in enumerate(pairwise([0, *self._ends])):
+            # The mean of KL(p | q), with q the mean of p, is the entropy of q less that of p.
+            marginal = torch.as_tensor(self._marginals[i]) / (end - start)
+            own = torch.as_tensor(self._entropies[i]) / (end - start)
+            scores.append((torch.special.entr(marginal).sum() - own).exp())
+        return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -245,6 +276,9 @@ def _covered(samples: Tensor, members: Tensor, k: int) -> float:
     eps = torch.finfo(torch.float64).eps
     radii += (eps * own.shape[1]) ** 0.5 * (own**2).sum(1).max() ** 0.5
     chunks = pairwise_distances_chunked(
-        others, own, reduce_func=lambda distances, _: (distances <= radii).any(1)
+        others,
+        own,
+        reduce_func=lambda distances, _: (distances <= radii).any(1),
+        working_memory=_CHUNK,
     )
     return sum(int(inside.sum()) for inside in chunks) / len(samples)

@@ -91,8 +91,8 @@ class Execution:
             ways.append(cls(precision, "eager"))
         return min(ways, key=lambda way: way.prepare(model, 1).seconds_each())
 
-    def dtype(self, model: Model) -> str:
-        """Return the name of the dtype that the network's convolutions and products are in."""
+    def precision_of(self, model: Model) -> str:
+        """Return what the products of a model are computed in: for "float32", its own dtype."""
         own = str(dtype_of(model.net)).removeprefix("torch.")
         return own if self.precision == "float32" else self.precision
 
@@ -135,7 +135,7 @@ class Runner:
     def __init__(self, model: Model, execution: Execution, batch_size: int):
         self.execution, self.batch_size = execution, batch_size
         self.cold_start = {"plan": 0.0, "compile": 0.0, "capture": 0.0}
-        self.device, self.dtype = device_of(model.net), execution.dtype(model)
+        self.device, self.precision = device_of(model.net), execution.precision_of(model)
         self._loop: Loop | None = None
         with self._timed("plan"):
             self.model = _planned(model, execution, batch_size)

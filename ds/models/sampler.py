@@ -20,7 +20,7 @@ from ds.system.ambient import without_ambient
 from ds.system.config import Count, Seed, require
 from ds.system.cost import check_memory
 
-NARROW = ("float16", "fp8")  # dtypes whose largest number is small
+NARROW = ("float16", "fp8")  # precisions whose largest number is small
 _PLAINER = {"cuda_graph": "engine", "engine": "eager"}
 log = logging.getLogger("ds")
 _Work = tuple[Tensor, Draws | None, Sequence[int]]  # noise, randomness of the way, indices
@@ -30,7 +30,8 @@ class Sampler:
     """Draw from a teacher or a student in batches: sampler(seed, indices) -> uint8 images.
 
     `device` and `dtype` move the model's network in place. `execution` says how it is run, by
-    default as `Execution.default` chooses; the attribute of that name says what is used. If the
+    default as `Execution.default` chooses; the attribute of that name says what is used, and
+    `precision` what products are really computed in, a float16 network's in float16. If the
     default fails, a warning says why and a plainer mode is used; an execution that was asked for
     raises. `batch_size` is by default that of `default_batch_size`. `latency` is for one image at
     a time: the batch size is 1, and the default execution is the fastest for it.
@@ -89,7 +90,7 @@ class Sampler:
             execution.check(model, self.device)
             self._runner = _asked(model, execution, self.batch_size)
         self.model, self.execution = self._runner.model, self._runner.execution
-        self.cold_start = self._runner.cold_start
+        self.cold_start, self.precision = self._runner.cold_start, self._runner.precision
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the model and the options; plans, engines and graphs are made anew from them."""
@@ -175,13 +176,13 @@ class Sampler:
         finite = torch.stack([flag for flag, _ in flags]).tolist() if flags else []
         if all(finite):
             return
-        part, dtype = flags[finite.index(False)][1], self._runner.dtype
+        part = flags[finite.index(False)][1]
         advice = "look at its weights and its noise"
-        if dtype in NARROW:
-            advice = f"{dtype} is too narrow for it, use float32 or bfloat16"
+        if self.precision in NARROW:
+            advice = f"{self.precision} is too narrow for it, use float32 or bfloat16"
         raise RuntimeError(
             f"Sampler: the network's numbers for samples {part[0]} to {part[-1]} of {source} are "
-            f"not finite (dtype {dtype}, mode {self.execution.mode}); {advice}"
+            f"not finite ({self.precision}, mode {self.execution.mode}); {advice}"
         )
 
     def seconds_each(self) -> float:

@@ -13,6 +13,7 @@ import ds
 from ds.cli.__main__ import main
 from ds.evaluation.features import Pixels
 from ds.pairs.sources import digits
+from ds.system.machine import device_name
 from ds.training.trainer import Trainer
 from tests.cli.chain import (
     distill_of,
@@ -71,16 +72,18 @@ def test_evaluate_writes_the_figures_with_their_protocol(chain):
     assert p["reference"]["n"] == 1797
     real = digits()[0].numpy().tobytes()
     assert p["reference"]["sha256"] == hashlib.sha256(real).hexdigest()
-    assert "0, 32" in p["held_out"]
+    assert p["held_out"]["n"] == 32 and "0, 32" in p["held_out"]["fingerprint"]
 
 
-def test_evaluate_runs_a_model_as_it_is_told(chain, tmp_path):
+def test_evaluate_runs_a_model_as_it_is_told_and_says_how(chain, tmp_path, caplog):
     out = tmp_path / "figures.json"
     options = ("--precision", "bfloat16", "--mode", "eager", "--out", str(out))
     few = ("--extractor", "pixels", "--count", "8")
     assert main(["evaluate", str(chain / "student"), *few, *options]) == 0
     execution = json.loads(out.read_text())["protocol"]["execution"]
     assert (execution["precision"], execution["mode"]) == ("bfloat16", "eager")
+    name = device_name("cpu")
+    assert f"evaluate: bfloat16, mode eager, on cpu ({name}), pixels features" in caplog.messages
 
 
 def test_distill_compares_images_of_the_average_with_real_ones_on_its_way(chain):

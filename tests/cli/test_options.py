@@ -101,7 +101,11 @@ IDLE = [  # a verb, what is set beside the option, the option and a value
     ("distill", "", "--reuse 2"),
     ("distill", "", "--pool 2"),
     ("distill", "", "--judge.count 9"),
-    ("distill", "--runtime.evaluate-every 2", "--judge.inception-weights x"),
+    (
+        "distill",
+        "--runtime.evaluate-every 2 --judge.extractor pixels",
+        "--judge.inception-weights x",
+    ),
     ("distill", "--runtime.loader resident", "--runtime.prefetch 3"),
     ("distill", "--runtime.compile no", "--runtime.compile_cache x"),
     ("distill", "", "--pairs.count 12288"),  # the preset's own

@@ -88,7 +88,7 @@ def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
     on_cpu = evaluate(model, real, Pixels(), n=4)
     model.net.cuda()
     on_gpu = evaluate(model, real, Pixels(), n=4, batch_size=2)
-    assert on_gpu["protocol"]["device"] == "cuda"
+    assert on_gpu["protocol"]["device"]["type"] == "cuda"
     assert on_gpu["protocol"]["execution"]["precision"] == "bfloat16"
     assert on_gpu["frechet_distance"] == pytest.approx(on_cpu["frechet_distance"], rel=0.02)
 
