@@ -73,6 +73,7 @@ class Convert(Verb):
             denoiser.prediction,
             solver=model.solver,
             grid=model.grid,
+            decoder=model.decoder and model.decoder.files(),
             force=self.force,
         )
 

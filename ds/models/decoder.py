@@ -58,16 +58,20 @@ class Decoder:
         if not present(file):
             raise ValueError(f"{folder}: the decoder's {CONFIG} is missing")
         fields = by_name(read_json(file), file)
-        if "scaling_factor" not in fields:
-            log.warning("%s: gives no scaling_factor, so that of diffusers is taken", file)
         net, (where, said) = _built(fields, file), files.find(folder)
         for sentence in said:
             log.info("%s", sentence)
         weights = {_current(name): w for name, w in named(files.read(where), where).items()}
         pretrained.check_weights(net, weights, str(where))
         net.load_state_dict(weights, assign=True)
-        with pretrained.naming(file):
-            return cls(net)
+        with pretrained.naming(folder):
+            decoder = cls(net)
+        if "scaling_factor" not in fields:
+            factor = decoder._config["scaling_factor"]
+            log.warning(
+                "%s: gives no scaling_factor, so %g is taken, as in diffusers", file, factor
+            )
+        return decoder
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the files that `read` needs, by name."""

@@ -143,6 +143,9 @@ def _adopt(found: Imported, path: Path, grid: Grid | None) -> Teacher | Student:
     for sentence in found.assumed:
         log.warning("%s: %s", path, sentence)
     net, decoder = _built(found), found.decoder and Decoder.read(found.decoder)
+    if found.decoder and decoder:
+        with pretrained.naming(found.decoder):
+            decoder.image_shape(tuple(net.shape))  # pyright: ignore[reportArgumentType]
     if found.kind == Student.kind:
         method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
         return Student(net, method, provenance=found.facts)

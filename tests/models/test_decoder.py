@@ -3,14 +3,19 @@
 import copy
 import json
 import pickle
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+from safetensors.torch import load_file, save_file
 
 import ds
+from ds.cli.__main__ import main
 from ds.methods import DenoisingStudent
+from ds.models import pretrained
 from ds.models.execution import Execution
 from ds.models.images import to_uint8
 from ds.models.load import load
@@ -167,3 +172,129 @@ def test_decoding_fits_the_memory_or_is_refused(teacher, monkeypatch):
     sampler = ds.Sampler(teacher, batch_size=2, execution=Execution())
     with pytest.raises(ValueError, match=r"decoding 2 at a time needs .* of memory"):
         sampler(indices=range(2))
+
+
+@pytest.mark.parametrize("lost", [["model_index.json"], ["model_index.json", "scheduler"]])
+@pytest.mark.parametrize("name", ["vqvae", "vae"])
+def test_a_decoder_is_found_where_only_some_folders_were_copied(pipelines, name, lost, tmp_path):
+    shutil.copytree(pipelines[name][1], tmp_path / "p", ignore=lambda *_: lost)
+    for path in (tmp_path / "p", tmp_path / "p" / "unet"):
+        assert ds.load_teacher(path).image_shape == (3, 16, 16)
+
+
+CONFIGS = {
+    "of another kind": ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+    "of other latents": ({"latent_channels": 5}, r"has the shape|reads latents \[5, H, W\]"),
+    "that draws RGBA": ({"out_channels": 4}, "has the shape"),
+    "that cannot be": ({"block_out_channels": "wide"}, "diffusers builds no VQModel from it"),
+    "far too large": ({"block_out_channels": [10**6, 10**6]}, "has the shape"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_decoder_that_does_not_fit_is_named_in_one_line(folder, case, tmp_path):
+    change, message = CONFIGS[case]
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p" / "vqvae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message) as found:
+        ds.load_teacher(tmp_path / "p")
+    assert "vqvae" in str(found.value) and "\n" not in str(found.value)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "weights with a flipped bit": (flip, "diffusion_pytorch_model.safetensors"),
+    "weights that are gone": (lambda f: f.unlink(), "diffusion_pytorch_model.safetensors"),
+    "a configuration changed": (lambda f: f.write_text("{}"), "config.json"),
+    "a configuration that is gone": (lambda f: f.unlink(), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_decoder_of_ours_is_named_in_one_line(teacher, case, tmp_path):
+    damage, name = DAMAGE[case]
+    teacher.save_pretrained(tmp_path / "m")
+    damage(tmp_path / "m" / "decoder" / name)
+    with pytest.raises(ValueError, match=rf"decoder/{name}: (its SHA-256|is missing)"):
+        load(tmp_path / "m")
+
+
+def test_a_folder_of_somebody_s_called_decoder_is_left_alone(teacher, tmp_path):
+    replace(teacher, decoder=None).save_pretrained(tmp_path / "m", run="a")
+    (tmp_path / "m" / "decoder").mkdir()
+    (tmp_path / "m" / "decoder" / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds decoder/config\.json, which is not ours"):
+        teacher.save_pretrained(tmp_path / "m", force=True)
+    pretrained.annotate(tmp_path / "m", {"run": "a"}, teacher.card, {"protocol": {}})
+    replace(teacher, decoder=None).save_pretrained(tmp_path / "m", run="a")
+    with pytest.raises(ValueError, match=r"config\.json: another process has written it"):
+        teacher.save_pretrained(tmp_path / "m", run="a")
+    assert (tmp_path / "m" / "decoder" / "config.json").read_text() == "mine"
+
+
+def test_figures_of_a_latent_model_leave_its_decoder(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path / "m")
+    pretrained.annotate(tmp_path / "m", {"kid": "3"}, teacher.card, {"protocol": {}})
+    assert load(tmp_path / "m").decoder and load(tmp_path / "m").provenance == {"kid": "3"}
+
+
+def test_decoding_names_the_package_that_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(RuntimeError, match="pip install diffusers"):
+        ds.load_teacher(folder)
+
+
+def test_a_scaling_that_a_file_does_not_give_is_said(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p" / "vqvae" / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["scaling_factor"]
+    file.write_text(json.dumps(fields))
+    ds.load_teacher(tmp_path / "p")
+    assert "gives no scaling_factor, so 0.18215 is taken" in caplog.text
+
+
+def test_old_names_of_attention_are_read(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "p")
+    file = tmp_path / "p" / "vqvae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for old, new in (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    ):
+        weights = {name.replace(f".{new}.", f".{old}."): w for name, w in weights.items()}
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in weights
+    save_file(weights, file)
+    x = torch.ones(1, 3, 8, 8)
+    assert torch.equal(
+        ds.load_teacher(tmp_path / "p").decoded(x), ds.load_teacher(folder).decoded(x)
+    )
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vae"])
+def test_a_latent_teacher_goes_to_diffusers_and_back_whole(pipelines, name, tmp_path):
+    assert main(["convert", str(pipelines[name][1]), str(tmp_path / "d"), "--to", "diffusers"]) == 0
+    pipe = LDMPipeline.from_pretrained(tmp_path / "d")
+    ours = ds.load_teacher(tmp_path / "d", grid=TIMES)
+    x = ds.noise(0, range(2), ours.shape)
+    torch.testing.assert_close(ours.decoded(ours.sample(x)), drawn(pipe, x), rtol=0, atol=1e-4)
+    args = ["convert", str(pipelines[name][1]), str(tmp_path / "d"), "--to", "diffusers", "--force"]
+    assert main(args) == 0
+
+
+def test_a_decoder_of_other_channels_names_its_folder(pipelines, tmp_path):
+    shutil.copytree(pipelines["vqvae"][1], tmp_path / "p")
+    shutil.rmtree(tmp_path / "p" / "vqvae")
+    shutil.copytree(pipelines["vae"][1] / "vae", tmp_path / "p" / "vqvae")
+    index = tmp_path / "p" / "model_index.json"
+    index.write_text(index.read_text().replace("VQModel", "AutoencoderKL"))
+    with pytest.raises(ValueError, match=r"vqvae/config\.json: the decoder reads latents \[4, "):
+        ds.load_teacher(tmp_path / "p")

@@ -1,5 +1,6 @@
 """Directories of diffusers: a UNet2DModel, in a pipeline or alone, and its scheduler."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,11 @@ from ds.system.files import present, sha256
 from ds.system.staging import replacing_directory, write_json
 
 _WEIGHTS = f"unet/{files.STEM}.safetensors"
-_WRITTEN = {INDEX, f"scheduler/{scheduler.FILE}", f"unet/{CONFIG}", _WEIGHTS, targets.MARK}
+_DECODER = "vqvae"  # where an LDMPipeline has it, of whichever kind it is
+_WRITTEN = {
+    INDEX, f"scheduler/{scheduler.FILE}", f"unet/{CONFIG}", _WEIGHTS, targets.MARK,
+    f"{_DECODER}/{CONFIG}", f"{_DECODER}/{files.STEM}.safetensors",
+}  # fmt: skip
 
 
 def read(path: Path, options: Options) -> Imported:
@@ -80,26 +85,27 @@ def write(
     *,
     solver: AbstractSolver | None = None,
     grid: Grid | None = None,
+    decoder: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a pipeline directory that diffusers' DDIMPipeline loads.
+    """Write a pipeline directory that diffusers' DDIMPipeline loads, or its LDMPipeline.
 
-    `weights` have our names and are saved as float32. The scheduler clips as `solver` does, and
-    spaces its times as `grid` if that is a grid of ds.grids.uniform. By default it is DDIM with
-    leading times. Raises ValueError for what diffusers has no words for: a network that is
-    no UNet2DModel, a schedule in continuous time, another prediction. It also does for a place that
-    cannot be written to or is taken; `force` replaces what `write` has made.
+    The latter has a decoder, whose files `decoder` holds by name. `weights` have our names and are
+    saved as float32. The scheduler clips as `solver` does, and spaces its times as `grid` if that
+    is a grid of ds.grids.uniform. By default it is DDIM with leading times. Raises ValueError for
+    what diffusers has no words for: a network that is no UNet2DModel, a schedule in continuous
+    time, another prediction. It also does for a place that cannot be written to or is taken;
+    `force` replaces what `write` has made.
     """
     path = Path(path)
     where, old = target(path, force=force)
     fields = network.fields_of(config, path)
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
-    files = {
-        INDEX: {
-            "_class_name": "DDIMPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        },
+    parts = {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    if decoder:
+        parts[_DECODER] = ["diffusers", json.loads(decoder[CONFIG])["_class_name"]]
+    described = {
+        INDEX: {"_class_name": "LDMPipeline" if decoder else "DDIMPipeline", **parts},
         f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path, solver, grid),
         f"unet/{CONFIG}": fields,
     }
@@ -108,9 +114,12 @@ def write(
         keys, shape = spelling(config, name, w.shape)
         spelled[keys[0]] = w.reshape(shape)
     with replacing_directory(where, old) as folder:
-        for name, content in files.items():
+        for name, fields in described.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            write_json(folder / name, content)
+            write_json(folder / name, fields)
+        for name, content in (decoder or {}).items():
+            (folder / _DECODER).mkdir(exist_ok=True)
+            (folder / _DECODER / name).write_bytes(content)
         content = save(spelled, metadata={"format": "pt"})
         (folder / _WEIGHTS).write_bytes(content)
         targets.mark(folder, "diffusers")

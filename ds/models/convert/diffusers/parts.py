@@ -18,6 +18,7 @@ INDEX = "model_index.json"
 _NETWORKS = ("unet_ema", "unet")  # as training scripts call them; the average first
 _NETWORK = "UNet2DModel"
 _DECODERS = ("AutoencoderKL", "VQModel")
+DECODERS = ("vae", "vqvae")  # the folders in which pipelines keep one
 
 
 class Place(NamedTuple):
@@ -85,12 +86,13 @@ def _network(path: Path) -> tuple[Path, tuple[str, ...]]:
 def _pipeline(network: Path) -> Path | None:
     """Return the folder, one or two levels up, whose parts are a network's; None if there is none.
 
-    It has a model_index.json that names the network, or a scheduler.
+    It has a model_index.json that names the network, or a scheduler, or a decoder.
     """
     for folder in Path(os.path.abspath(network)).parents[:2]:
         if present(folder / INDEX) and network.name in (*_NETWORKS, *_index(folder)):
             return folder
-        if present(folder / "scheduler" / FILE):
+        beside = (f"scheduler/{FILE}", *(f"{name}/{CONFIG}" for name in DECODERS))
+        if any(present(folder / name) for name in beside):
             return folder
     return None
 
@@ -101,7 +103,7 @@ def _check(pipeline: Path, network: str) -> Path | None:
     for name, kind in _index(pipeline).items():
         if name == network:
             continue
-        if name in ("vae", "vqvae") and kind in _DECODERS:
+        if name in DECODERS and kind in _DECODERS:
             decoder = _there(pipeline / name)
         elif not (_schedules(kind) or (name, kind) == ("unet", _NETWORK)):
             raise ValueError(
@@ -113,9 +115,16 @@ def _check(pipeline: Path, network: str) -> Path | None:
 
 
 def _index(pipeline: Path) -> dict[str, str]:
-    """Return the class of each part of a pipeline by name; parts that are null are absent."""
+    """Return the class of each part of a pipeline by name; parts that are null are absent.
+
+    Without a model_index.json, as where only some folders were copied, a decoder is seen by its own
+    configuration.
+    """
     file, found = pipeline / INDEX, {}
-    parts: dict[str, Any] = load(file) if present(file) else {}
+    if not present(file):
+        there = [name for name in DECODERS if present(pipeline / name / CONFIG)]
+        return {name: str(load(pipeline / name / CONFIG).get("_class_name")) for name in there}
+    parts: dict[str, Any] = load(file)
     for name, value in parts.items():
         if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
