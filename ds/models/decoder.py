@@ -45,7 +45,8 @@ class Decoder:
             raise ValueError(f"Decoder: net must be of the kind {' or '.join(KINDS)}, not {kind}")
         if channels not in GREY_OR_RGB:
             raise ValueError(f"Decoder: out_channels must be 1 or 3, not {channels!r}")
-        self.net.to(torch.float32).eval().requires_grad_(False)
+        # nn.Module's own: that of diffusers warns where nothing is lost.
+        nn.Module.to(self.net, torch.float32).eval().requires_grad_(False)
 
     @classmethod
     def read(cls, folder: Path) -> "Decoder":
@@ -109,7 +110,7 @@ class Decoder:
         section D.1: latents are the autoencoder's, shifted and scaled to a standard deviation of 1.
         """
         shape = self.image_shape(tuple(latents.shape[1:]))
-        self.net.to(latents.device)
+        nn.Module.to(self.net, latents.device)
         many = self._many(tuple(latents.shape[1:]))
         with tf32(False):
             parts = [self._decode(self._unscaled(z)) for z in latents.float().split(many)]

@@ -2,14 +2,17 @@
 
 import copy
 import json
+import logging
 import pickle
 import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ds
@@ -298,3 +301,27 @@ def test_a_decoder_of_other_channels_names_its_folder(pipelines, tmp_path):
     index.write_text(index.read_text().replace("VQModel", "AutoencoderKL"))
     with pytest.raises(ValueError, match=r"vqvae/config\.json: the decoder reads latents \[4, "):
         ds.load_teacher(tmp_path / "p")
+
+
+def test_a_latent_pipeline_becomes_a_student_that_draws_pictures(folder, tmp_path, caplog):
+    """From a stranger's pipeline to figures, with nothing said of latents on the way."""
+    t, store, out = str(folder), str(tmp_path / "store"), tmp_path / "student"
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), "u1"))
+    judge = ["--reference", str(tmp_path / "real.npy"), "--extractor", "pixels", "--count", "16"]
+    few = ["--pairs.count", "64", "--held-out", "16", "--solve.steps", "2"]
+    with caplog.at_level(logging.INFO, "ds"):
+        assert main(["pairs", "digits", "--teacher", t, "--out", store, *few]) == 0
+    assert "samples [3, 8, 8] are no pictures, kept as float32" in caplog.text
+    pairs = ds.PairStore(store)
+    assert pairs.manifest.quantizer == "float32" and pairs.targets(range(80)).abs().max() > 1
+    train = ["--train.epochs", "1", "--train.batch-size", "32", "--runtime.evaluate-every", "2"]
+    train += [f"--judge.{word[2:]}" if word.startswith("--") else word for word in judge]
+    args = ["distill", "digits", "--teacher", t, "--store", store, "--out", str(out)]
+    assert main([*args, *few, *train]) == 0
+    with Image.open(next((tmp_path / "student-run" / "samples").iterdir())) as preview:
+        assert preview.mode == "RGB" and preview.size[0] % (8 * 17 + 1) == 0, "decoded"
+    assert main(["sample", str(out), "--indices", "0-4", "--out", str(tmp_path / "a.npy")]) == 0
+    assert np.load(tmp_path / "a.npy").shape == (5, 16, 16, 3)
+    assert main(["evaluate", str(out), *judge, "--store", store, "--held-out", "16"]) == 0
+    assert json.loads((out / "metrics.json").read_text())["pair_rms"] > 0
+    assert ds.load_student(out).decoder
