@@ -65,6 +65,19 @@ def test_a_sampler_replays_a_captured_step(make, precision, caplog):
     assert found.is_cuda and relative_rms(found.cpu(), exact(make(), 1)) < TOLERANCE[precision]
 
 
+@pytest.mark.parametrize(
+    ("precision", "mode"), [("bfloat16", "engine"), ("fp8", "engine"), ("fp8", "cuda_graph")]
+)
+def test_the_engine_is_given_the_student_s_time(precision, mode, monkeypatch):
+    monkeypatch.setenv("DS_EXPERIMENTAL", "fp8")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    model = ds.Student(build(CONFIG).cuda(), ds.methods.DenoisingStudent(t=357))
+    sampler = ds.Sampler(model, batch_size=2, execution=Execution(precision, mode))
+    error = relative_rms(sampler.sample(z().cuda()).cpu(), exact(model))
+    assert error < TOLERANCE.get(precision, 0.1)
+
+
 def test_a_sampler_runs_the_network_itself_if_it_is_told():
     sampler = ds.Sampler(teacher(), batch_size=2, device="cuda", execution=Execution("bfloat16"))
     assert not isinstance(sampler.model.net, Engine)

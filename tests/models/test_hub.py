@@ -20,6 +20,7 @@ from ds.diffusion.schedules import LinearBeta
 from ds.methods import DenoisingStudent
 from ds.models import hub
 from ds.models.convert import to_diffusers
+from ds.models.decoder import Decoder
 from ds.models.hub import located
 from ds.models.load import load
 from ds.nets import UNetConfig
@@ -75,6 +76,15 @@ def test_a_student_comes_back_from_the_hub_as_it_went(service):
     for a, b in zip(again.net.parameters(), student.net.parameters(), strict=True):
         assert torch.equal(a, b)
     assert "| pairs | 12 |" in (service / "somebody/student/README.md").read_text()
+
+
+def test_a_decoder_goes_to_the_hub_and_comes_back(service):
+    diffusers = pytest.importorskip("diffusers")
+    vq = diffusers.VQModel(block_out_channels=(4,), norm_num_groups=2, latent_channels=1)
+    student = ds.Student(CONFIG.build(), DenoisingStudent(), decoder=Decoder(vq))
+    hub.push_to_hub(student, "somebody/latents")
+    x = torch.ones(1, 1, 4, 4)
+    assert torch.equal(hub.from_pretrained("somebody/latents").decoded(x), student.decoded(x))
 
 
 def test_a_directory_is_preferred_to_the_hub(tmp_path):
