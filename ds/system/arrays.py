@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -117,6 +118,9 @@ _BESIDE = [
 ]
 
 
+_LOADING = threading.Lock()  # what is accepted holds for the process
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read tensors in plain containers that torch.save wrote, without running any code.
 
@@ -129,13 +133,13 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
             check_zip(file, path, kind)
         file.seek(0)
         try:
-            with torch.serialization.safe_globals([(Inert, name) for name in _BESIDE]):
+            with _LOADING, torch.serialization.safe_globals([(Inert, n) for n in _BESIDE]):
                 return torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # its type depends on the damage
             if is_of_the_machine(error):
                 raise unjudged(path, error) from None
             needs = re.search(r"GLOBAL ([\w.]+)", str(error))
-            words = f" (it asks for {needs[1]})" if needs else ""
+            words = f" (it asks for {needs[1]}; save a state dict instead)" if needs else ""
             raise ValueError(f"{path}: not a whole {kind}{words}") from None
 
 

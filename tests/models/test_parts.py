@@ -93,6 +93,22 @@ def test_a_pipeline_with_a_part_that_is_not_run_is_refused(pipe, name, given):
     assert name in str(error.value)
 
 
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", ["vae", "vqvae", "text_encoder"])
+def test_parts_count_without_an_index_too(pipe, name, given):
+    (pipe / "model_index.json").unlink()
+    shutil.rmtree(pipe / "scheduler")
+    (pipe / name).mkdir()
+    kind = {"vae": "AutoencoderKL", "vqvae": "VQModel"}.get(name)
+    about = {"_class_name": kind} if kind else {"architectures": ["CLIPTextModel"]}
+    (pipe / name / "config.json").write_text(json.dumps(about))
+    if kind:
+        assert read(pipe / GIVEN[given]).decoder == pipe / name
+    else:
+        with pytest.raises(ValueError, match=r"text_encoder/config.json: the part .*CLIPTextModel"):
+            read(pipe / GIVEN[given])
+
+
 def test_a_part_that_is_null_is_absent(pipe):
     with_part(pipe, "safety_checker", None, None)
     change(pipe / "model_index.json", {"requires_safety_checker": False})
@@ -117,6 +133,13 @@ def test_a_decoder_is_found_however_the_path_is_given_or_is_missed(pipe, part):
         assert read(pipe / given).decoder == pipe / part
     with pytest.raises(ValueError, match=f"{part}: the weights are missing"):
         load(pipe)
+
+
+def test_a_decoder_is_no_teacher(pipe):
+    (pipe / "unet").rename(pipe / "vqvae")
+    change(pipe / "vqvae" / "config.json", {"_class_name": "VQModel"})
+    with pytest.raises(ValueError, match=r"vqvae/config.json: _class_name is 'VQModel'"):
+        read(pipe / "vqvae")
 
 
 def test_a_scheduler_that_a_pipeline_names_and_lacks_is_one_line(pipe):
@@ -154,6 +177,12 @@ def test_a_relative_path_finds_its_scheduler_too(run, monkeypatch, caplog):
     assert read(".").prediction == "v" and read("../unet").prediction == "v"
     monkeypatch.chdir(run / "unet")
     assert read(".").prediction == "v" and "its scheduler" not in said_of(".", caplog)
+
+
+def test_a_link_to_a_checkpoint_finds_its_scheduler_too(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "best").symlink_to(run / "checkpoint-500" / "unet_ema")
+    assert read(tmp_path / "elsewhere" / "best").prediction == "v"
 
 
 def test_which_of_two_networks_is_read_is_said(run, caplog):

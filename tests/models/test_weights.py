@@ -74,6 +74,9 @@ FORMS = {
     "with an average": ({"model": BASE, "ema": EMA, "step": 4}, 1.5),
     "with an average of other words": ({"model": BASE, "model_ema": put("module.", EMA)}, 1.5),
     "an average in an average": ({"net": BASE, "ema": {"decay": 0.999, "shadow": EMA}}, 1.5),
+    "with an average that has no names": (
+        {"model": BASE, "ema": {"decay": 0.99, "shadow_params": [*EMA.values()]}}, 0.5,
+    ),
     "an average beside the model": (
         {**put("online_model."), **put("ema_model.", EMA), "step": torch.tensor([4])}, 1.5,
     ),
@@ -106,6 +109,7 @@ def test_weights_are_found_in_the_forms_in_which_they_lie_about(tmp_path, form):
 SAID = {
     "with an average": "the average is read, ema, and not model",
     "the list of DDIM with NumPy": "the average is read, EMA, and not model",
+    "with an average that has no names": "not read are the tensors of ema.shadow_params",
     "half precision": "its float16 weights are read as float32",
     "bfloat16": "its bfloat16 weights are read as float32",
 }
@@ -155,7 +159,9 @@ REFUSED = {
     "a weight twice": (
         {**BASE, f"_orig_mod.{KEY}": BASE[KEY]}, f"{KEY} twice",
     ),
-    "an average by position": ({"shadow_params": [*BASE.values()]}, "shadow_params"),
+    "an average without names": (
+        {"decay": 0.99, "shadow_params": [*BASE.values()]}, "of shadow_params have no names",
+    ),
     "an array for a weight": ({**BASE, KEY: np.zeros((32, 32))}, f"'{KEY}' of the type Inert"),
     "a weight too many under a prefix": (
         {**put("module."), "module.a.weight": torch.zeros(2)}, r"no weight a.weight \[2\]",

@@ -59,6 +59,8 @@ def read(path: Path, options: Options) -> Imported:
     weights = {name: stored[name].reshape(shape) for name, shape in shapes(config).items()}
     kind = "student" if sum(map(bool, layers.values())) == 1 else "teacher"
     facts = {"format": "denoising-student-2021", "file": path.name, "sha256": sha256(path)}
+    if kind == "student" and options.scheduler:
+        raise ValueError(f"{path}: is a student, which has no scheduler; leave scheduler out")
     if kind == "student":
         return Imported(kind, config, weights, LinearBeta(), None, facts)
     teacher = Imported(kind, config, weights, LinearBeta(), "eps", facts)

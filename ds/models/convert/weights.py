@@ -6,7 +6,8 @@ Lightning, the list of the DDIM code. Wrappers put prefixes before the names: "m
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(vae|vqvae|movq|autoencoder|first_stage_model|cond_stage_model|text_encoder"
     r"|image_encoder|quant_conv|post_quant_conv)\."
 )
-_DEPTH = 8  # of containers in containers
 
 
 class Weights(NamedTuple):
@@ -50,7 +50,7 @@ def choose(saved: Any, where: Path) -> Weights:
     beside it, or if a tensor beside it belongs to no network.
     """
     saved = _by_position(saved, where) if isinstance(saved, list | tuple) else saved
-    groups = [*_groups(saved, where, set())]
+    groups = [*_groups(saved, where)]
     _check_parts(groups, where)
     found = _networks(groups)
     if not found:
@@ -63,7 +63,7 @@ def choose(saved: Any, where: Path) -> Weights:
     own = {k: v for k, v in own.items() if "." in str(k) or not _is_aside(v, betas)}
     which = _words(name if len(found) > 1 else group.at)
     tensors = named(own, where)
-    said = (*_said(name, found, groups, where), *_cast(tensors, where))
+    said = (*_said(name, found, groups, _lists(saved), where), *_cast(tensors, where))
     return Weights(tensors, which, said, betas)
 
 
@@ -81,23 +81,28 @@ def _by_position(saved: list | tuple, where: Path) -> dict[str, Any]:
     return {"model": saved[0], "optimizer": saved[1], "EMA": saved[4]}
 
 
-def _groups(
-    value: Any, where: Path, seen: set[int], at: str = "", depth: int = _DEPTH
-) -> Iterator[_Group]:
-    """Yield every dict that has tensors of its own, with its place; each dict once."""
-    if not isinstance(value, Mapping) or id(value) in seen or not depth:
-        return
-    seen.add(id(value))
-    entries: dict[Any, Any] = {}
-    for key, entry in value.items():
-        name = _WRAPPERS.sub("", key) if isinstance(key, str) else key
-        if name in entries:
-            raise ValueError(f"{where}: holds {at}{name} twice, as {key} and without a wrapper")
-        entries[name] = entry
-    if any(isinstance(entry, Tensor) for entry in entries.values()):
-        yield _Group(at, entries)
-    for key, entry in entries.items():
-        yield from _groups(entry, where, seen, f"{at}{key}.", depth - 1)
+def _dicts(saved: Any) -> Iterator[tuple[str, Mapping]]:
+    """Yield every dict in what a file holds, with its place, once: a dict may hold itself."""
+    seen, left = set(), deque([("", saved)])
+    while left:
+        at, value = left.popleft()
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            yield at, value
+            left.extend((f"{at}{key}.", entry) for key, entry in value.items())
+
+
+def _groups(saved: Any, where: Path) -> Iterator[_Group]:
+    """Yield every dict that has tensors of its own."""
+    for at, value in _dicts(saved):
+        entries: dict[Any, Any] = {}
+        for key, entry in value.items():
+            name = _WRAPPERS.sub("", key) if isinstance(key, str) else key
+            if name in entries:
+                raise ValueError(f"{where}: holds {at}{name} twice, as {key} and without a wrapper")
+            entries[name] = entry
+        if any(isinstance(entry, Tensor) for entry in entries.values()):
+            yield _Group(at, entries)
 
 
 def _check_parts(groups: list[_Group], where: Path) -> None:
@@ -185,15 +190,23 @@ def _check_beside(group: _Group, prefixes: list[str], betas: Tensor | None, wher
         )
 
 
+def _lists(saved: Any) -> Iterator[str]:
+    """Yield the places of lists of tensors: some averages have no names."""
+    for at, value in _dicts(saved):
+        for key, entry in value.items():
+            if isinstance(entry, list | tuple) and any(isinstance(w, Tensor) for w in entry):
+                yield f"{at}{key}."
+
+
 def _said(
-    name: str, found: Mapping[str, Any], groups: list[_Group], where: Path
+    name: str, found: Mapping[str, Any], groups: list[_Group], lists: Iterable[str], where: Path
 ) -> tuple[str, ...]:
     said = []
     if others := [_words(other) for other in found if other != name]:
         said.append(f"{where}: the average is read, {_words(name)}, and not {', '.join(others)}")
     used = {group.at for group, _ in found.values()}
-    left = [g.at for g in groups if g.at not in used and not g.at.startswith("opt")]
-    if left := dict.fromkeys(at.partition(".")[0] for at in left):
+    left = [at for at in (*(g.at for g in groups), *lists) if at not in used]
+    if left := dict.fromkeys(_words(at) for at in left if not at.startswith("opt")):
         said.append(f"{where}: not read are the tensors of {', '.join(left)}")
     return tuple(said)
 
@@ -209,6 +222,11 @@ def _words(name: str) -> str:
 
 def _nothing(saved: Any, groups: list[_Group], where: Path) -> dict[str, Tensor]:
     """Return weights of another network, or raise ValueError for what is no state dict."""
+    if not groups and (nameless := next(_lists(saved), None)):
+        raise ValueError(
+            f"{where}: the tensors of {_words(nameless)} have no names, as in averages of "
+            f"diffusers; copy them into the network and save its state dict"
+        )
     if groups and isinstance(saved, Mapping) and groups[0].at:
         at, entries = groups[0]
         raise ValueError(

@@ -37,7 +37,7 @@ def read(path: Path, options: Options) -> Imported:
     folder = path if path.is_dir() else path.parent
     place = locate(folder)
     file, said = (path, ()) if folder != path else files.find(place.network, options.variant)
-    return _network(place, file, choose(files.read(file), file), said, options)
+    return _network(place, file, options, said=said)
 
 
 def read_file(path: Path, weights: Weights, options: Options) -> Imported:
@@ -47,13 +47,19 @@ def read_file(path: Path, weights: Weights, options: Options) -> Imported:
             f"{path}: weights of diffusers, which need their {CONFIG}; put it beside them, and "
             f"the scheduler's {scheduler.FILE} too"
         )
-    return _network(locate(path.parent), path, weights, (), options)
+    return _network(locate(path.parent), path, options, weights)
 
 
 def _network(
-    place: Place, file: Path, weights: Weights, said: tuple[str, ...], options: Options
+    place: Place,
+    file: Path,
+    options: Options,
+    weights: Weights | None = None,
+    said: tuple[str, ...] = (),
 ) -> Imported:
+    """Return a network with the weights of a file, which is read if they are not given."""
     net = network.read(place.network / CONFIG, options.image_size)
+    weights = weights or choose(files.read(file), file)
     schedule = options.scheduler or scheduler_of(place)
     if schedule and not options.scheduler and _is_far(schedule, place.network):
         said += (f"{place.network}: its scheduler is {schedule}",)

@@ -91,7 +91,7 @@ class Network(NamedTuple):
         """Return the weights under our names; ValueError names the first that does not fit."""
         config, found = self.config, dict(found)
         if self.learns_variance:
-            for key in {"conv_out.weight", "conv_out.bias"} & found.keys():
+            for key in [k for k in ("conv_out.weight", "conv_out.bias") if k in found]:
                 both = Size((2 * config.in_channels, *found[key].shape[1:]))
                 found[key] = checked(found[key], key, both, where)[: config.in_channels]
         weights = fit(config, found, partial(spelling, config), where)

@@ -19,6 +19,11 @@ _NETWORKS = ("unet_ema", "unet")  # as training scripts call them; the average f
 _NETWORK = "UNet2DModel"
 _DECODERS = ("AutoencoderKL", "VQModel")
 DECODERS = ("vae", "vqvae")  # the folders in which pipelines keep one
+# Folders that are parts of a pipeline even where no index names them.
+_PARTS = (
+    *DECODERS, "movq", "text_encoder", "image_encoder", "class_embedder", "bert", "prior",
+    "controlnet", "transformer",
+)  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -86,10 +91,12 @@ def _network(path: Path) -> tuple[Path, tuple[str, ...]]:
 def _pipeline(network: Path) -> Path | None:
     """Return the folder, one or two levels up, whose parts are a network's; None if there is none.
 
-    It has a model_index.json that names the network, or a scheduler, or a decoder.
+    It has a scheduler, or a decoder, or other parts and a network of this name.
     """
-    for folder in Path(os.path.abspath(network)).parents[:2]:
-        if present(folder / INDEX) and network.name in (*_NETWORKS, *_index(folder)):
+    places = (Path(where(network)) for where in (os.path.abspath, os.path.realpath))
+    for folder in (above for place in places for above in place.parents[:2]):
+        parts = _index(folder)
+        if parts and network.name in (*_NETWORKS, *parts):
             return folder
         beside = (f"scheduler/{FILE}", *(f"{name}/{CONFIG}" for name in DECODERS))
         if any(present(folder / name) for name in beside):
@@ -107,9 +114,9 @@ def _check(pipeline: Path, network: str) -> Path | None:
             decoder = _there(pipeline / name)
         elif not (_schedules(kind) or (name, kind) == ("unet", _NETWORK)):
             raise ValueError(
-                f"{pipeline / INDEX}: the part {name} is a {kind}, which is not run, and without "
-                f"it the network is half a model; accepted are a unet ({_NETWORK}), a scheduler, "
-                f"and a vae or vqvae ({' or '.join(_DECODERS)})"
+                f"{_naming(pipeline, name)}: the part {name} is a {kind}, which is not run, and "
+                f"without it the network is half a model; accepted are a unet ({_NETWORK}), a "
+                f"scheduler, and a vae or vqvae ({' or '.join(_DECODERS)})"
             )
     return decoder
 
@@ -117,13 +124,13 @@ def _check(pipeline: Path, network: str) -> Path | None:
 def _index(pipeline: Path) -> dict[str, str]:
     """Return the class of each part of a pipeline by name; parts that are null are absent.
 
-    Without a model_index.json, as where only some folders were copied, a decoder is seen by its own
-    configuration.
+    Without an index, as where only some folders were copied, the parts are the folders that are
+    called like one.
     """
     file, found = pipeline / INDEX, {}
     if not present(file):
-        there = [name for name in DECODERS if present(pipeline / name / CONFIG)]
-        return {name: str(load(pipeline / name / CONFIG).get("_class_name")) for name in there}
+        there = (name for name in _PARTS if present(pipeline / name / CONFIG))
+        return {name: _kind(pipeline / name / CONFIG) for name in there}
     parts: dict[str, Any] = load(file)
     for name, value in parts.items():
         if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
@@ -132,6 +139,18 @@ def _index(pipeline: Path) -> dict[str, str]:
             raise ValueError(f"{file}: the part {name!r} is no library and class, but {value}")
         found[name] = value[1]
     return found
+
+
+def _naming(pipeline: Path, part: str) -> Path:
+    """Return the file that tells of a part."""
+    index = pipeline / INDEX
+    return index if present(index) else pipeline / part / CONFIG
+
+
+def _kind(config: Path) -> str:
+    """Return the class that a part's own configuration names: diffusers', or transformers'."""
+    fields = load(config)
+    return str(fields.get("_class_name") or fields.get("architectures"))
 
 
 def _schedules(kind: str) -> bool:
