@@ -8,8 +8,19 @@ from hypothesis import strategies as st
 
 from ds import analytic, noise
 from ds.diffusion import grids
-from ds.diffusion.schedules import EDM, Linear, LinearBeta, Table, Trig
+from ds.diffusion.schedules import (
+    EDM,
+    Cosine,
+    Linear,
+    LinearBeta,
+    ScaledLinear,
+    Sigmoid,
+    Table,
+    Trig,
+    zero_terminal_snr,
+)
 from ds.diffusion.solvers import DDIM, integrate
+from ds.training.presets import SolveConfig
 
 RAW = tuple(int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2)  # with its repeats
 
@@ -185,3 +196,111 @@ def test_a_table_without_signal_at_its_end_is_visited_from_the_time_before(grid)
 def test_what_a_grid_cannot_be_is_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+TIMES = {  # what diffusers' DDIM visits
+    "leading": (20, 1000, 0),
+    "leading, an offset": (20, 1000, 1),
+    "leading, uneven": (30, 1000, 1),
+    "trailing": (50, 1000, 0),
+    "trailing, uneven": (30, 1000, 0),
+    "trailing, few steps": (7, 50, 0),
+    "linspace": (50, 1000, 0),
+    "linspace, all": (50, 50, 0),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_a_spacing_has_the_times_of_diffusers(name):
+    n, steps, offset = TIMES[name]
+    spacing = name.partition(",")[0]
+    theirs = pytest.importorskip("diffusers").DDIMScheduler(
+        num_train_timesteps=steps, timestep_spacing=spacing, steps_offset=offset
+    )
+    theirs.set_timesteps(n)
+    found = grids.uniform(n, LinearBeta(steps), spacing=spacing, offset=offset)
+    assert found == tuple(theirs.timesteps.tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 2000).flatmap(lambda m: st.tuples(st.integers(1, m), st.just(m))))
+def test_trailing_times_fall_from_the_last_index(sizes):
+    n, num_steps = sizes
+    grid = grids.uniform(n, LinearBeta(num_steps, 1e-6, 1e-5), spacing="trailing")
+    assert grid[0] == num_steps - 1 and grid[-1] >= 0 and len(grid) == n
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"spacing": "log"}, "spacing must be one of leading, trailing, linspace, not 'log'"),
+        ({"offset": -1}, "an offset is above 0"),
+        ({"offset": 1, "spacing": "trailing"}, "of leading indices, not 1"),
+        ({"offset": 20}, "t = 1000 does not exist"),
+    ],
+)
+def test_a_spacing_that_there_is_not_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        grids.uniform(50, LinearBeta(), **options)
+
+
+STARTS = [  # a schedule, and the largest time of the paper's grids
+    (LinearBeta(), 800),
+    (LinearBeta(4000, 2.5e-5, 5e-3), 3200),
+    (LinearBeta(100, 1e-3, 0.2), 80),
+    (LinearBeta(50, 2e-3, 0.4), 40),
+    (Cosine(), 974),
+    (Cosine(4000), 3897),
+    (Sigmoid(), 815),
+    (ScaledLinear(), 999),
+    (zero_terminal_snr(LinearBeta()), 800),
+    (zero_terminal_snr(ScaledLinear()), 923),
+    (Table((0.5, 0.9)), 1),
+    (LinearBeta(1), 0),
+    (EDM(), 80),
+    (Linear(), 1),
+]
+
+
+@pytest.mark.parametrize(("schedule", "time"), STARTS, ids=lambda v: f"{v!s:.40}")
+def test_a_schedule_starts_where_its_signal_is_gone(schedule, time):
+    assert grids.start(schedule) == time
+    if time > 1:
+        assert grids.quadratic(20, schedule)[0] == pytest.approx(time, abs=1)  # rounding
+
+
+def gaussian_std(schedule, t):
+    """The deviation of what the exact ODE makes of pure noise at time t, where 0.15 is right."""
+    z = noise(0, range(2000), (4,), dtype=torch.float64)
+    z = (z - z.mean()) / z.std()
+    return analytic.Gaussian(0.0, 0.15, (4,)).endpoint(z, *schedule.at(t)).std().item()
+
+
+@pytest.mark.parametrize("schedule", [s for s, _ in STARTS[:-4]], ids=lambda v: f"{v!s:.40}")
+@pytest.mark.parametrize("grid", ["quadratic", "uniform", "log_snr", "karras"])
+def test_an_exact_teacher_on_any_schedule_draws_data_of_the_right_width(schedule, grid):
+    times = SolveConfig(grid=grid, steps=50).build(schedule)[1]
+    assert gaussian_std(schedule, times[0]) == pytest.approx(0.15, rel=0.01)
+
+
+def test_an_index_that_is_absolute_is_not_the_start_of_another_schedule():
+    """An exact teacher of 4000 steps came out with 0.25 when it started at index 800."""
+    assert gaussian_std(LinearBeta(4000, 2.5e-5, 5e-3), 800) > 0.24
+    assert gaussian_std(Cosine(), 800) > 0.155
+
+
+def test_a_teacher_of_4000_steps_samples_data_of_the_right_width():
+    schedule = LinearBeta(4000, 2.5e-5, 5e-3)
+    data = analytic.Gaussian(0.0, 0.15, (4,))
+    z = noise(0, range(2000), (4,), dtype=torch.float64)
+    teacher = data.teacher(*SolveConfig(solver="unipc").build(schedule), schedule)
+    assert teacher.sample((z - z.mean()) / z.std()).std().item() == pytest.approx(0.15, rel=0.01)
+
+
+def test_a_grid_that_starts_with_much_signal_is_said(caplog):
+    grids.warn_of_signal(Cosine(), grids.uniform(50, Cosine()), "x")
+    grids.warn_of_signal(LinearBeta(), grids.quadratic(100), "x")
+    assert not caplog.records
+    grids.warn_of_signal(Cosine(), grids.uniform(5, Cosine()), "teacher")
+    assert "teacher: sampling starts from pure noise at time 800 of 999" in caplog.text
+    assert "alpha / sigma is still 0.32" in caplog.text

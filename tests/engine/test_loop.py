@@ -125,8 +125,10 @@ class Flipped(DenoisingStudent):
         ds.Teacher(Denoiser(build(), SCHEDULE), Clipped(), GRID),
         ds.Student(build(), Flipped()),
         ds.Teacher(Denoiser(build(), SCHEDULE), DDIM(eta=0.5), GRID),
+        ds.Teacher(Denoiser(build(), SCHEDULE), ds.solvers.Clipped(DDIM()), GRID),
+        ds.Teacher(Denoiser(build(), SCHEDULE), ds.solvers.Clipped(DDIM(), quantile=0.9), GRID),
     ],
-    ids=["clipped", "flipped", "stochastic"],
+    ids=["clipped", "flipped", "stochastic", "x0 clipped", "x0 thresholded"],
 )
 def test_what_is_not_linear_is_refused(model):
     with pytest.raises(ValueError, match=r"^a loop needs samples that are linear in the noise"):

@@ -1,6 +1,8 @@
 """Teachers with the schedulers that people have, against diffusers on the same noise and times."""
 
 import copy
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,11 @@ from ds.diffusion.schedules import (
     Table,
     zero_terminal_snr,
 )
-from ds.diffusion.solvers import DDIM, Clipped, DDIMToFirst
+from ds.diffusion.solvers import DDIM, Clipped, DDIMToFirst, Heun
+from ds.engine import Recurrence
+from ds.models.convert.diffusers import scheduler
+from ds.system.staging import write_json
+from ds.training.presets import SolveConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -25,7 +31,7 @@ EPS, X0, V = ({"prediction_type": name} for name in ("epsilon", "sample", "v_pre
 PLAIN = {"clip_sample": False}
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COSINE, SIGMOID = ({"beta_schedule": name} for name in ("squaredcos_cap_v2", "sigmoid"))
-TRAILING, LINSPACE = ({"timestep_spacing": name} for name in ("trailing", "linspace"))
+LEADING, TRAILING = ({"timestep_spacing": name} for name in ("leading", "trailing"))
 ZERO = {"rescale_betas_zero_snr": True, **TRAILING}
 BETAS = {"trained_betas": torch.linspace(1e-3, 0.1, 200).tolist(), "num_train_timesteps": 200}
 # A scheduler that is saved, and the schedule and the solver that are read.
@@ -204,3 +210,180 @@ def test_a_network_that_predicts_noise_is_refused_where_no_signal_is_left(pipe):
         ds.load_teacher(pipe[0])
     teacher = ds.load_teacher(pipe[0], grid=grids.uniform(20))  # from 950
     assert teacher.sample(noise()).isfinite().all()
+
+
+SAID = {  # a scheduler, and what is said of it
+    "it clips": ("DDIM", {}, r"clipped to \[-1, 1\]; pass solver=ds.solvers.DDIM\(\) or --solve.c"),
+    "it thresholds": (
+        "DDIM",
+        {"thresholding": True},
+        "clipped to its 0.995 quantile; pass solver=",
+    ),
+    "its last step": ("DDIM", {"set_alpha_to_one": False}, "ends at index 0's noise"),
+    "its spacing": (
+        "DDIM",
+        TRAILING,
+        "its own grid has 50 times from 999 to 19, trailing; --solve",
+    ),
+    "its offset": ("DDIM", {"steps_offset": 1}, "its own grid has 50 times from 981 to 1, leading"),
+    "its variance": ("DDPM", {"variance_type": "learned"}, "left out: variance_type 'learned'"),
+    "its solver": (
+        "DPMSolverMultistep",
+        {"use_karras_sigmas": True},
+        "these fields of DPMSolverMultistepScheduler are left out: .*use_karras_sigmas True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_scheduler_says_is_followed_or_said_to_be_left_out(pipe, caplog, name):
+    kind, fields, words = SAID[name]
+    saved(pipe, kind, fields)
+    with caplog.at_level("INFO", logger="ds"):
+        ds.load_teacher(pipe[0])
+    said = [r.getMessage() for r in caplog.records]
+    assert sum(re.search(words, line) is not None for line in said) == 1
+    assert all(line.startswith(str(pipe[0])) for line in said)
+
+
+def test_a_scheduler_like_ours_leaves_nothing_to_say(pipe, caplog):
+    saved(pipe, "DDIM", PLAIN)
+    with caplog.at_level("INFO", logger="ds"):
+        teacher = ds.load_teacher(pipe[0])
+    assert not caplog.records and teacher.grid == grids.quadratic(100)
+
+
+GRIDS = {  # a scheduler, and the times of its teacher
+    "leading": ({}, grids.quadratic(100)),
+    "cosine": (COSINE, grids.quadratic(100, Cosine())),
+    "an offset": ({"steps_offset": 1}, tuple(range(981, 0, -20))),
+    "trailing": (TRAILING, tuple(range(999, 0, -20))),
+    "zero terminal SNR": ({**ZERO, **LEADING, **V}, tuple(range(999, 0, -20))),
+    "few steps and an offset": (
+        {"num_train_timesteps": 50, "beta_end": 0.4, "steps_offset": 1},
+        tuple(range(49, 0, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_teacher_visits_the_times_that_its_scheduler_names(pipe, name):
+    fields, grid = GRIDS[name]
+    saved(pipe, "DDIM", fields)
+    assert ds.load_teacher(pipe[0]).grid == grid
+
+
+UNSAID = {"RePaintScheduler": "leading"}  # the spacing of a class that has no field for it
+
+
+def test_a_field_that_is_left_out_has_the_default_of_its_class(pipe):
+    file = pipe[0] / "scheduler" / scheduler.FILE
+    for kind in scheduler._CLASSES:
+        file.write_text(json.dumps({"_class_name": kind}))
+        found = scheduler.read(file)
+        try:
+            theirs = getattr(diffusers, kind)()
+        except ImportError:  # DPMSolverSDEScheduler needs a package of its own
+            assert kind == "DPMSolverSDEScheduler"
+            continue
+        about = {"timestep_spacing": UNSAID.get(kind), **theirs.config}
+        assert (found.schedule.betas() - theirs.betas.double()).abs().max() < 1e-7, kind
+        clips = isinstance(found.solver, Clipped)
+        assert clips == about.get("clip_sample", False), kind
+        inner = found.solver.solver if clips else found.solver
+        assert (inner == DDIM()) == about.get("set_alpha_to_one", True), kind
+        assert (found.grid is None) == (about["timestep_spacing"] == "leading"), kind
+
+
+EXPORTS = [
+    LinearBeta(500, 2e-4, 0.03),
+    ScaledLinear(),
+    Cosine(100),
+    Table((0.1, 0.2, 0.3, 0.4)),
+    Table(zero_terminal_snr(ScaledLinear(20)).values),
+]
+
+
+@pytest.mark.parametrize("schedule", EXPORTS, ids=lambda s: f"{s!s:.30}")
+@pytest.mark.parametrize(
+    "solver",
+    [DDIM(), Clipped(DDIM(), 2.0), Clipped(DDIMToFirst(), quantile=0.9, most=3.0), DDIMToFirst()],
+    ids=lambda s: f"{s!s:.30}",
+)
+def test_a_schedule_and_its_clipping_survive_the_way_through_diffusers(tmp_path, schedule, solver):
+    grid = grids.uniform(3, schedule, spacing="trailing")
+    fields = scheduler.fields(schedule, "v", tmp_path, solver, grid)
+    diffusers.DDIMScheduler.from_config(fields).save_pretrained(tmp_path)
+    found = scheduler.read(tmp_path / scheduler.FILE)
+    assert (found.schedule, found.prediction, found.solver) == (schedule, "v", solver)
+    assert found.facts["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("schedule", [Sigmoid(20), Cosine(20, 0.1)], ids=repr)
+def test_a_schedule_that_ddim_of_diffusers_does_not_name_is_written_as_its_betas(
+    tmp_path, schedule
+):
+    write_json(tmp_path / scheduler.FILE, scheduler.fields(schedule, "x0", tmp_path))
+    assert torch.equal(scheduler.read(tmp_path / scheduler.FILE).schedule.betas(), schedule.betas())
+
+
+CLIPS = {  # what is asked for, the teacher's solver, and the solver that is run
+    "the teacher's": (SolveConfig(), Clipped(DDIM(), 2.0), Clipped(DDIM(), 2.0)),
+    "the teacher's last step": (SolveConfig(), Clipped(DDIMToFirst()), Clipped(DDIMToFirst())),
+    "a teacher without": (SolveConfig(), DDIM(), DDIM()),
+    "the teacher's, of Heun": (
+        SolveConfig(solver="heun"),
+        Clipped(DDIMToFirst(), 2.0),
+        Clipped(Heun(), 2.0, rederive=True),
+    ),
+    "none": (SolveConfig(clip="none"), Clipped(DDIMToFirst()), DDIM()),
+    "static": (SolveConfig(clip="static"), DDIM(), Clipped(DDIM())),
+    "dynamic": (
+        SolveConfig(clip="dynamic"),
+        Clipped(DDIM()),
+        Clipped(DDIM(), quantile=0.995, most=100.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_preset_keeps_the_clipping_of_its_teacher_unless_told_otherwise(name):
+    asked, own, run = CLIPS[name]
+    teacher = ds.analytic.Gaussian().teacher(own, grids.uniform(4))
+    assert asked.on(teacher).solver == run
+
+
+def test_a_clipped_teacher_is_kept_with_its_clipping(pipe, tmp_path):
+    saved(pipe, "DDIM", {"thresholding": True, "set_alpha_to_one": False, **TRAILING})
+    teacher = ds.load_teacher(pipe[0])
+    teacher.save_pretrained(tmp_path / "ours")
+    again = ds.load_teacher(tmp_path / "ours")
+    assert (again.solver, again.grid) == (teacher.solver, teacher.grid)
+    assert torch.equal(again.sample(noise()), teacher.sample(noise()))
+
+
+@pytest.mark.parametrize("mode", ["engine", "eager"])
+def test_a_clipped_teacher_draws_the_same_in_the_engine(pipe, mode):
+    saved(pipe, "DDIM", {"thresholding": True, "sample_max_value": 2.0})
+    teacher = replace(ds.load_teacher(pipe[0]), grid=grids.uniform(5))
+    execution = ds.Execution("float32", mode)
+    x = ds.Sampler(teacher, execution=execution, batch_size=2).sample(noise())
+    assert (x - teacher.sample(noise())).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="a loop needs samples that are linear"):
+        Recurrence.of(teacher)
+
+
+@pytest.mark.parametrize("clipped", [Clipped(DDIM()), Clipped(DDIM(), quantile=0.9)], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_never_hidden_by_clipping(clipped, value):
+    x = torch.linspace(-3, 3, 32).reshape(2, 1, 4, 4)
+    x[1, 0, 2, 1] = value
+    for found in (clipped.clip(x), clipped.clip(x.to(torch.bfloat16))):
+        assert not found[1, 0, 2, 1].isfinite()
+        assert found[0].abs().max() == 1
+
+
+def test_a_threshold_is_of_each_sample_alone():
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    clipped = Clipped(DDIM(), quantile=0.9, most=3.0)
+    assert torch.equal(clipped.clip(x)[1:2], clipped.clip(x[1:2]))
