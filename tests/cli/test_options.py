@@ -88,10 +88,10 @@ IDLE = [  # a verb, what is set beside the option, the option and a value
     ("doctor", "", "--tflops 1"),
     ("doctor", "--plan cifar10", "--multiprocessors 8"),
     ("doctor", "--plan cifar10", "--json"),
-    ("teach", "--solve.grid uniform", "--solve.top 9"),
+    ("teach", "--solve.grid uniform", "--solve.top 0.9"),
     ("teach", "--train.ema-gamma 6.9", "--train.ema-decay 0.9"),
     ("pairs", "", "--plan-noises 4"),
-    ("pairs", "--solve.grid uniform", "--solve.top=9"),
+    ("pairs", "--solve.grid uniform", "--solve.top=0.9"),
     ("verify of a store", "", "--recompute 2"),
     ("verify of a store", "", "--threads 1"),
     ("sample", "--out x.npy", "--scale 2"),
@@ -118,7 +118,9 @@ IDLE = [  # a verb, what is set beside the option, the option and a value
     ("distill", "", "--pairs.mode eager"),
     ("distill", "", "--solve.steps 6"),
     ("distill", "", "--solve.solver heun"),
-    ("distill", "", "--solve.top 700"),
+    ("distill", "", "--solve.top 0.7"),
+    ("distill", "", "--solve.clip static"),
+    ("pairs", "", "--solve.spacing trailing"),
 ]
 
 

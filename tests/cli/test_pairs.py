@@ -19,7 +19,7 @@ from tests.cli.chain import (
 def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypatch):
     monkeypatch.setattr("ds.evaluation.solver_search.CALLS", (6, 12))
     before = tree(home)
-    options = ("--plan", "--plan-noises", "2", "--solve.steps", "20", "--solve.top", "60")
+    options = ("--plan", "--plan-noises", "2", "--solve.steps", "20", "--solve.top", "0.06")
     assert main(pairs_of(*options)) == 0
     said = capsys.readouterr().out
     *_, answer, precision = said.splitlines()

@@ -9,9 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds.diffusion.schedules import EDM, Cosine, Linear, LinearBeta, ScaledLinear, Table, Trig
+from ds.diffusion.schedules import (
+    EDM,
+    Cosine,
+    Linear,
+    LinearBeta,
+    ScaledLinear,
+    Sigmoid,
+    Table,
+    Trig,
+    zero_terminal_snr,
+)
 
-TABLES = [LinearBeta(), LinearBeta(50), ScaledLinear(), Cosine(), Table((0.1, 0.5, 1.0))]
+TABLES = [
+    LinearBeta(),
+    LinearBeta(50),
+    ScaledLinear(),
+    Cosine(),
+    Sigmoid(),
+    Table((0.1, 0.5, 1.0)),
+]
 PATHS = [EDM(), Linear(), Trig(), Trig(0.5)]
 every_schedule = pytest.mark.parametrize("schedule", [*TABLES, *PATHS], ids=repr)
 
@@ -43,7 +60,13 @@ def test_the_paper_s_schedule_has_the_known_signal_at_its_starting_times(t, alph
     [
         (ScaledLinear(), {"beta_schedule": "scaled_linear"}),
         (Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+        (Sigmoid(1000, 0.00085, 0.012), {"beta_schedule": "sigmoid"}),
+        (
+            zero_terminal_snr(ScaledLinear()),
+            {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+        ),
     ],
+    ids=lambda v: f"{v!s:.20}",
 )
 def test_a_table_is_that_of_diffusers(schedule, peer):
     edges = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -55,6 +78,15 @@ def test_a_table_is_that_of_diffusers(schedule, peer):
 def test_a_table_of_the_same_betas_is_the_same_schedule():
     table = Table(tuple(LinearBeta(30).betas().tolist()))
     assert [table.at(t) for t in range(-1, 30)] == [LinearBeta(30).at(t) for t in range(-1, 30)]
+
+
+def test_a_schedule_without_signal_at_last_keeps_its_first_step():
+    for schedule in TABLES[:-1]:
+        rescaled = zero_terminal_snr(schedule)
+        assert rescaled.at(0)[0] == pytest.approx(schedule.at(0)[0], rel=1e-12)
+        assert rescaled.at(rescaled.noise) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="zero_terminal_snr: needs 2 steps or more"):
+        zero_terminal_snr(LinearBeta(1))
 
 
 def test_a_last_beta_of_1_leaves_no_signal():
