@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds import ops
-from ds.nets.unet import Attention, GroupNorm, pixels, split
+from ds.nets.unet import Attention, GroupNorm, doubled, halved, pixels, split
 from ds.ops.conv.winograd import tiles
 
 Shape = tuple[int, int, int]  # [C, H, W] of an image
@@ -232,7 +232,11 @@ class UpsampleConv(Call):
             for phase in range(4):
                 a, b = divmod(phase, 2)
                 part = parts[:, phase * out : (phase + 1) * out, a : a + h, b : b + w]
-                torch.add(part, bias(row)[:, None, None], out=y[:, :, a::2, b::2])
+                place = y[:, :, a::2, b::2]
+                if self.bias is None:
+                    place.copy_(part)
+                else:
+                    torch.add(part, bias(row)[:, None, None], out=place)
             return y
 
         return phases
@@ -485,6 +489,29 @@ class AddBias(Call):
         return shapes
 
 
+@dataclass(frozen=True, eq=False)
+class ScaleShift(Call):
+    """Scale by one more than columns of the row, shift by as many others, then apply SiLU."""
+
+    columns: slice
+
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        columns = target.bias(self.columns)
+
+        def run(row: Tensor, x: Tensor) -> Tensor:
+            scale, shift = columns(row)[:, None, None].chunk(2)
+            return F.silu(torch.addcmul(shift, x, 1 + scale), inplace=True)
+
+        return run
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return shapes
+
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        moved = 2 * values(shapes)
+        return Launch(self.kind, moved), Launch("silu", moved, moved)
+
+
 class Add(Call):
     """Add two tensors."""
 
@@ -505,11 +532,22 @@ class Cat(Call):
         return ((sum(c for c, _, _ in shapes), *shapes[0][1:]),)
 
 
+class Halve(Call):
+    """Average each 2 x 2 pixels."""
+
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        return lambda _, x: halved(x)
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        c, h, w = shapes[0]
+        return ((c, h // 2, w // 2),)
+
+
 class Upsample(Call):
     """Double every pixel in both directions."""
 
     def prepare(self, target: Target, *shapes: Shape) -> Run:
-        return lambda _, x: F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return lambda _, x: doubled(x)
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         c, h, w = shapes[0]

@@ -18,10 +18,12 @@ from ds.engine.calls import (
     Call,
     Cat,
     Conv,
+    Halve,
     ImplicitGemm,
     Launch,
     Norm,
     Run,
+    ScaleShift,
     Shape,
     Target,
     Upsample,
@@ -31,7 +33,7 @@ from ds.engine.calls import (
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
 from ds.nets.fold import FoldedAttention
-from ds.nets.unet import Attention, GroupNorm, ResBlock
+from ds.nets.unet import Attention, Downsample, GroupNorm, ResBlock, doubled, halved
 
 INPUT = "x"
 TILE = 128  # pixels, and also channels, that one program computes on a GPU
@@ -149,7 +151,7 @@ def blocks(net: UNet) -> dict[str, ResBlock]:
 
 
 # What can_run accepts.
-RUNS = "U-Nets without conditions, scale_shift, resnet_down, resnet_up and folded attention"
+RUNS = "U-Nets without conditions and folded attention"
 
 
 def can_run(net: nn.Module) -> TypeGuard[UNet]:
@@ -158,25 +160,26 @@ def can_run(net: nn.Module) -> TypeGuard[UNet]:
 
 
 def can_plan(net: nn.Module) -> TypeGuard[UNet]:
-    """Return whether there is a plan of a network: a U-Net whose parts all have a call."""
+    """Return whether there is a plan of a network: a U-Net, which the plan itself may fold."""
     if not isinstance(net, UNet):
         return False
-    c = net.config
-    folded = any(isinstance(layer, FoldedAttention) for layer in net.modules())
-    return not (c.scale_shift or c.resnet_down or c.resnet_up or folded)
+    return not any(isinstance(layer, FoldedAttention) for layer in net.modules())
 
 
 @torch.no_grad()
 def time_rows(net: UNet, t: Tensor) -> Tensor:
-    """Return what depends on times t [M] alone: each conv1's bias plus its time embedding.
+    """Return what depends on times t [M] alone, for each block: what it adds, or scales and adds.
 
-    [M, channels of all blocks], in float64.
+    What it adds is conv1's bias and its time embedding. [M, columns of all blocks], in float64.
     """
     temb = net.config.embed(t).double()
     for i, layer in enumerate(net.temb.dense):
         temb = _linear(layer, temb if i == 0 else F.silu(temb))
     temb = F.silu(temb)
-    parts = [b.conv1.bias.double() + _linear(b.temb_proj, temb) for b in blocks(net).values()]
+    parts = []
+    for block in blocks(net).values():
+        told = _linear(block.temb_proj, temb)
+        parts.append(told if block.scales else block.conv1.bias.double() + told)
     return torch.cat(parts, 1)
 
 
@@ -190,7 +193,7 @@ class _Writer:
     def __init__(self, net: UNet):
         self.steps: list[Step] = []
         self.names = {layer: name for name, layer in net.named_modules()}
-        ends = list(itertools.accumulate(b.conv1.out_channels for b in blocks(net).values()))
+        ends = list(itertools.accumulate(b.temb_proj.out_features for b in blocks(net).values()))
         spans = zip([0, *ends], ends, strict=False)
         self.columns = dict(
             zip(blocks(net).values(), (slice(*span) for span in spans), strict=True)
@@ -219,12 +222,28 @@ class _Writer:
         name = self.names[layer]
         if skip is not None:
             x = self.call(f"{name}.cat", Cat(), x, skip)
-        h = self.conv(layer.conv1, self.norm(layer.norm1, x), bias=False)
-        h = self.call(f"{name}.shift", AddBias(self.columns[layer]), h)
+        h = self.norm(layer.norm1, x)
+        if layer.resample is not None:
+            resample = {halved: Halve, doubled: Upsample}[layer.resample]()
+            h = self.call(f"{name}.resample", resample, h)
+            x = self.call(f"{name}.resample_x", resample, x)
+        h = self.conv(layer.conv1, h, bias=layer.scales)
+        if not layer.scales:
+            h = self.call(f"{name}.shift", AddBias(self.columns[layer]), h)
         if isinstance(layer.nin_shortcut, nn.Conv2d):
             x = self.conv(layer.nin_shortcut, x)
-        h = self.conv(layer.conv2, self.norm(layer.norm2, h))
+        h = self.norm(layer.norm2, h)
+        if layer.scales:
+            h = self.call(f"{name}.scale", ScaleShift(self.columns[layer]), h)
+        h = self.conv(layer.conv2, h)
         return self.call(name, Add(), h, x)
+
+    def resample(self, layer: nn.Module, x: str) -> str:
+        if isinstance(layer, ResBlock):
+            return self.block(layer, x)
+        if not isinstance(layer, Downsample):
+            x = self.call(self.names[layer], Upsample(), x)
+        return self.conv(layer.conv, x)
 
     def attend(self, layer: nn.Module, x: str) -> str:
         if not isinstance(layer, Attention):
@@ -245,7 +264,7 @@ def _walk(net: UNet) -> Iterator[Step]:
             h = write.attend(attn, write.block(block, h))
             skips.append(h)
         if i < len(net.down) - 1:
-            h = write.conv(level.downsample.conv, h)
+            h = write.resample(level.downsample, h)
             skips.append(h)
     h = write.attend(net.mid.attn_1, write.block(net.mid.block_1, h))
     h = write.block(net.mid.block_2, h)
@@ -253,7 +272,6 @@ def _walk(net: UNet) -> Iterator[Step]:
         for block, attn in zip(level.block, level.attn, strict=True):
             h = write.attend(attn, write.block(block, h, skips.pop()))
         if i > 0:
-            h = write.call(write.names[level.upsample], Upsample(), h)
-            h = write.conv(level.upsample.conv, h)
+            h = write.resample(level.upsample, h)
     write.conv(net.conv_out, write.norm(net.norm_out, h))
     yield from write.steps

@@ -11,7 +11,7 @@ from ds.engine import Engine, Plan, Rewrites, Target, rewrites
 from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, UpsampleConv, Winograd
 from ds.nets.unet import ResBlock
 from ds.training import presets
-from tests.nets.test_unet import TINY, build, inputs, relative_rms
+from tests.nets.test_unet import GUIDED, TINY, build, inputs, relative_rms
 
 CPU = Target(torch.device("cpu"), torch.float32, 4)
 NAMES = [field.name for field in fields(Rewrites)]
@@ -22,7 +22,7 @@ ARCHITECTURES = {
     name: replace(preset().net, channels=8, norm_groups=4)
     for name, preset in presets.PRESETS.items()
     if name != "lsun_church"  # the network of lsun_bedroom
-} | {"conv_shortcut": replace(TINY, conv_shortcut=True)}
+} | {"conv_shortcut": replace(TINY, conv_shortcut=True), "guided diffusion's": GUIDED}
 
 
 def small(config):
@@ -44,9 +44,10 @@ def distance(found, expected):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, GUIDED])
 @pytest.mark.parametrize("name", [None, *NAMES])
-def test_a_rewrite_alone_is_exact(name):
-    net, (x, _) = build().double(), inputs()
+def test_a_rewrite_alone_is_exact(name, config):
+    net, (x, _) = build(config).double(), inputs()
     alone = OFF if name is None else replace(OFF, **{name: True})
     expected = net(x.double(), at(37, x))
     found = Engine(net, [0, 37, 999], rewrites=alone)(x.double(), at(37, x))
@@ -63,9 +64,10 @@ def test_a_rewrite_changes_the_plan(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, GUIDED])
 @pytest.mark.parametrize("name", NAMES)
-def test_all_but_one_are_exact(name):
-    net, (x, _) = build().double(), inputs()
+def test_all_but_one_are_exact(name, config):
+    net, (x, _) = build(config).double(), inputs()
     engine = Engine(net, [5], rewrites=replace(ON, **{name: False}))
     assert distance(engine(x.double(), at(5, x)), net(x.double(), at(5, x))) < 1e-10
 

@@ -7,14 +7,10 @@ import json
 import pytest
 import torch
 
-from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.schedules import LinearBeta
-from ds.diffusion.solvers import DDIM
-from ds.engine import Engine, Rewrites, can_run
+from ds.engine import Engine, Rewrites
 from ds.models.convert import read, to_diffusers
 from ds.models.convert.diffusers import network
-from ds.models.execution import Execution
-from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.nets.embedding import sinusoids
 from tests.nets.peers import change, randomized
@@ -45,7 +41,7 @@ def blocks(down, up=None):
 
 RESNET = {"downsample_type": "resnet", "upsample_type": "resnet"}
 SCALE = {"resnet_time_scale_shift": "scale_shift"}
-FUSED = {
+UNETS = {
     "diffusers' defaults": {},
     "DDPM's": {
         "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0,
@@ -84,8 +80,6 @@ FUSED = {
         "sample_size": 32, "layers_per_block": 2, "block_out_channels": [8, 8, 16, 16, 24, 24],
         **blocks("----a-"),
     },
-}  # fmt: skip
-UNFUSED = {
     "scale-shift": {**SCALE, "attn_norm_num_groups": 8},
     "scale-shift, no norm in the middle": SCALE,
     "scale-shift, no attention in the middle": {**SCALE, "add_attention": False},
@@ -99,7 +93,6 @@ UNFUSED = {
         "out_channels": 6, "attention_head_dim": 8, "attn_norm_num_groups": 8,
     },
 }  # fmt: skip
-UNETS = FUSED | UNFUSED
 
 
 def saved(fields, path):
@@ -143,7 +136,7 @@ def test_a_unet_that_people_train_computes_what_diffusers_does(pair, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", UNETS)
 def test_what_people_train_runs_fused(pair, name):
     _, ours = pair(name)
     x, _ = inputs(ours.shape)
@@ -152,19 +145,6 @@ def test_what_people_train_runs_fused(pair, name):
     for rewrites in (None, Rewrites()):
         engine = Engine(wide, [999], rewrites=rewrites)
         assert distance(engine(x.double(), t), exact) < 1e-10
-
-
-@pytest.mark.parametrize("name", UNFUSED)
-def test_what_the_engine_has_no_calls_for_runs_unfused(pair, name):
-    _, ours = pair(name)
-    if name == "a downsample_type without attention":  # where the field says nothing
-        assert can_run(ours)
-        return
-    assert not can_run(ours)
-    with pytest.raises(ValueError, match="scale_shift, resnet_down, resnet_up"):
-        Engine(ours)
-    teacher = Teacher(Denoiser(ours, LinearBeta()), DDIM(), (0,))
-    assert Execution.default(teacher).mode == "eager"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +158,7 @@ def test_what_the_engine_has_no_calls_for_runs_unfused(pair, name):
         "widths of a third",
         "a wide time embedding",
         "14 x 10",
-        *UNFUSED,
+        *list(UNETS)[list(UNETS).index("scale-shift") :],
     ],
 )
 def test_a_unet_goes_back_to_diffusers_and_is_read_to_the_bit(pair, tmp_path, name):

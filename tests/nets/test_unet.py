@@ -37,7 +37,7 @@ TINY = UNetConfig(
     attention_resolutions=(4,),
     norm_groups=4,
 )
-# What diffusers trains beside: with every part that has a derivative of its own.
+# What guided diffusion trains: every part that is not in TINY.
 GUIDED = replace(
     TINY,
     head_channels=4,
