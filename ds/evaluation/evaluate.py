@@ -29,7 +29,7 @@ from ds.evaluation.statistics import PAIRWISE, Statistics
 from ds.models import pretrained
 from ds.models.execution import Execution
 from ds.models.images import Rounding
-from ds.models.model import Model, dtype_of
+from ds.models.model import Model, dtype_name
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
 from ds.pairs.sources import Pairs
@@ -332,7 +332,7 @@ def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:
         "nfe": model.nfe,
         "seed": seed,
         "batch_size": sampler.batch_size,
-        "dtype": str(dtype_of(model.net)).removeprefix("torch."),
+        "dtype": dtype_name(model.net),
         "execution": execution,
         "device": {"type": sampler.device.type, "name": name},
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds.diffusion.noise import Draws, noise
 from ds.engine import RUNS, Engine, Loop, Recurrence, Rewrites, Target, can_run
-from ds.models.model import Model, device_of, dtype_of
+from ds.models.model import Model, device_of, dtype_name, dtype_of
 from ds.system.ambient import tf32, without_ambient
 from ds.system.config import check
 from ds.system.cost import seconds_each
@@ -93,8 +93,7 @@ class Execution:
 
     def precision_of(self, model: Model) -> str:
         """Return what the products of a model are computed in: for "float32", its own dtype."""
-        own = str(dtype_of(model.net)).removeprefix("torch.")
-        return own if self.precision == "float32" else self.precision
+        return dtype_name(model.net) if self.precision == "float32" else self.precision
 
     def check(self, model: Model, device: torch.device) -> None:
         """Raise ValueError if a model cannot be run in this way on a device."""

@@ -152,3 +152,8 @@ def dtype_of(net: nn.Module) -> torch.dtype:
     if isinstance(net, Engine):  # its weights are packed
         return net.target.dtype
     return next((w.dtype for w in net.parameters()), torch.float32)
+
+
+def dtype_name(net: nn.Module) -> str:
+    """Return the name of the dtype of a network's weights, such as "float16"."""
+    return str(dtype_of(net)).removeprefix("torch.")

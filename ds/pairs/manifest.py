@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import ds
 from ds.models.execution import Execution
 from ds.models.images import is_picture
-from ds.models.model import device_of
+from ds.models.model import device_of, dtype_name
 from ds.models.pretrained import describe, fingerprint
 from ds.models.teacher import Teacher
 from ds.pairs.quantizer import IMAGES, Quantizer, row_of
@@ -46,6 +46,8 @@ class Manifest:
     solver: dict[str, Any]
     grid: Annotated[list[Time], Between(1)]
     execution: Execution
+    # of the teacher's weights, and of its products if precision is "float32"; left out if float32
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     device: str
     noise: Literal["philox4x32-10, Box-Muller"] = "philox4x32-10, Box-Muller"
     seed: Seed
@@ -71,6 +73,7 @@ class Manifest:
             solver=to_json(teacher.solver),
             grid=list(teacher.grid),
             execution=execution,
+            dtype=dtype_name(teacher.net),
             device=device_of(teacher.net).type,
             shape=list(teacher.shape),
             **layout,
@@ -99,6 +102,8 @@ class Manifest:
     def json(self) -> dict[str, Any]:
         """The fields as JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.dtype == "float32":
+            del values["dtype"]
         return {**values, "execution": dict(vars(self.execution))}
 
     def _checked(self, file: str) -> "Manifest":

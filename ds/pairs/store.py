@@ -173,6 +173,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "solver": manifest.solver,
         "grid": f"{len(grid)} times from {grid[0]} to {grid[-1]}",
         "execution": manifest.json["execution"],
+        "dtype": manifest.dtype,
         "shards": f"{len(manifest.shards) - len(missing)} of {len(manifest.shards)}",
         "being_written": len(names & {*map(claim_of, files)}),
         "bytes": sum(where.size(file) for file in names & files),

@@ -1,5 +1,6 @@
 """The pair store: what is in it, how it grows and resumes, and what of it is not read."""
 
+import copy
 import hashlib
 import os
 import sys
@@ -17,6 +18,7 @@ from ds.models.pretrained import fingerprint
 from ds.nets import UNetConfig
 from ds.pairs import generate as pairs
 from ds.pairs import shards
+from ds.pairs.store import info
 from ds.system.config import to_json
 from ds.system.files import read_sealed, sealed
 from ds.system.staging import write_json
@@ -136,6 +138,18 @@ def test_the_manifest_says_what_made_the_store(tmp_path):
 
 
 # Resuming and checking.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_store_of_a_teacher_in_another_dtype_says_so(tmp_path, unet, dtype):
+    """Its precision "float32" stands for that dtype. One of a float32 teacher is as it was."""
+    teacher = unet.using(copy.deepcopy(unet.net).to(getattr(torch, dtype)))
+    ds.generate_pairs(teacher, tmp_path / "s", 2)
+    assert read_sealed(tmp_path / "s" / "manifest.json")["dtype"] == dtype
+    assert info(tmp_path / "s")["dtype"] == ds.PairStore(tmp_path / "s").manifest.dtype == dtype
+    ds.generate_pairs(unet, tmp_path / "usual", 2)
+    assert "dtype" not in read_sealed(tmp_path / "usual" / "manifest.json")
+    assert info(tmp_path / "usual")["dtype"] == "float32"
 
 
 def test_a_deleted_shard_is_written_again_and_the_others_are_left(tmp_path):
