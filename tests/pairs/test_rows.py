@@ -145,7 +145,7 @@ def test_what_the_machine_cannot_do_is_no_reason_to_delete_a_shard(store, monkey
 
 def test_no_rows_are_no_rows(store):
     for none in ([], range(0), np.empty(0, np.int64), torch.empty(0, dtype=torch.int64)):
-        assert store.images(none).shape == (0, 4, 4, 2)
+        assert store.images(none).shape == (0, 4, 8, 1)
 
 
 @pytest.mark.parametrize(
