@@ -66,6 +66,7 @@ class Protocol:
     dtype: str | None = None  # of the network's weights
     execution: dict[str, Any] | None = None
     device: dict[str, str] | None = None
+    decoder: dict[str, str] | None = None  # of latents
     held_out: dict[str, Any] | None = None
 
     @property
@@ -322,9 +323,15 @@ def _pair_error(sampler: Sampler, pairs: Pairs) -> Figures:
 def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:
     """Return what the protocol says of a model and of how it is run."""
     if isinstance(model, Teacher):
-        way = {"solver": _described(model.solver), "grid": [*map(float, model.grid)]}
+        way: dict[str, Any] = {
+            "solver": _described(model.solver),
+            "grid": [*map(float, model.grid)],
+        }
     else:
         way = {"method": _described(getattr(model, "method", model))}
+    if decoder := model.decoder:
+        kind = type(decoder.net).__name__
+        way["decoder"] = {"kind": kind, "sha256": decoder.fingerprint()}
     execution = {**vars(sampler.execution), "precision": sampler.precision}
     name = device_name(sampler.device)
     return {

@@ -1,5 +1,6 @@
 """Decoder: make pictures of latents with an autoencoder of diffusers, imported on use."""
 
+import hashlib
 import json
 import logging
 import math
@@ -73,6 +74,13 @@ class Decoder:
                 "%s: gives no scaling_factor, so %g is taken, as in diffusers", file, factor
             )
         return decoder
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256, in hex, of the configuration and the weights."""
+        digest = hashlib.sha256()
+        for content in self.files().values():
+            digest.update(content)
+        return digest.hexdigest()
 
     def files(self) -> dict[str, bytes]:
         """Return the content of the files that `read` needs, by name."""

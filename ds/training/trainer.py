@@ -120,6 +120,12 @@ class Trainer:
         )
         loader.check(self.batches, r.loader, r.prefetch)
         require("train.epochs", Natural, indices=self._rows(self.steps))
+        kept = self.held_out.read(range(1))
+        if self.decoder and kept.numel() and kept.dtype == torch.uint8:
+            raise ValueError(
+                "the network makes latents, and the rows to train on are pictures, uint8; give "
+                "latents as floats, such as the pairs that this teacher makes"
+            )
         (row,) = self._held_out_batch(range(1)).noise
         if row.shape != self.shape:
             raise ValueError(

@@ -23,6 +23,8 @@ from ds.models.execution import Execution
 from ds.models.images import to_uint8
 from ds.models.load import load
 from ds.models.model import Model
+from ds.pairs.sources import Images
+from ds.training.config import TrainConfig
 
 BLOCKS = {
     "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
@@ -323,5 +325,23 @@ def test_a_latent_pipeline_becomes_a_student_that_draws_pictures(folder, tmp_pat
     assert main(["sample", str(out), "--indices", "0-4", "--out", str(tmp_path / "a.npy")]) == 0
     assert np.load(tmp_path / "a.npy").shape == (5, 16, 16, 3)
     assert main(["evaluate", str(out), *judge, "--store", store, "--held-out", "16"]) == 0
-    assert json.loads((out / "metrics.json").read_text())["pair_rms"] > 0
-    assert ds.load_student(out).decoder
+    result, student = json.loads((out / "metrics.json").read_text()), ds.load_student(out)
+    about = {"kind": "VQModel", "sha256": student.decoder.fingerprint()}
+    assert result["pair_rms"] > 0 and result["protocol"]["decoder"] == about
+
+
+def test_a_teacher_of_latents_is_not_trained_on_pictures(teacher, tmp_path):
+    """Their shapes are the same where an autoencoder has 3 channels of latents."""
+    pictures = Images(torch.zeros(8, 8, 8, 3, dtype=torch.uint8))
+    options = {"out": tmp_path / "run", "config": TrainConfig(batch_size=4)}
+    with pytest.raises(ValueError, match="makes latents, and the rows to train on are pictures"):
+        ds.Trainer(ds.methods.Denoising(), teacher, pictures, pictures, **options)
+    latents = Images(torch.zeros(8, 8, 8, 3))
+    ds.Trainer(ds.methods.Denoising(), teacher, latents, latents, **options)
+
+
+def test_an_export_of_a_latent_student_says_that_it_writes_latents(teacher, monkeypatch, caplog):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: 1 / 0)  # after it is said
+    with pytest.raises(ZeroDivisionError):
+        ds.export.to_program(models(teacher)[1], "unwritten.pt2")
+    assert "returns latents [3, 8, 8]; decode them" in caplog.text
