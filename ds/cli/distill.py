@@ -1,6 +1,5 @@
 """dstudent distill: train a student by any method, after making the pairs that it lacks."""
 
-import argparse
 import copy
 import inspect
 import logging
@@ -17,17 +16,20 @@ import ds
 from ds.cli import environment
 from ds.cli.evaluate import EvalConfig
 from ds.cli.pairs import Maker
-from ds.cli.teach import training_images
+from ds.cli.teach import forget_pictures, training_images
 from ds.cli.verb import (
     Here,
     Price,
     Source,
     Verb,
     check_outputs,
+    given,
+    home_beside,
     home_of,
     method_named,
     methods,
     per_preset,
+    preset_of,
     run_folder,
     say,
     solve_idle,
@@ -35,14 +37,14 @@ from ds.cli.verb import (
     watched,
 )
 from ds.evaluation.evaluate import evaluate, figures
-from ds.methods import AbstractMethod, Progress
+from ds.methods import AbstractMethod
 from ds.models import pretrained
 from ds.models.load import load_teacher
 from ds.models.model import Model
 from ds.models.pretrained import fingerprint
 from ds.models.teacher import Teacher
 from ds.pairs.quantizer import fitting, row_of
-from ds.pairs.sources import AbstractSource, Batch, Generated, Images, Noise, Pairs
+from ds.pairs.sources import AbstractSource, Generated, Images, Noise, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
 from ds.system.config import Count, tag
@@ -51,6 +53,7 @@ from ds.training.batches import check_rows
 from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 from ds.training.stages import Stages
+from ds.training.throughput import seconds_per_row
 
 log = logging.getLogger("ds")
 Judge = Callable[[Model], dict[str, float]]
@@ -69,20 +72,33 @@ class _Unmade(Images):
         return "not made yet"
 
 
+def _default(name: str) -> AbstractMethod:
+    """Return a method with its defaults. Raise ValueError if it has a field without one."""
+    kind = method_named(name)
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(f"--method {name}: {error}; give every field a default") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distill(Verb):
     """Train a student that makes in a few network calls what the teacher makes in many.
 
     Missing pairs are made first, as `dstudent pairs` makes them. Before it starts, the command
-    prints what the whole run will take.
+    prints what the whole run will take. With a teacher of your own, give --teacher DIR and no
+    preset.
     """
 
     shared: ClassVar = True
+    instead: ClassVar = "give --teacher DIR for a teacher of your own"
 
     teacher: Source
     store: str  # of the pairs: a directory, or a URL such as s3://bucket/folder
     out: Path  # a directory for the student; its run goes beside it, into OUT-run
-    images: str  # to train on, if the method needs them; only "digits" come with the library
+    # pictures to train on, if the method needs them: a folder, .npy, .npz or .tar, or "digits"
+    images: str
+    size: Count | None = None  # pixels a side: cut the middle square of each picture and scale it
     pairs: PairsConfig
     solve: SolveConfig
     named: Annotated[
@@ -106,12 +122,25 @@ class Distill(Verb):
 
     @classmethod
     def of(cls, name: str, p: Preset) -> "Distill":
-        home = home_of(name)
+        return cls._at(home_of(name) / "teacher", home_of(name), name, p)
+
+    @classmethod
+    def own(cls, args: list[str]) -> "Distill | None":
+        teacher, name = given(args, "teacher", "method").values()
+        if not teacher:
+            return None
+        p = preset_of(teacher)
+        if name and name != tag(type(p.method)):
+            p = replace(p, method=_default(name))
+        return cls._at(teacher, home_beside(teacher), "", p)
+
+    @classmethod
+    def _at(cls, teacher: str | Path, home: Path, images: str, p: Preset) -> "Distill":
         return cls(
-            teacher=home / "teacher",
+            teacher=teacher,
             store=str(home / "pairs"),
             out=home / "student",
-            images=name,
+            images=images,
             pairs=p.pairs,
             solve=p.solve,
             named=tag(type(p.method)),
@@ -122,16 +151,11 @@ class Distill(Verb):
 
     @classmethod
     def choices(cls, args: list[str]) -> dict[str, Any]:
-        words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        words.add_argument("--method", nargs="?")
-        name = words.parse_known_args(args)[0].method
-        if name is None or name == tag(type(PRESETS[args[0]]().method)):
+        forget_pictures()
+        name, preset = given(args, "method")["method"], PRESETS.get(args[0] if args else "")
+        if name is None or (preset and name == tag(type(preset().method))):
             return per_preset(cls)
-        kind = method_named(name)
-        try:
-            return per_preset(cls, method=kind())
-        except TypeError as error:
-            raise ValueError(f"--method {name}: {error}; give every field a default") from None
+        return per_preset(cls, method=_default(name))
 
     @classmethod
     def about(cls) -> str:
@@ -152,6 +176,9 @@ class Distill(Verb):
         idle |= {f"judge.{name}": reason for name, reason in judge.items()}
         if r.loader == "resident":
             idle["runtime.prefetch"] = "with --runtime.loader resident, which reads nothing ahead"
+        if self._feeds != "images":
+            reason = f"with --method {self.named}, which is trained on {self._feeds}"
+            idle |= dict.fromkeys(("images", "size"), reason)
         if r.compile == "no":
             idle["runtime.compile-cache"] = "with --runtime.compile no"
         return idle | (self._made_otherwise() if self._feeds == "pairs" else self._without_pairs())
@@ -293,7 +320,7 @@ class Distill(Verb):
         """Return the rows to train on, the rows held out, and the settings for as many steps."""
         p, train, shape = self.pairs, self.train, self.start.shape
         if self._feeds == "images":
-            return *training_images("distill", self.images), train
+            return *training_images("distill", self.images, self.size), train
         if self._feeds == "noise":
             held_out = Noise(p.held_out, shape, seed=p.seed + 1)
             return Noise(p.count, shape, seed=p.seed), held_out, train
@@ -344,7 +371,9 @@ class Distill(Verb):
             if stored + passing:
                 line, making = self.maker.estimate(stored + passing)
                 lines.append(f"pairs: {line}" + (f"; {stored:,} are kept" if self.online else ""))
-        learning = len(stages) * steps * t.batch_size * self._training_seconds_each()
+        rows = _Unmade(self.start, 1) if self._feeds == "pairs" else self._data(None)[1]
+        each_row = seconds_per_row(stages[0], self.start, rows, t, self.machine.use())
+        learning = len(stages) * steps * t.batch_size * each_row
         each = f"{len(stages)} stages of " if len(stages) > 1 else ""
         about = f"{each}{steps:,} steps of {t.batch_size}, about {cost.duration(learning)}"
         devices = distributed.world_size()
@@ -361,30 +390,10 @@ class Distill(Verb):
     def _rows(self) -> int:
         """The number of rows in an epoch."""
         if self._feeds == "images":
-            return len(training_images("distill", self.images)[0])
+            return len(training_images("distill", self.images, self.size)[0])
         if self._feeds == "pairs" and not self._lacks_pairs and not self.online:
             return info(self.store)["pairs"] - self.pairs.held_out
         return self.pairs.count
-
-    def _training_seconds_each(self) -> float:
-        """Measure the training of one row: forward and backward of all turns, no optimiser."""
-        stage, device = self.method.stages()[0].on(self.start), self.machine.use()
-        config = self.train.on(device)
-        modules = stage.init(self.start).to(device)
-        rows = _Unmade(self.start, 1) if self._feeds == "pairs" else self._data(None)[1]
-        most = max(1, self.train.batch_size // distributed.world_size())
-        whole = rows.batch([i % len(rows) for i in range(most)], device=device)
-
-        def work(n: int) -> None:
-            x0, z, index, draws, _ = whole
-            batch = Batch(x0[:n], z[:n], index[:n], draws._replace(index=draws.index[:n]))
-            for turn in stage.turns:
-                with config.autocast(device):
-                    loss = stage.loss(modules, batch, Progress(0, 1, turn))
-                loss.backward()
-                loss.item()  # waits for the device
-
-        return cost.seconds_each(work, most)
 
     def _judge(self) -> Judge:
         """Return a function that evaluates a model during training."""

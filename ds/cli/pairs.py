@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -16,9 +16,12 @@ from ds.cli.verb import (
     Source,
     Store,
     Verb,
+    given,
+    home_beside,
     home_of,
     log,
     per_preset,
+    preset_of,
     say,
     solve_idle,
     watched,
@@ -87,8 +90,11 @@ class MakePairs(Verb):
     """Run the teacher on noise and store its images: the pairs that a student learns from.
 
     You can interrupt it and run it again to continue. Several processes can fill one store, and
-    may join and leave at any time. A store grows with a larger --pairs.count.
+    may join and leave at any time. A store grows with a larger --pairs.count. For a teacher of your
+    own, give --teacher DIR and no preset.
     """
+
+    instead: ClassVar = "give --teacher DIR for a teacher of your own"
 
     teacher: Source
     out: str  # of the store: a directory, or a URL such as s3://bucket/folder
@@ -101,9 +107,17 @@ class MakePairs(Verb):
 
     @classmethod
     def of(cls, name: str, p: Preset) -> "MakePairs":
-        home = home_of(name)
+        return cls._at(home_of(name) / "teacher", home_of(name), p)
+
+    @classmethod
+    def own(cls, args: list[str]) -> "MakePairs | None":
+        teacher = given(args, "teacher")["teacher"]
+        return cls._at(teacher, home_beside(teacher), preset_of(teacher)) if teacher else None
+
+    @classmethod
+    def _at(cls, teacher: str | Path, home: Path, p: Preset) -> "MakePairs":
         return cls(
-            teacher=home / "teacher",
+            teacher=teacher,
             out=str(home / "pairs"),
             pairs=p.pairs,
             solve=p.solve,

@@ -1,5 +1,6 @@
 """What a verb is: how its options are read, how it runs, and how it talks to people."""
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -23,15 +24,16 @@ import ds.methods
 from ds.cli import VERBS
 from ds.methods import AbstractMethod
 from ds.models import pretrained
-from ds.models.load import load
+from ds.models.load import load, load_teacher
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.system import targets
 from ds.system.config import NotNegative, check, tag, to_json
 from ds.system.distributed import is_first, joined
 from ds.system.files import first_line, redacted
+from ds.training import presets
 from ds.training.config import RUN, TrainConfig
-from ds.training.presets import PRESETS, Machine, SolveConfig
+from ds.training.presets import PRESETS, Machine, Preset, SolveConfig
 
 # Text on the command line: a Path would spoil hf://owner/name.
 MODEL = tyro.conf.arg(metavar="MODEL", help="the model's directory or file, or hf://owner/name")
@@ -50,6 +52,7 @@ class Verb(ABC):
     """One verb of the command line. Its fields are its options."""
 
     shared: ClassVar[bool] = False  # whether the processes that torchrun starts share the work
+    instead: ClassVar[str] = ""  # what can be given instead of a preset
 
     def __post_init__(self):
         check(self)
@@ -58,6 +61,11 @@ class Verb(ABC):
     def choices(cls, args: list[str]) -> dict[str, Any]:
         """Return the words that may follow the verb, each as a type for tyro; {} for none."""
         return {}
+
+    @classmethod
+    def own(cls, args: list[str]) -> "Verb | None":
+        """Return the defaults for what the options name, where no preset does; None for nothing."""
+        return None
 
     @classmethod
     def about(cls) -> str:
@@ -116,7 +124,9 @@ def parse(verb: str, args: list[str]) -> Verb:
     choices = cls.choices(args)
     if not choices:
         return _parse(cls, args, f"dstudent {verb}")
-    _check_choice(verb, args, choices)
+    if args and args[0] not in choices and (default := cls.own(args)):
+        return _parse(cls, args, f"dstudent {verb}", default=default)
+    _check_choice(verb, args, choices, cls.instead)
     kinds = Union[tuple(choices.values())]  # noqa: UP007 their number is not known here
     return _parse(kinds, args, f"dstudent {verb}", args[0], description=cls.about())
 
@@ -212,6 +222,38 @@ def home_of(name: str) -> Path:
     return Path("runs") / name
 
 
+def home_beside(path: str) -> Path:
+    """Return the directory for the results of a person's own pictures or teacher, by default.
+
+    It is the one that a directory called teacher lies in, and runs/NAME for anything else.
+    """
+    where = Path(path).absolute()
+    if where.name == "teacher":
+        return Path(path).parent
+    name = where.name if where.is_dir() else where.name.partition(".")[0]
+    return home_of(re.sub(r"[^\w.-]+", "-", name).strip("-.") or "own")
+
+
+def given(args: list[str], *names: str) -> dict[str, str | None]:
+    """Return the values of options, before the others are read; None for those not given."""
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        words.add_argument(f"--{name}", nargs="?")
+    return vars(words.parse_known_args(args)[0])
+
+
+def preset_of(teacher: str) -> Preset:
+    """Return the settings for a person's own teacher, by its shape and by what it was taught on."""
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is said of a teacher is said once, when it is used
+    try:
+        model = load_teacher(teacher)
+    finally:
+        log.setLevel(level)
+    rows = model.provenance.get("images")
+    return presets.own(model.shape, rows if isinstance(rows, int) else None)
+
+
 def check_outputs(out: Path, *, force: bool = False, apart: targets.Inputs = ()) -> None:
     """Raise ValueError if a model, or the run that makes it, cannot be written.
 
@@ -245,15 +287,15 @@ def _option(arg: str) -> str:
     return arg.partition("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
 
 
-def _check_choice(verb: str, args: list[str], choices: Iterable[str]) -> None:
+def _check_choice(verb: str, args: list[str], choices: Iterable[str], instead: str) -> None:
     """Raise ValueError unless a preset, or another choice, comes first."""
     first = args[0] if args else ""
     if first in choices or {"-h", "--help"} & {*args}:
         return
-    presets = ", ".join(PRESETS)
+    names = ", ".join(PRESETS)
     if first and not first.startswith("-"):
-        raise ValueError(f"{verb}: no preset {first!r}; the presets are {presets}")
-    raise ValueError(f"{verb}: name a preset first: {presets}")
+        raise ValueError(f"{verb}: no preset {first!r}; the presets are {names}; or {instead}")
+    raise ValueError(f"{verb}: name a preset first ({names}), or {instead}")
 
 
 def _parse(kind: Any, args: list[str], prog: str, choice: str = "", **options: Any) -> Verb:

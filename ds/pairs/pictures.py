@@ -150,6 +150,22 @@ def read_pictures(path: str | Path, *, size: int | Sides | None = None) -> Pictu
     return _read(path, _members(tars) if tars and not found.items else found, sides)
 
 
+def split(n: int, held_out: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return which of n pictures to train on, int64, and which others to hold out.
+
+    By default a tenth is held out, 8 to 1024 of them. Which ones depends on n alone. Raises
+    ValueError unless two or more are left to train on.
+    """
+    count = min(1024, max(8, n // 10)) if held_out is None else held_out
+    if not 1 <= count <= n - 2:
+        raise ValueError(
+            f"{_pictures(n)} cannot be split into {count} to hold out and 2 or more to train on; "
+            f"bring more pictures"
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return order[count:].sort().values, order[:count].sort().values
+
+
 def _is_hidden(name: str) -> bool:
     """Return whether a name, or a folder in it, is one that file managers and editors leave."""
     return any(part[:1] == "." or part.lower() in _HIDDEN for part in Path(name).parts)
@@ -353,6 +369,9 @@ def _classes(items: list[_Item]) -> tuple[Tensor | None, str]:
 
 
 def _read_array(path: Path, sides: Sides | None) -> Pictures:
+    if path.suffix.lower() == ".zip" or _is_picture(path.name):
+        what = "a zip file; unpack it" if path.suffix.lower() == ".zip" else "one picture"
+        raise ValueError(f"{path}: {what}, and give the folder of the pictures")
     headers = read_headers(path)
     name = _images_in(path, headers)
     header = headers[name] or _unread(path, name)
@@ -399,7 +418,7 @@ def _images_in(path: Path, headers: dict[str, Header | None]) -> str:
     if len(headers) == 1:
         return next(iter(headers))
     if len(like) != 1:
-        names = ", ".join(headers) or "no arrays"
+        names = ", ".join([*headers][:5]) or "no arrays"
         raise ValueError(f"{path}: holds {names}; which are the images? call that array images")
     return like[0]
 

@@ -213,19 +213,28 @@ class Noise(AbstractSource):
 
 
 class Images(AbstractSource):
-    """uint8 images [N, H, W, C] in memory, with fresh noise at every draw."""
+    """uint8 images [N, H, W, C] in memory, with fresh noise at every draw.
+
+    `rows`, int64, are those of the images that are used, all by default. With `flip` each is there
+    twice, once as its mirror image.
+    """
 
     feeds: ClassVar = "images"
 
-    def __init__(self, images: Tensor, *, seed: int = 0):
-        self.images = images
-        self.seed = seed
+    def __init__(
+        self, images: Tensor, *, seed: int = 0, rows: Tensor | None = None, flip: bool = False
+    ):
+        self.images, self.seed, self.flip = images, seed, flip
+        self.rows = torch.arange(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows) * (2 if self.flip else 1)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        return self.images[torch.as_tensor(rows)]
+        wanted = torch.as_tensor(rows)
+        found = self.images[self.rows[wanted % len(self.rows)]]
+        mirrored = (wanted >= len(self.rows)).view(-1, 1, 1, 1)
+        return torch.where(mirrored, found.flip(2), found) if self.flip else found
 
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
         return torch.as_tensor(draws)
@@ -235,7 +244,11 @@ class Images(AbstractSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
-        return f"{len(self)} images {digest}, seed {self.seed}"
+        said = f"{len(self)} images {digest}, seed {self.seed}"
+        if len(self) == len(self.images) and bool((self.rows.diff() == 1).all()):
+            return said
+        rows = hashlib.sha256(self.rows.numpy().data).hexdigest()
+        return f"{said}, rows {rows}" + (", flipped" if self.flip else "")
 
 
 def _prepared(images: Tensor, indices: Tensor, seed: int, draws: Draws) -> Batch:

@@ -279,6 +279,83 @@ def digits() -> Preset:
     )
 
 
+FEW = 5000  # pictures below which a network is small, and a run short
+
+
+def own(shape: tuple[int, ...], rows: int | None = None) -> Preset:
+    """Return settings for samples of a shape, such as `rows` pictures of a person's own.
+
+    Two CPU cores train few pictures in minutes. Unknown ones count as many, and get what the paper
+    has for their size. The network is that of `network` for pictures, and any for other samples.
+    """
+    if rows is not None and rows < FEW:
+        return _few(rows)
+    side = max(shape[1:], default=1)
+    base = cifar10() if side <= 32 else celeba() if side <= 64 else lsun_bedroom()
+    batch = max(16, min(128, 2**17 // side**2))
+    teach = TrainConfig(
+        batch_size=batch,
+        epochs=100_000 / ((rows or FEW) // batch),
+        warmup_steps=1000,
+        betas=(0.9, 0.999),
+        grad_clip_norm=1.0,
+        ema_decay=0.9999,
+        check_every=5000,
+    )
+    return replace(base, teach=teach)
+
+
+def network(shape: tuple[int, int, int], rows: int) -> UNetConfig:
+    """Return a network for pictures [C, H, W], of which there are `rows` to train on.
+
+    Raises ValueError for a shape that cannot be halved to a size at which attention is affordable.
+    """
+    c, h, w = shape
+    sides = [h]
+    while sides[-1] % 2 == 0 and (sides[-1] > 8 or (len(sides) == 1 and h > 2)):
+        sides.append(sides[-1] // 2)
+    if h != w or len(sides) < 2 or sides[-1] > 32:
+        near = max(8, round(min(h, w) / 8) * 8)
+        raise ValueError(
+            f"pictures of {w} x {h} do not fit a network, which needs a square that can be halved; "
+            f"cut and scale them, such as with --size {near}"
+        )
+    few = rows < FEW
+    mult = (1, 1, 2, 2, 4, 4) if len(sides) == 6 else (1, 2, 4, 4, 4)[: len(sides)]
+    return UNetConfig(
+        image_size=h,
+        in_channels=c,
+        channels=16 if few else 128,
+        channel_mult=mult,
+        num_res_blocks=1 if few else 2,
+        attention_resolutions=tuple(s for s in sides if s <= 16 and (not few or s == sides[-1])),
+        norm_groups=8 if few else 32,
+    )
+
+
+def _few(rows: int) -> Preset:
+    batch, steps = min(16, rows), 2000  # of the teacher
+    teach = TrainConfig(
+        batch_size=batch,
+        epochs=steps / (rows // batch),
+        lr=2e-3,
+        warmup_steps=100,
+        betas=(0.9, 0.999),
+        lr_schedule="cosine",
+        ema_decay=0.99,
+        check_every=200,
+    )
+    pairs = PairsConfig(count=4096, held_out=256, batch_size=64, shard_size=1024)
+    return Preset(
+        net=UNetConfig(),
+        solve=SolveConfig(steps=16),
+        pairs=pairs,
+        method=DenoisingStudent(loss_type="l1"),
+        train=replace(teach, batch_size=32, epochs=8, lr=1e-3, check_every=256),
+        teach=teach,
+    )
+
+
 PRESETS: dict[str, Callable[[], Preset]] = {
     f.__name__: f for f in (digits, cifar10, celeba, lsun_bedroom, lsun_church)
 }

@@ -14,8 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ds.methods import AbstractMethod, Progress
-from ds.pairs.sources import Batch
-from ds.system import distributed
+from ds.models.teacher import Teacher
+from ds.pairs.sources import AbstractSource, Batch
+from ds.system import cost, distributed
+from ds.training.config import TrainConfig
 
 
 class Throughput:
@@ -59,6 +61,28 @@ class Throughput:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return used * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def seconds_per_row(
+    method: AbstractMethod, start: Teacher, rows: AbstractSource, config: TrainConfig,
+    device: torch.device,
+) -> float:  # fmt: skip
+    """Measure the training of one row: forward and backward of all turns, no optimiser."""
+    method, config = method.on(start), config.on(device)
+    modules = method.init(start).to(device)
+    most = max(1, config.batch_size // distributed.world_size())
+    whole = rows.batch([i % len(rows) for i in range(most)], device=device)
+
+    def work(n: int) -> None:
+        x0, z, index, draws, _ = whole
+        batch = Batch(x0[:n], z[:n], index[:n], draws._replace(index=draws.index[:n]))
+        for turn in method.turns:
+            with config.autocast(device):
+                loss = method.loss(modules, batch, Progress(0, 1, turn))
+            loss.backward()
+            loss.item()  # waits for the device
+
+    return cost.seconds_each(work, most)
 
 
 def flop_counter() -> FlopCounterMode:
