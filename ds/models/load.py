@@ -50,16 +50,15 @@ def load(
     "fp16"). Raises ValueError, naming the file, if something is missing, damaged or of another
     kind, and RuntimeError if the hub cannot be reached.
     """
-    here = located(path, revision=overrides.pop("revision", None), variant=overrides.get("variant"))
-    path = _directory(here)
-    foreign = {name: overrides.pop(name) for name in _FOREIGN if name in overrides}
-    if not pretrained.is_ours(path):
-        model = _adopt(read(path, **foreign), path, overrides.get("grid"))
-    elif foreign:
-        name = next(iter(foreign))
-        raise ValueError(f"{path}: tells what it needs itself; leave {name} out")
+    given = {name: overrides.pop(name, None) for name in _FOREIGN}
+    here = located(path, revision=overrides.pop("revision", None), variant=given["variant"])
+    here = _directory(here)
+    if not pretrained.is_ours(here):
+        model = _adopt(read(here, **given), path, overrides.get("grid"))
+    elif needless := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{path}: tells what it needs itself; leave {needless[0]} out")
     else:
-        model = _OURS[pretrained.kind(path, tuple(_OURS))](path, types)
+        model = _OURS[pretrained.kind(here, tuple(_OURS))](here, types)
     model.net.to(device, dtype)
     return replace(model, **overrides)
 
@@ -133,7 +132,7 @@ _FOREIGN = ("image_size", "scheduler", "variant")
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
 
 
-def _adopt(found: Imported, path: Path, grid: Grid | None) -> Teacher | Student:
+def _adopt(found: Imported, path: str | Path, grid: Grid | None) -> Teacher | Student:
     """Give an imported network its meaning, and say what of it is assumed.
 
     `grid` is what the caller wants instead of the network's own.

@@ -102,7 +102,7 @@ class Inert:
         pass
 
 
-# What training code leaves beside its tensors: numbers and arrays of NumPy, options, paths.
+# What training code leaves beside its tensors: NumPy's numbers and arrays, options, paths, dates.
 _BESIDE = [
     "numpy.dtype",
     "numpy.ndarray",
@@ -112,6 +112,11 @@ _BESIDE = [
         for f in ("scalar", "_reconstruct")
     ),
     "argparse.Namespace",
+    "types.SimpleNamespace",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "torch.torch_version.TorchVersion",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
@@ -124,8 +129,9 @@ _LOADING = threading.Lock()  # what is accepted holds for the process
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read tensors in plain containers that torch.save wrote, without running any code.
 
-    Values of NumPy, options and paths beside them become `Inert`. Raises ValueError naming the file
-    for any other content or a wrong checksum. Files written before 2020 have no checksums.
+    What `_BESIDE` lists, such as values of NumPy, may lie beside them and becomes `Inert`. Raises
+    ValueError naming the file for any other content or a wrong checksum. Files written before 2020
+    have no checksums.
     """
     kind = "PyTorch file of plain tensors; nothing in it was run"
     with opened(path) as file:

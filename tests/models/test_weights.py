@@ -1,6 +1,7 @@
 """Weights in the forms in which they lie about: containers, prefixes, variants, shards, halves."""
 
 import argparse
+import datetime
 import json
 import logging
 import os
@@ -67,8 +68,9 @@ FORMS = {
     "beside numbers of NumPy": ({**BASE, "step": np.int64(4), "loss": np.float32(0.1)}, 0.5),
     "in a container": ({"model": BASE, "epoch": 3, "loss": np.float64(0.1)}, 0.5),
     "beside arrays": ({"model": BASE, "losses": np.arange(5.0), "rng": np.zeros(2, "u8")}, 0.5),
-    "beside options and paths": (
-        {"model": BASE, "args": argparse.Namespace(lr=0.1), "out": Path("runs/a")}, 0.5,
+    "beside options, paths and dates": (
+        {"model": BASE, "args": argparse.Namespace(lr=0.1), "out": Path("runs/a"),
+         "at": datetime.datetime(2024, 1, 1), "torch": torch.__version__}, 0.5,
     ),
     "with the optimizer": ({"state_dict": BASE, "optimizer": OPTIMIZER}, 0.5),
     "with an average": ({"model": BASE, "ema": EMA, "step": 4}, 1.5),
@@ -90,6 +92,12 @@ FORMS = {
     ),
     "of Lightning, compiled, with its average": (
         {"state_dict": {**put("net._orig_mod."), **put("ema.module.", EMA)}}, 1.5,
+    ),
+    "of latent diffusion's code": (
+        {"state_dict": {
+            **TABLES, **put("model.diffusion_model."), "model_ema.decay": torch.tensor(0.99),
+            **{f"model_ema.diffusion_model{k.replace('.', '')}": w for k, w in EMA.items()},
+        }}, 1.5,
     ),
     "with the tables of its schedule": ({**put("denoise_fn."), **TABLES}, 0.5),
     "half precision": ({k: w.half() for k, w in BASE.items()}, 0.5),

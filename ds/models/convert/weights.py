@@ -102,7 +102,25 @@ def _groups(saved: Any, where: Path) -> Iterator[_Group]:
                 raise ValueError(f"{where}: holds {at}{name} twice, as {key} and without a wrapper")
             entries[name] = entry
         if any(isinstance(entry, Tensor) for entry in entries.values()):
-            yield _Group(at, entries)
+            yield _Group(at, _dotted(entries))
+
+
+def _dotted(entries: dict[Any, Any]) -> dict[Any, Any]:
+    """Give the averages of latent diffusion's code their dots back.
+
+    Its LitEma registers the average of a.b.c as model_ema.abc.
+    """
+    names = [key.split(".") for key in entries if isinstance(key, str)]
+    own = [parts for parts in names if not _EMA.search(parts[0])]
+    if len(own) == len(names):
+        return entries
+    ends = {"".join(parts[i:]): ".".join(parts[i:]) for parts in own for i in range(len(parts))}
+
+    def name(key: Any) -> Any:
+        head, _, rest = key.partition(".") if isinstance(key, str) else ("", "", "")
+        return f"{head}.{ends[rest]}" if _EMA.search(head) and rest in ends else key
+
+    return {name(key): entry for key, entry in entries.items()}
 
 
 def _check_parts(groups: list[_Group], where: Path) -> None:
