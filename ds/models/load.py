@@ -18,6 +18,7 @@ from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import AbstractSolver
 from ds.models import pretrained
 from ds.models.convert import Imported, read
+from ds.models.convert.imported import naming
 from ds.models.convert.remote import located
 from ds.models.decoder import Decoder
 from ds.models.model import M
@@ -150,7 +151,7 @@ def _adopt(found: Imported, path: str | Path, grid: Grid | None) -> Teacher | St
         return Student(net, method, provenance=found.facts)
     grid = grid or found.grid or _paper_grid(found)
     grids.warn_of_signal(found.schedule, grid, str(path))
-    with pretrained.naming(path):
+    with naming(path):
         denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
         return Teacher(denoiser, found.solver, grid, found.facts, decoder)
 
