@@ -36,7 +36,7 @@ from ds.cli.verb import (
     train_idle,
     watched,
 )
-from ds.evaluation.evaluate import evaluate, figures
+from ds.evaluation.evaluate import evaluate, figures, way
 from ds.methods import AbstractMethod
 from ds.models import pretrained
 from ds.models.load import load_teacher
@@ -399,4 +399,11 @@ class Distill(Verb):
         """Return a function that evaluates a model during training."""
         reference, extractor = self.judge.build(self.start, self.machine.use())
         n = self.judge.count
-        return lambda model: figures(evaluate(model, reference, extractor, n=n))
+
+        def judge(model: Model) -> dict[str, float]:
+            result = evaluate(model, reference, extractor, n=n)
+            if is_first():
+                log.info("evaluate: %s", way(result))
+            return figures(result)
+
+        return judge

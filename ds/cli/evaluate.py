@@ -76,9 +76,17 @@ class EvalConfig:
         if self.reference == "digits" and shape != DIGITS:
             raise ValueError(
                 f"evaluate: the model's pictures are {list(shape)}, and the reference is digits, "
-                f"{list(DIGITS)}; give real images such as a folder of them, with --reference"
+                f"{list(DIGITS)}; give real images such as a folder of them, with --reference "
+                f"(of distill: --judge.reference)"
             )
-        reference, extractor = read_reference(self.reference), self._extractor(shape, device)
+        reference = read_reference(self.reference)
+        unnamed = self.extractor == "auto" and self.inception_weights is None
+        if isinstance(reference, Moments) and unnamed:
+            raise ValueError(
+                f"{self.reference}: moments do not say of what features they are; name those with "
+                f"--extractor, or give --inception-weights FILE"
+            )
+        extractor = self._extractor(shape, device)
         check_evaluation(shape, self.count, reference, extractor)
         return reference, extractor
 
@@ -93,7 +101,7 @@ class EvalConfig:
             found = Digits()
         elif name == "auto" and max(shape[:2]) > SIDE:
             found = AveragedPixels()
-        if name == "auto":
+        if name == "auto" and is_first():
             log.info("evaluate: features are %s; --extractor takes others", found.name)
         return found
 
@@ -158,7 +166,7 @@ class Evaluate(Verb):
     ) -> None:
         result = evaluate(model, reference, extractor, **options)
         if is_first():
-            log.info("evaluate: %s, %s features", way(result), extractor.name)
+            log.info("evaluate: %s", way(result))
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
             if self.out is not None:
                 write_json(self._target(), result, force=self.force)

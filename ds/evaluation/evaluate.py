@@ -229,20 +229,19 @@ def figures(result: dict[str, Any]) -> Figures:
 
 
 def way(result: dict[str, Any]) -> str:
-    """Return how an evaluated model was run, in words: precision, mode and device."""
+    """Return how figures of a model were obtained, in a line: precision, mode, device, features."""
     about = result["protocol"]
     execution, device = about["execution"], about["device"]
     return (
         f"{execution['precision']}, mode {execution['mode']}, on {device['type']} "
-        f"({device['name']})"
+        f"({device['name']}), {about['extractor']['name']} features of {about['n']:,} images"
     )
 
 
 def record(path: str | Path, model: Model, result: dict[str, Any]) -> None:
     """Put the figures of an evaluation into a model directory: metrics.json and its card."""
-    about = result["protocol"]
     known = {k: f"{v:.4g}" for k, v in figures(result).items()}
-    known["measured_on"] = f"{about['n']:,} images, {about['extractor']['name']}; {way(result)}"
+    known["measured_on"] = way(result)
     pretrained.annotate(path, model.provenance | known, model.card, result)
 
 

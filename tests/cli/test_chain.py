@@ -83,7 +83,8 @@ def test_evaluate_runs_a_model_as_it_is_told_and_says_how(chain, tmp_path, caplo
     execution = json.loads(out.read_text())["protocol"]["execution"]
     assert (execution["precision"], execution["mode"]) == ("bfloat16", "eager")
     name = device_name("cpu")
-    assert f"evaluate: bfloat16, mode eager, on cpu ({name}), pixels features" in caplog.messages
+    said = f"evaluate: bfloat16, mode eager, on cpu ({name}), pixels features of 8 images"
+    assert said in caplog.messages
 
 
 def test_distill_compares_images_of_the_average_with_real_ones_on_its_way(chain):

@@ -1,5 +1,6 @@
 """What an evaluation compares a model on: chosen by its pictures, said, or refused in one line."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 import ds
+from ds.analytic import GaussianField
+from ds.cli.distill import Distill
 from ds.cli.evaluate import EvalConfig
 from ds.evaluation.features import AveragedPixels
+from ds.training.presets import PRESETS
 
 
 class Net(torch.nn.Module):
@@ -68,13 +72,17 @@ def test_the_digits_are_compared_on_their_classifier_and_with_weights_on_incepti
     weights = Path("weights.pth")
     assert judged((3, 32, 32), inception_weights=weights)[1].name == weights
     assert judged((1, 8, 8), reference="digits", inception_weights=weights)[1].name == weights
+    np.savez("moments.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert judged((1, 8, 8), reference="moments.npz", extractor="pixels")[1].name == "pixels"
+    with pytest.raises(ValueError, match=r"^moments\.npz: moments do not say of what features"):
+        judged((1, 8, 8), reference="moments.npz")
     with pytest.raises(ValueError, match="extractor inception needs --inception-weights FILE"):
         judged((3, 32, 32), extractor="inception")
 
 
 def test_the_digits_are_no_reference_for_pictures_of_another_shape():
     for shape in ((3, 32, 32), (1, 28, 28), (3, 8, 8)):
-        with pytest.raises(ValueError, match=r"reference is digits, \[8, 8, 1\]; .*--reference$"):
+        with pytest.raises(ValueError, match=r"reference is digits, \[8, 8, 1\]; .*--reference "):
             judged(shape, reference="digits")
 
 
@@ -86,6 +94,18 @@ def test_a_judge_that_does_not_fit_is_refused_before_the_training(real, shape, m
     real(3, 32, 32)
     with pytest.raises(ValueError, match=message):
         judged(shape)
+
+
+def test_the_judge_of_a_training_says_how_it_ran(real, caplog):
+    caplog.set_level("INFO", "ds")
+    real(1, 4, 4)
+    teacher = GaussianField(size=4).teacher(ds.solvers.DDIM(), ds.grids.quadratic(2))
+    task = replace(
+        Distill.of("digits", PRESETS["digits"]()), judge=EvalConfig(reference="a.npy", count=4)
+    )
+    task.__dict__["start"] = teacher
+    assert task._judge()(teacher)["frechet_distance"] > 0
+    assert caplog.messages[-1].startswith("evaluate: float32, mode eager, on cpu (")
 
 
 def test_averaged_pixels_are_means_of_the_pixels():
