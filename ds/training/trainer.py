@@ -219,8 +219,10 @@ class Trainer:
         )
         self.throughput = Throughput(self.device, self._flops(), LOW[c.precision] or torch.float32)
         self.throughput.start(self._rows(state.step))
-        if len(self.shape) == 3 and not (self.decoder or is_picture(self.shape)):
-            log.info("%s: samples/ shows each channel in grey, scaled to its range", self.out)
+        if not (self.decoder or is_picture(self.shape)):
+            way = "shows each channel in grey, scaled to its range"
+            words = way if len(self.shape) == 3 else "is not written"
+            log.info("%s: samples %s are no pictures; samples/ %s", self.out, [*self.shape], words)
         begin = state.step * len(self.method.turns)
         self.rows = loader.load(self.batches, begin, self.device, r.loader, r.prefetch)
         with bar, closing(self.rows), _watchdog(r.stall_minutes) as alive:

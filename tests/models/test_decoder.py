@@ -120,15 +120,18 @@ def test_a_latent_teacher_draws_the_pictures_that_diffusers_draws(pipelines, nam
     assert (images.int() - to_uint8(expected).int()).abs().max() <= 1
 
 
-def test_the_loop_of_the_test_is_that_of_a_pipeline(pipelines):
-    """On LDMPipeline's own times; so what the test above compares with is what people draw."""
-    pipe, folder = pipelines["vqvae"]
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_latent_teacher_draws_what_its_pipeline_draws(pipelines, clip, tmp_path):
+    """On the pipeline's own times, with latents clipped on the way or not."""
+    pipe, _ = pipelines["vqvae"]
+    pipe = LDMPipeline(pipe.vqvae, pipe.unet, DDIMScheduler(clip_sample=clip))
+    pipe.save_pretrained(tmp_path / "p")
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         batch_size=2, num_inference_steps=4, generator=torch.manual_seed(0), output_type="np"
     ).images
     z = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(0))
-    ours = ds.load_teacher(folder, grid=(750, 500, 250, 0))
+    ours = ds.load_teacher(tmp_path / "p", grid=(750, 500, 250, 0))
     found = (ours.decoded(ours.sample(z)) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert abs(found - theirs).max() < 1e-4
 
@@ -164,6 +167,8 @@ def test_a_directory_of_ours_holds_the_decoder(teacher, which, tmp_path):
     after = load(tmp_path / "m")
     x = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(0))
     assert torch.equal(after.decoded(x), before.decoded(x))
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "Latents of shape [3, 8, 8], decoded to images of 16 x 16 pixels, 3 channels" in card
     theirs = VQModel.from_pretrained(tmp_path / "m" / "decoder")
     with torch.no_grad():
         assert torch.equal(theirs.decode(x / 0.5).sample, before.decoded(x))

@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ds.models.images import save, save_png, tile, to_float, to_uint8
+from ds.models.images import (
+    grey_channels,
+    is_picture,
+    save,
+    save_png,
+    tile,
+    to_float,
+    to_uint8,
+)
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 IMAGES = torch.randint(0, 256, (5, 4, 6, 3), generator=torch.Generator().manual_seed(0)).byte()
@@ -112,6 +120,41 @@ def test_an_animation_goes_there_and_back(tmp_path):
             animation.seek(frame)
             shades.append(animation.convert("L").getpixel((0, 0)))
     assert shades == [0, 60, 120, 180, 240, 180, 120, 60]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a"])
+def test_an_array_that_is_no_picture_does_not_become_one(tmp_path, channels, name):
+    """Four channels were written as RGBA."""
+    images = torch.zeros(3, 4, 6, channels, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"uint8 \[N, H, W, 1 or 3\], not .*, {channels}\]"):
+        save(images, tmp_path / name)
+    with pytest.raises(ValueError, match=r"1 or 3\]"):
+        save_png(images[0], tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    save(images, tmp_path / "a.npy")
+    assert np.load(tmp_path / "a.npy").shape == (3, 4, 6, channels)
+
+
+def test_floats_are_no_picture(tmp_path):
+    with pytest.raises(ValueError, match=r"not torch\.float32"):
+        save(IMAGES.float(), tmp_path / "a.png")
+
+
+def test_channels_are_grey_from_their_least_to_their_largest_number():
+    x = torch.tensor([[[[0.0, 1]], [[-50, 50]]], [[[4, 2]], [[0, 0]]]])  # [2, 2, 1, 2]
+    expected = [[0, 64, 0, 255], [255, 128, 128, 128]]
+    assert grey_channels(x).shape == (2, 1, 4, 1)
+    assert grey_channels(x).flatten(1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "picture"),
+    [((1, 8, 8), True), ((3, 8, 16), True), ((2, 8, 8), False), ((4, 8, 8), False),
+     ((2,), False), ((3, 8), False), ((3, 1, 8, 8), False)],
+)  # fmt: skip
+def test_pictures_are_grey_or_rgb(shape, picture):
+    assert is_picture(shape) == picture
 
 
 def test_another_name_is_refused_before_anything_is_written(tmp_path):
