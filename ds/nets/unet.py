@@ -65,7 +65,7 @@ class UNetConfig(AbstractNetConfig):
     def _least_weights(self) -> int:
         """Return a lower bound on the number of weights, without making any."""
         blocks = 18 * (2 * self.num_res_blocks + 1)
-        return blocks * sum(width**2 for width in self.widths)
+        return self.temb_channels**2 + blocks * sum(width**2 for width in self.widths)
 
     @property
     def size(self) -> tuple[int, int]:

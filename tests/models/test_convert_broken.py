@@ -300,6 +300,10 @@ BROKEN = {
     "no size": (*unet_fields(sample_size=None), "sample_size is None; .* give image_size"),
     "three sizes": (*unet_fields(sample_size=[8, 8, 8]), r"sample_size is \[8, 8, 8\]"),
     "odd size": (*unet_fields(sample_size=9), "must be a multiple of 2"),
+    "true for a number": (*unet_fields(freq_shift=True), "freq_shift is True; accepted is 0 or 1"),
+    "a number for true": (*unet_fields(add_attention=1), "add_attention is 1; accepted is True or"),
+    "a time embedding of no machine": (*unet_fields(time_embedding_dim=2**60), "memory"),
+    "channels of no machine": (*unet_fields(block_out_channels=[2**40, 2**41]), "memory"),
     "odd width": (*unet_fields(sample_size=[8, 9]), r"image_size \(\(8, 9\)\) must be a multiple"),
     "epsilon in words": (*unet_fields(norm_eps="small"), "norm_eps is 'small'"),
     "a level less": (

@@ -113,7 +113,9 @@ def fit(
     or not finite.
     """
     weights, unused = {}, dict(found)
-    for name, shape in shapes(config).items():
+    with naming(where):  # the network may not fit in memory
+        needed = shapes(config)
+    for name, shape in needed.items():
         keys, stored = spelling(name, shape)
         there = [key for key in keys if key in unused]
         if not there:

@@ -1,7 +1,7 @@
 """The JSON fields of diffusers' files, each checked before it is used."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,10 @@ def text(value: Any) -> bool:
 def list_of(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Return a test for lists, not empty, whose values are all accepted."""
     return lambda value: isinstance(value, list) and bool(value) and all(map(accept, value))
+
+
+def one_of(values: Iterable[Any]) -> Callable[[Any], bool]:
+    """Return a test for values that equal one of these, where true is not 1."""
+    return lambda value: any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in values
+    )

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from torch import Size, Tensor
 
-from ds.models.convert.diffusers.fields import check, list_of, load, number, text, whole
+from ds.models.convert.diffusers.fields import (
+    check,
+    list_of,
+    load,
+    number,
+    one_of,
+    text,
+    whole,
+)
 from ds.models.convert.diffusers.names import spelling
 from ds.models.convert.imported import checked, fit, naming
 from ds.nets.unet import UNetConfig
@@ -133,13 +141,13 @@ def read(file: Path, image_size: int | None) -> Network:
 
 def _check(fields: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError for the first field with a value that no network of ours has."""
-    check(fields, "_class_name", ["UNet2DModel"].__contains__, "'UNet2DModel'", file)
+    check(fields, "_class_name", one_of(["UNet2DModel"]), "'UNet2DModel'", file)
     for field in fields:
         if field not in _DEFAULTS and field not in _IGNORED and not field.startswith("_"):
-            check(fields, field, [None].__contains__, "null: it is no field that is read", file)
+            check(fields, field, one_of([None]), "null: it is no field that is read", file)
     for field, accepted in _ACCEPTED.items():
         words = _CLASSES if "class" in field else " or ".join(map(repr, accepted))
-        check(fields, field, accepted.__contains__, words, file)
+        check(fields, field, one_of(accepted), words, file)
     for field in ("in_channels", "layers_per_block", "norm_num_groups"):
         check(fields, field, whole, "a whole number", file)
     for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"):
@@ -150,7 +158,7 @@ def _check(fields: Mapping[str, Any], file: Path) -> None:
     check(fields, "sample_size", _is_size, words, file)
     channels = fields["in_channels"]
     words = f"{channels}, or {2 * channels} with a learned variance"
-    check(fields, "out_channels", [channels, 2 * channels].__contains__, words, file)
+    check(fields, "out_channels", one_of([channels, 2 * channels]), words, file)
     check(fields, "block_out_channels", list_of(whole), "a list of whole numbers", file)
     levels = len(fields["block_out_channels"])
     for field, types in _TYPES.items():
