@@ -52,11 +52,11 @@ def candidates(schedule: AbstractSchedule, top: float) -> list[SolveConfig]:
 
     A grid is left out if it starts elsewhere: for a quadratic one, rounding can change its top.
     """
-    first = {"top": top / schedule.num_steps} if isinstance(schedule, AbstractTable) else {}
+    share = top / schedule.num_steps if isinstance(schedule, AbstractTable) else None
     # log(alpha / sigma) has no even spacing from a time without signal.
     kinds = ("quadratic", "log_snr") if schedule.at(top)[0] else ("quadratic",)
     every = [
-        SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, **first)
+        SolveConfig(solver=s, grid=g, steps=calls // 2 if s == "heun" else calls, top=share)
         for s in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
         for g in kinds
         for calls in CALLS

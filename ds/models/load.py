@@ -151,7 +151,7 @@ def _adopt(found: Imported, path: str | Path, grid: Grid | None) -> Teacher | St
         return Student(net, method, provenance=found.facts)
     grid = grid or found.grid or _paper_grid(found)
     grids.warn_of_signal(found.schedule, grid, str(path))
-    with naming(path):
+    with naming(Path(path)):
         denoiser = Denoiser(net, found.schedule, found.prediction or "eps")
         return Teacher(denoiser, found.solver, grid, found.facts, decoder)
 

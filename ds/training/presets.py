@@ -3,6 +3,7 @@
 The paper's settings are those of its 2021 code, `get_settings` and `create_dataset.py`.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from ds.pairs.quantizer import Quantizer
 from ds.system.config import Between, Count, Natural, Seed, check
 from ds.training.config import TrainConfig
 
+log = logging.getLogger("ds")
 THREADS = 16  # at most, for each CPU: more only wait, and far too many end the process
 
 try:
@@ -104,15 +106,20 @@ class SolveConfig:
         schedule = teacher.denoiser.schedule
         solver, grid = self.build(schedule, teacher.solver)
         grids.warn_of_signal(schedule, grid, "solve")
+        if self.solver != "ddim" and isinstance(_inner(teacher.solver), DDIMToFirst):
+            log.warning(
+                "solve: %s steps to the data; the teacher's scheduler ends at index 0's noise, "
+                "which ddim does",
+                self.solver,
+            )
         return replace(teacher, solver=solver, grid=grid)
 
     def _solver(self, of: AbstractSolver | None) -> AbstractSolver:
         solver = SOLVERS[self.solver]
         if self.clip == "none":
             return solver
-        inner = of.solver if isinstance(of, Clipped) else of
-        if self.clip == "teacher" and solver == DDIM() and inner == DDIMToFirst():
-            solver = inner
+        if self.clip == "teacher" and self.solver == "ddim" and isinstance(_inner(of), DDIMToFirst):
+            solver = DDIMToFirst()
         clipped = _CLIPPED.get(self.clip, of)
         if not isinstance(clipped, Clipped):
             return solver
@@ -137,6 +144,11 @@ class SolveConfig:
         if table:
             return min(round(self.top * schedule.num_steps), schedule.noise)
         return self.top * schedule.noise
+
+
+def _inner(solver: AbstractSolver | None) -> AbstractSolver | None:
+    """Return a solver without its clipping."""
+    return solver.solver if isinstance(solver, Clipped) else solver
 
 
 SOLVERS: dict[str, AbstractSolver] = {

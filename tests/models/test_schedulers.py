@@ -353,6 +353,24 @@ def test_a_preset_keeps_the_clipping_of_its_teacher_unless_told_otherwise(name):
     assert asked.on(teacher).solver == run
 
 
+def test_a_solver_that_cannot_end_as_the_teacher_s_scheduler_does_says_so(caplog):
+    teacher = ds.analytic.Gaussian().teacher(Clipped(DDIMToFirst()), grids.uniform(4))
+    SolveConfig().on(teacher)
+    assert not caplog.records
+    SolveConfig(solver="unipc").on(teacher)
+    assert "unipc steps to the data; the teacher's scheduler ends at index 0's noise" in caplog.text
+
+
+def test_heun_follows_the_noise_of_the_clipped_prediction():
+    data, z = ds.analytic.Gaussian(std=0.5), ds.noise(0, range(8), (1, 8, 8))
+    exact = data.teacher(Heun(), grids.quadratic(20)).sample(z)
+    wide, narrow = (Clipped(Heun(), limit, rederive=True) for limit in (1e6, 0.3))
+    x = data.teacher(wide, grids.quadratic(20)).sample(z)
+    assert (x - exact).abs().max() < 1e-4  # rounding, where sigma is small
+    x = data.teacher(narrow, grids.quadratic(20)).sample(z)
+    assert x.abs().max() == pytest.approx(0.3) and exact.abs().max() > 1
+
+
 def test_a_clipped_teacher_is_kept_with_its_clipping(pipe, tmp_path):
     saved(pipe, "DDIM", {"thresholding": True, "set_alpha_to_one": False, **TRAILING})
     teacher = ds.load_teacher(pipe[0])
