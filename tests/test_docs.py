@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ds.cli.__main__ import main
 from ds.cli.distill import Distill
 from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
@@ -18,6 +19,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NEEDS_A_NETWORK = ("git clone", "cd ", "pip install")
+OWN = ROOT / "docs" / "own-images.md"
+# What makes its commands as short as a test: the same steps, and a few of each.
+BRIEF = {
+    "teach": ("--train.epochs", "0.1", "--net.channels", "8", "--net.norm-groups", "4"),
+    "pairs": ("--pairs.count", "32", "--held-out", "8", "--solve.steps", "2"),
+    "distill": ("--train.epochs", "1", "--held-out", "8"),
+    "sample": ("--indices", "0-3"),
+    "evaluate": (),
+}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -61,16 +71,37 @@ def test_the_python_of_a_page_runs(page, trained, monkeypatch):
             exec(compile(code, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", pages_with("bash"), ids=lambda p: p.name)
+def commands(code: str) -> list[str]:
+    """Return the commands of a block, without their comments."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := line.partition(" #")[0].strip())]
+
+
+def test_the_page_of_one_s_own_images_makes_a_student(tmp_path, monkeypatch):
+    """Its commands run as they stand, shortened, on the pictures that its Python draws."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ds.cli.teach.SCORED", 20)
+    ran = []
+    for language, code in blocks(OWN):
+        if language == "python":
+            exec(compile(code, OWN.name, "exec"), {})
+        for command in commands(code) if language == "bash" else []:
+            _, verb, *args = shlex.split(command.replace("--count 512", "--count 16"))
+            assert main([verb, *args, *BRIEF[verb]]) == 0, command
+            ran.append(verb)
+    assert ran == [*BRIEF]
+    assert Path("shapes.png").exists() and Path("runs/shapes/student/metrics.json").exists()
+
+
+@pytest.mark.parametrize("page", [p for p in pages_with("bash") if p != OWN], ids=lambda p: p.name)
 def test_the_commands_of_a_page_exist(page, tmp_path, monkeypatch):
     """A .py file that a command names holds the Python above the command."""
     monkeypatch.chdir(tmp_path)
     python = ""
     for language, code in blocks(page):
         python = code if language == "python" else python
-        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else []:
-            command = line.partition(" #")[0].strip()
-            if not command or command.startswith(NEEDS_A_NETWORK):
+        for command in commands(code) if language == "bash" else []:
+            if command.startswith(NEEDS_A_NETWORK):
                 continue
             program, *args = shlex.split(command)
             for file in (arg for arg in args if arg.endswith(".py")):

@@ -4,7 +4,7 @@
 VERBS = {
     "demo": ("Demo", "", "run the whole chain on scanned digits, in minutes"),
     "doctor": ("Doctor", "", "show what this machine has and which kernels run here"),
-    "teach": ("Teach", "PRESET", "train a teacher on real images (digits only)"),
+    "teach": ("Teach", "PRESET", "train a teacher on pictures of your own, or digits"),
     "pairs": ("MakePairs", "PRESET", "make (noise, image) pairs; or info, verify, export"),
     "distill": ("Distill", "PRESET", "train a student, after making the pairs it lacks"),
     "sample": ("Sample", "MODEL", "draw images from a teacher or a student"),

@@ -45,6 +45,8 @@ class EvalConfig:
 
     # digits, a directory of images, an array of them, or a file of mu and sigma
     reference: str = "digits"
+    # pixels a side: cut the middle square of each picture of the reference, and scale it
+    size: Count | None = None
     # what images are compared on; auto: inception if its weights are given, the digits classifier
     # for 8 x 8 digits, else pixels, of large images after averaging down to 16 x 16
     extractor: Literal["auto", "digits", "pixels", "inception"] = "auto"
@@ -56,9 +58,10 @@ class EvalConfig:
 
     def idle(self) -> dict[str, str]:
         """Return the options that have no effect, each with the reason."""
+        idle = {"size": "on digits"} if self.reference == "digits" else {}
         if self.extractor in ("auto", "inception"):
-            return {}
-        return {"inception-weights": f"with --extractor {self.extractor}"}
+            return idle
+        return idle | {"inception-weights": f"with --extractor {self.extractor}"}
 
     def files(self) -> list[Path | str | None]:
         """Return the files to be read."""
@@ -79,7 +82,7 @@ class EvalConfig:
                 f"{list(DIGITS)}; give real images such as a folder of them, with --reference "
                 f"(of distill: --judge.reference)"
             )
-        reference = read_reference(self.reference)
+        reference = read_reference(self.reference, size=self.size)
         unnamed = self.extractor == "auto" and self.inception_weights is None
         if isinstance(reference, Moments) and unnamed:
             raise ValueError(

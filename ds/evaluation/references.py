@@ -55,7 +55,7 @@ def check_images(images: Tensor, reference: Tensor | Moments) -> None:
     if images.shape[1:] != reference.shape[1:]:
         raise ValueError(
             f"evaluate: images are {list(images.shape[1:])}, the reference is "
-            f"{list(reference.shape[1:])}; bring them to one size first"
+            f"{list(reference.shape[1:])}; bring them to one form (--size scales a reference)"
         )
 
 

@@ -314,39 +314,42 @@ def own(shape: tuple[int, ...], rows: int | None = None) -> Preset:
         ema_decay=0.9999,
         check_every=5000,
     )
-    return replace(base, teach=teach)
+    return replace(base, teach=teach, denoising=Denoising(prediction="v"))
 
 
 def network(shape: tuple[int, int, int], rows: int) -> UNetConfig:
     """Return a network for pictures [C, H, W], of which there are `rows` to train on.
 
-    Raises ValueError for a shape that cannot be halved to a size at which attention is affordable.
+    Raises ValueError for a shape that cannot be halved until attention is affordable.
     """
     c, h, w = shape
-    sides = [h]
-    while sides[-1] % 2 == 0 and (sides[-1] > 8 or (len(sides) == 1 and h > 2)):
-        sides.append(sides[-1] // 2)
-    if h != w or len(sides) < 2 or sides[-1] > 32:
+    sides = [(h, w)]  # of the levels
+    while not (sides[-1][0] % 2 or sides[-1][1] % 2) and (
+        min(sides[-1]) > 8 or (len(sides) == 1 and min(h, w) > 2)
+    ):
+        sides.append((sides[-1][0] // 2, sides[-1][1] // 2))
+    if len(sides) < 2 or max(sides[-1]) > 32:
         near = max(8, round(min(h, w) / 8) * 8)
         raise ValueError(
-            f"pictures of {w} x {h} do not fit a network, which needs a square that can be halved; "
-            f"cut and scale them, such as with --size {near}"
+            f"pictures of {w} x {h} fit no network, which halves them to 32 pixels or less; cut "
+            f"and scale them, such as with --size {near}"
         )
     few = rows < FEW
-    mult = (1, 1, 2, 2, 4, 4) if len(sides) == 6 else (1, 2, 4, 4, 4)[: len(sides)]
+    mult = (1, 1, 2, 2, 4, 4, 4)[: len(sides)] if len(sides) > 5 else (1, 2, 4, 4, 4)[: len(sides)]
+    attend = [s for s in sides if max(s) <= 16 and not few] or sides[-1:]
     return UNetConfig(
-        image_size=h,
+        image_size=h if h == w else (h, w),
         in_channels=c,
         channels=16 if few else 128,
         channel_mult=mult,
         num_res_blocks=1 if few else 2,
-        attention_resolutions=tuple(s for s in sides if s <= 16 and (not few or s == sides[-1])),
+        attention_resolutions=tuple(high for high, _ in attend),
         norm_groups=8 if few else 32,
     )
 
 
 def _few(rows: int) -> Preset:
-    batch, steps = min(16, rows), 2000  # of the teacher
+    batch, steps = min(8, rows), 2000  # of the teacher
     teach = TrainConfig(
         batch_size=batch,
         epochs=steps / (rows // batch),
@@ -357,13 +360,13 @@ def _few(rows: int) -> Preset:
         ema_decay=0.99,
         check_every=200,
     )
-    pairs = PairsConfig(count=4096, held_out=256, batch_size=64, shard_size=1024)
     return Preset(
         net=UNetConfig(),
         solve=SolveConfig(steps=16),
-        pairs=pairs,
+        pairs=PairsConfig(count=2048, held_out=128, batch_size=64, shard_size=512),
         method=DenoisingStudent(loss_type="l1"),
-        train=replace(teach, batch_size=32, epochs=8, lr=1e-3, check_every=256),
+        train=replace(teach, batch_size=16, epochs=6, lr=1e-3, check_every=128),
+        denoising=Denoising(prediction="v"),  # at most noise, an error in eps grows 100-fold
         teach=teach,
     )
 

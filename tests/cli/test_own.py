@@ -92,7 +92,7 @@ def test_teaching_says_how_many_pictures_it_has_and_how_long_it_will_take(here, 
     heard = "\n".join(caplog.messages)
     assert heard.count("a: 30 pictures of 8 x 8, RGB") == 1
     assert "22 pictures to train on, 8 held out" in heard
-    assert " weights, 2,000 steps of 16, about" in heard
+    assert " weights, 2,000 steps of 8, about" in heard
 
 
 def test_other_pictures_are_another_run(here, capsys):
@@ -106,10 +106,27 @@ def test_other_pictures_are_another_run(here, capsys):
 
 
 def test_pictures_that_fit_no_network_are_refused_with_the_size_that_does(here, capsys):
-    draw(here / "wide", 12, (24, 16))
+    draw(here / "wide", 12, (24, 17))
     line = refused_last(capsys, "teach", "--images", "wide")
-    assert "24 x 16 do not fit a network" in line and "--size 16" in line
+    assert "24 x 17 fit no network" in line and "--size 16" in line
     assert main(["teach", "--images", "wide", "--size", "16", "--dry-run"]) == 0
+
+
+def test_pictures_that_are_wide_are_taught_as_they_are(here):
+    draw(here / "wide", 12, (24, 16))
+    assert main(["teach", "--images", "wide", *FEW_STEPS, "--train.batch-size", "4"]) == 0
+    assert ds.load_teacher("runs/wide/teacher").shape == (3, 16, 24)
+
+
+def test_a_reference_is_cut_and_scaled_as_the_pictures_were(chain, tmp_path):
+    home, kind = chain
+    other = draw(tmp_path / "large", 40, (20, 16), kind)
+    out = tmp_path / "figures.json"
+    command = ["evaluate", str(home / "runs/my-pictures/student"), "--reference", str(other)]
+    command += ["--count", "8", "--out", str(out)]
+    assert main(command) == 2
+    assert main([*command, "--size", "8"]) == 0
+    assert json.loads(out.read_text())["protocol"]["reference"]["n"] == 40
 
 
 def refused_last(capsys, *args: str) -> str:
