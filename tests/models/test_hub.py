@@ -240,10 +240,13 @@ def test_a_directory_that_is_named_like_a_repository_is_a_directory(tmp_path, un
     assert ds.from_pretrained("somebody/student").method.t == 7
 
 
-@pytest.mark.parametrize("name", ["hf://one", "hf://", "hf://a/b/../c", "hf://a/b@"])
+@pytest.mark.parametrize(
+    "name", ["hf://one", "hf://", "hf://a/b/../c", "hf://a/b@", "hf://hf_secret@a/b"]
+)
 def test_what_is_no_name_on_the_hub_is_said(unused, name):
-    with pytest.raises(ValueError, match=r"no model on the hub; write hf://owner/name"):
+    with pytest.raises(ValueError, match=r"no model on the hub; write hf://owner/name") as error:
         load(name)
+    assert "secret" not in str(error.value)
 
 
 TROUBLE = {

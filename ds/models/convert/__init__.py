@@ -36,7 +36,8 @@ def read(
     of another shape.
     """
     path = Path(path)
-    options = Options(image_size, scheduler and scheduler_file(Path(scheduler)), variant)
+    given = None if scheduler is None else scheduler_file(Path(scheduler))
+    options = Options(image_size, given, variant)
     if path.is_dir() or is_index(path):
         return diffusers.read(path, options)
     if is_shard(path):

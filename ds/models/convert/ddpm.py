@@ -64,9 +64,6 @@ def _architecture(
     mult = tuple(length // channels for length in widths)
     attend = tuple(i for i in levels if _has(found, f"down.{i}.attn."))
     size = image_size or _published_size(mult, attend, where)
-    assumed = [f"{UNetConfig.norm_groups} groups in each norm"]
-    if not image_size:
-        assumed.append(f"images of {size} pixels (pass image_size, or convert with --image-size)")
     with naming(where):
         config = UNetConfig(
             image_size=size,
@@ -77,8 +74,15 @@ def _architecture(
             attention_resolutions=tuple(size >> i for i in attend),
             conv_shortcut=any(".conv_shortcut." in key for key in found),
         )
-    words = f"the weights do not tell {' and '.join(assumed)}; assumed as in the published networks"
-    return config, words
+    assumed = [] if image_size else [f"images of {size} pixels"]
+    assumed.append(
+        f"{config.norm_groups} groups and an epsilon of {config.norm_eps:g} in each norm"
+    )
+    option = "" if image_size else "; pass image_size, or convert with --image-size, if it is wrong"
+    return config, (
+        f"the weights tell no more than their shapes, so {' and '.join(assumed)} are assumed, as "
+        f"in the published networks{option}"
+    )
 
 
 def _length(found: Mapping[str, Tensor], key: str, where: Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ds.models.convert.diffusers.files import STEM
 from ds.models.convert.diffusers.parts import CONFIG, locate
-from ds.system.files import present, read_json
+from ds.system.files import present, read_json, redacted
 
 _REPOSITORY = r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^/]+))?"
 _URL = re.compile(rf"hf:/{{1,2}}{_REPOSITORY}(/(?P<inside>.+))?")  # pathlib leaves one slash of two
@@ -87,7 +87,10 @@ def located(path: str | Path, *, revision: str | None = None, variant: str | Non
     if there is not None:
         return _fetched(there, variant)
     if revision is not None:
-        raise ValueError(f"{path}: is a path here and has no revision {revision!r}; leave it out")
+        raise ValueError(
+            f"{path}: is a path here and has no revision {revision!r}; leave it out, or write "
+            f"hf://owner/name for a repository on the hub"
+        )
     return Path(path)
 
 
@@ -98,7 +101,9 @@ def _repository(path: str | Path, revision: str | None) -> Repository | None:
     match = (_URL if url else _PLAIN).fullmatch(text)
     inside = (match["inside"] or "").strip("/") if match and url else ""
     if url and (match is None or ".." in inside.split("/")):
-        raise ValueError(f"{path}: no model on the hub; write hf://owner/name[@revision][/folder]")
+        raise ValueError(
+            f"{redacted(path)}: no model on the hub; write hf://owner/name[@revision][/folder]"
+        )
     if match is None or (not url and _is_here(Path(text))):
         return None
     text = re.sub(r"^hf:/+", "hf://", text)
