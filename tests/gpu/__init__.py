@@ -12,8 +12,8 @@ from ds.methods import DenoisingStudent
 from ds.training.presets import SOLVERS
 from tests.nets.test_unet import TINY, build
 
-# Both resolutions, attention in one, channels as tensor cores take them.
-CONFIG = replace(TINY, channels=16)
+# Grey pictures, both resolutions, attention in one, channels as tensor cores take them.
+CONFIG = replace(TINY, in_channels=1, channels=16)
 GRID = ds.grids.quadratic(2)
 
 

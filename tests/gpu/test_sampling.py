@@ -121,3 +121,15 @@ def test_a_step_launches_what_its_plan_says(images):
     assert len(launched) == len(planned) + 3
     assert sum("norm" in name or "+gn" in name for name in planned) > 3
     assert launched[0] == "index_select" and launched[-2:] == ["_solver_update_kernel", "add_"]
+
+
+def test_an_overflow_of_a_captured_step_is_an_error():
+    model = student()
+    with torch.no_grad():
+        model.net.conv_in.weight *= 3e5
+        model.net.conv_in.bias += 3e5
+    sampler = ds.Sampler(model, device="cuda", dtype=torch.float16, batch_size=2)
+    batches = sampler.batches(3, range(4))
+    assert len([next(batches), next(batches)]) == 2  # the device is not waited for
+    with pytest.raises(RuntimeError, match=r"0 to 1 of seed 3 are not finite \(float16, mode cuda"):
+        next(batches)
