@@ -103,3 +103,40 @@ def test_a_grid_of_the_command_line_exists_on_every_schedule(grid, schedule):
     _, times = SolveConfig(grid=grid, steps=8).build(schedule)
     assert len(times) == 8
     schedule.check(*times)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("steps", [50, 100, 1000, 4000])
+def test_a_preset_visits_shares_of_the_steps_of_its_teacher(name, steps):
+    schedule = LinearBeta(steps, 0.1 / steps, 0.4 if steps == 50 else 20 / steps)
+    solve = PRESETS[name]().solve
+    grid = solve.build(schedule)[1]
+    uniform = (50 - 1) * (steps // 50)
+    assert grid[0] == (uniform if solve.grid == "uniform" else steps * 4 // 5) and grid[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "top"),
+    [
+        (LinearBeta(), 0.5, 500),
+        (LinearBeta(4000, 2.5e-5, 5e-3), 0.5, 2000),
+        (LinearBeta(100), 0.29, 29),  # 0.29 * 100 is 28.999999999999996
+        (LinearBeta(), 1.0, 999),
+        (EDM(), 0.5, 40.0),
+    ],
+    ids=lambda v: f"{v!s:.20}",
+)
+@pytest.mark.parametrize("grid", ["log_snr", "karras"])
+def test_the_top_of_a_grid_is_a_share_of_the_schedule(grid, schedule, share, top):
+    assert SolveConfig(grid=grid, top=share).build(schedule)[1][0] == top
+
+
+@pytest.mark.parametrize(("top", "words"), [(0, "above 0"), (1.5, "at most 1"), (800, "at most 1")])
+def test_a_top_that_is_no_share_is_refused(top, words):
+    with pytest.raises(ValueError, match=f"solve.top must be {words}, not {top}"):
+        SolveConfig(top=top)
+
+
+def test_trailing_times_start_at_the_last_index():
+    solve = SolveConfig(grid="uniform", steps=10, spacing="trailing")
+    assert solve.build(LinearBeta())[1] == tuple(range(999, 0, -100))

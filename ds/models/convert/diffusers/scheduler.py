@@ -30,8 +30,8 @@ from ds.models.convert.imported import Imported, naming
 FILE = "scheduler_config.json"
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _SPACINGS = ("leading", "trailing", "linspace")
-# What a field is that a file leaves out, for most classes.
-_DEFAULTS: dict[str, Any] = {
+# What a field is that a file leaves out, for most classes: of schedules and networks, and of steps.
+_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -39,6 +39,8 @@ _DEFAULTS: dict[str, Any] = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
     "prediction_type": "epsilon",
+}
+_STEPS: dict[str, Any] = {
     "clip_sample": False,
     "clip_sample_range": 1.0,
     "thresholding": False,
@@ -147,10 +149,10 @@ def read(file: Path) -> Sampling:
     name = there.get("_class_name", "DDIMScheduler")
     if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(
-            f"{file}: _class_name is {name!r}, whose schedule is not read; accepted are the "
-            f"classes of diffusers with a table of betas: {', '.join(_CLASSES)}"
+            f"{file}: _class_name is {name!r}, whose schedule is not read; accepted are those with "
+            f"a table of betas: {', '.join(c.removesuffix('Scheduler') for c in _CLASSES)}"
         )
-    fields = {**_DEFAULTS, **_CLASSES[name], **there}
+    fields = {**_SCHEDULE, **_STEPS, **_CLASSES[name], **there}
     _check(fields, file)
     with naming(file):
         schedule = _schedule(fields, name)
@@ -161,12 +163,12 @@ def read(file: Path) -> Sampling:
             f"its own grid has {len(grid)} times from {grid[0]:g} to {grid[-1]:g}, "
             f"{fields['timestep_spacing']}; --solve and grid= choose others"
         )
-    used = {**_DEFAULTS, **_FIXED}
+    used = {*_SCHEDULE, *_STEPS, *_FIXED}
     rest = {k: v for k, v in there.items() if k not in used and not k.startswith("_")}
     if left := ", ".join(f"{k} {v!r}" for k, v in rest.items() if v not in (None, False, [])):
         said.append(f"the solver is DDIM, so these fields of {name} are left out: {left}")
     facts = {"scheduler": there.get("_class_name")}
-    facts |= {field: there[field] for field in list(_DEFAULTS)[7:] if field in there}
+    facts |= {field: there[field] for field in _STEPS if field in there}
     lines = tuple(f"{file}: {line}" for line in said)
     return Sampling(schedule, _PREDICTIONS[fields["prediction_type"]], solver, grid, facts, lines)
 
