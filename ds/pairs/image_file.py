@@ -58,9 +58,9 @@ def read_picture(content: bytes, where: Any) -> Picture:
     if image.mode == "CMYK":
         notes.append("were converted from CMYK")
     values, top = _values(image, content, raw, where)
-    if top == DEEP:
+    if top == DEEP or raw == "LA;16B":  # of which Pillow reads the upper 8 bits only
         notes.append("were scaled from 16 bits to 8")
-        if values[..., :3].max() < (DEEP + 1) // 16:
+        if top == DEEP and values[..., :3].max() < (DEEP + 1) // 16:
             notes.append("use less than a sixteenth of their 16 bits, and are dark")
     pixels, transparent = _on_white(values, top)
     if transparent:

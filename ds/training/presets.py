@@ -349,7 +349,7 @@ def network(shape: tuple[int, int, int], rows: int) -> UNetConfig:
 
 
 def _few(rows: int) -> Preset:
-    batch, steps = min(8, rows), 2000  # of the teacher
+    batch, steps = min(16, rows), 2000  # of the teacher
     teach = TrainConfig(
         batch_size=batch,
         epochs=steps / (rows // batch),
@@ -358,7 +358,7 @@ def _few(rows: int) -> Preset:
         betas=(0.9, 0.999),
         lr_schedule="cosine",
         ema_decay=0.99,
-        check_every=200,
+        check_every=500,  # which draws 64 samples each time
     )
     return Preset(
         net=UNetConfig(),

@@ -92,7 +92,14 @@ def test_teaching_says_how_many_pictures_it_has_and_how_long_it_will_take(here, 
     heard = "\n".join(caplog.messages)
     assert heard.count("a: 30 pictures of 8 x 8, RGB") == 1
     assert "22 pictures to train on, 8 held out" in heard
-    assert " weights, 2,000 steps of 8, about" in heard
+    assert " weights, 2,000 steps of 16, about" in heard
+
+
+@pytest.mark.parametrize(("verb", "option"), [("teach", "--images"), ("pairs", "--teacher")])
+def test_the_help_of_a_verb_says_what_it_takes_without_a_preset(verb, option, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert option in capsys.readouterr().out
 
 
 def test_other_pictures_are_another_run(here, capsys):
