@@ -13,13 +13,27 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 POINTER = b"version https://git-lfs"  # the beginning of what Git LFS leaves in place of a file
 DEEP = 65535
 # How Pillow reads a file's modes as one of ours: L, LA, RGB or RGBA.
-_AS = {"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB",
-       "CMYK": "RGB", "YCbCr": "RGB"}  # fmt: skip
+_AS = {
+    "1": "L",
+    "La": "LA",
+    "P": "RGB",
+    "PA": "RGBA",
+    "RGBa": "RGBA",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+}
 _AS_KEYED = {"1": "LA", "L": "LA", "P": "RGBA", "RGB": "RGBA"}  # with a transparent colour
 _GREY_WHERE_EQUAL = ("P", "PA")  # a palette has three channels, of greys as well
 # Pillow keeps one byte of two. The other one comes from reading them in the opposite order.
-_SWAPPED = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGB;16N": "RGB;16B",
-            "RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B", "RGBA;16N": "RGBA;16B"}  # fmt: skip
+_SWAPPED = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16L": "RGBA;16B",
+    "RGBA;16N": "RGBA;16B",
+}
 _UPRIGHT = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -54,23 +68,23 @@ def read_picture(content: bytes, where: Any) -> Picture:
         warnings.simplefilter("ignore")  # of tags that we do not use
         image.load()
         turn = image.getexif().get(0x0112)
-    notes = [] if _is_srgb(image) else ["have a colour profile, which was ignored"]
+    notes = [] if _is_srgb(image) else ["read without their colour profile"]
     if image.mode == "CMYK":
-        notes.append("were converted from CMYK")
+        notes.append("converted from CMYK")
     values, top = _values(image, content, raw, where)
     if top == DEEP or raw == "LA;16B":  # of which Pillow reads the upper 8 bits only
-        notes.append("were scaled from 16 bits to 8")
+        notes.append("scaled from 16 bits to 8")
         if top == DEEP and values[..., :3].max() < (DEEP + 1) // 16:
-            notes.append("use less than a sixteenth of their 16 bits, and are dark")
+            notes.append("dark, with less than a sixteenth of 16 bits in use")
     pixels, transparent = _on_white(values, top)
     if transparent:
-        notes.append("are transparent, and were laid on white")
+        notes.append("transparent, and laid on white")
     from_grey = image.mode in _GREY_WHERE_EQUAL or raw.startswith("LA")
     if from_grey and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., :1]
     if turn in _UPRIGHT:
         pixels = _UPRIGHT[turn](pixels)
-        notes.append("were turned as EXIF says")
+        notes.append("turned as EXIF says")
     return Picture(np.ascontiguousarray(pixels), tuple(notes))
 
 
@@ -87,9 +101,9 @@ def fitted(pixels: np.ndarray, size: tuple[int, int]) -> Picture:
     box = (left, top, left + wide, top + high)
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     made = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    notes = ["were cut to their middle"] if max(w - wide, h - high) >= 0.5 else []
+    notes = ["cut to the middle"] if max(w - wide, h - high) >= 0.5 else []
     if scale != 1:
-        notes.append("were scaled down" if scale > 1 else "were scaled up, which adds no detail")
+        notes.append("scaled down" if scale > 1 else "scaled up, which adds no detail")
     return Picture(np.asarray(made).reshape(height, width, -1), tuple(notes))
 
 

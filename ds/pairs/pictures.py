@@ -21,11 +21,38 @@ from ds.system.arrays import Header, map_array, read_arrays, read_header, read_h
 from ds.system.cost import check_memory
 from ds.system.files import opened, parse_json, read_bytes, small, whole
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-            ".ppm", ".pgm", ".pbm", ".pnm")  # fmt: skip
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+)
 # Pictures that are not read: to leave them out is worth a warning.
-FOREIGN = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".tga", ".exr", ".dng",
-           ".cr2", ".nef", ".arw"}  # fmt: skip
+FOREIGN = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".tga",
+    ".exr",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # no classes of pictures
 LARGEST = 1 << 30  # bytes of a file with one picture
 MAPPED = 1 << 28  # bytes from which an .npy stays on disk, and is read as it is needed
@@ -89,7 +116,7 @@ class _Notes:
 
     def log(self, path: Any) -> None:
         for note, n in self.count.items():
-            log.warning("%s: %d of the pictures %s (first: %s)", path, n, note, self.first[note])
+            log.warning("%s: %s %s (first: %s)", path, _pictures(n), note, self.first[note])
 
 
 class _Stack:
@@ -335,7 +362,7 @@ def _read(path: Any, found: _Found, sides: Sides | None) -> Pictures:
     labels, classes = _classes(found.items)
     _say(path, stack.images, classes + found.left_out)
     if 0 < stack.grey < len(found.items):
-        log.warning("%s: %d of the pictures are grey, and were made RGB", path, stack.grey)
+        log.warning("%s: %s grey, and made RGB", path, _pictures(stack.grey))
     if foreign := sorted(FOREIGN & found.other.keys()):
         log.warning("%s: pictures of the kinds %s are not read", path, ", ".join(foreign))
     notes.log(path)

@@ -64,9 +64,12 @@ class Throughput:
 
 
 def seconds_per_row(
-    method: AbstractMethod, start: Teacher, rows: AbstractSource, config: TrainConfig,
+    method: AbstractMethod,
+    start: Teacher,
+    rows: AbstractSource,
+    config: TrainConfig,
     device: torch.device,
-) -> float:  # fmt: skip
+) -> float:
     """Measure the training of one row: forward and backward of all turns, no optimiser."""
     method, config = method.on(start), config.on(device)
     modules = method.init(start).to(device)

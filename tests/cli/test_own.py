@@ -203,8 +203,15 @@ def test_flipped_pictures_are_there_as_often_as_the_others():
     assert len(source) == 4
     expected = torch.cat([images[[1, 3]], images[[1, 3]].flip(2)])
     assert torch.equal(source.read(range(4)), expected)
-    prints = {Images(images, **o).fingerprint() for o in ({}, {"rows": torch.tensor([1, 3])},
-              {"flip": True}, {"rows": torch.tensor([0, 3])})}  # fmt: skip
+    prints = {
+        Images(images, **o).fingerprint()
+        for o in (
+            {},
+            {"rows": torch.tensor([1, 3])},
+            {"flip": True},
+            {"rows": torch.tensor([0, 3])},
+        )
+    }
     assert len(prints) == 4
 
 
