@@ -103,20 +103,21 @@ def _of(kind: type[M], model: Teacher | Student, path: str | Path) -> M:
 
 def _teacher(path: str | Path, types: Iterable[type]) -> Teacher:
     config, net = pretrained.read(path, Teacher.kind, types)
+    decoder = _decoder(path, config)
     entry = partial(pretrained.entry, config, types=types)
     with pretrained.naming(path):
         prediction = entry("prediction", AbstractPrediction)
         denoiser = Denoiser(net, entry("schedule", AbstractSchedule), prediction)
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
-        about, decoder = config.get("provenance", {}), _decoder(path, config)
-        return Teacher(denoiser, solver, grid, about, decoder)
+        return Teacher(denoiser, solver, grid, config.get("provenance", {}), decoder)
 
 
 def _student(path: str | Path, types: Iterable[type]) -> Student:
     config, net = pretrained.read(path, Student.kind, types)
+    decoder = _decoder(path, config)
     with pretrained.naming(path):
         method = pretrained.entry(config, "method", Generator, types=types)
-        about, decoder = config.get("provenance", {}), _decoder(path, config)
+        about = config.get("provenance", {})
         return Student(net, method, config.get("nfe", 1), about, decoder)
 
 

@@ -231,7 +231,7 @@ def test_a_damaged_decoder_of_ours_is_named_in_one_line(teacher, case, tmp_path)
     damage, name = DAMAGE[case]
     teacher.save_pretrained(tmp_path / "m")
     damage(tmp_path / "m" / "decoder" / name)
-    with pytest.raises(ValueError, match=rf"decoder/{name}: (its SHA-256|is missing)"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/m/decoder/{name}: (its|is)"):
         load(tmp_path / "m")
 
 
