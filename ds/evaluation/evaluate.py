@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,19 +126,8 @@ def evaluate(
     if out is not None and is_first():  # before the work, not after it
         out = targets.file(out, force=force, apart=[held_out.store.path if held_out else None])
 
-    def statistics(rows_of: Callable[[range], Tensor], count: int) -> Statistics:
-        keep = PAIRWISE if isinstance(reference, Tensor) else 0
-        found = Statistics(count, width, extractor.logits, keep)
-        for rows in _rounds(count, batch_size):
-            features = torch.empty(0, width, dtype=torch.float64, device="cpu")
-            if rows:
-                features = extractor(rows_of(rows), batch_size=batch_size)
-            features = gather(features)
-            if is_first():  # which computes the figures
-                found.add(features)
-        found.finish()
-        return found
-
+    keep = PAIRWISE if isinstance(reference, Tensor) else 0
+    statistics = partial(_statistics, extractor, width, keep, batch_size)
     found: Figures = {}
     drawn: dict[str, Any] = {}
     if isinstance(images_or_model, Tensor):
@@ -151,10 +141,12 @@ def evaluate(
         if held_out is not None:
             found |= _pair_error(sampler, held_out)
             drawn["held_out"] = {"n": len(held_out), "fingerprint": held_out.fingerprint()}
-    real = reference
+    real: Statistics | Moments
     if isinstance(reference, Tensor):
         real = statistics(_slices(reference), len(reference))
         drawn["pairwise"] = {"n": min(n, PAIRWISE), "reference": min(len(reference), PAIRWISE)}
+    else:
+        real = reference
     found |= broadcast(lambda: _distances(made, real, n, extractor))
     protocol = Protocol(
         version=ds.__version__,
@@ -273,6 +265,27 @@ class _Drawing:
         images = self._sampler(self._seed, rows, rounding=self._rounding)
         self.seconds += time.perf_counter() - start
         return images
+
+
+def _statistics(
+    extractor: AbstractExtractor,
+    width: int,
+    keep: int,
+    batch_size: int,
+    images: Callable[[range], Tensor],
+    n: int,
+) -> Statistics:
+    """Return the statistics, in the first process, of the features of n images."""
+    found = Statistics(n, width, extractor.logits, keep)
+    for rows in _rounds(n, batch_size):
+        features = torch.empty(0, width, dtype=torch.float64, device="cpu")
+        if rows:
+            features = extractor(images(rows), batch_size=batch_size)
+        features = gather(features)
+        if is_first():  # which computes the figures
+            found.add(features)
+    found.finish()
+    return found
 
 
 def _slices(images: Tensor) -> Callable[[range], Tensor]:
