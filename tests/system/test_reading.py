@@ -254,7 +254,9 @@ def test_a_field_of_another_type_is_named(change, said):
     [
         {"loss_type": "l7"},
         {"loss_type": None},
-        {"t": 1.5},
+        {"t": -1},
+        {"residual": 1},
+        {"gain": "-1"},
         {"t": "999"},
     ],
     ids=repr,
