@@ -2,6 +2,7 @@
 
 import pytest
 
+from ds.analytic import Gaussian
 from ds.diffusion import grids
 from ds.diffusion.schedules import EDM, Linear, LinearBeta
 from ds.diffusion.solvers import DDIM
@@ -55,7 +56,9 @@ def test_the_paper_s_solver_is_ddim(name):
 
 @paper
 def test_the_paper_s_student_is_asked_at_the_last_time(name):
-    assert PRESETS[name]().method.t == PRESETS[name]().denoising.schedule.num_steps - 1 == 999
+    schedule = PRESETS[name]().denoising.schedule
+    teacher = Gaussian().teacher(DDIM(), (800,), schedule)
+    assert PRESETS[name]().method.on(teacher).t == schedule.num_steps - 1 == 999
 
 
 @pytest.mark.parametrize(
