@@ -213,6 +213,16 @@ def test_held_out_pairs_without_a_model_are_refused(pairs):
         evaluate(REFERENCE, REFERENCE, Pixels(), held_out=pairs)
 
 
+def test_a_single_held_out_pair_explains_nothing_and_is_refused_before_the_work(pairs):
+    with pytest.raises(ValueError, match="held_out needs 2 pairs or more, not 1"):
+        evaluate(
+            TEACHER.using(Undrawn(*DATA.shape)),
+            REFERENCE,
+            Pixels(),
+            held_out=Pairs(pairs.store, range(1)),
+        )
+
+
 # Memory.
 
 
