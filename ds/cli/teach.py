@@ -177,7 +177,7 @@ class Teach(Verb):
     def _show(self, teacher: Teacher) -> None:
         """Write a sheet of the teacher's images, and of as many real ones on its right."""
         real = pictures_at(self.images, self.size)
-        chosen = torch.linspace(0, len(real) - 1, SHOWN).long()
+        chosen = [i * (len(real) - 1) // (SHOWN - 1) for i in range(SHOWN)]
         halves = [tile(x, 8, gap=2) for x in (Sampler(teacher)(0, range(SHOWN)), real[chosen])]
         sheet = torch.cat([halves[0], torch.full_like(halves[0][:, :8], 255), halves[1]], 1)
         file = run_folder(self.out) / "samples.png"

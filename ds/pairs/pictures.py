@@ -189,7 +189,9 @@ def split(n: int, held_out: int | None = None) -> tuple[Tensor, Tensor]:
             f"{_pictures(n)} cannot be split into {count} to hold out and 2 or more to train on; "
             f"bring more pictures"
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(n), dtype=torch.int64, device="cpu"
+    )
     return order[count:].sort().values, order[:count].sort().values
 
 
@@ -392,7 +394,8 @@ def _classes(items: list[_Item]) -> tuple[Tensor | None, str]:
         return None, ""
     numbers = [x if isinstance(x, int) else names.index(str(x)) for x in labels]
     said = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return torch.tensor(numbers, dtype=torch.int64), f"; {len(names)} classes ({said})"
+    found = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return found, f"; {len(names)} classes ({said})"
 
 
 def _read_array(path: Path, sides: Sides | None) -> Pictures:

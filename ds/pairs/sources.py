@@ -225,7 +225,8 @@ class Images(AbstractSource):
         self, images: Tensor, *, seed: int = 0, rows: Tensor | None = None, flip: bool = False
     ):
         self.images, self.seed, self.flip = images, seed, flip
-        self.rows = torch.arange(len(images)) if rows is None else rows
+        every = torch.arange(len(images), dtype=torch.int64, device="cpu")
+        self.rows = every if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows) * (2 if self.flip else 1)

@@ -132,7 +132,7 @@ def of_pairs(s: Setting) -> list[Tensor]:
 def of_a_trainer(s: Setting) -> list[Tensor]:
     train, held_out = ds.Pairs(s.store, range(8, 32)), ds.Pairs(s.store, range(8))
     config = ds.TrainConfig(batch_size=8, epochs=1, lr=1e-3, warmup_steps=1)
-    method = ds.methods.DenoisingStudent(loss_type="l1")
+    method = ds.methods.DenoisingStudent(loss_type="l1").on(s.teacher)
     net = ds.Trainer(method, s.teacher, train, held_out, s.place(), config).fit()
     return list(net.state_dict().values())
 

@@ -12,6 +12,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.diffusion.solvers import AbstractSolver
 from ds.models.convert.diffusers import files, network, scheduler
+from ds.models.convert.diffusers.fields import load
 from ds.models.convert.diffusers.names import spelling
 from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
 from ds.models.convert.imported import Imported, Options, fit
@@ -36,6 +37,7 @@ def read(path: Path, options: Options) -> Imported:
     """
     folder = path if path.is_dir() else path.parent
     place = locate(folder)
+    load(place.network / CONFIG)  # a damaged one is told before weights that are missing
     file, said = (path, ()) if folder != path else files.find(place.network, options.variant)
     return _network(place, file, options, said=said)
 
