@@ -83,7 +83,8 @@ class Teach(Verb):
         images, size = given(args, "images", "size").values()
         if not images or images == DIGITS:
             return None
-        n, h, w, c = pictures_at(images, int(size) if (size or "").isdecimal() else None).shape
+        side = int(size) if size and size.isdecimal() else None
+        n, h, w, c = pictures_at(images, side).shape
         rows = len(split(n)[0])
         p = replace(presets.own((c, h, w), rows), net=presets.network((c, h, w), rows))
         return cls._at(home_beside(images), images, p)

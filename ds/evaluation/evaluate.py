@@ -256,7 +256,8 @@ class _Drawing:
     """Draw images of a seed: drawing(rows) -> uint8; `seconds` is how long that has taken."""
 
     def __init__(self, sampler: Sampler, seed: int, n: int, rounding: Rounding):
-        self._sampler, self._seed, self._rounding = sampler, seed, rounding
+        self._sampler, self._seed = sampler, seed
+        self._rounding: Rounding = rounding
         self.seconds = 0.0
         sampler(seed, range(min(n, sampler.batch_size)))  # warms up
 

@@ -68,8 +68,8 @@ class AveragedPixels(AbstractExtractor):
     sha256 = ""
 
     def batch(self, images: Tensor) -> Tensor:
-        sides = [min(side, SIDE) for side in images.shape[1:3]]
-        return F.adaptive_avg_pool2d(to_float(images), sides).flatten(1)
+        _, h, w, _ = images.shape
+        return F.adaptive_avg_pool2d(to_float(images), (min(h, SIDE), min(w, SIDE))).flatten(1)
 
 
 class Inception(AbstractExtractor):

@@ -83,8 +83,11 @@ class DenoisingStudent(AbstractMethod):
 
     def _or(self, form: Form) -> Form:
         """Return t, residual and gain: those of `form` where they are None here."""
-        own = self.t, self.residual, self.gain
-        return Form(*(b if a is None else a for a, b in zip(own, form, strict=True)))
+        return Form(
+            form.t if self.t is None else self.t,
+            form.residual if self.residual is None else self.residual,
+            form.gain if self.gain is None else self.gain,
+        )
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         if isinstance(teacher.denoiser.schedule, AbstractTable) and self.t is not None:

@@ -107,7 +107,8 @@ def save(
             np.save(file, images.numpy())
         elif suffix == ".npz":
             name = "images" if images.dtype == torch.uint8 else "samples"
-            np.savez_compressed(file, **{name: images.numpy()})
+            arrays: dict[str, Any] = {name: images.numpy()}
+            np.savez_compressed(file, **arrays)
         elif suffix == ".png":
             sheet = tile(images, columns or math.ceil(len(images) ** 0.5))
             _picture(sheet, scale).save(file, format="PNG")

@@ -73,7 +73,7 @@ def write(
     """
     weights = {name: w.detach().cpu().contiguous() for name, w in _state(net).items()}
     check_finite(weights, str(path))
-    head = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
+    head: dict[str, Any] = {"format": f"denoising-student/{kind}/1", "version": ds.__version__}
     head["net"] = to_json(rebuildable(net))
     where, old = target(path, force=force, run=config["provenance"].get("run"))
     old = [name for name in old if force or name != METRICS]

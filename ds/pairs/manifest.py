@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import ds
 from ds.models.execution import Execution
@@ -18,6 +18,7 @@ from ds.pairs.storage import AbstractPlace
 from ds.system.config import Between, Count, Seed, Sha256, checked, difference, to_json
 from ds.system.files import sealed, unsealed
 
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]  # of the teacher's weights
 FORMAT = "denoising-student/pairs/1"
 MANIFEST = "manifest.json"
 MOST_SHARDS = 500_000  # whose hashes fit a manifest
@@ -47,7 +48,7 @@ class Manifest:
     grid: Annotated[list[Time], Between(1)]
     execution: Execution
     # of the teacher's weights, and of its products if precision is "float32"; left out if float32
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
+    dtype: Dtype = "float32"
     device: str
     noise: Literal["philox4x32-10, Box-Muller"] = "philox4x32-10, Box-Muller"
     seed: Seed
@@ -73,7 +74,7 @@ class Manifest:
             solver=to_json(teacher.solver),
             grid=list(teacher.grid),
             execution=execution,
-            dtype=dtype_name(teacher.net),
+            dtype=cast(Dtype, dtype_name(teacher.net)),
             device=device_of(teacher.net).type,
             shape=list(teacher.shape),
             **layout,

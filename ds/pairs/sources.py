@@ -15,7 +15,7 @@ from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
-from ds.pairs.quantizer import fitting, quantize, row_of
+from ds.pairs.quantizer import Quantizer, fitting, quantize, row_of
 from ds.pairs.rows import as_indices
 from ds.pairs.store import PairStore
 from ds.system import distributed
@@ -140,7 +140,7 @@ class Generated(AbstractSource):
         require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
         require("Generated", Natural, first=first)
         require("Generated", Seed, seed=seed)
-        self._quantizer = fitting(teacher)
+        self._quantizer: Quantizer = fitting(teacher)
         kept = row_of(teacher.shape, self._quantizer).bytes  # and once more while put together
         check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows)
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse

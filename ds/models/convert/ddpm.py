@@ -111,7 +111,7 @@ def _published_size(mult: tuple[int, ...], attend: tuple[int, ...], where: Path)
     """
     for known in PUBLISHED:
         if (known.channel_mult, known.attention_levels) == (mult, attend):
-            return known.image_size
+            return known.size[0]
     raise ValueError(
         f"{where}: the file does not tell the size of its images (levels of {mult} times the "
         f"base channels, attention at levels {attend}); pass image_size"
