@@ -21,7 +21,7 @@ from ds.models.sampler import Sampler
 from ds.models.student import Student
 from ds.nets import UNet
 
-METHOD = DenoisingStudent()
+METHOD = DenoisingStudent(t=999)
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
