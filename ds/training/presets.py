@@ -349,7 +349,7 @@ def network(shape: tuple[int, int, int], rows: int) -> UNetConfig:
 
 
 def _few(rows: int) -> Preset:
-    batch, steps = min(16, rows), 1600  # of the teacher
+    batch, steps = min(16, rows), 1400  # of the teacher
     teach = TrainConfig(
         batch_size=batch,
         epochs=steps / (rows // batch),
@@ -358,14 +358,14 @@ def _few(rows: int) -> Preset:
         betas=(0.9, 0.999),
         lr_schedule="cosine",
         ema_decay=0.99,
-        check_every=400,  # which draws 64 samples each time
+        check_every=700,  # which draws 64 samples each time
     )
     return Preset(
         net=UNetConfig(),
         solve=SolveConfig(steps=12),
         pairs=PairsConfig(count=2048, held_out=128, batch_size=64, shard_size=512),
         method=DenoisingStudent(loss_type="l1"),
-        train=replace(teach, batch_size=16, epochs=6, lr=1e-3, check_every=128),
+        train=replace(teach, batch_size=16, epochs=5, lr=1e-3, check_every=128),
         denoising=Denoising(prediction="v"),  # at most noise, an error in eps grows 100-fold
         teach=teach,
     )

@@ -92,7 +92,7 @@ def test_teaching_says_how_many_pictures_it_has_and_how_long_it_will_take(here, 
     heard = "\n".join(caplog.messages)
     assert heard.count("a: 30 pictures of 8 x 8, RGB") == 1
     assert "22 pictures to train on, 8 held out" in heard
-    assert " weights, 1,600 steps of 16, about" in heard
+    assert " weights, 1,400 steps of 16, about" in heard
 
 
 @pytest.mark.parametrize(("verb", "option"), [("teach", "--images"), ("pairs", "--teacher")])
