@@ -3,9 +3,9 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, "peers" (the README's), "projection", "seeds", or "plots". In the
-docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is not
-what the JSON says.
+of the case of that name, or "peers" (the README's), "projection", "seeds", "starts", or "plots". In
+the docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is
+not what the JSON says.
 """
 
 import json
@@ -21,6 +21,7 @@ from ds.training import presets
 
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "how-it-works.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "training.md",
     ROOT / "ds" / "models" / "sampler.py",
@@ -69,6 +70,7 @@ def _made(name: str) -> str:
         "plots": plots,
         "sampler": sampler,
         "seeds": seeds,
+        "starts": starts,
     }
     if name in special:
         return special[name]()
@@ -201,6 +203,25 @@ def seeds() -> str:
         figures = [*distances, statistics.mean(distances), statistics.stdev(distances)]
         lines.append(f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def starts() -> str:
+    """Return where students of teachers of each prediction start, and what they reach."""
+    rows = json.loads((RESULTS / "starts.json").read_text())["starts"]
+    lines = _head("teacher predicts", ["student", "error at the start", "held-out loss"])
+    words = {"eps": "z - net", "x0": "net", "v": "-net"}
+    for prediction in dict.fromkeys(row["prediction"] for row in rows):
+        alike = [row for row in rows if row["prediction"] == prediction]
+        for form in reversed(alike[0]["rms"]):
+            figures = (_spread([row[what][form] for row in alike]) for what in ("rms", "loss"))
+            name = words["eps"] if form == "paper" else words[prediction]
+            lines.append(f"| {prediction} | {name} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(figures: list[float]) -> str:
+    spread = f" ± {statistics.stdev(figures):.4f}" if len(figures) > 1 else ""
+    return f"{statistics.mean(figures):.4f}{spread}"
 
 
 def projection() -> str:
