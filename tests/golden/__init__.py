@@ -1,7 +1,14 @@
-"""Outputs of the 2021 TensorFlow implementation, and its weights read into our U-Net.
+"""Outputs of reference implementations, on weights drawn at random; nothing was trained.
 
-Its model classes ran with 32 base channels instead of 128, on weights drawn at random and rounded
-to multiples of 1/256. GroupNorm's epsilon there is 1e-3. Nothing was trained.
+The weights are rounded to multiples of 1/256.
+
+- ddpm_*, student_*, ddim100_*: the 2021 TensorFlow code, with 32 base channels instead of 128.
+  GroupNorm's epsilon there is 1e-3.
+- edm_ddpmpp: a network snapshot as EDM pickles them, without the source text that its pickles
+  hold: EDMPrecond of a DDPM++ of 16 x 16, 32 channels x (1, 2), with 9 augmentation inputs;
+  `y` = D(noise * sigma; sigma).
+- adm_uncond: a state dict of guided-diffusion's UNetModel of 32 x 32, 64 channels x (1, 2), heads
+  of 32 channels in the legacy order, scale-shift norms, 6 output channels; `y` = net(noise, t).
 """
 
 import lzma
@@ -25,6 +32,15 @@ def arrays(name: str) -> dict[str, Tensor]:
     rng = np.random.default_rng(int(data["seed"]))
     z = rng.normal(size=(2, 32, 32, 3)).astype("float32")
     return {**data, "y": data["y"].movedim(-1, 1), "z": torch.from_numpy(z).movedim(-1, 1)}
+
+
+def teachers(name: str) -> tuple[bytes, dict[str, Tensor]]:
+    """Return the bytes of an EDM or ADM file, and its .npz with the noise [4, 3, R, R] as `z`."""
+    (packed,) = FOLDER.glob(f"{name}.*.xz")
+    with np.load(FOLDER / f"{name}.npz") as file:
+        data = {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+    z = np.random.default_rng(int(data["seed"])).normal(size=data["y"][:, :3].shape)
+    return lzma.decompress(packed.read_bytes()), {**data, "z": torch.from_numpy(z).float()}
 
 
 def network(name: str) -> UNet:
