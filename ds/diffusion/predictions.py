@@ -14,7 +14,7 @@ from torch import Tensor
 from ds.diffusion.schedules import AbstractSchedule
 from ds.system.config import Positive, check
 
-Prediction = Literal["eps", "x0", "v"]  # the short names that Denoiser takes
+Prediction = Literal["eps", "x0", "v", "preconditioned"]  # the short names that Denoiser takes
 Level = float | Tensor  # alpha or sigma: a number for all samples, or a tensor that broadcasts
 
 
@@ -205,13 +205,13 @@ def time_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_prediction(prediction: AbstractPrediction | str) -> AbstractPrediction:
-    """Return the prediction of a short name, "eps", "x0" or "v"; a prediction is returned as is.
+    """Return the prediction of a short name, such as "eps"; a prediction is returned as is.
 
     Raises ValueError for anything else.
     """
     if isinstance(prediction, AbstractPrediction):
         return prediction
-    names = {"eps": Eps(), "x0": X0(), "v": V()}
+    names = {"eps": Eps(), "x0": X0(), "v": V(), "preconditioned": Preconditioned()}
     if not isinstance(prediction, str) or prediction not in names:
         raise ValueError(
             f"prediction must be one of {', '.join(names)}, or a value of ds.predictions such as "

@@ -198,7 +198,8 @@ class _Bed:
             changes = {"student": net, **changes}
         else:
             fresh = built(net, self.seed).requires_grad_(False)
-            teacher = replace(teacher, denoiser=replace(teacher.denoiser, net=fresh))
+            made = method.result(fresh)  # a teacher that starts from itself, or a student
+            teacher = made if isinstance(made, Teacher) else teacher.using(fresh)
         return replace(method, **changes), teacher
 
     def _untrained(self) -> _Made:

@@ -1,25 +1,27 @@
 """Denoising: how a teacher is trained in the first place."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ds.analytic import ExactNet
 from ds.diffusion import grids
-from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser, time_of_each
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Prediction, as_prediction
-from ds.diffusion.schedules import AbstractTable, LinearBeta
-from ds.diffusion.solvers import DDIM, integrate
+from ds.diffusion.schedules import EDM, AbstractTable, LinearBeta
+from ds.diffusion.solvers import DDIM, AbstractSolver, Heun, integrate
 from ds.methods.base import AbstractMethod, Progress
 from ds.methods.proof import NORMAL, Check, Formula, Trial, exact
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
 from ds.pairs.sources import Batch
-from ds.system.config import check
+from ds.system.config import Positive, check
 
 _TIMES = 0x7D3A59E2C1846BF0  # the stream of the times
 
@@ -28,17 +30,26 @@ _TIMES = 0x7D3A59E2C1846BF0  # the stream of the times
 class Denoising(AbstractMethod):
     """Predict the noise that was added at a random time, or what else determines it.
 
-    A teacher to start from must have the same schedule and prediction. Ho et al. 2020,
-    arXiv:2006.11239, Eq. 14.
+    A teacher to start from must have the same schedule and prediction. The steps of a table come
+    equally often. Ho et al. 2020, arXiv:2006.11239, Eq. 14.
+
+    On ds.schedule.EDM() with the prediction "preconditioned" this is the loss of Karras et al.
+    2022, arXiv:2206.00364, Eq. 8: log(sigma) is normal, and the squared error of what the network
+    itself returns is that of x0 with the weight (sigma**2 + sigma_data**2) / (sigma *
+    sigma_data)**2. It is the mean over elements, and theirs the sum, for which Adam takes the same
+    steps.
     """
 
     feeds: ClassVar = "images"
 
-    schedule: AbstractTable = field(default_factory=LinearBeta)
+    schedule: AbstractTable | EDM = field(default_factory=LinearBeta)
     prediction: Prediction = "eps"  # what the network learns to predict
+    # mean and standard deviation of log(sigma) on the path of EDM, Table 1
+    log_sigma: tuple[float, Positive] = (-1.2, 1.2)
 
     def __post_init__(self):
         check(self, "Denoising: ")
+        as_prediction(self.prediction).check(self.schedule)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         there = teacher.denoiser.schedule, as_prediction(teacher.denoiser.prediction)
@@ -50,14 +61,33 @@ class Denoising(AbstractMethod):
         return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
-        x0, eps = batch.x0, batch.noise
-        t = (batch.draws.uniform(_TIMES) * self.schedule.num_steps).long()
-        alpha, sigma = self.schedule.gather(t, x0)
-        target = self.denoiser(modules["student"]).target(x0, eps, t)
-        return (modules["student"](alpha * x0 + sigma * eps, t) - target).square().mean()
+        prediction, x0, eps = as_prediction(self.prediction), batch.x0, batch.noise
+        t = self._drawn(batch.draws)
+        levels = alpha, sigma = self.schedule.gather(t, x0)
+        x, c_noise = prediction.inputs(alpha * x0 + sigma * eps, t, *levels)
+        out = modules["student"](x, c_noise, **batch.cond)
+        return (out - prediction.target(x0, eps, *levels)).square().mean()
+
+    def _drawn(self, draws: Draws) -> Tensor:
+        """Return the times of a batch, [N]."""
+        if isinstance(self.schedule, AbstractTable):
+            return (draws.uniform(_TIMES) * self.schedule.num_steps).long()
+        mean, deviation = self.log_sigma
+        return (mean + deviation * draws.normal(_TIMES, ())).exp().clamp(max=self.schedule.noise)
 
     def times(self, nfe: int) -> Grid:
-        return grids.uniform(nfe, self.schedule)
+        grid = self._way(nfe)[1]
+        if isinstance(self.schedule, AbstractTable):
+            return grid
+        x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        inputs = as_prediction(self.prediction).inputs
+        return tuple(inputs(x, time_of_each(x, t), *self.schedule.at(t))[1].item() for t in grid)
+
+    def _way(self, nfe: int) -> tuple[AbstractSolver, Grid]:
+        """Return a solver and a grid that take at most nfe calls."""
+        if isinstance(self.schedule, AbstractTable):
+            return DDIM(), grids.uniform(nfe, self.schedule)
+        return Heun(), grids.karras((nfe + 1) // 2, self.schedule)
 
     def sample(
         self,
@@ -68,18 +98,24 @@ class Denoising(AbstractMethod):
         cond: dict[str, Tensor] | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        return integrate(self.denoiser(net), DDIM(), self.times(nfe), z)
+        """Sample with DDIM, on the path of EDM with Heun in at most nfe calls."""
+        (solver, grid), denoiser = self._way(nfe), self.denoiser(net).given(**(cond or {}))
+        return integrate(denoiser, solver, grid, self.schedule.prior(z, grid[0]))
 
     def result(self, net: nn.Module) -> Teacher:
-        return Teacher(self.denoiser(net), DDIM(), self.times(20))
+        """Return a teacher of DDIM in 20 steps, on the path of EDM of Heun in 18."""
+        calls = 20 if isinstance(self.schedule, AbstractTable) else 35
+        return Teacher(self.denoiser(net), *self._way(calls))
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """Return the network with what it was trained to predict."""
         return Denoiser(net, self.schedule, self.prediction)
 
     def trial(self) -> Trial:
-        """The network is told the indices of a table, as in DDPM."""
-        return Trial(net=MLPConfig(frequencies=(1.0, 1e-3)), bars={100: 0.08})
+        """The network is told the indices of a table, as in DDPM, or a logarithm, as in EDM."""
+        if isinstance(self.schedule, AbstractTable):
+            return Trial(net=MLPConfig(frequencies=(1.0, 1e-3)), bars={100: 0.08})
+        return Trial(bars={35: 0.08})
 
     def identity(self) -> tuple[Check, ...]:
         """The loss has no slope at the best prediction of normal data, a linear map.
@@ -93,18 +129,22 @@ class Denoising(AbstractMethod):
         a, b = (one.repeat(16, 1)[:, i, None].expand(-1, 3) for i in (0, 1))
         rows = Batch(NORMAL.mean + NORMAL.std * a, b, index, Draws(0, index))
 
-        def slope(gain: float = 1.0, late: int = 0) -> Tensor:
+        best = ExactNet(NORMAL, self.schedule, as_prediction(self.prediction))
+        table = isinstance(self.schedule, AbstractTable)
+
+        def slope(gain: float = 1.0, late: float = 0) -> Tensor:
             off = torch.zeros(2, 3, dtype=torch.float64, device="cpu", requires_grad=True)
 
-            def best(x: Tensor, t: Tensor) -> Tensor:
-                levels = self.schedule.gather((t - late).clamp(min=0), x)
-                x0, eps = NORMAL.x0(x, *levels), NORMAL.eps(x, *levels)
-                target = self.denoiser(Formula(best)).target(x0, eps, (t - late).clamp(min=0))
-                return gain * target + off[0] * x + off[1]
+            def near(x: Tensor, told: Tensor) -> Tensor:
+                told = (told - late).clamp(min=0 if table else -math.inf)
+                return gain * best(x, told) + off[0] * x + off[1]
 
-            modules = nn.ModuleDict({"student": Formula(best)})
+            modules = nn.ModuleDict({"student": Formula(near)})
             loss = self.loss(modules, rows, Progress(0, 1))
             return torch.autograd.grad(loss, off)[0]
 
-        wrong = {"prediction_too_small": slope(0.9), "time_told_too_late": slope(late=100)}
+        wrong = {
+            "prediction_too_small": slope(0.9),
+            "time_told_too_late": slope(late=100 if table else 1.0),
+        }
         return (exact("slope of the loss at the best map", slope(), **wrong),)

@@ -1,5 +1,7 @@
 """Denoising: how a teacher is trained."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,50 @@ def test_it_draws_every_time_equally_often():
     counts = torch.bincount(net.t // 100, minlength=10).double()
     assert len(counts) == 10 and net.t.min() == 0 and net.t.max() == 999
     assert (counts - 1000).square().sum() / 1000 < 27.9  # exceeded once in a thousand
+
+
+EDM = Denoising(ds.schedule.EDM(), "preconditioned")
+
+
+def test_on_edms_path_it_is_edms_loss():
+    """Karras et al. 2022, Eq. 2 and 8: the squared error of x0 with a weight of its noise level."""
+    net = Counting(starts()[0].net).double()
+    batch = Images(digits()[0]).batch(range(16))
+    x0, z = batch.x0.double(), batch.noise.double()
+    sigma = EDM._drawn(batch.draws).double()
+    level = sigma.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        found = EDM.loss({"student": net}, batch._replace(x0=x0, noise=z), START)
+        c_in, c_noise = (level**2 + 0.25).rsqrt(), sigma.log() / 4
+        c_skip, c_out = 0.25 / (level**2 + 0.25), level * 0.5 / (level**2 + 0.25).sqrt()
+        noisy = x0 + level * z
+        error = c_skip * noisy + c_out * net(c_in * noisy, c_noise) - x0
+    expected = ((level**2 + 0.25) / (level * 0.5) ** 2 * error.square()).mean()
+    assert torch.allclose(found, expected, rtol=1e-6)
+    assert not torch.allclose(error.square().mean(), expected, rtol=1e-2)
+
+
+def test_on_edms_path_the_logarithm_of_sigma_is_normal():
+    index = torch.arange(10_000)
+    x = EDM._drawn(Draws(0, index)).log()
+    assert abs(x.mean() + 1.2) < 4 * 1.2 / 100 and abs(x.std() / 1.2 - 1) < 4 / 141
+    assert Denoising(EDM.schedule, "preconditioned", (9.0, 1.0))._drawn(Draws(0, index)).max() == 80
+
+
+@torch.no_grad()
+def test_on_edms_path_it_samples_with_heun():
+    net, teacher = Counting(starts()[0].net), EDM.result(starts()[0].net)
+    assert (teacher.solver, len(teacher.grid), teacher.nfe) == (ds.solvers.Heun(), 18, 35)
+    z = ds.noise(0, range(2), SHAPE)
+    assert torch.equal(EDM.sample(net, z, nfe=35), teacher.sample(z)) and len(net.times) == 35
+    EDM.sample(net, z, nfe=36)
+    assert len(net.times) == 70
+    assert EDM.times(35) == pytest.approx([math.log(t) / 4 for t in teacher.grid])
+
+
+def test_a_prediction_without_meaning_on_a_path_is_refused():
+    with pytest.raises(ValueError, match=r"V needs alpha"):
+        Denoising(ds.schedule.EDM(), "v")
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+import ds
+from ds.methods import Denoising
 from ds.methods.proof import Check, exact
 from tests.methods.test_methods import found
 
-METHODS = [cls() for cls in found()]
+EDM = Denoising(ds.schedule.EDM(), "preconditioned")  # the same loss on another path
+METHODS = [*(cls() for cls in found()), EDM]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
