@@ -85,9 +85,13 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
 def _group_norm_silu(x, weight, bias, groups, eps, silu, keep=False, *addends):
     merged = Addends(*addends).merge(x)
     images, channels, height, width = merged.shape
+    by_image = weight.dim() == 2
+    affine = (None, None) if by_image else (weight, bias)
     y, mean, rstd = torch.ops.aten.native_group_norm(
-        merged, weight, bias, images, channels, height * width, groups, eps
+        merged, *affine, images, channels, height * width, groups, eps
     )
+    if by_image:
+        y = y * weight[..., None, None] + bias[..., None, None]
     return F.silu(y) if silu else y, mean, rstd, merged if keep else x.new_empty(0)
 
 

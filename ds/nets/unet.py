@@ -342,9 +342,7 @@ class ResBlock(nn.Module):
         return self.conv2(self.dropout(self.norm2(h, shift)))
 
     def _scaled(self, h: Tensor, told: Tensor) -> Tensor:
-        scale, shift = told[:, :, None, None].chunk(2, 1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.conv2(self.dropout(F.silu(h)))
+        return self.conv2(self.dropout(self.norm2.scaled(h, *told.chunk(2, 1))))
 
     def _run(self, part: Callable, *args: Tensor | None) -> Any:
         """Call a part of the block, which ends with a convolution.
@@ -415,6 +413,11 @@ class GroupNorm(nn.Module):
         if shift is None:
             return self.op(x, self.weight, self.bias, self.groups, self.eps)
         return self.op(x, self.weight, self.bias, self.groups, self.eps, shift=shift)
+
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return SiLU(norm(x) * (1 + scale) + shift) for scale and shift [N, C]."""
+        affine = ops.scale_shift(self.weight, self.bias, scale, shift)
+        return ops.group_norm_silu(x, *affine, self.groups, self.eps)
 
     def merge(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of the concatenation of x and skip, with SiLU, and the concatenation."""

@@ -9,7 +9,12 @@ from ds.ops.conv.winograd import winograd_conv, winograd_weight
 from ds.ops.dispatch.op import Row, table, use_backend
 from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.gather_rows import gather_rows
-from ds.ops.group_norm_silu import fused_add_group_norm_silu, group_norm, group_norm_silu
+from ds.ops.group_norm_silu import (
+    fused_add_group_norm_silu,
+    group_norm,
+    group_norm_silu,
+    scale_shift,
+)
 from ds.ops.noise import noise
 from ds.ops.prepare_batch import prepare_batch
 from ds.ops.quantize import dequantize, quantize
@@ -34,6 +39,7 @@ __all__ = [
     "phase_weight",
     "prepare_batch",
     "quantize",
+    "scale_shift",
     "solver_update",
     "table",
     "to_float8",

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ds.ops.dispatch.takes import wide
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.op import backward, forward, forward_float8, reference
 
@@ -14,6 +15,7 @@ __all__ = [
     "group_norm",
     "group_norm_silu",
     "reference",
+    "scale_shift",
 ]
 
 
@@ -31,17 +33,17 @@ def group_norm_silu(
 ) -> Tensor:
     """Normalize each group of channels, scale and shift each channel, then apply SiLU.
 
-    x is [N, C, ...]; weight and bias are [C]. Statistics are float32, or float64 for a float64 x.
-    The result has the dtype of x. It keeps the memory format of a contiguous or channels_last x,
-    and is contiguous otherwise.
+    x is [N, C, ...]; weight and bias are [C], or both [N, C]: their own for each image, as those of
+    scale_shift are. Statistics are float32, or float64 for a float64 x. The result has the dtype of
+    x. It keeps the memory format of a contiguous or channels_last x, and is contiguous otherwise.
 
     The additions and the concatenation that precede a norm can be fused into it. The op then
     normalizes cat(x + shift + residual, skip), summed in float32 and rounded to the dtype of x:
 
         shift     [C] or [N, C]: the bias of a convolution, perhaps with a time embedding
         residual  the shape and dtype of x
-        skip      [N, S, ...] in the dtype of x; weight and bias are then [C + S], and a group may
-                  have channels of both
+        skip      [N, S, ...] in the dtype of x; weight and bias then have C + S channels, and a
+                  group may have channels of both
 
     With `float8` the result is float8_e4m3fn, rounded once as in ds.ops.to_float8. It has no
     derivative.
@@ -99,6 +101,19 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float 
     Arguments, result and errors are those of group_norm_silu.
     """
     return forward(x, weight, bias, groups, eps, False)[0]
+
+
+def scale_shift(
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias with which a norm is norm(x) * (1 + scale) + shift.
+
+    weight and bias are [C], scale and shift [N, C], and so are both results, in float32 or, for a
+    float64 weight, float64. With them group_norm_silu is adaptive group normalization and SiLU in
+    one pass: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3, with y_s = 1 + scale.
+    """
+    scale = 1 + scale.to(wide(weight.dtype))
+    return weight * scale, bias * scale + shift
 
 
 def _one_row_an_image(x: Tensor, shift: Tensor | None) -> Tensor | None:

@@ -7,16 +7,19 @@ from torch import Tensor
 from ds.ops.dispatch.takes import wide
 from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import sizes
+from ds.ops.group_norm_silu.layout import columns, sizes, sums
 
 
 def forward(x, weight, bias, groups, eps, silu, keep=False, *addends):
     """Compute the op's forward pass."""
     x = Addends(*addends).merge(x)
-    parameters = _contiguous(x, weight, bias)
+    by_image = weight.dim() == 2
+    parameters = (None, None) if by_image else _contiguous(x, weight, bias)
     y, mean, rstd = torch.ops.aten.native_group_norm(
         _pixels(x), *parameters, *sizes(x), groups, eps
     )
+    if by_image:
+        y = torch.addcmul(columns(bias, x), y, columns(weight, x))
     return like(F.silu(y) if silu else y, x), mean, rstd, x if keep else x.new_empty(0)
 
 
@@ -27,14 +30,21 @@ def backward(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged
     x, grad = _pixels(merged), _pixels(like(grad, merged))
     w, b, mean, rstd = _contiguous(merged, weight, bias, mean, rstd)
     if silu:
-        scale = w.view(groups, -1) * rstd[..., None]  # [N, groups, C / groups]
-        shift = b.view(groups, -1) - mean[..., None] * scale
-        columns = (*x.shape[:2], *[1] * (x.dim() - 2))
-        y = torch.addcmul(shift.view(columns), x, scale.view(columns))
+        scale = w.view(*w.shape[:-1], groups, -1) * rstd[..., None]  # [N, groups, C / groups]
+        shift = b.view(*b.shape[:-1], groups, -1) - mean[..., None] * scale
+        y = torch.addcmul(columns(shift.flatten(1), x), x, columns(scale.flatten(1), x))
         grad = torch.ops.aten.silu_backward(grad, y)
+    by_image = weight.dim() == 2
     d_norm, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-        grad, x, mean, rstd, w, *sizes(x), groups, [True] * 3
+        grad * columns(w, x) if by_image else grad,
+        *(x, mean, rstd, None if by_image else w),
+        *(*sizes(x), groups, [True, not by_image, not by_image]),
     )
+    if by_image:
+        means, rstds = (
+            columns(s.repeat_interleave(w.shape[1] // groups, 1), x) for s in (mean, rstd)
+        )
+        d_weight, d_bias = sums(grad * ((x - means) * rstds), w), sums(grad, b)
     d_x, d_shift, d_skip = addends.split_gradient(d_norm, merged, split, grad_merged)
     return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 

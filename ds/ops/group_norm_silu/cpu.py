@@ -7,7 +7,7 @@ from ds.ops import _native
 from ds.ops.dispatch.op import Kernel, Unsupported
 from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import sizes
+from ds.ops.group_norm_silu.layout import check_one_affine, sizes
 
 
 def load_forward() -> Kernel:
@@ -16,6 +16,7 @@ def load_forward() -> Kernel:
 
     def launch(x, weight, bias, groups, eps, silu, keep=False, *addends):
         is_bf16 = _is_bf16(x)
+        check_one_affine(weight)
         x = Addends(*addends).merge(x)
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
         images, channels, pixels = sizes(x)
@@ -37,6 +38,7 @@ def load_backward() -> Kernel:
 
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
         is_bf16, addends = _is_bf16(x), Addends(*addends)
+        check_one_affine(weight)
         x = addends.merged_before(x, grad_merged)
         grad = like(grad, x)
         images, channels, pixels = sizes(x)

@@ -8,7 +8,13 @@ from torch import Tensor
 from ds.ops import _native
 from ds.ops.dispatch.op import Kernel, Unsupported
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import check_gpu_kernels_take, from_rows, sizes, to_rows
+from ds.ops.group_norm_silu.layout import (
+    check_gpu_kernels_take,
+    check_one_affine,
+    from_rows,
+    sizes,
+    to_rows,
+)
 
 
 def load_cluster() -> Kernel:
@@ -24,6 +30,7 @@ def load_two_passes() -> Kernel:
 
 def _launch(lib, cluster, x, weight, bias, groups, eps, silu, keep=False, *addends):
     check_gpu_kernels_take(x)
+    check_one_affine(weight)
     x = Addends(*addends).merge(x)
     images, channels, pixels = sizes(x)
     tiles = lib.ds_cuda_group_norm_silu_tiles(pixels, channels, groups, x.itemsize, cluster, None)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ds.ops import _native
 from ds.ops.dispatch.op import Unsupported, same_order
+from ds.ops.dispatch.takes import wide
 from ds.ops.dispatch.transforms import channels_last
 
 
@@ -41,6 +42,18 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
     return images, channels, math.prod(pixels)
 
 
+def columns(values: Tensor, x: Tensor) -> Tensor:
+    """View [C] or [N, C] in the dtype of computation so that it broadcasts against x."""
+    return values.to(wide(x.dtype)).view(*values.shape, *[1] * (x.dim() - 2))
+
+
+def sums(values: Tensor, parameter: Tensor) -> Tensor:
+    """Sum [N, C, ...] to the shape of a parameter, [C] or [N, C]."""
+    if parameter.dim() == 1:
+        return values.sum((0, *range(2, values.dim())))
+    return values[..., None].sum((*range(2, values.dim() + 1),))
+
+
 def to_rows(x: Tensor) -> Tensor:
     """Return x [N, C, ...] as [N, pixels, C]; a channels_last x is not copied."""
     return x.reshape(sizes(x)).transpose(1, 2).contiguous()
@@ -52,6 +65,12 @@ def from_rows(rows: Tensor, x: Tensor) -> Tensor:
     if same_order(y, x):
         return y.as_strided(x.shape, x.stride())
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
+
+
+def check_one_affine(weight: Tensor) -> None:
+    """Raise Unsupported for an affine of each image."""
+    if weight.dim() == 2:
+        raise Unsupported("it takes weight and bias [C], not [N, C]")
 
 
 def check_gpu_kernels_take(x: Tensor) -> None:

@@ -10,11 +10,17 @@ from ds.ops.dispatch.transforms import like, vjp
 from ds.ops.float8 import FLOAT8, to_float8
 from ds.ops.group_norm_silu import aten, cpu, cuda, triton
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import dense, resized
+from ds.ops.group_norm_silu.layout import columns, dense, resized, sums
 
 _DIVIDES = """
     groups >= 1 and C + S >= 1 and (C + S) % groups == 0 : channels ({C + S}) must be a multiple \
 of groups ({groups})
+"""
+_AFFINE = """
+    weight [C + S] or [N, C + S] floating
+    bias [C + S] or [N, C + S] floating
+    weight.shape == bias.shape : weight and bias must have one shape, not {list(weight.shape)} \
+and {list(bias.shape)}
 """
 _TAKES = f"""
     x [N, C, ...] floating
@@ -22,8 +28,7 @@ _TAKES = f"""
     residual [N, C, ...] of x
     skip [N, S, ...] of x
     {_DIVIDES}
-    weight [C + S] floating
-    bias [C + S] floating
+    {_AFFINE}
 """
 
 
@@ -38,19 +43,14 @@ def reference(x, weight, bias, groups, eps, silu, keep=False, *addends):
     mean = grouped.mean(inner, keepdim=True)
     centred = grouped - mean
     rstd = (centred.square().mean(inner, keepdim=True) + eps).rsqrt()
-    y = (centred * rstd).flatten(1, 2) * _per_channel(weight, x) + _per_channel(bias, x)
+    y = (centred * rstd).flatten(1, 2) * columns(weight, x) + columns(bias, x)
     y = like(F.silu(y) if silu else y, x)
     return y, mean.flatten(1), rstd.flatten(1), x if keep else x.new_empty(0)
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """View [C] so that it broadcasts against x [N, C, ...], in the dtype of computation."""
-    return values.to(wide(x.dtype)).view(-1, *[1] * (x.dim() - 2))
-
-
 def _fake(x, weight, bias, groups, eps, silu, keep=False, *addends):
     statistic = x.new_empty((x.shape[0], groups), dtype=wide(x.dtype))
-    y = resized(dense(x), weight.shape[0])
+    y = resized(dense(x), weight.shape[-1])
     merged = torch.empty_like(y) if keep else x.new_empty(0)
     return y, statistic, torch.empty_like(statistic), merged
 
@@ -80,13 +80,12 @@ def reference_backward(
 
     The input of SiLU is computed again. With xhat = (x - mean) * rstd, f SiLU or the identity,
     g = grad * f'(weight * xhat + bias), h = g * weight, and means over the group:
-    d bias = sum g, d weight = sum g * xhat,
+    d bias = sum g, d weight = sum g * xhat, over images too for parameters of all images,
     d x = rstd * (h - mean(h) - xhat * mean(h * xhat)) + grad_merged,
     and d shift is the sum of d x over pixels.
     """
     addends = Addends(*addends)
     x = addends.merged_before(x, grad_merged)
-    outer = (0, *range(2, x.dim()))
     shape = (*mean.shape, *[1] * (x.dim() - 1))
     grouped = x.to(wide(x.dtype)).unflatten(1, (groups, x.shape[1] // groups))
     inner = tuple(range(2, grouped.dim()))
@@ -94,11 +93,11 @@ def reference_backward(
     flat = xhat.flatten(1, 2)
     g = grad.to(wide(x.dtype))
     if silu:
-        y = flat * _per_channel(weight, x) + _per_channel(bias, x)
+        y = flat * columns(weight, x) + columns(bias, x)
         s = y.sigmoid()
         g = g * (s * (1 + y * (1 - s)))
-    d_bias, d_weight = g.sum(outer), (g * flat).sum(outer)
-    h = (g * _per_channel(weight, x)).unflatten(1, grouped.shape[1:3])
+    d_bias, d_weight = sums(g, bias), sums(g * flat, weight)
+    h = (g * columns(weight, x)).unflatten(1, grouped.shape[1:3])
     along = (h * xhat).mean(inner, keepdim=True)
     d_norm = (h - h.mean(inner, keepdim=True) - xhat * along) * rstd.view(shape)
     d_x, d_shift, d_skip = addends.split_gradient(d_norm.flatten(1, 2), x, split, grad_merged)
@@ -108,7 +107,7 @@ def reference_backward(
 def _fake_backward(
     grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends
 ):
-    x, shift, others = dense(x), Addends(*addends).shift, weight.shape[0] - split
+    x, shift, others = dense(x), Addends(*addends).shift, weight.shape[-1] - split
     d_shift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
     d_skip = resized(x, others) if others else x.new_empty(0)
     parameters = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
@@ -126,8 +125,7 @@ backward = Op(
     skip [N, S, ...] of x
     grad [N, C + S, ...] floating
     grad_merged [N, C + S, ...] floating
-    weight [C + S] floating
-    bias [C + S] floating
+    {_AFFINE}
     {_DIVIDES}
     mean [N, groups] wide of x
     rstd [N, groups] wide of x
@@ -218,7 +216,7 @@ def _tangents(primals, tangents, results):
     mean, rstd = mean.view(shape), rstd.view(shape)
     grouped = merged.to(wide(x.dtype)).unflatten(1, (groups, merged.shape[1] // groups))
     xhat = (grouped - mean) * rstd
-    flat, w = xhat.flatten(1, 2), _per_channel(weight, x)
+    flat, w = xhat.flatten(1, 2), columns(weight, x)
     terms, d_mean, d_rstd = [], None, None
     if d_merged is not None:
         inner = tuple(range(2, xhat.dim()))
@@ -228,12 +226,12 @@ def _tangents(primals, tangents, results):
         terms.append(((d_grouped - d_mean - xhat * along) * rstd).flatten(1, 2) * w)
         d_mean, d_rstd = d_mean.flatten(1), (-rstd.square() * along).flatten(1)
     if d_weight is not None:
-        terms.append(flat * _per_channel(d_weight, x))
+        terms.append(flat * columns(d_weight, x))
     if d_bias is not None:
-        terms.append(_per_channel(d_bias, x).expand_as(flat))
+        terms.append(columns(d_bias, x).expand_as(flat))
     d_y = sum(terms[1:], terms[0])
     if silu:
-        a = flat * w + _per_channel(bias, x)
+        a = flat * w + columns(bias, x)
         s = a.sigmoid()
         d_y = d_y * (s * (1 + a * (1 - s)))
     return d_y, d_mean, d_rstd, d_merged if keep else None

@@ -10,6 +10,7 @@ from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import (
     check_gpu_kernels_take,
+    check_one_affine,
     dense,
     from_rows,
     resized,
@@ -42,6 +43,7 @@ def load_backward() -> Kernel:
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
         x = dense(x)
         check_gpu_kernels_take(x)
+        check_one_affine(weight)
         grad = to_rows(grad.to(x.dtype))
         if grad_merged is not None:
             grad_merged = to_rows(grad_merged.to(x.dtype))
@@ -63,6 +65,7 @@ def load_backward() -> Kernel:
 
 def _forward(kernels, x, weight, bias, groups, eps, silu, keep=False, *addends, dtype=None):
     x = dense(x)
+    check_one_affine(weight)
     check_gpu_kernels_take(x)
     norm, addends = kernels.Norm(weight, bias, groups, eps, silu), _addends_as_rows(*addends)
     with torch.cuda.device_of(x):
