@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.diffusion import predictions as predictions
     from ds.diffusion import schedules as schedule  # noqa: F401
     from ds.diffusion import solvers as solvers
+    from ds.diffusion.conditions import Conditions as Conditions
     from ds.diffusion.denoiser import Denoiser as Denoiser
     from ds.diffusion.noise import Draws as Draws
     from ds.diffusion.noise import noise as noise
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Conditions": "ds.diffusion.conditions",
     "Denoiser": "ds.diffusion.denoiser",
     "Draws": "ds.diffusion.noise",
     "Estimate": "ds.diffusion.predictions",

@@ -44,6 +44,11 @@ class AbstractData(ABC):
 
     shape: tuple[int, ...]
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the data; 0: it has none."""
+        return 0
+
     @abstractmethod
     def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
         """Draw exact samples, float32 [N, *shape]; row n depends on (seed, indices[n]) alone."""
@@ -77,27 +82,41 @@ class AbstractData(ABC):
         grid: Grid,
         schedule: AbstractSchedule | None = None,
         prediction: AbstractPrediction | str | None = None,
+        *,
+        conditional: bool = False,
     ) -> Teacher:
         """Return a teacher whose network is the exact prediction under `schedule`.
 
         By default that is LinearBeta, and the noise; on a schedule whose alpha falls to 0, where
-        the noise says nothing of x0, it is the velocity.
+        the noise says nothing of x0, it is the velocity. A `conditional` teacher is asked for a
+        class of the data. Raises ValueError if the data has none.
         """
+        if conditional and not self.num_classes:
+            raise ValueError(f"teacher: {self} has no classes; leave `conditional` out")
         schedule = schedule or LinearBeta()
         if prediction is None:
             prediction = Eps() if schedule.at(schedule.noise)[0] > 0 else Velocity()
-        net = ExactNet(self, schedule, as_prediction(prediction))
+        classes = self.num_classes if conditional else 0
+        net = ExactNet(self, schedule, as_prediction(prediction), classes)
         return Teacher(Denoiser(net, schedule, net.prediction), solver, grid)
 
 
 class ExactNet(nn.Module):
-    """An exact prediction in the shape of a network: net(x [N, *shape], c_noise [N], **cond)."""
+    """An exact prediction in the shape of a network: net(x [N, *shape], c_noise [N], **cond).
+
+    A conditional one says how many `classes` there are, and that it takes "label".
+    """
 
     def __init__(
-        self, config: AbstractData, schedule: AbstractSchedule, prediction: AbstractPrediction
+        self,
+        config: AbstractData,
+        schedule: AbstractSchedule,
+        prediction: AbstractPrediction,
+        classes: int = 0,
     ):
         super().__init__()
         self.config, self.schedule, self.prediction = config, schedule, prediction
+        self.classes, self.takes = classes, ("label",) if classes else ()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ds.analytic.base import AbstractData, Levels
 from ds.diffusion.noise import noise
 from ds.diffusion.predictions import Level
+from ds.nets.base import NO_CLASS
 
 _FAR = 1e6  # sigma / alpha, beyond which a step of first order is exact to 1e-12
 
@@ -19,7 +20,8 @@ class GaussianMixture(AbstractData):
     """Round Gaussians of one width in the plane, of unequal weight.
 
     The weights differ because a symmetric mixture hides errors in the mass of its modes. Each mode
-    has a class; given classes y [N], int64, all functions are those of the modes of that class.
+    has a class; given `label` [N], int64, all functions are those of the modes of that class, and
+    for NO_CLASS those of all modes.
     """
 
     means: tuple[tuple[float, ...], ...] = (
@@ -39,24 +41,28 @@ class GaussianMixture(AbstractData):
         """The shape of one point."""
         return (len(self.means[0]),)
 
+    @property
+    def num_classes(self) -> int:
+        return max(self.classes) + 1
+
     def centres(self, like: Tensor) -> Tensor:
         """Return the means as a tensor [K, D] in the dtype and on the device of `like`."""
         return torch.tensor(self.means, dtype=like.dtype, device=like.device)
 
-    def sample(self, seed: int, indices: Iterable[int], y: Tensor | None = None) -> Tensor:
+    def sample(self, seed: int, indices: Iterable[int], label: Tensor | None = None) -> Tensor:
         (dim,) = self.shape
         z = noise(seed, indices, (dim + 1,))
-        edges = self._prior(z, y).cumsum(1)
+        edges = self._prior(z, label).cumsum(1)
         # The last element decides the mode: its normal distribution function is uniform.
         mode = (edges[:, :-1] < torch.special.ndtr(z[:, dim:])).sum(1)
         return self.centres(z)[mode] + self.std * z[:, :dim]
 
-    def eps(self, x: Tensor, alpha: Level, sigma: Level, y: Tensor | None = None) -> Tensor:
-        share, away, variance = self._posterior(x, alpha, sigma, y)
+    def eps(self, x: Tensor, alpha: Level, sigma: Level, label: Tensor | None = None) -> Tensor:
+        share, away, variance = self._posterior(x, alpha, sigma, label)
         return sigma * (share * away).sum(1) / variance
 
-    def x0(self, x: Tensor, alpha: Level, sigma: Level, y: Tensor | None = None) -> Tensor:
-        share, away, variance = self._posterior(x, alpha, sigma, y)
+    def x0(self, x: Tensor, alpha: Level, sigma: Level, label: Tensor | None = None) -> Tensor:
+        share, away, variance = self._posterior(x, alpha, sigma, label)
         return (share * self.centres(x)).sum(1) + alpha * self.std**2 / variance * (
             share * away
         ).sum(1)
@@ -66,7 +72,7 @@ class GaussianMixture(AbstractData):
         x: Tensor,
         start: Levels,
         end: Levels,
-        y: Tensor | None = None,
+        label: Tensor | None = None,
         *,
         least_steps: int = 400,
     ) -> Tensor:
@@ -80,7 +86,7 @@ class GaussianMixture(AbstractData):
         state = x.double()
         if not isinstance(alpha, Tensor) and alpha * _FAR < sigma:
             # As far as sigma / alpha = _FAR, x / sigma changes by x0 over alpha / sigma.
-            x0 = self.x0(state, alpha, sigma, y)
+            x0 = self.x0(state, alpha, sigma, label)
             state = (state / sigma + (1 / _FAR - alpha / sigma) * x0) * _FAR
             u = self._warped(1.0, _FAR, x)
         else:
@@ -90,10 +96,10 @@ class GaussianMixture(AbstractData):
         h = distance / steps
         for i in range(steps):
             v = u + i * h
-            k1 = self._slope(v, state, y)
-            k2 = self._slope(v + h / 2, state + h / 2 * k1, y)
-            k3 = self._slope(v + h / 2, state + h / 2 * k2, y)
-            k4 = self._slope(v + h, state + h * k3, y)
+            k1 = self._slope(v, state, label)
+            k2 = self._slope(v + h / 2, state + h / 2 * k1, label)
+            k3 = self._slope(v + h / 2, state + h / 2 * k2, label)
+            k4 = self._slope(v + h, state + h * k3, label)
             state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return (end[0] * state).to(x.dtype)
 
@@ -102,14 +108,14 @@ class GaussianMixture(AbstractData):
         ratio = sigma / alpha / self.std
         return torch.as_tensor(ratio, dtype=torch.float64, device=like.device).asinh()
 
-    def _slope(self, u: Tensor, state: Tensor, y: Tensor | None) -> Tensor:
+    def _slope(self, u: Tensor, state: Tensor, label: Tensor | None) -> Tensor:
         """Return d(x / alpha)/du for x / alpha at r = std * sinh(u)."""
         r = self.std * u.sinh()
         alpha = (1 + r * r).rsqrt()
-        return self.eps(alpha * state, alpha, alpha * r, y) * (self.std * u.cosh())
+        return self.eps(alpha * state, alpha, alpha * r, label) * (self.std * u.cosh())
 
     def _posterior(
-        self, x: Tensor, alpha: Level, sigma: Level, y: Tensor | None
+        self, x: Tensor, alpha: Level, sigma: Level, label: Tensor | None
     ) -> tuple[Tensor, Tensor, Level]:
         """Return which mode x is from [N, K, 1], how far it is from each [N, K, D], its variance.
 
@@ -118,14 +124,15 @@ class GaussianMixture(AbstractData):
         variance = alpha**2 * self.std**2 + sigma**2
         scale = alpha.reshape(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
         away = x[:, None, :] - scale * self.centres(x)
-        logits = self._prior(x, y).log() - away.square().sum(-1) / (2 * variance)
+        logits = self._prior(x, label).log() - away.square().sum(-1) / (2 * variance)
         return logits.softmax(dim=1)[..., None], away, variance
 
-    def _prior(self, like: Tensor, y: Tensor | None) -> Tensor:
-        """Return the weights of the modes, [1, K], or given classes [N, K]."""
+    def _prior(self, like: Tensor, label: Tensor | None) -> Tensor:
+        """Return the weights of the modes, [1, K], or given labels [N, K]."""
         weights = torch.tensor([self.weights], dtype=like.dtype, device=like.device)
-        if y is None:
+        if label is None:
             return weights
-        classes = torch.tensor(self.classes, dtype=torch.int64, device=y.device)
-        own = weights * (classes == y[:, None])
+        classes = torch.tensor(self.classes, dtype=torch.int64, device=label.device)
+        wanted = label[:, None]
+        own = weights * ((classes == wanted) | (wanted == NO_CLASS))
         return own / own.sum(1, keepdim=True)

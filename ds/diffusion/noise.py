@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds import ops
-from ds.ops.noise import signed
+from ds.ops.noise import philox, signed
 
 
 def noise(
@@ -50,6 +50,19 @@ def uniform(seed: int, indices: Tensor) -> Tensor:
     """
     z = noise(seed, indices, (), device=indices.device)
     return 0.5 * torch.erfc(z.double() / math.sqrt(2))  # of float32 normals, so it is never 1
+
+
+def words(seed: int, indices: Tensor) -> Tensor:
+    """Draw whole numbers, even in 0 .. 2**32 - 1, int64 [N], on the device of the indices.
+
+    Number n depends on (seed, indices[n]) only, and is the same on every device. indices are int64
+    [N]. Raises ValueError for a seed out of range.
+    """
+    low = 2**32 - 1
+    key = signed("words", "seed", operator.index(seed))
+    zero = torch.zeros_like(indices)
+    counter = (zero, zero, indices & low, indices >> 32 & low)
+    return philox(counter, (key & low, key >> 32 & low))[0]
 
 
 class Draws(NamedTuple):

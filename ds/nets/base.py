@@ -4,15 +4,18 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
+NO_CLASS = -1  # the label of a sample that has no class
+
 
 class AbstractNetConfig(ABC):
     """A frozen dataclass that rebuilds its network; the network keeps it as `config`.
 
     `conditions` are the names of the numbers, beside the time, that its forward takes for each
-    sample: net(x [N, *shape], t [N], h=[N]). Labels y are int64 [N], for a network with classes.
+    sample: net(x [N, *shape], t [N], h=[N]). One with `classes` takes `label`, int64 [N], too.
     """
 
     conditions: tuple[str, ...] = ()
+    classes: int = 0  # labels are 0 to classes - 1, or NO_CLASS; 0: none are taken
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -21,4 +24,4 @@ class AbstractNetConfig(ABC):
     @property
     def takes(self) -> tuple[str, ...]:
         """The names of everything that forward takes beside x and t."""
-        return self.conditions
+        return (*self.conditions, *["label"] * (self.classes > 0))

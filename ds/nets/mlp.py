@@ -21,7 +21,7 @@ class MLPConfig(AbstractNetConfig):
     width: Count = 128  # of each hidden layer
     depth: Annotated[int, Between(1, 256)] = 4  # hidden layers
     conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
-    classes: Natural = 0  # number of classes of labels y; 0: no labels
+    classes: Natural = 0  # number of classes of labels; 0: no labels
     embedding: Annotated[int, Between(4, 2**16)] = 16  # width of the embedding of a number
     # highest and lowest frequency of the embedding; these suit times from about -2 to 2
     frequencies: Frequencies = (6.0, 0.5)
@@ -30,10 +30,6 @@ class MLPConfig(AbstractNetConfig):
         check(self, "MLPConfig: ")
         check_frequencies("MLPConfig: ", self.frequencies)
 
-    @property
-    def takes(self) -> tuple[str, ...]:
-        return (*self.conditions, *["y"] * (self.classes > 0))
-
     def build(self) -> "MLP":
         return MLP(self)
 
@@ -41,7 +37,8 @@ class MLPConfig(AbstractNetConfig):
 class MLP(nn.Module):
     """An MLP with SiLU: net(x [N, dim], t [N], **cond) -> [N, dim].
 
-    t and the conditions enter by their embeddings, labels y, int64 [N], by a row of 0 and 1.
+    t and the conditions enter by their embeddings, `label`, int64 [N], by a row of 0 and 1,
+    which is all 0 for NO_CLASS.
     """
 
     def __init__(self, config: MLPConfig):
@@ -65,5 +62,5 @@ class MLP(nn.Module):
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:
             classes = torch.arange(c.classes, dtype=torch.int64, device=x.device)
-            told.append(cond["y"][:, None] == classes)
+            told.append(cond["label"][:, None] == classes)
         return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))

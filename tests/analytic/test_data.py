@@ -310,7 +310,7 @@ def test_a_flow_moves_at_the_velocity_of_the_denoiser(data):
 def test_a_class_is_the_mixture_of_its_modes():
     data, x = GaussianMixture(), noise(3, range(30), (2,), dtype=torch.float64)
     y = torch.arange(30) % 3
-    found = data.x0(x, 0.6, 0.8, y), data.eps(x, 0.6, 0.8, y), data.endpoint(x, 0.6, 0.8, y=y)
+    found = data.x0(x, 0.6, 0.8, y), data.eps(x, 0.6, 0.8, y), data.endpoint(x, 0.6, 0.8, label=y)
     for label in range(3):
         own = slice(2 * label, 2 * label + 2)
         weights = torch.tensor(data.weights[own])
@@ -335,5 +335,23 @@ def test_a_teacher_takes_classes():
     data = GaussianMixture()
     teacher = data.teacher(DDIM(), grids.uniform(3))
     z, y = noise(0, range(6), (2,)), torch.arange(6) % 3
-    x0 = teacher.denoiser.given(y=y)(z, 400).x0
+    x0 = teacher.denoiser.given(label=y)(z, 400).x0
     torch.testing.assert_close(x0, data.x0(z, *LinearBeta().at(400), y), rtol=0, atol=1e-5)
+
+
+def test_no_class_is_the_mixture_of_all_modes():
+    data, x = GaussianMixture(), noise(3, range(6), (2,), dtype=torch.float64)
+    label = torch.tensor([-1, 0, -1, 1, -1, 2])
+    no_class = label == -1
+    found, exact = data.eps(x, 0.6, 0.8, label), data.eps(x, 0.6, 0.8)
+    torch.testing.assert_close(found[no_class], exact[no_class], rtol=0, atol=1e-12)
+    assert (found - exact)[~no_class].abs().amin() > 1e-6
+
+
+def test_a_conditional_teacher_says_that_it_takes_a_label():
+    data = GaussianMixture()
+    teacher = data.teacher(DDIM(), grids.uniform(3), conditional=True)
+    assert (teacher.net.classes, teacher.net.takes) == (3, ("label",))
+    assert data.teacher(DDIM(), grids.uniform(3)).net.classes == 0
+    with pytest.raises(ValueError, match="has no classes; leave `conditional` out"):
+        Gaussian().teacher(DDIM(), grids.uniform(3), conditional=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ds.nets import MLPConfig, UNetConfig
+from ds.nets.base import NO_CLASS
 from ds.nets.embedding import sinusoids
 from ds.system.config import from_json, to_json
 
@@ -47,20 +48,29 @@ def test_the_derivative_of_an_embedding_is_at_most_its_highest_frequency():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_mlp_makes_points_of_its_own_dtype(dtype):
     x, t, y = inputs(dtype)
-    out = build().to(dtype)(x, t, h=t, y=y)
+    out = build().to(dtype)(x, t, h=t, label=y)
     assert out.shape == x.shape and out.dtype == dtype and build().shape == (3,)
 
 
 def test_an_mlp_sees_everything_it_is_told():
     net, (x, t, y) = build(), inputs()
-    out = net(x, t, h=t, y=y)
+    out = net(x, t, h=t, label=y)
     for other in (
-        net(x + 1, t, h=t, y=y),
-        net(x, t + 1, h=t, y=y),
-        net(x, t, h=t + 1, y=y),
-        net(x, t, h=t, y=(y + 1) % 4),
+        net(x + 1, t, h=t, label=y),
+        net(x, t + 1, h=t, label=y),
+        net(x, t, h=t + 1, label=y),
+        net(x, t, h=t, label=(y + 1) % 4),
     ):
         assert (other - out).abs().amin(1).min() > 1e-6
+
+
+def test_no_class_adds_nothing_to_an_mlp():
+    net, deaf, (x, t, label) = build(), build(), inputs()
+    with torch.no_grad():
+        deaf.layers[0].weight[:, -4:] = 0  # of the classes
+    told = net(x, t, h=t, label=torch.full_like(label, NO_CLASS))
+    assert torch.equal(told, deaf(x, t, h=t, label=label))
+    assert not torch.equal(told, net(x, t, h=t, label=label))
 
 
 def test_time_may_be_an_index():
@@ -91,8 +101,8 @@ UNET = UNetConfig(
 @pytest.mark.parametrize(
     ("config", "cond", "words"),
     [
-        (TOLD, {}, "MLP: takes the conditions h, y, not \\(none\\)"),
-        (TOLD, {"h": 1, "y": 1, "z": 1}, "h, y, not h, y, z"),
+        (TOLD, {}, "MLP: takes the conditions h, label, not \\(none\\)"),
+        (TOLD, {"h": 1, "label": 1, "z": 1}, "h, label, not h, label, z"),
         (MLPConfig(), {"h": 1}, "takes the conditions \\(none\\), not h; .*denoiser.given"),
         (UNET, {"h": 1}, "UNet: takes the conditions \\(none\\), not h"),
     ],

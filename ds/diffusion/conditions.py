@@ -1,0 +1,109 @@
+"""What a sample is asked for beside its noise: a class, and how far to be guided towards it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from ds.diffusion.noise import as_bits, words
+from ds.nets.base import NO_CLASS
+from ds.system.config import Between, check
+
+# Streams of random numbers: of classes and of guidance scales.
+_CLASSES, _SCALES = 0x4C9A71E35D08F2B6, 0x1B66E0D8A93F547C
+
+Scale = Annotated[float, Between(-1e6, 1e6)]
+Class = Annotated[int, Between(NO_CLASS, 2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The classes and guidance scales from which each sample draws its own.
+
+    `classes` are drawn equally often; -1 among them is no class, and without any there are no
+    labels. `guidance` is one scale for all samples, or the ends of a range, in which scales are
+    even. Classes are kept sorted, each once.
+
+    Raises ValueError for what is no class, and for a range whose ends are the wrong way round.
+    """
+
+    classes: tuple[Class, ...] = ()
+    guidance: Scale | tuple[Scale, Scale] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.classes, Iterable):
+            object.__setattr__(self, "classes", tuple(dict.fromkeys(self.classes)))
+        if isinstance(self.guidance, list):  # as JSON has it
+            object.__setattr__(self, "guidance", tuple(self.guidance))
+        check(self, "Conditions: ")
+        object.__setattr__(self, "classes", tuple(sorted(self.classes)))
+        if isinstance(self.guidance, tuple) and self.guidance[0] > self.guidance[1]:
+            raise ValueError(
+                f"Conditions: guidance must be a range from the lower scale to the higher, not "
+                f"{self.guidance}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what `draw` returns."""
+        return (*["label"] * bool(self.classes), *["guidance"] * (self.guidance is not None))
+
+    def draw(self, seed: int, indices: Iterable[int] | Tensor) -> dict[str, Tensor]:
+        """Draw the conditions of samples, each a function of (seed, index) alone.
+
+        They are "label", int64 [N], and "guidance", float32 [N], on the device of a tensor of
+        indices and else on the CPU. Their bits are the same on all devices.
+        """
+        index = indices if isinstance(indices, Tensor) else as_bits(indices)
+        drawn = {}
+        if self.classes:
+            choice = words(seed ^ _CLASSES, index) * len(self.classes) >> 32
+            drawn["label"] = torch.tensor(self.classes, dtype=torch.int64, device=index.device)[
+                choice
+            ]
+        if isinstance(self.guidance, tuple):
+            low, high = self.guidance
+            share = (words(seed ^ _SCALES, index).double() + 0.5) * 2.0**-32
+            drawn["guidance"] = (low + (high - low) * share).float()
+        elif self.guidance is not None:
+            drawn["guidance"] = torch.full(
+                (len(index),), self.guidance, dtype=torch.float32, device=index.device
+            )
+        return drawn
+
+
+def labels_of(where: str, labels: int | Sequence[int] | Tensor, count: int, classes: int) -> Tensor:
+    """Return given labels as int64 [count] on the CPU; one number is that of all samples.
+
+    Raises ValueError, in the name of `where`, for another number of labels than samples, and for a
+    label that is no class of a model with so many.
+    """
+    if not classes:
+        raise ValueError(f"{where}: the model has no classes, leave the labels out")
+    given = labels if isinstance(labels, Tensor) else _as_tensor(where, labels)
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise ValueError(f"{where}: labels must be whole numbers, not {given.dtype}")
+    given = given.to("cpu", torch.int64)
+    if given.dim() == 0:
+        given = given.expand(count)
+    if given.shape != (count,):
+        raise ValueError(
+            f"{where}: {list(given.shape)} labels were given for {count} samples; give one a "
+            f"sample, or a single one for all"
+        )
+    outside = (given < NO_CLASS) | (given >= classes)
+    if outside.any():
+        raise ValueError(
+            f"{where}: label {given[outside][0].item()} does not exist; the model has classes 0 to "
+            f"{classes - 1}; {NO_CLASS} is no class"
+        )
+    return given
+
+
+def _as_tensor(where: str, labels: Any) -> Tensor:
+    try:
+        return torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{where}: labels must be whole numbers, not {labels!r}") from None
