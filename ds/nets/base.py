@@ -25,3 +25,8 @@ class AbstractNetConfig(ABC):
     def takes(self) -> tuple[str, ...]:
         """The names of everything that forward takes beside x and t."""
         return (*self.conditions, *["label"] * (self.classes > 0))
+
+    @property
+    def may_take(self) -> dict[str, tuple[int, ...]]:
+        """The names of what forward may be told besides, with the shape of each for a sample."""
+        return {}

@@ -12,9 +12,16 @@ Frequencies = tuple[Positive, Positive]  # the highest and the lowest, in radian
 
 
 def sinusoids(
-    t: Tensor, channels: int, frequencies: Frequencies = (1.0, 1e-4), *, open_ended: bool = False
+    t: Tensor,
+    channels: int,
+    frequencies: Frequencies = (1.0, 1e-4),
+    *,
+    open_ended: bool = False,
+    cosine_first: bool = False,
 ) -> Tensor:
     """Embed numbers t [N] as sines, then cosines: float32 [N, channels], or float64 if t is.
+
+    With `cosine_first` the cosines come before the sines.
 
     Frequencies fall geometrically from the highest to the lowest, both of which are used; with
     `open_ended` the lowest is left out, as in diffusers by default. The defaults are DDPM's, for
@@ -27,17 +34,40 @@ def sinusoids(
     # In the order of either code: another rounding moves a feature by 1e-5 at t = 1000.
     exponents = rate * steps / half if open_ended else rate * (steps / (half - 1))
     angles = t.to(dtype)[:, None] * (highest * torch.exp(exponents))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat(
+        [angles.cos(), angles.sin()] if cosine_first else [angles.sin(), angles.cos()], dim=1
+    )
 
 
-def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor]) -> None:
-    """Raise ValueError unless a network is given the conditions that it takes, and no others."""
-    if given.keys() != {*config.takes}:
+def one_hot(label: Tensor, classes: int) -> Tensor:
+    """Return labels [N] as rows of False with one True, [N, classes]; all False for NO_CLASS."""
+    return label[:, None] == torch.arange(classes, dtype=torch.int64, device=label.device)
+
+
+def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images: int) -> None:
+    """Raise ValueError unless a network is given what it takes, for so many images or for one.
+
+    Numbers are floating or whole, [N] each; label is int64 [N]; augment is floating [N, A].
+    """
+    name = type(config).__name__.removesuffix("Config")
+    if not {*config.takes} <= given.keys() <= {*config.takes, *config.may_take}:
+        may = f", and may take {', '.join(config.may_take)}" if config.may_take else ""
         raise ValueError(
-            f"{type(config).__name__.removesuffix('Config')}: takes the conditions "
-            f"{', '.join(config.takes) or '(none)'}, not {', '.join(given) or '(none)'}; pass them "
-            f"by name, or bind them with denoiser.given(...)"
+            f"{name}: takes the conditions {', '.join(config.takes) or '(none)'}{may}, not "
+            f"{', '.join(given) or '(none)'}; pass them by name, or bind them with "
+            f"denoiser.given(...)"
         )
+    for key, value in given.items():
+        ends = config.may_take.get(key, ())
+        if value.shape not in ((images, *ends), (1, *ends)):
+            raise ValueError(
+                f"{name}: {key} is {[*value.shape]} for {images} images; accepted is "
+                f"{[images, *ends]}"
+            )
+        if key == "label" and value.dtype != torch.int64:
+            raise ValueError(f"{name}: label is {value.dtype}; accepted is torch.int64")
+        if ends and not value.is_floating_point():
+            raise ValueError(f"{name}: {key} is {value.dtype}; accepted is a floating dtype")
 
 
 def check_frequencies(where: str, frequencies: Frequencies) -> None:

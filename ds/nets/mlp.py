@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ds.nets.base import AbstractNetConfig
-from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, sinusoids
+from ds.nets.embedding import (
+    Frequencies,
+    check_conditions,
+    check_frequencies,
+    one_hot,
+    sinusoids,
+)
 from ds.system.config import Between, Count, Natural, check
 
 
@@ -57,10 +63,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c = self.config
-        check_conditions(c, cond)
+        check_conditions(c, cond, len(x))
         numbers = [t, *(cond[name] for name in c.conditions)]
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:
-            classes = torch.arange(c.classes, dtype=torch.int64, device=x.device)
-            told.append(cond["label"][:, None] == classes)
+            told.append(one_hot(cond["label"], c.classes))
         return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))

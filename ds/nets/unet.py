@@ -17,7 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ds import ops
 from ds.nets.base import AbstractNetConfig
-from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, sinusoids
+from ds.nets.embedding import (
+    Frequencies,
+    check_conditions,
+    check_frequencies,
+    one_hot,
+    sinusoids,
+)
 from ds.system.config import Between, Count, Natural, Positive, Share, check
 from ds.system.cost import check_memory
 
@@ -55,6 +61,11 @@ class UNetConfig(AbstractNetConfig):
     pad_all_sides: bool = False  # halving pads all sides; else only the right and below
     resnet_down: tuple[Natural, ...] = ()  # levels, from 0, that a residual block halves
     resnet_up: tuple[Natural, ...] = ()  # levels, from 0, that a residual block doubles
+    classes: Natural = 0  # classes that the network is told the label of; 0: it takes no label
+    out_channels: Count | None = None  # 2 * in_channels: a learned variance after the mean
+    cosine_first: bool = False  # the time is told as cosines, then sines; ADM's order
+    embed_channels: Count | None = None  # numbers that tell the time; None: channels
+    heads: Count | None = None  # heads of each attention, in place of head_channels
 
     def build(self) -> "UNet":
         """Make the network with fresh weights. Raise ValueError if memory cannot hold them."""
@@ -89,9 +100,25 @@ class UNetConfig(AbstractNetConfig):
         """The width of the time embedding."""
         return self.time_channels or 4 * self.channels
 
+    @property
+    def outputs(self) -> int:
+        """The channels that the network returns."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def features(self) -> int:
+        """The numbers that `embed` makes of one."""
+        return self.embed_channels or self.channels
+
     def embed(self, t: Tensor) -> Tensor:
-        """Return numbers t [N], times or conditions, as features [N, channels]."""
-        return sinusoids(t, self.channels, self.frequencies, open_ended=self.open_frequencies)
+        """Return numbers t [N], times or conditions, as features [N, features]."""
+        return sinusoids(
+            t,
+            self.features,
+            self.frequencies,
+            open_ended=self.open_frequencies,
+            cosine_first=self.cosine_first,
+        )
 
     def __post_init__(self):
         check(self, "UNetConfig: ")
@@ -123,24 +150,32 @@ class UNetConfig(AbstractNetConfig):
 
     def _check_widths(self) -> None:
         """Raise ValueError unless groups and heads divide the channels."""
-        if self.channels < 4 or self.channels % 2:  # half sines, half cosines, two of each or more
-            raise ValueError(
-                f"UNetConfig: channels must be even and 4 or more, not {self.channels}"
-            )
+        field = "embed_channels" if self.embed_channels else "channels"
+        if self.features < 4 or self.features % 2:  # half sines, half cosines, two of each or more
+            raise ValueError(f"UNetConfig: {field} must be even and 4 or more, not {self.features}")
         check_frequencies("UNetConfig: ", self.frequencies)
+        if self.outputs not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"UNetConfig: out_channels must be in_channels ({self.in_channels}), or twice as "
+                f"many for a learned variance, not {self.out_channels}"
+            )
+        if self.heads and self.head_channels:
+            raise ValueError(
+                f"UNetConfig: give heads ({self.heads}) or head_channels ({self.head_channels}), "
+                f"not both"
+            )
         exact = [self.channels * mult for mult in self.channel_mult]
         if any(width < 1 or abs(width - round(width)) > 1e-6 * width for width in exact):
             raise ValueError(
                 f"UNetConfig: channels * channel_mult must be whole numbers, not {exact}"
             )
         middle = self.widths[-1:] if self.mid_attention else ()
+        attended = (*(self.widths[level] for level in self.attention_levels), *middle)
         dividers = {
             "norm_groups": (self.norm_groups, (self.channels, *self.widths)),
             "mid_norm_groups": (self.mid_norm_groups, middle),
-            "head_channels": (
-                self.head_channels,
-                (*(self.widths[level] for level in self.attention_levels), *middle),
-            ),
+            "head_channels": (self.head_channels, attended),
+            "heads": (self.heads, attended),
         }
         for field, (divider, widths) in dividers.items():
             for width in widths if divider else ():
@@ -153,7 +188,8 @@ class UNetConfig(AbstractNetConfig):
 class UNet(nn.Module):
     """A U-Net: net(x [N, C, H, W], t [N], **cond) -> [N, C, H, W], in channels_last memory.
 
-    It computes in the dtype of its weights and returns the dtype of x.
+    With a learned variance it returns [N, 2 C, H, W], the mean first. It computes in the dtype of
+    its weights and returns the dtype of x.
     """
 
     def __init__(self, config: UNetConfig):
@@ -163,12 +199,14 @@ class UNet(nn.Module):
 
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList(
-            [nn.Linear(c.channels, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
+            [nn.Linear(c.features, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
         )
         if c.conditions:
             self.temb.conditions = nn.ModuleDict(
-                {name: nn.Linear(c.channels, c.temb_channels, bias=False) for name in c.conditions}
+                {name: nn.Linear(c.features, c.temb_channels, bias=False) for name in c.conditions}
             )
+        if c.classes:
+            self.temb.label = nn.Linear(c.classes, c.temb_channels, bias=False)
         self.conv_in = Conv3x3(c.in_channels, c.channels)
 
         self.down = nn.ModuleList()
@@ -204,7 +242,7 @@ class UNet(nn.Module):
             width = out
 
         self.norm_out = GroupNorm(c, width, silu=True)
-        self.conv_out = Conv3x3(width, c.in_channels)
+        self.conv_out = Conv3x3(width, c.outputs)
         self.apply(_initialise)
         for layer in self.modules():  # each residual branch, and the network, starts at zero
             if isinstance(layer, ResBlock):
@@ -223,6 +261,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         dtype = self.conv_in.weight.dtype
+        check_conditions(self.config, cond, len(x))
         temb = self._embedded(t, cond, dtype)
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
@@ -250,11 +289,13 @@ class UNet(nn.Module):
     def _embedded(self, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the features of the time and the conditions that every block is told."""
         c, layers = self.config, self.temb
-        check_conditions(c, cond)
         hidden = layers.dense[0](c.embed(t).to(dtype))
         for name in c.conditions:  # together, one layer on the embeddings side by side
             hidden = hidden + layers.conditions[name](c.embed(cond[name]).to(dtype))
-        return layers.dense[1](F.silu(hidden))
+        hidden = layers.dense[1](F.silu(hidden))
+        if c.classes:
+            hidden = hidden + layers.label(one_hot(cond["label"], c.classes).to(dtype))
+        return hidden
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
@@ -356,14 +397,14 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, in heads of c.head_channels or one of all channels, + input.
+    """Self-attention over all pixels, in c.heads, heads of c.head_channels, or one, + input.
 
     The norm has `groups`, by default c.norm_groups; with 0 there is none.
     """
 
     def __init__(self, c: UNetConfig, width: int, groups: int | None = None):
         super().__init__()
-        self.heads = width // (c.head_channels or width)
+        self.heads = c.heads or width // (c.head_channels or width)
         self.norm = nn.Identity() if groups == 0 else GroupNorm(c, width, groups=groups)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
