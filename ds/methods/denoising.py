@@ -20,10 +20,12 @@ from ds.methods.base import AbstractMethod, Progress
 from ds.methods.proof import NORMAL, Check, Formula, Trial, exact
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
+from ds.nets.base import NO_CLASS
 from ds.pairs.sources import Batch
-from ds.system.config import Positive, check
+from ds.system.config import Positive, Share, check
 
-_TIMES = 0x7D3A59E2C1846BF0  # the stream of the times
+# Streams of random numbers: of the times, and of the labels that are left out.
+_TIMES, _UNTOLD = 0x7D3A59E2C1846BF0, 0x35C0A97E14F2D86B
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Denoising(AbstractMethod):
     prediction: Prediction = "eps"  # what the network learns to predict
     # mean and standard deviation of log(sigma) on the path of EDM, Table 1
     log_sigma: tuple[float, Positive] = (-1.2, 1.2)
+    # share of the labels that the network is not told, so that it can be guided; without classes
+    # nothing is drawn
+    label_dropout: Share = 0.1
 
     def __post_init__(self):
         check(self, "Denoising: ")
@@ -65,8 +70,18 @@ class Denoising(AbstractMethod):
         t = self._drawn(batch.draws)
         levels = alpha, sigma = self.schedule.gather(t, x0)
         x, c_noise = prediction.inputs(alpha * x0 + sigma * eps, t, *levels)
-        out = modules["student"](x, c_noise, **batch.cond)
+        out = modules["student"](x, c_noise, **self._told(batch))
         return (out - prediction.target(x0, eps, *levels)).square().mean()
+
+    def _told(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the conditions of a batch, a share of its labels left out.
+
+        Ho & Salimans 2022, arXiv:2207.12598, Algorithm 1.
+        """
+        if "label" not in batch.cond or not self.label_dropout:
+            return batch.cond
+        untold = batch.draws.uniform(_UNTOLD) < self.label_dropout
+        return {**batch.cond, "label": batch.cond["label"].masked_fill(untold, NO_CLASS)}
 
     def _drawn(self, draws: Draws) -> Tensor:
         """Return the times of a batch, [N]."""

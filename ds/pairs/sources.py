@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ds import ops
+from ds.diffusion.conditions import Conditions
 from ds.diffusion.noise import Draws, noise
 from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
+from ds.nets.base import NO_CLASS
 from ds.pairs.quantizer import Quantizer, fitting, quantize, row_of
 from ds.pairs.rows import as_indices
 from ds.pairs.store import PairStore
@@ -55,7 +57,10 @@ class AbstractSource(ABC):
 
     @abstractmethod
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
-        """Return the indices of their noise, int64 [N] on the CPU."""
+        """Return the indices of their noise, int64 [N] on the CPU.
+
+        Labels that no index tells are a second column: [N, 2].
+        """
 
     @abstractmethod
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
@@ -215,18 +220,35 @@ class Noise(AbstractSource):
 class Images(AbstractSource):
     """uint8 images [N, H, W, C] in memory, with fresh noise at every draw.
 
+    `labels`, int64 [N], are the classes of the images: batches then have the condition "label".
     `rows`, int64, are those of the images that are used, all by default. With `flip` each is there
     twice, once as its mirror image.
+
+    Raises ValueError for another number of labels than images, and for labels below -1, no class.
     """
 
     feeds: ClassVar = "images"
 
     def __init__(
-        self, images: Tensor, *, seed: int = 0, rows: Tensor | None = None, flip: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        seed: int = 0,
+        rows: Tensor | None = None,
+        flip: bool = False,
     ):
         self.images, self.seed, self.flip = images, seed, flip
         every = torch.arange(len(images), dtype=torch.int64, device="cpu")
         self.rows = every if rows is None else rows
+        self.labels = None if labels is None else _classes(labels, len(images))
+
+    @property
+    def conditions(self) -> Conditions:
+        """The classes of the images that are used."""
+        if self.labels is None:
+            return Conditions()
+        return Conditions(tuple(self.labels[self.rows].unique().tolist()))
 
     def __len__(self) -> int:
         return len(self.rows) * (2 if self.flip else 1)
@@ -238,18 +260,39 @@ class Images(AbstractSource):
         return torch.where(mirrored, found.flip(2), found) if self.flip else found
 
     def indices(self, rows: Sequence[int], draws: Sequence[int]) -> Tensor:
-        return torch.as_tensor(draws)
+        index = torch.as_tensor(draws)
+        if self.labels is None:
+            return index
+        here = self.rows[torch.as_tensor(rows) % len(self.rows)]
+        return torch.stack([index, self.labels[here]], 1)
 
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
-        return _prepared(images, indices, self.seed, draws)
+        if self.labels is None:
+            return _prepared(images, indices, self.seed, draws)
+        index, label = (column.contiguous() for column in indices.unbind(1))
+        return _prepared(images, index, self.seed, draws)._replace(cond={"label": label})
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
         said = f"{len(self)} images {digest}, seed {self.seed}"
+        if self.labels is not None:
+            said += f", labels {hashlib.sha256(self.labels.numpy().data).hexdigest()}"
         if len(self) == len(self.images) and bool((self.rows.diff() == 1).all()):
             return said
         rows = hashlib.sha256(self.rows.numpy().data).hexdigest()
         return f"{said}, rows {rows}" + (", flipped" if self.flip else "")
+
+
+def _classes(labels: Tensor, count: int) -> Tensor:
+    """Return the labels of so many images as int64 [N] on the CPU."""
+    whole = not (labels.dtype.is_floating_point or labels.dtype.is_complex)
+    if not whole or labels.shape != (count,) or not ((labels >= NO_CLASS) & (labels < 2**31)).all():
+        raise ValueError(
+            f"Images: labels must be whole numbers [{count}] from {NO_CLASS} (no class) on, one an "
+            f"image, not {labels.dtype} {list(labels.shape)}"
+            + (f" from {labels.min()} to {labels.max()}" if labels.numel() and whole else "")
+        )
+    return labels.to("cpu", torch.int64).contiguous()
 
 
 def _prepared(images: Tensor, indices: Tensor, seed: int, draws: Draws) -> Batch:

@@ -82,6 +82,34 @@ def test_on_edms_path_it_samples_with_heun():
     assert EDM.times(35) == pytest.approx([math.log(t) / 4 for t in teacher.grid])
 
 
+class Told(nn.Module):
+    """Keep what a loss tells it."""
+
+    def forward(self, x, t, **cond):
+        self.t, self.cond = t, cond
+        return x
+
+
+def test_a_share_of_the_labels_is_left_out_so_that_the_teacher_can_be_guided():
+    """Which ones depends on (seed, draw) alone, and the times do not depend on labels at all."""
+    index = torch.arange(10_000)
+    zeros, label = torch.zeros(len(index), 1, 1, 1), index % 10
+    batch, net = Batch(zeros, zeros, index, Draws(3, index), {"label": label}), Told()
+    Denoising().loss({"student": net}, batch, START)
+    told, times = net.cond["label"], net.t
+    untold = told == -1
+    assert abs(untold.double().mean() - 0.1) < 4 * 0.003
+    assert torch.equal(told[~untold], label[~untold]) and torch.equal(label, index % 10)
+    assert abs(untold[label == 7].double().mean() - 0.1) < 4 * 0.0095
+    part = Batch(*(x[50:90] for x in batch[:3]), Draws(3, index[50:90]), {"label": label[50:90]})
+    Denoising().loss({"student": net}, part, START)
+    assert torch.equal(net.cond["label"], told[50:90])
+    Denoising(label_dropout=0).loss({"student": net}, batch, START)
+    assert net.cond["label"] is label
+    Denoising().loss({"student": net}, batch._replace(cond={}), START)
+    assert net.cond == {} and torch.equal(net.t, times)
+
+
 def test_a_prediction_without_meaning_on_a_path_is_refused():
     with pytest.raises(ValueError, match=r"V needs alpha"):
         Denoising(ds.schedule.EDM(), "v")

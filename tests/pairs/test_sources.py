@@ -96,6 +96,39 @@ def test_an_image_gets_fresh_noise_at_every_draw():
     assert torch.equal(first.x0, to_float(images[[0, 0]]))
 
 
+def test_a_labelled_picture_brings_its_class_into_every_batch():
+    """Also a mirrored one, one of some rows only, and one that a shuffle has moved."""
+    images, labels = digits()
+    kept, plain = torch.tensor([4, 9, 30]), Images(images, seed=5)
+    source = Images(images, labels, seed=5, rows=kept, flip=True)
+    batch = source.batch([0, 1, 5, 3], [7, 8, 9, 10])
+    assert batch.cond["label"].tolist() == labels[[4, 9, 30, 4]].tolist()
+    assert torch.equal(batch.noise, plain.batch([0] * 4, [7, 8, 9, 10]).noise)
+    assert source.conditions.classes == tuple(sorted({*labels[kept].tolist()}))
+    whole = Images(images, labels)
+    shuffled = Batches(whole, 32, seed=1).at(3)
+    rows, draws = Batches(whole, 32, seed=1).rows(3)
+    assert torch.equal(shuffled.cond["label"], labels[rows])
+    same = zip(shuffled[:3], Batches(Images(images), 32, seed=1).at(3)[:3], strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and torch.equal(shuffled.index, draws_of(draws))
+    assert plain.batch([0]).cond == {} and plain.conditions == ds.Conditions()
+
+
+def draws_of(draws: range) -> torch.Tensor:
+    return torch.arange(draws.start, draws.stop)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, -2, 3]), None],
+    ids=["floats", "too few", "below -1", "beyond 31 bits"],
+)
+def test_labels_that_are_no_classes_are_refused(labels):
+    labels = torch.tensor([0, 1, 2, 2**31]) if labels is None else labels
+    with pytest.raises(ValueError, match=r"Images: labels must be whole numbers \[4\] from -1"):
+        Images(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), labels)
+
+
 def test_noise_is_fresh_at_every_draw_and_comes_with_no_data():
     batch = Noise(9, (1, 8, 8), seed=5).batch([0, 0], [10, 11])
     assert torch.equal(batch.noise, ds.noise(5, [10, 11], (1, 8, 8)))
@@ -104,7 +137,7 @@ def test_noise_is_fresh_at_every_draw_and_comes_with_no_data():
 
 
 def test_sources_that_differ_have_different_fingerprints(store):
-    images, _ = digits()
+    images, labels = digits()
     other = images.clone()
     other[0, 0, 0, 0] ^= 1
     teachers = [Gaussian(shape=(1, 2, 2)).teacher(ds.solvers.DDIM(), (t,)) for t in (5, 6)]
@@ -120,6 +153,8 @@ def test_sources_that_differ_have_different_fingerprints(store):
         Images(images, seed=1),
         Images(images[1:]),
         Images(other),
+        Images(images, labels),
+        Images(images, labels.flip(0)),
     ]
     assert len({source.fingerprint() for source in sources}) == len(sources)
 

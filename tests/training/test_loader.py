@@ -39,9 +39,11 @@ def stores(tmp_path_factory):
     return {quantizer: store(quantizer) for quantizer in ("round", "float16", "float32")}
 
 
-@pytest.fixture(params=["round", "float16", "float32", "images"])
+@pytest.fixture(params=["round", "float16", "float32", "images", "labelled images"])
 def source(request, stores):
-    return stores.get(request.param) or Images(digits()[0][:ROWS], seed=3)
+    images, labels = (x[:ROWS] for x in digits())
+    labelled = labels if request.param == "labelled images" else None
+    return stores.get(request.param) or Images(images, labelled, seed=3)
 
 
 def taken(batches: Batches, kind: LoaderKind, start: int, count: int, prefetch: int = 2) -> list:
