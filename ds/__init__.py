@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.diffusion import schedules as schedule  # noqa: F401
     from ds.diffusion import solvers as solvers
     from ds.diffusion.conditions import Conditions as Conditions
+    from ds.diffusion.denoiser import ClassifierGuided as ClassifierGuided
     from ds.diffusion.denoiser import Denoiser as Denoiser
+    from ds.diffusion.denoiser import Guided as Guided
     from ds.diffusion.noise import Draws as Draws
     from ds.diffusion.noise import noise as noise
     from ds.diffusion.predictions import Estimate as Estimate
@@ -45,11 +47,13 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ClassifierGuided": "ds.diffusion.denoiser",
     "Conditions": "ds.diffusion.conditions",
     "Denoiser": "ds.diffusion.denoiser",
     "Draws": "ds.diffusion.noise",
     "Estimate": "ds.diffusion.predictions",
     "Execution": "ds.models.execution",
+    "Guided": "ds.diffusion.denoiser",
     "Images": "ds.pairs.sources",
     "PairStore": "ds.pairs.store",
     "Pairs": "ds.pairs.sources",

@@ -22,6 +22,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import (
     AbstractPrediction,
     Eps,
+    LearnedVariance,
     Level,
     Preconditioned,
     TrigFlow,
@@ -89,10 +90,14 @@ class AbstractData(ABC):
 
         By default that is LinearBeta, and the noise; on a schedule whose alpha falls to 0, where
         the noise says nothing of x0, it is the velocity. A `conditional` teacher is asked for a
-        class of the data. Raises ValueError if the data has none.
+        class of the data. Raises ValueError if the data has none, and for a learned variance.
         """
         if conditional and not self.num_classes:
             raise ValueError(f"teacher: {self} has no classes; leave `conditional` out")
+        if isinstance(prediction, LearnedVariance):
+            raise ValueError(
+                f"teacher: exact predictions have no learned variance; use {prediction.prediction}"
+            )
         schedule = schedule or LinearBeta()
         if prediction is None:
             prediction = Eps() if schedule.at(schedule.noise)[0] > 0 else Velocity()

@@ -67,6 +67,12 @@ class GaussianMixture(AbstractData):
             share * away
         ).sum(1)
 
+    def class_logits(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """Return log p(class | x), [N, classes]: the best classifier of noisy points."""
+        logits = self._logits(x, alpha, sigma, None)[0].log_softmax(1)
+        own = [[i for i, k in enumerate(self.classes) if k == c] for c in range(self.num_classes)]
+        return torch.stack([logits[:, modes].logsumexp(1) for modes in own], 1)
+
     def flow(
         self,
         x: Tensor,
@@ -121,11 +127,17 @@ class GaussianMixture(AbstractData):
 
         The variance is that of x within a mode.
         """
+        logits, away, variance = self._logits(x, alpha, sigma, label)
+        return logits.softmax(dim=1)[..., None], away, variance
+
+    def _logits(
+        self, x: Tensor, alpha: Level, sigma: Level, label: Tensor | None
+    ) -> tuple[Tensor, Tensor, Level]:
         variance = alpha**2 * self.std**2 + sigma**2
         scale = alpha.reshape(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
         away = x[:, None, :] - scale * self.centres(x)
         logits = self._prior(x, label).log() - away.square().sum(-1) / (2 * variance)
-        return logits.softmax(dim=1)[..., None], away, variance
+        return logits, away, variance
 
     def _prior(self, like: Tensor, label: Tensor | None) -> Tensor:
         """Return the weights of the modes, [1, K], or given labels [N, K]."""

@@ -3,19 +3,53 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.guidance import (
+    AbstractGuidance,
+    Classifier,
+    ClassifierFree,
+    ClassifierGuidance,
+    Interval,
+    ratio_of,
+)
 from ds.diffusion.predictions import (
     AbstractPrediction,
     Estimate,
+    LearnedVariance,
+    Level,
     Prediction,
     as_prediction,
     time_dtype,
 )
 from ds.diffusion.schedules import AbstractSchedule
+
+
+class Parts(NamedTuple):
+    """What a denoiser knows of x_t: x0 and eps before a classifier's gradient, and the rest."""
+
+    x0: Tensor
+    eps: Tensor
+    alpha: Level
+    sigma: Level
+    share: Tensor | None  # of a learned variance, see LearnedVariance.share
+    gradient: Tensor | None  # what a classifier adds to the score
+
+    @property
+    def estimate(self) -> Estimate:
+        """x0 and eps, with the gradient. Dhariwal & Nichol 2021, arXiv:2105.05233, Algorithm 2."""
+        if self.gradient is None:
+            return Estimate(self.x0, self.eps)
+        if not isinstance(self.alpha, Tensor) and not self.alpha:
+            raise ValueError(
+                "classifier guidance says nothing of x0 where alpha is 0; start the grid at a time "
+                "with some signal"
+            )
+        shift = self.sigma * self.gradient
+        return Estimate(self.x0 + self.sigma / self.alpha * shift, self.eps - shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +59,15 @@ class Denoiser:
     The network is called as net(x [N, *shape], c_noise [N], **cond), where x and c_noise are what
     the prediction feeds it: x_t and t for "eps", "x0" and "v". It has an attribute `shape`, the
     shape of one sample without the batch. `prediction` is a value of ds.predictions or one of the
-    short names; it is kept as a value. Raises ValueError for a prediction that the schedule lacks.
+    short names; it is kept as a value. A label or a classifier may guide it, see ds.Guided and
+    ds.ClassifierGuided. Raises ValueError for a prediction that the schedule lacks.
     """
 
     net: nn.Module
     schedule: AbstractSchedule
     prediction: AbstractPrediction | Prediction = "eps"
     cond: Mapping[str, Any] = field(default_factory=dict)
+    guidance: AbstractGuidance | None = None
 
     def __post_init__(self):
         prediction = as_prediction(self.prediction)
@@ -44,7 +80,7 @@ class Denoiser:
         return tuple(cast(Iterable[int], self.net.shape))
 
     def given(self, **cond: Any) -> "Denoiser":
-        """Return the same denoiser with conditions for its network, such as labels y [N]."""
+        """Return the same denoiser with conditions for its network, such as label [N]."""
         return replace(self, cond={**self.cond, **cond})
 
     def __call__(self, x_t: Tensor, t: float | Tensor) -> Estimate:
@@ -52,6 +88,13 @@ class Denoiser:
 
         A number, Python's or NumPy's, keeps a loop free of device synchronisation; a tensor serves
         training. Raises ValueError for a number that is not a time of the schedule.
+        """
+        return self.parts(x_t, t).estimate
+
+    def parts(self, x_t: Tensor, t: float | Tensor) -> Parts:
+        """Return all that is known of x_t at time t, as a call takes them.
+
+        A call makes an Estimate of it. Solvers that need more than that take the parts.
         """
         if isinstance(t, Tensor):
             t = t.expand(x_t.shape[0])
@@ -61,11 +104,54 @@ class Denoiser:
             t = time_of_each(x_t, t)
         prediction = as_prediction(self.prediction)
         x, c_noise = prediction.inputs(x_t, t, alpha, sigma)
-        return prediction.estimate(x_t, self.net(x, c_noise, **self.cond), alpha, sigma)
+        if self.guidance is None:
+            out, gradient = self.net(x, c_noise, **self.cond), None
+        else:
+            ratio = ratio_of(alpha, sigma)
+            out = self.guidance.out(self.net, x, c_noise, self.cond, ratio)
+            gradient = self.guidance.gradient(x_t, t, self.cond, ratio)
+        x0, eps = prediction.estimate(x_t, out, alpha, sigma)
+        share = prediction.share(out) if isinstance(prediction, LearnedVariance) else None
+        return Parts(x0, eps, alpha, sigma, share, gradient)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what the network should have predicted at times t [N], shaped like x0."""
         return as_prediction(self.prediction).target(x0, eps, *self.schedule.gather(t, x0))
+
+
+def Guided(denoiser: Denoiser, scale: float | None, interval: Interval | None = None) -> Denoiser:
+    """Return a denoiser with classifier-free guidance; see ds.diffusion.guidance.ClassifierFree.
+
+    Its network takes "label" and knows -1 as no label. A scale of None is that of each row, in the
+    condition "guidance". A guided call evaluates the network twice, in one batch. Raises
+    ValueError for a denoiser that is guided already, and for an interval that does not rise.
+    """
+    return _guided(denoiser, ClassifierFree(scale, interval))
+
+
+def ClassifierGuided(
+    denoiser: Denoiser,
+    classifier: Classifier,
+    scale: float,
+    interval: Interval | None = None,
+    *,
+    classes: int = 0,
+) -> Denoiser:
+    """Return a denoiser with classifier guidance; see ds.diffusion.guidance.ClassifierGuidance.
+
+    classifier(x_t [N, *shape], t [N]) -> logits [N, K] is a network of noisy samples or a formula,
+    t the schedule's time. Raises ValueError as `Guided` does.
+    """
+    return _guided(denoiser, ClassifierGuidance(classifier, scale, interval, classes))
+
+
+def _guided(denoiser: Denoiser, guidance: AbstractGuidance) -> Denoiser:
+    if denoiser.guidance is not None:
+        raise ValueError(
+            f"{type(guidance).__name__}: the denoiser is guided already, by {denoiser.guidance}; "
+            f"guide one without guidance, dataclasses.replace(denoiser, guidance=None)"
+        )
+    return replace(denoiser, guidance=guidance)
 
 
 def time_of_each(x: Tensor, t: float) -> Tensor:

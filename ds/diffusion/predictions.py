@@ -5,7 +5,7 @@ was trained on log(sigma) / 4 answers nonsense to sigma.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -175,6 +175,44 @@ class TrigFlow(AbstractPrediction):
     def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
         a = alpha * self.sigma_data
         return (a * eps - sigma / self.sigma_data * x0) / _norm(a, sigma)
+
+
+@dataclass(frozen=True)
+class LearnedVariance(AbstractPrediction):
+    """A network of twice the channels: a prediction, then where the variance of a step lies.
+
+    The second half is v in [-1, 1], element by element. The log variance of an ancestral step is
+    (v + 1) / 2 of the way from that of the posterior, the smallest, to log beta, the largest; only
+    ds.solvers.Ancestral reads it. The target is that of the first half. Nichol & Dhariwal 2021,
+    arXiv:2102.09672, Eq. 15; the range of v is that of their code, and of ADM.
+    """
+
+    prediction: AbstractPrediction = field(default_factory=Eps)
+
+    def __post_init__(self):
+        check(self, "LearnedVariance: ")
+        if isinstance(self.prediction, LearnedVariance):
+            raise ValueError("LearnedVariance: its prediction has a learned variance already")
+
+    @property
+    def needs_signal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.prediction.needs_signal
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        return self.prediction.inputs(x, t, alpha, sigma)
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return self.prediction.estimate(x, out[:, : x.shape[1]], alpha, sigma)
+
+    def share(self, out: Tensor) -> Tensor:
+        """Return how far each log variance is from the smallest, 0, to the largest, 1."""
+        return (out[:, out.shape[1] // 2 :] + 1) / 2
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return self.prediction.target(x0, eps, alpha, sigma)
+
+    def check(self, schedule: AbstractSchedule) -> None:
+        self.prediction.check(schedule)
 
 
 def _rotated(x: Tensor, out: Tensor, alpha: Level, sigma: Level, sigma_data: float) -> Estimate:

@@ -22,6 +22,11 @@ class Sampled(Protocol):
     """A teacher or a student: it makes samples from noise by calling a network."""
 
     @property
+    def net(self) -> nn.Module:
+        """The network."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         ...
@@ -38,9 +43,11 @@ class Sampled(Protocol):
 class _Recorder(nn.Module):
     """A network that records its inputs and answers with the next of some outputs."""
 
-    def __init__(self, shape: tuple[int, ...], outputs: Tensor | None = None):
+    def __init__(self, model: Sampled, outputs: Tensor | None = None):
         super().__init__()
-        self.shape, self.outputs = shape, outputs
+        self.shape, self.outputs = model.shape, outputs
+        self.config = getattr(model.net, "config", None)
+        self.channels = getattr(self.config, "out_channels", None) or model.shape[0]
         self.inputs: list[Tensor] = []
         self.times: list[float] = []
 
@@ -48,12 +55,14 @@ class _Recorder(nn.Module):
         call = len(self.times)
         self.inputs.append(x)
         self.times.append(t[0].item())
-        return torch.zeros_like(x) if self.outputs is None else self.outputs[call : call + 1]
+        if self.outputs is None:
+            return x.new_zeros(len(x), self.channels, *x.shape[2:])
+        return self.outputs[call : call + 1]
 
 
 def _recorded(model: Sampled, z: Tensor, outputs: Tensor | None = None) -> tuple[_Recorder, Tensor]:
     """Sample from noise z [1, ...] with a recorder for the network; return it and the sample."""
-    recorder = _Recorder(model.shape, outputs)
+    recorder = _Recorder(model, outputs)
     draws = Draws(0, torch.zeros(1, dtype=torch.int64, device="cpu"))
     return recorder, model.using(recorder).sample(z, draws=draws)
 

@@ -11,7 +11,7 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule, AbstractTable
-from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, integrate
+from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, evaluations, integrate
 from ds.models.execution import Execution, Precision
 from ds.models.model import device_of
 from ds.models.sampler import Sampler
@@ -102,7 +102,9 @@ def frontier(
 
         def row(solve: SolveConfig) -> Row:
             solver, grid = solve.build(schedule)
-            return Row(solve, solver.nfe(grid), _rms(endpoint(solver, grid), truth))
+            return Row(
+                solve, evaluations(denoiser, solver, grid), _rms(endpoint(solver, grid), truth)
+            )
 
         first, rows = row(asked), [row(solve) for solve in among]
     return Frontier(_mark([first, *rows]), first, len(fine), _rms(check, truth))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import LearnedVariance
 from ds.methods.proof import Check, Trial
 from ds.models.student import Student
 from ds.models.teacher import Teacher
@@ -153,10 +154,13 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
     """Return the network that is to learn: a fresh one of `config`, else a copy of the teacher's.
 
     A copy that does not take all of `conditions` is built anew to take them, with the weights that
-    it has. Raises ValueError for a teacher's network that cannot be built to take them.
+    it has. So is one of a network with a learned variance, which a student leaves out. Raises
+    ValueError for a teacher's network that cannot be built so.
     """
     if config is not None:
         return built(config)
+    if isinstance(teacher.denoiser.prediction, LearnedVariance):
+        teacher = teacher.using(mean_half(teacher.net))
     own = getattr(teacher.net, "config", None)
     takes = getattr(own, "conditions", ())
     lacks = [name for name in conditions if name not in takes]
@@ -171,6 +175,24 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
     net = built(replace(cast(Any, own), conditions=(*takes, *lacks)))
     net.load_state_dict(teacher.net.state_dict(), strict=False)
     return net
+
+
+def mean_half(net: nn.Module) -> nn.Module:
+    """Return a network of a learned variance without it: the first half of its last convolution.
+
+    Raises ValueError for a network that its configuration cannot rebuild with as many channels as
+    it takes.
+    """
+    own = getattr(net, "config", None)
+    if not isinstance(own, AbstractNetConfig) or not hasattr(own, "out_channels"):
+        raise ValueError(
+            f"the student of a learned variance leaves it out, which this {type(net).__name__} "
+            f"cannot; set `student` to the configuration of a network without it"
+        )
+    half, weights = built(replace(cast(Any, own), out_channels=None)), net.state_dict()
+    like = half.state_dict()
+    half.load_state_dict({name: w[: len(like[name])] for name, w in weights.items()})
+    return half.to(next(net.parameters())).train(net.training)
 
 
 def built(config: AbstractNetConfig, seed: int = 0) -> nn.Module:

@@ -12,7 +12,6 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
-from ds.diffusion.predictions import as_prediction
 from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
 from ds.methods.base import AbstractMethod, Progress, student_net
@@ -215,16 +214,14 @@ class _Teacher(nn.Module):
     def __init__(self, denoiser: Denoiser, levels: Grid):
         super().__init__()
         self.net = copy.deepcopy(denoiser.net).requires_grad_(False)
-        self.schedule, self.prediction = denoiser.schedule, as_prediction(denoiser.prediction)
+        self.denoiser = replace(denoiser, net=self.net)
         times = [denoiser.schedule.time(-math.log(sigma)) for sigma in levels]
         for name, values in (("levels", levels), ("times", times)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
         t = self.times[i]
-        alpha, sigma = self.schedule.gather(t, x)
-        told = self.prediction.inputs(alpha * x, t, alpha, sigma)
-        return self.prediction.estimate(alpha * x, self.net(*told), alpha, sigma).x0
+        return self.denoiser(self.denoiser.schedule.gather(t, x)[0] * x, t).x0
 
 
 def _like(level: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Denoising Student: the method of the paper."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import (
     X0,
     Eps,
+    LearnedVariance,
     Preconditioned,
     TrigFlow,
     V,
@@ -20,7 +20,7 @@ from ds.diffusion.predictions import (
     as_prediction,
 )
 from ds.diffusion.schedules import MOST, AbstractTable
-from ds.methods.base import AbstractMethod, Progress
+from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.proof import NORMAL, Check, Formula, Trial, exact, normal_pairs
 from ds.models.teacher import Teacher
 from ds.pairs.sources import Batch
@@ -97,7 +97,7 @@ class DenoisingStudent(AbstractMethod):
                 f"DenoisingStudent: this teacher needs t = {there.t:g}, residual = "
                 f"{there.residual} and gain = {there.gain:g}; use method.on(teacher)"
             )
-        return nn.ModuleDict({"student": copy.deepcopy(teacher.net).requires_grad_(True)})
+        return nn.ModuleDict({"student": student_net(teacher, None)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         error = self.sample(modules["student"], batch.noise) - batch.x0
@@ -143,6 +143,8 @@ def _form(denoiser: Denoiser) -> Form:
     a prediction without such a form.
     """
     prediction, last = as_prediction(denoiser.prediction), denoiser.schedule.noise
+    if isinstance(prediction, LearnedVariance):  # whose student has the first half of the channels
+        prediction = prediction.prediction
     x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
     told = prediction.inputs(x, time_of_each(x, last), *denoiser.schedule.at(last))[1].item()
     match prediction:

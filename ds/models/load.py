@@ -13,6 +13,7 @@ from torch import nn
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
+from ds.diffusion.guidance import AbstractGuidance
 from ds.diffusion.predictions import AbstractPrediction
 from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers import AbstractSolver
@@ -108,6 +109,8 @@ def _teacher(path: str | Path, types: Iterable[type]) -> Teacher:
     with pretrained.naming(path):
         prediction = entry("prediction", AbstractPrediction)
         denoiser = Denoiser(net, entry("schedule", AbstractSchedule), prediction)
+        if "guidance" in config:
+            denoiser = replace(denoiser, guidance=entry("guidance", AbstractGuidance))
         solver, grid = entry("solver", AbstractSolver), entry("grid", tuple)
         return Teacher(denoiser, solver, grid, config.get("provenance", {}), decoder)
 

@@ -46,6 +46,7 @@ class _Config(TypedDict, total=False):
     sha256: Sha256
     schedule: Any
     prediction: Any
+    guidance: Any
     solver: Any
     grid: list[float]
     method: Any
@@ -275,12 +276,21 @@ def describe(net: nn.Module) -> Any:
 
 
 def fingerprint(denoiser: Denoiser) -> str:
-    """Return the SHA-256, in hex, of a denoiser: network, weights, schedule and prediction."""
+    """Return the SHA-256, in hex, of a denoiser: network, weights, schedule and prediction.
+
+    Guidance is part of it, with a classifier's weights; of a classifier that is a function the name
+    is.
+    """
     digest = hashlib.sha256()
     about = (describe(denoiser.net), to_json(denoiser.schedule), to_json(denoiser.prediction))
+    nets = [denoiser.net]
+    if (guidance := denoiser.guidance) is not None:
+        about = (*about, guidance.about())
+        nets += [guidance.net] if guidance.net is not None else []
     digest.update(repr(about).encode())
-    for name, w in sorted(_state(denoiser.net).items()):
-        hash_weight(digest, name, w)
+    for net in nets:
+        for name, w in sorted(_state(net).items()):
+            hash_weight(digest, name, w)
     return digest.hexdigest()
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
+from ds.diffusion.guidance import ClassifierFree, ClassifierGuidance
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import as_prediction
 from ds.diffusion.schedules import AbstractTable
-from ds.diffusion.solvers import AbstractSolver, integrate
+from ds.diffusion.solvers import AbstractSolver, evaluations, integrate
 from ds.models.decoder import Decoder
 from ds.models.model import Model
 from ds.system.config import to_json
@@ -54,8 +55,8 @@ class Teacher(Model):
 
     @property
     def nfe(self) -> int:
-        """Network calls per sample."""
-        return self.solver.nfe(self.grid)
+        """Network evaluations per sample: one a call, two where classifier-free guidance works."""
+        return evaluations(self.denoiser, self.solver, self.grid)
 
     @torch.no_grad()
     def sample(
@@ -71,7 +72,10 @@ class Teacher(Model):
     @torch.no_grad()
     def call(self, noise: Tensor) -> Tensor:
         x = self.denoiser.schedule.prior(noise, self.grid[0])
-        return self.denoiser(x, self.grid[0]).x0
+        guidance = self.denoiser.guidance
+        if isinstance(guidance, ClassifierFree):  # one evaluation: that of the label
+            guidance = replace(guidance, interval=(0.0, 1e-30))
+        return replace(self.denoiser, guidance=guidance)(x, self.grid[0]).x0
 
     def using(self, net: nn.Module) -> "Teacher":
         return replace(self, denoiser=replace(self.denoiser, net=net))
@@ -83,9 +87,16 @@ class Teacher(Model):
         )
 
     def _about(self) -> dict[str, Any]:
+        guidance = self.denoiser.guidance
+        if isinstance(guidance, ClassifierGuidance):
+            raise ValueError(
+                "a teacher guided by a classifier cannot be saved; save it without, by "
+                "dataclasses.replace(denoiser, guidance=None), and guide it anew where it is loaded"
+            )
         return {
             "schedule": to_json(self.denoiser.schedule),
             "prediction": to_json(self.denoiser.prediction),
+            **({} if guidance is None else {"guidance": to_json(guidance)}),
             "solver": to_json(self.solver),
             "grid": list(self.grid),
         }

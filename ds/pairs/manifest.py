@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import ds
 from ds.models.execution import Execution
@@ -32,6 +32,7 @@ class About(TypedDict):
     net: Any
     schedule: Any
     prediction: Any
+    guidance: NotRequired[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class Manifest:
             "schedule": to_json(denoiser.schedule),
             "prediction": to_json(denoiser.prediction),
         }
+        if denoiser.guidance is not None:
+            about["guidance"] = denoiser.guidance.about()
         manifest = cls(
             teacher=about,
             solver=to_json(teacher.solver),

@@ -33,6 +33,7 @@ from typing import (
 FAMILIES = (
     "ds.diffusion.schedules",
     "ds.diffusion.predictions",
+    "ds.diffusion.guidance",
     "ds.diffusion.solvers",
     "ds.nets",
     "ds.methods",

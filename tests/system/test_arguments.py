@@ -59,6 +59,7 @@ def usual(cls: type) -> Any:
         return cls.of("digits", digits)
     paths = {"source": "x", "out": "y"} if cls.__name__ == "Convert" else {}
     given = {"model": "x", "store": "x", "out": "y", "values": (0.1, 0.2)} | paths
+    given |= {"scale": 1.0, "classifier": torch.sin}
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
     return cls(**{name: given[name] for name in needed})
 

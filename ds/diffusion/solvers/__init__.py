@@ -1,6 +1,6 @@
 """Solvers of the probability-flow ODE and SDE, one file each."""
 
-from ds.diffusion.solvers.base import AbstractSolver, integrate
+from ds.diffusion.solvers.base import AbstractSolver, evaluations, integrate
 from ds.diffusion.solvers.clipped import Clipped
 from ds.diffusion.solvers.ddim import DDIM, DDIMToFirst
 from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
@@ -16,5 +16,6 @@ __all__ = [
     "DPMSolverPPSinglestep",
     "Heun",
     "UniPC",
+    "evaluations",
     "integrate",
 ]

@@ -1,16 +1,19 @@
 """What a solver is: a frozen value that takes one step from noise towards data."""
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser, Parts
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import Estimate
 
 
 class AbstractSolver(ABC):
@@ -47,6 +50,34 @@ class AbstractSolver(ABC):
     def nfe(self, grid: Grid) -> int:
         """Return the number of network calls that a sample costs on a grid: one a time."""
         return len(grid)
+
+
+def evaluations(denoiser: Denoiser, solver: AbstractSolver, grid: Grid) -> int:
+    """Return how often a sample evaluates the network: a call of guidance may count twice."""
+    if denoiser.guidance is None:
+        return solver.nfe(grid)
+    counter = _Counter(denoiser)
+    x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    draws = Draws(0, torch.zeros(1, dtype=torch.int64, device="cpu"))
+    integrate(cast(Denoiser, counter), solver, grid, x, draws=draws)
+    return counter.count
+
+
+class _Counter:
+    """What a solver needs of a denoiser, where calls are counted and nothing is computed."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.schedule, self.guidance, self.count = denoiser.schedule, denoiser.guidance, 0
+
+    def __call__(self, x: Tensor, t: float) -> Estimate:
+        return self.parts(x, t).estimate
+
+    def parts(self, x: Tensor, t: float) -> Parts:
+        """Count a call."""
+        alpha, sigma = self.schedule.at(t)
+        if self.guidance is not None:
+            self.count += self.guidance.evaluations(sigma / alpha if alpha else math.inf)
+        return Parts(x, x, alpha, sigma, x, None)
 
 
 def integrate(

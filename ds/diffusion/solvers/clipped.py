@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 import torch
 from torch import Tensor
 
-from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.denoiser import Denoiser, Parts
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Estimate
@@ -85,9 +85,11 @@ class _Clipping:
         return self.denoiser.schedule
 
     def __call__(self, x: Tensor, t: float) -> Estimate:
-        found = self.denoiser(x, t)
+        return self.parts(x, t).estimate
+
+    def parts(self, x: Tensor, t: float) -> Parts:
+        """Return the parts with x0 clipped; a classifier's gradient comes after it, as in ADM."""
+        found = self.denoiser.parts(x, t)
         x0 = self.clipped.clip(found.x0)
-        if not self.clipped.rederive:
-            return Estimate(x0, found.eps)
-        alpha, sigma = self.schedule.at(t)
-        return Estimate(x0, (x - alpha * x0) / sigma)
+        eps = (x - found.alpha * x0) / found.sigma if self.clipped.rederive else found.eps
+        return found._replace(x0=x0, eps=eps)
