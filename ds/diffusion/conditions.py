@@ -14,6 +14,7 @@ from ds.system.config import Between, check
 # Streams of random numbers: of classes and of guidance scales.
 _CLASSES, _SCALES = 0x4C9A71E35D08F2B6, 0x1B66E0D8A93F547C
 
+NAMES = ("label", "guidance")  # what conditions can say
 Scale = Annotated[float, Between(-1e6, 1e6)]
 Class = Annotated[int, Between(NO_CLASS, 2**31 - 1)]
 
@@ -34,11 +35,11 @@ class Conditions:
 
     def __post_init__(self):
         if isinstance(self.classes, Iterable):
-            object.__setattr__(self, "classes", tuple(dict.fromkeys(self.classes)))
+            object.__setattr__(self, "classes", tuple(self.classes))
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", tuple(self.guidance))
         check(self, "Conditions: ")
-        object.__setattr__(self, "classes", tuple(sorted(self.classes)))
+        object.__setattr__(self, "classes", tuple(sorted({*self.classes})))
         if isinstance(self.guidance, tuple) and self.guidance[0] > self.guidance[1]:
             raise ValueError(
                 f"Conditions: guidance must be a range from the lower scale to the higher, not "
@@ -59,19 +60,20 @@ class Conditions:
         index = indices if isinstance(indices, Tensor) else as_bits(indices)
         drawn = {}
         if self.classes:
-            choice = words(seed ^ _CLASSES, index) * len(self.classes) >> 32
-            drawn["label"] = torch.tensor(self.classes, dtype=torch.int64, device=index.device)[
-                choice
-            ]
+            drawn["label"] = self._labels(seed ^ _CLASSES, index)
         if isinstance(self.guidance, tuple):
             low, high = self.guidance
             share = (words(seed ^ _SCALES, index).double() + 0.5) * 2.0**-32
             drawn["guidance"] = (low + (high - low) * share).float()
         elif self.guidance is not None:
-            drawn["guidance"] = torch.full(
-                (len(index),), self.guidance, dtype=torch.float32, device=index.device
-            )
+            drawn["guidance"] = torch.full_like(index, self.guidance, dtype=torch.float32)
         return drawn
+
+    def _labels(self, seed: int, index: Tensor) -> Tensor:
+        if len(self.classes) == 1:
+            return torch.full_like(index, self.classes[0])
+        classes = torch.tensor(self.classes, dtype=torch.int64, device=index.device)
+        return classes[words(seed, index) * len(classes) >> 32]
 
 
 def labels_of(where: str, labels: int | Sequence[int] | Tensor, count: int, classes: int) -> Tensor:

@@ -100,7 +100,7 @@ class DenoisingStudent(AbstractMethod):
         return nn.ModuleDict({"student": student_net(teacher, None)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
-        error = self.sample(modules["student"], batch.noise) - batch.x0
+        error = self.sample(modules["student"], batch.noise, cond=batch.cond) - batch.x0
         return error.abs().mean() if self.loss_type == "l1" else error.square().mean()
 
     def times(self, nfe: int) -> Grid:
@@ -118,7 +118,7 @@ class DenoisingStudent(AbstractMethod):
         draws: Draws | None = None,
     ) -> Tensor:
         (t,), (_, residual, gain) = self.times(nfe), self._or(PAPER)
-        out = net(z, time_of_each(z, t))
+        out = net(z, time_of_each(z, t), **(cond or {}))
         return torch.add(z, out, alpha=gain) if residual else gain * out
 
     def trial(self) -> Trial:

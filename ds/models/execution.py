@@ -165,19 +165,21 @@ class Runner:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @without_ambient()
-    def sample(self, z: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, z: Tensor, cond: dict[str, Tensor] | None = None, draws: Draws | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the samples of noise z [N, *shape], floats on the device, and a flag.
 
         The flag, a bool on the device, says whether the samples are finite, and whether all that
-        the network returned on the way was: a clip would hide an infinity. A stochastic model takes
-        its noise from `draws`.
+        the network returned on the way was: a clip would hide an infinity. `cond` holds what the
+        model takes. A stochastic model takes its noise from `draws`.
         """
         with self._products():
             if self._loop is not None:  # what is captured is linear, and hides nothing
-                parts = [_looped(self._loop, part) for part in z.split(self._loop.images)]
-                return (x := torch.cat(parts)), _sum(x).isfinite()
+                x = torch.cat([*_looped(self._loop, z, cond or {})])
+                return x, _sum(x).isfinite()
             with self._watched.summing() as total:
-                x = self._watching.sample(z, draws=draws)
+                x = self._watching.sample(z, cond=cond, draws=draws)
             return x, (total() + _sum(x)).isfinite()
 
     @without_ambient()
@@ -225,11 +227,18 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _looped(loop: Loop, z: Tensor) -> Tensor:
-    """Return the samples of noise [N, *shape], N no more than the loop's batch size."""
-    missing = loop.images - len(z)
-    filled = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]) if missing else z
-    return loop(filled)[: len(z)].clone()
+def _looped(loop: Loop, z: Tensor, cond: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the samples of noise [N, *shape] in parts, each no larger than the loop's batch."""
+    for start in range(0, len(z), loop.images):
+        part = slice(start, start + loop.images)
+        told = {name: _filled(value[part], loop.images) for name, value in cond.items()}
+        yield loop(_filled(z[part], loop.images), **told)[: len(z[part])].clone()
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """Return x with zeros below it, up to so many rows."""
+    missing = rows - len(x)
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 def _planned(model: Model, execution: Execution, batch_size: int) -> Model:

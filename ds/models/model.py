@@ -2,17 +2,21 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.conditions import NAMES, Conditions, labels_of
 from ds.diffusion.noise import Draws
 from ds.engine import Engine, times
 from ds.models import pretrained
 from ds.models.decoder import Decoder
 from ds.models.images import is_picture
+from ds.nets.base import told
 
 M = TypeVar("M", bound="Model")
 
@@ -63,11 +67,68 @@ class Model(ABC):
         """
         return x if self.decoder is None else self.decoder(x)
 
+    @property
+    def classes(self) -> int:
+        """The number of classes that a sample can be asked for; 0: it cannot be asked."""
+        return told(self.net)[1]
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the conditions of a sample must say: "label", "guidance", both or nothing."""
+        return tuple(name for name in NAMES if name in self._told())
+
+    def _told(self) -> tuple[str, ...]:
+        """Return the names of everything that is told of a sample beside its time."""
+        return told(self.net)[0]
+
+    def conditions(self, asked: Conditions | None = None) -> Conditions:
+        """Return what samples are asked for: `asked`, and any class if it names none.
+
+        Raises ValueError for classes that the model does not have, for a guidance scale that it
+        does not take, and without one that it does.
+        """
+        asked = asked or Conditions()
+        if asked.classes:
+            labels_of("conditions", asked.classes, len(asked.classes), self.classes)
+        elif self.classes:
+            asked = replace(asked, classes=tuple(range(self.classes)))
+        if "guidance" in self.takes and asked.guidance is None:
+            raise ValueError(
+                f"conditions: this {self.kind} is told a guidance scale; give one, or a range, as "
+                f"in ds.Conditions(guidance=2.0)"
+            )
+        if asked.guidance is not None and "guidance" not in self.takes:
+            raise ValueError(
+                f"conditions: this {self.kind} takes no guidance scale; leave guidance "
+                f"({asked.guidance}) out"
+            )
+        return asked
+
+    def plain(self, noise: Tensor) -> dict[str, Tensor]:
+        """Return conditions for a call whose answer does not matter: class 0 and scale 1."""
+        scale = 1.0 if "guidance" in self.takes else None
+        asked = Conditions((0,) if self.classes else (), scale)
+        index = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+        return asked.draw(0, index)
+
+    def _check(self, cond: Mapping[str, Tensor], noise: Tensor) -> None:
+        """Raise ValueError for labels, if they are on the CPU, that the model does not have."""
+        label = cond.get("label")
+        if label is not None and self.classes and label.device.type == "cpu":
+            labels_of(f"{self.kind}.sample", label, len(noise), self.classes)
+
     @abstractmethod
-    def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        *,
+        cond: Mapping[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
         """Turn noise [N, *shape] into samples of the same shape, about [-1, 1], not clipped.
 
-        A stochastic model takes the noise that it adds on its way from `draws`.
+        `cond` holds what the model `takes`: "label", int64 [N], and "guidance", float32 [N]. A
+        stochastic model takes the noise that it adds on its way from `draws`.
         """
 
     @abstractmethod

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds.diffusion.conditions import Conditions, labels_of
 from ds.diffusion.noise import Draws, as_bits, noise
 from ds.engine import Plan, Target, can_plan
 from ds.models.execution import Execution, Runner
@@ -23,7 +24,9 @@ from ds.system.cost import check_memory
 NARROW = ("float16", "fp8")  # precisions whose largest number is small
 _PLAINER = {"cuda_graph": "engine", "engine": "eager"}
 log = logging.getLogger("ds")
-_Work = tuple[Tensor, Draws | None, Sequence[int]]  # noise, randomness of the way, indices
+Labels = int | Sequence[int] | Tensor
+# noise, conditions, randomness of the way, indices
+_Work = tuple[Tensor, dict[str, Tensor], Draws | None, Sequence[int]]
 
 
 class Sampler:
@@ -37,8 +40,10 @@ class Sampler:
     a time: the batch size is 1, and the default execution is the fastest for it.
 
     An image's noise depends on (seed, index) alone. So any split of the indices gives the same
-    images, up to the rounding of convolutions whose algorithm depends on the batch size. A Sampler
-    is pickled as its model and options, and prepared anew where it is unpickled.
+    images, up to the rounding of convolutions whose algorithm depends on the batch size. Its class
+    and its guidance scale, if the model takes them, are drawn from `conditions` in the same way, by
+    default from all classes; labels may be given instead. A Sampler is pickled as its model and
+    options, and prepared anew where it is unpickled.
 
     Measured with the CIFAR-10 network (benchmarks/results; docs/performance.md):
 
@@ -54,9 +59,10 @@ class Sampler:
 
     .. end
 
-    Raises ValueError for a batch_size below 1 or beyond the memory, and for an execution that the
-    model or its device does not support. Every way to draw raises RuntimeError where a sample, or
-    what the network returned on the way, is not finite, as an overflow of float16 makes it.
+    Raises ValueError for a batch_size below 1 or beyond the memory, for an execution that the model
+    or its device does not support, and for conditions that the model does not take. Every way to
+    draw raises RuntimeError where a sample, or what the network returned on the way, is not finite,
+    as an overflow of float16 makes it.
     """
 
     @without_ambient()
@@ -68,15 +74,23 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         execution: Execution | None = None,
+        conditions: Conditions | None = None,
         latency: bool = False,
     ):
         require("Sampler", Count | None, batch_size=batch_size)
         require("Sampler", Execution | None, execution=execution)
+        require("Sampler", Conditions | None, conditions=conditions)
+        self.conditions = model.conditions(conditions)
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")
         self.batch_size = 1 if latency else batch_size or default_batch_size(model)
         self._again = partial(
-            Sampler, model, batch_size=self.batch_size, execution=execution, latency=latency
+            Sampler,
+            model,
+            batch_size=self.batch_size,
+            execution=execution,
+            conditions=conditions,
+            latency=latency,
         )
         check_memory(
             f"Sampler: a batch_size of {self.batch_size}",
@@ -97,23 +111,34 @@ class Sampler:
         return self._again, ()
 
     def __call__(
-        self, seed: int = 0, indices: Sequence[int] = range(64), *, rounding: Rounding = "round"
+        self,
+        seed: int = 0,
+        indices: Sequence[int] = range(64),
+        labels: Labels | None = None,
+        *,
+        rounding: Rounding = "round",
     ) -> Tensor:
         """Return the images of `indices` as uint8 [N, H, W, C] on the CPU, latents decoded.
 
-        Raises ValueError for a model whose samples are no images.
+        `labels` are one class for all, or one for each index; without them each index draws its
+        own. Raises ValueError for a model whose samples are no images, and for a label that is no
+        class of it.
         """
         require("Sampler", Seed, seed=seed)
         self._check_images(count(indices))
-        return self._images(self.batches(seed, indices), rounding)
+        return self._images(self.batches(seed, indices, labels), rounding)
 
-    def draw(self, z: Tensor, *, rounding: Rounding = "round") -> Tensor:
+    def draw(
+        self, z: Tensor, labels: Labels | None = None, *, rounding: Rounding = "round"
+    ) -> Tensor:
         """Return the images of given noise [N, *shape], as a call does.
 
-        Raises ValueError for a stochastic model: its noise depends on seeds and indices.
+        Without `labels`, row i has the class and the scale of index i under the seed 0. Raises
+        ValueError for a stochastic model: its noise depends on seeds and indices.
         """
         self._check_images(len(z))
-        return self._images(self._checked(self._given(z), "the noise given"), rounding)
+        work = self._given(z, self._labels(labels, len(z)))
+        return self._images(self._checked(work, "the noise given"), rounding)
 
     def _check_images(self, number: int) -> None:
         shape = self.model.require_images("Sampler")
@@ -129,41 +154,68 @@ class Sampler:
         decoded = (self.model.decoded(x) for x in batches)
         return torch.cat([empty, *(to_uint8(x, rounding).cpu() for x in decoded)])
 
-    def batches(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
+    def batches(
+        self, seed: int, indices: Sequence[int], labels: Labels | None = None
+    ) -> Iterator[Tensor]:
         """Yield the samples of `indices` in order, floats [N, *shape] on the model's device.
 
-        Latents are not decoded; `model.decoded` does that. Raises RuntimeError for samples that are
-        not finite: on a CPU in place of the batch that has them, on a GPU, which is not waited for,
-        after the last batch.
+        `labels` are as in a call. Latents are not decoded; `model.decoded` does that. Raises
+        RuntimeError for samples that are not finite: on a CPU in place of the batch that has them,
+        on a GPU, which is not waited for, after the last batch.
         """
-        return self._checked(self._noise(seed, indices), f"seed {seed}")
+        given = self._labels(labels, count(indices))
+        return self._checked(self._noise(seed, indices, given), f"seed {seed}")
 
-    def sample(self, z: Tensor, draws: Draws | None = None) -> Tensor:
+    def sample(
+        self,
+        z: Tensor,
+        draws: Draws | None = None,
+        *,
+        cond: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the samples of noise z [N, *shape] on the device: floats, about [-1, 1].
 
-        A stochastic model takes its noise from `draws`. Raises ValueError if it has none, and
-        RuntimeError for samples that are not finite, for which it waits for the device.
+        `cond` holds what the model takes; without it, row i has the conditions of index i under the
+        seed 0. A stochastic model takes its noise from `draws`. Raises ValueError if it has none,
+        and RuntimeError for samples that are not finite, for which it waits for the device.
         """
-        (x,) = self._checked([(z, draws, range(len(z)))], "the noise given")
+        rows = range(len(z))
+        cond = self._asked(0, as_bits(rows)) if cond is None else cond
+        (x,) = self._checked([(z, cond, draws, rows)], "the noise given")
         return x
 
-    def _noise(self, seed: int, indices: Sequence[int]) -> Iterator[_Work]:
-        for start in range(0, len(indices), self.batch_size):
-            part = indices[start : start + self.batch_size]
-            index = as_bits(part).to(self.device)
-            z = noise(seed, index, self.model.shape, device=self.device)
-            yield z, Draws(seed, index), part
+    def _labels(self, labels: Labels | None, number: int) -> Tensor | None:
+        if labels is None:
+            return None
+        return labels_of("Sampler", labels, number, self.model.classes)
 
-    def _given(self, z: Tensor) -> Iterator[_Work]:
+    def _asked(self, seed: int, index: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the conditions of indices, [N] on the CPU, with labels that are given instead."""
+        drawn = self.conditions.draw(seed, index)
+        given = {} if labels is None else {"label": labels}
+        return {name: value.to(self.device) for name, value in (drawn | given).items()}
+
+    def _noise(self, seed: int, indices: Sequence[int], labels: Tensor | None) -> Iterator[_Work]:
+        for start in range(0, len(indices), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            part, given = indices[rows], None if labels is None else labels[rows]
+            bits = as_bits(part)
+            index = bits.to(self.device)
+            z = noise(seed, index, self.model.shape, device=self.device)
+            yield z, self._asked(seed, bits, given), Draws(seed, index), part
+
+    def _given(self, z: Tensor, labels: Tensor | None) -> Iterator[_Work]:
         for start in range(0, len(z), self.batch_size):
-            part = z[start : start + self.batch_size]
-            yield part.to(self.device), None, range(start, start + len(part))
+            part = range(len(z))[start : start + self.batch_size]
+            given = None if labels is None else labels[part.start : part.stop]
+            cond = self._asked(0, as_bits(part), given)
+            yield z[part.start : part.stop].to(self.device), cond, None, part
 
     def _checked(self, work: Iterable[_Work], source: str) -> Iterator[Tensor]:
         """Yield the samples of batches; raise RuntimeError if one of them is not finite."""
         flags: list[tuple[Tensor, Sequence[int]]] = []
-        for z, draws, part in work:
-            x, finite = self._runner.sample(z, draws)
+        for z, cond, draws, part in work:
+            x, finite = self._runner.sample(z, cond, draws)
             flags.append((finite, part))
             if self.device.type == "cpu":
                 self._check(flags, source)

@@ -1,5 +1,6 @@
 """A student: a distilled network, and the method that samples from it in one call or a few."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,9 +18,15 @@ class Generator(Protocol):
     """A distillation method, as far as sampling needs it."""
 
     def sample(
-        self, net: nn.Module, z: Tensor, *, nfe: int = 1, draws: Draws | None = None
+        self,
+        net: nn.Module,
+        z: Tensor,
+        *,
+        nfe: int = 1,
+        cond: dict[str, Tensor] | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
-        """Turn noise [N, *shape] into samples with nfe network calls."""
+        """Turn noise [N, *shape] into samples with nfe network calls, which are told `cond`."""
         ...
 
 
@@ -43,12 +50,19 @@ class Student(Model):
         self._check_decoder()
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, *, draws: Draws | None = None) -> Tensor:
-        return self.method.sample(self.net, noise, nfe=self.nfe, draws=draws)
+    def sample(
+        self,
+        noise: Tensor,
+        *,
+        cond: Mapping[str, Tensor] | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        self._check(cond := {**(cond or {})}, noise)
+        return self.method.sample(self.net, noise, nfe=self.nfe, cond=cond, draws=draws)
 
     @torch.no_grad()
     def call(self, noise: Tensor) -> Tensor:
-        return self.method.sample(self.net, noise)
+        return self.method.sample(self.net, noise, cond=self.plain(noise))
 
     def using(self, net: nn.Module) -> "Student":
         return replace(self, net=net)

@@ -1,5 +1,6 @@
 """A teacher: a denoiser, and the solver and grid that integrate it from noise to a sample."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -54,20 +55,37 @@ class Teacher(Model):
         return self.denoiser.net
 
     @property
+    def classes(self) -> int:
+        guidance = self.denoiser.guidance
+        return super().classes or (guidance.classes if guidance else 0)
+
+    def _told(self) -> tuple[str, ...]:
+        guidance = self.denoiser.guidance
+        return (*super()._told(), *(guidance.takes if guidance else ()))
+
+    @property
     def nfe(self) -> int:
         """Network evaluations per sample: one a call, two where classifier-free guidance works."""
         return evaluations(self.denoiser, self.solver, self.grid)
 
     @torch.no_grad()
     def sample(
-        self, noise: Tensor, *, progress: bool = False, draws: Draws | None = None
+        self,
+        noise: Tensor,
+        *,
+        progress: bool = False,
+        cond: Mapping[str, Tensor] | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
         """Integrate noise [N, *shape] to data of the same shape, about [-1, 1], not clipped.
 
-        A stochastic solver takes its noise from `draws`.
+        A network with conditions takes them from `cond`, a stochastic solver its noise from
+        `draws`. Raises ValueError for conditions that are missing, unknown or out of range.
         """
-        x = self.denoiser.schedule.prior(noise, self.grid[0])
-        return integrate(self.denoiser, self.solver, self.grid, x, progress=progress, draws=draws)
+        self._check(cond := cond or {}, noise)
+        denoiser = self.denoiser.given(**cond)
+        x = denoiser.schedule.prior(noise, self.grid[0])
+        return integrate(denoiser, self.solver, self.grid, x, progress=progress, draws=draws)
 
     @torch.no_grad()
     def call(self, noise: Tensor) -> Tensor:
@@ -75,7 +93,8 @@ class Teacher(Model):
         guidance = self.denoiser.guidance
         if isinstance(guidance, ClassifierFree):  # one evaluation: that of the label
             guidance = replace(guidance, interval=(0.0, 1e-30))
-        return replace(self.denoiser, guidance=guidance)(x, self.grid[0]).x0
+        denoiser = replace(self.denoiser, guidance=guidance).given(**self.plain(noise))
+        return denoiser(x, self.grid[0]).x0
 
     def using(self, net: nn.Module) -> "Teacher":
         return replace(self, denoiser=replace(self.denoiser, net=net))

@@ -1,6 +1,7 @@
 """What every network's configuration offers, so that a directory of weights can be read back."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import nn
 
@@ -30,3 +31,16 @@ class AbstractNetConfig(ABC):
     def may_take(self) -> dict[str, tuple[int, ...]]:
         """The names of what forward may be told besides, with the shape of each for a sample."""
         return {}
+
+
+def told(net: nn.Module) -> tuple[tuple[str, ...], int]:
+    """Return what a network takes beside x and t, and its number of classes.
+
+    Its own attributes `takes` and `classes` say so, else those of its configuration; a network
+    with neither takes nothing.
+    """
+
+    def said(name: str, otherwise: Any) -> Any:
+        return getattr(net, name, getattr(getattr(net, "config", None), name, otherwise))
+
+    return said("takes", ()), said("classes", 0)

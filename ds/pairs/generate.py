@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ds.diffusion.conditions import Conditions
 from ds.models.execution import Execution
 from ds.models.model import device_of
 from ds.models.sampler import Sampler, least_memory
@@ -46,6 +47,7 @@ def generate_pairs(
     shard_size: int = 16384,
     quantizer: Quantizer | None = None,
     execution: Execution | None = None,
+    conditions: Conditions | None = None,
     price: float = 0.0,
     progress: bool = False,
 ) -> PairStore:
@@ -62,6 +64,10 @@ def generate_pairs(
     device. `execution` says how, by default `Execution.default`; a store keeps the one it was begun
     with. With a `price`, in dollars an hour, the estimate and the progress show the cost.
 
+    A teacher with classes is asked for those of `conditions`, by default for all, equally often.
+    The class of a pair, and its guidance scale, depend on (seed, index) alone, as its noise does.
+    The store keeps `conditions`, and no column for what they draw.
+
     Raises ValueError for bad arguments or a place that holds another store, RuntimeError if the
     disk is too small, the execution fails or the teacher returns numbers that are not finite, and
     Interrupted soon after SIGINT, SIGTERM, SIGUSR1 or SIGHUP; finished shards are safe.
@@ -77,10 +83,16 @@ def generate_pairs(
         shard_size=shard_size,
         quantizer=quantizer,
         execution=execution,
+        conditions=conditions,
     )
     manifest = shards.opened(where, manifest)
     if missing := shards.missing(where, manifest):
-        sampler = Sampler(teacher, batch_size=batch_size, execution=manifest.execution)
+        sampler = Sampler(
+            teacher,
+            batch_size=batch_size,
+            execution=manifest.execution,
+            conditions=manifest.conditions,
+        )
         total = manifest.pairs(missing)
         if asked is None and quantizer == "float32":
             log.info(f"{where}: samples {list(teacher.shape)} are no pictures, kept as float32")
@@ -112,12 +124,14 @@ def prepare(
     shard_size: int,
     quantizer: Quantizer | None,
     execution: Execution | None,
+    conditions: Conditions | None = None,
 ) -> Manifest:
     """Raise what generate_pairs raises before its work; write nothing; return the manifest."""
     require("generate_pairs", Count, count=count, shard_size=shard_size)
     require("generate_pairs", Count | None, batch_size=batch_size)
     require("generate_pairs", Seed, seed=seed)
     require("generate_pairs", Execution | None, execution=execution)
+    require("generate_pairs", Conditions | None, conditions=conditions)
     quantizer = fitting(teacher, quantizer)
     check_memory(  # as rows, as one tensor and as the bytes of a file
         "generate_pairs: a shard",
@@ -130,7 +144,13 @@ def prepare(
     execution = execution or Execution.default(teacher)
     execution.check(teacher, device)
     manifest = Manifest.of(
-        teacher, execution, seed=seed, count=count, quantizer=quantizer, shard_size=shard_size
+        teacher,
+        execution,
+        conditions=teacher.conditions(conditions),
+        seed=seed,
+        count=count,
+        quantizer=quantizer,
+        shard_size=shard_size,
     )
     where.check("pair store", MANIFEST)
     there = Manifest.read(where) if MANIFEST in where.names() else None

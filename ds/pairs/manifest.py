@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import ds
+from ds.diffusion.conditions import Conditions
 from ds.models.execution import Execution
 from ds.models.images import is_picture
 from ds.models.model import device_of, dtype_name
@@ -52,6 +53,9 @@ class Manifest:
     dtype: Dtype = "float32"
     device: str
     noise: Literal["philox4x32-10, Box-Muller"] = "philox4x32-10, Box-Muller"
+    conditions: Conditions = field(
+        default_factory=Conditions
+    )  # of the samples; left out if there are none
     seed: Seed
     count: Count
     grown_from: list[Count] = field(default_factory=list)  # earlier counts
@@ -96,6 +100,8 @@ class Manifest:
             raise ValueError(f"{file}: not the manifest of a pair store")
         data = checked(unsealed(data, file, required=True), cls, file)
         data["execution"] = Execution(**data["execution"])
+        if "conditions" in data:
+            data["conditions"] = Conditions(**data["conditions"])
         return cls(**data)._checked(file)
 
     def write(self, where: AbstractPlace, *, once: bool = False) -> None:
@@ -108,6 +114,11 @@ class Manifest:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.dtype == "float32":
             del values["dtype"]
+        if self.conditions.names:
+            about = vars(self.conditions).items()
+            values["conditions"] = {name: to_json(value) for name, value in about}
+        else:
+            del values["conditions"]
         return {**values, "execution": dict(vars(self.execution))}
 
     def _checked(self, file: str) -> "Manifest":

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Rows of data and noise, float32 [N, *shape] each, on one device.
 
     `index`, int64 [N], is the index of the noise: of a pair, or of a draw. `draws` are the random
-    numbers of the rows, and `cond` are the network's conditions, [N, ...] each.
+    numbers of the rows, and `cond` are the network's conditions, [N] each.
     """
 
     x0: Tensor
@@ -47,6 +47,11 @@ class AbstractSource(ABC):
     """
 
     feeds: ClassVar[str]
+
+    @property
+    def conditions(self) -> Conditions:
+        """The classes and guidance scales of the rows, by which `prepare` fills `cond`."""
+        return Conditions()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -99,6 +104,10 @@ class Pairs(AbstractSource):
         if not ends or min(ends) < 0 or max(ends) >= len(store):
             raise ValueError(f"Pairs: {self.rows} is not within the store's {len(store)} pairs")
 
+    @property
+    def conditions(self) -> Conditions:
+        return self.store.conditions
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -109,7 +118,7 @@ class Pairs(AbstractSource):
         return as_indices("Pairs", rows, len(self)) * self.rows.step + self.rows.start
 
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
-        return _prepared(images, indices, self.store.seed, draws)
+        return _prepared(images, indices, self.store.seed, draws, self.conditions)
 
     def fingerprint(self) -> str:
         return f"{self.store.sha256} {self.rows}"
@@ -124,9 +133,9 @@ class Generated(AbstractSource):
     alone, and a resumed run makes the pool of its step again. The processes of torchrun share the
     work. `rows` must be a multiple of the run's batch size: all processes then change pools at the
     same step. The teacher's network is on the device that trains, and `execution` says how it is
-    run, as for a ds.Sampler.
+    run, as for a ds.Sampler. So do `conditions` what it is asked for.
 
-    Raises ValueError for sizes below 1.
+    Raises ValueError for sizes below 1, and as ds.Sampler does.
     """
 
     feeds: ClassVar = "pairs"
@@ -141,6 +150,7 @@ class Generated(AbstractSource):
         reuse: int = 1,
         batch_size: int | None = None,
         execution: Execution | None = None,
+        conditions: Conditions | None = None,
     ):
         require("Generated", Count, rows=rows, reuse=reuse, draws=rows * reuse)
         require("Generated", Natural, first=first)
@@ -149,12 +159,19 @@ class Generated(AbstractSource):
         kept = row_of(teacher.shape, self._quantizer).bytes  # and once more while put together
         check_memory(f"Generated: a pool of {rows} pairs", 2 * kept * rows)
         self.rows, self.seed, self.first, self.reuse = rows, seed, first, reuse
-        self._sampler = Sampler(teacher, batch_size=batch_size, execution=execution)
+        self._sampler = Sampler(
+            teacher, batch_size=batch_size, execution=execution, conditions=conditions
+        )
         self._pool, self._number = torch.empty(0, dtype=torch.float32, device="cpu"), -1
         self._about = (
             f"{fingerprint(teacher.denoiser)} {to_json(teacher.solver)} {list(teacher.grid)}, "
             f"{self._sampler.batch_size} at a time, {self._sampler.execution}"
+            f"{_said(self.conditions)}"
         )
+
+    @property
+    def conditions(self) -> Conditions:
+        return self._sampler.conditions
 
     def __len__(self) -> int:
         return self.rows
@@ -171,7 +188,7 @@ class Generated(AbstractSource):
         if number != self._number:
             self._pool, self._number = self._make(number).to(indices.device), number
         here = indices - self.first - number * self.rows
-        return _prepared(self._pool[here], indices, self.seed, draws)
+        return _prepared(self._pool[here], indices, self.seed, draws, self.conditions)
 
     def _make(self, number: int) -> Tensor:
         """Make a pool, this process its share of the batches, and return all of it on the CPU."""
@@ -191,14 +208,29 @@ class Generated(AbstractSource):
 
 
 class Noise(AbstractSource):
-    """`count` rows of fresh noise at every draw, for samples of a shape, and no data."""
+    """`count` rows of fresh noise at every draw, for samples of a shape, and no data.
+
+    What is asked for is as fresh: each draw has its own of `conditions`.
+    """
 
     feeds: ClassVar = "noise"
 
-    def __init__(self, count: int, shape: tuple[int, ...], *, seed: int = 0):
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        *,
+        seed: int = 0,
+        conditions: Conditions | None = None,
+    ):
         require("Noise", Count, count=count)
         require("Noise", Seed, seed=seed)
         self.count, self.shape, self.seed = count, tuple(shape), seed
+        self._conditions = conditions or Conditions()
+
+    @property
+    def conditions(self) -> Conditions:
+        return self._conditions
 
     def __len__(self) -> int:
         return self.count
@@ -211,10 +243,11 @@ class Noise(AbstractSource):
 
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
         z = noise(self.seed, indices, self.shape, device=indices.device)
-        return Batch(images, z, indices, draws)
+        return Batch(images, z, indices, draws, self.conditions.draw(self.seed, indices))
 
     def fingerprint(self) -> str:
-        return f"noise {list(self.shape)}, {self.count} rows, seed {self.seed}"
+        about = f"noise {list(self.shape)}, {self.count} rows, seed {self.seed}"
+        return about + _said(self.conditions)
 
 
 class Images(AbstractSource):
@@ -268,9 +301,10 @@ class Images(AbstractSource):
 
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
         if self.labels is None:
-            return _prepared(images, indices, self.seed, draws)
+            return _prepared(images, indices, self.seed, draws, Conditions())
         index, label = (column.contiguous() for column in indices.unbind(1))
-        return _prepared(images, index, self.seed, draws)._replace(cond={"label": label})
+        batch = _prepared(images, index, self.seed, draws, Conditions())
+        return batch._replace(cond={"label": label})
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
@@ -295,14 +329,21 @@ def _classes(labels: Tensor, count: int) -> Tensor:
     return labels.to("cpu", torch.int64).contiguous()
 
 
-def _prepared(images: Tensor, indices: Tensor, seed: int, draws: Draws) -> Batch:
-    """Make floats, channels first, of kept rows, and add the noise of their indices."""
+def _said(conditions: Conditions) -> str:
+    """Return the end of a fingerprint, empty without conditions."""
+    return f", {conditions}" if conditions.names else ""
+
+
+def _prepared(
+    images: Tensor, indices: Tensor, seed: int, draws: Draws, conditions: Conditions
+) -> Batch:
+    """Make floats, channels first, of kept rows; add the noise of their indices, and conditions."""
     if images.dtype == torch.uint8:
         x0, z = ops.prepare_batch(images, indices, seed)
     else:
         x0 = images.movedim(-1, 1).float()
         z = noise(seed, indices, x0.shape[1:], device=x0.device)
-    return Batch(x0, z, indices, draws)
+    return Batch(x0, z, indices, draws, conditions.draw(seed, indices))
 
 
 def digits() -> tuple[Tensor, Tensor]:

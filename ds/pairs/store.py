@@ -3,7 +3,8 @@
 A store is a directory, or a folder in a bucket (ds.pairs.storage). manifest.json says what made it;
 images-00000.npy and its followers hold the images of consecutive indices. The noise is not kept:
 that of pair i is ds.noise(seed, [i], shape). So a shard is a function of the manifest and its
-number, whichever process writes it and in whatever order.
+number, whichever process writes it and in whatever order. Nor are classes and guidance scales kept:
+those of pair i are manifest.conditions.draw(seed, [i]).
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from ds.diffusion.conditions import Conditions
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import noise
 from ds.diffusion.solvers import AbstractSolver
@@ -99,6 +101,21 @@ class PairStore:
         """Return the noise that the images came from, float32 [N, *shape], made from the seed."""
         return noise(self.seed, as_indices("noise", indices, len(self)), self.shape, device=device)
 
+    @property
+    def conditions(self) -> Conditions:
+        """The classes and guidance scales that the teacher was asked for."""
+        return self.manifest.conditions
+
+    def labels(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return the classes of the pairs at `indices`, int64 [N], made from the seed.
+
+        Raises ValueError for a store without classes, and for an index that is not in it.
+        """
+        index = as_indices("labels", indices, len(self))
+        if not self.conditions.classes:
+            raise ValueError(f"{self._where}: its pairs have no classes")
+        return self.conditions.draw(self.seed, index)["label"]
+
     def targets(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the images as floats, about [-1, 1], [N, *shape]."""
         return dequantize(self.images(indices))
@@ -118,7 +135,12 @@ class PairStore:
             raise ValueError(f"{self._where}: made by another teacher than the one given")
         last = len(self) - 1
         picks = sorted({i * last // max(recompute - 1, 1) for i in range(recompute)})
-        sampler = Sampler(teacher, batch_size=len(picks), execution=self.manifest.execution)
+        sampler = Sampler(
+            teacher,
+            batch_size=len(picks),
+            execution=self.manifest.execution,
+            conditions=self.conditions,
+        )
         (x,) = sampler.batches(self.seed, picks)
         again = quantize(x, self.manifest.quantizer).float()
         stored = self.images(picks)
@@ -174,6 +196,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "grid": f"{len(grid)} times from {grid[0]} to {grid[-1]}",
         "execution": manifest.json["execution"],
         "dtype": manifest.dtype,
+        **({"conditions": manifest.json["conditions"]} if manifest.conditions.names else {}),
         "shards": f"{len(manifest.shards) - len(missing)} of {len(manifest.shards)}",
         "being_written": len(names & {*map(claim_of, files)}),
         "bytes": sum(where.size(file) for file in names & files),

@@ -77,8 +77,9 @@ def seconds_per_row(
     whole = rows.batch([i % len(rows) for i in range(most)], device=device)
 
     def work(n: int) -> None:
-        x0, z, index, draws, _ = whole
-        batch = Batch(x0[:n], z[:n], index[:n], draws._replace(index=draws.index[:n]))
+        x0, z, index, draws, cond = whole
+        told = {name: value[:n] for name, value in cond.items()}
+        batch = Batch(x0[:n], z[:n], index[:n], draws._replace(index=draws.index[:n]), told)
         for turn in method.turns:
             with config.autocast(device):
                 loss = method.loss(modules, batch, Progress(0, 1, turn))

@@ -179,7 +179,7 @@ class Spoiled(nn.Module):
 class Hidden:
     """A method that hides what its network returns behind a clip."""
 
-    def sample(self, net, z, *, nfe=1, draws=None):
+    def sample(self, net, z, *, nfe=1, cond=None, draws=None):
         return net(z, z[:, 0, 0, 0]).nan_to_num().clamp(-1, 1)
 
 
@@ -212,7 +212,7 @@ def test_an_overflow_in_a_replayed_step_is_an_error(monkeypatch):
 
 def test_a_method_sees_the_attributes_of_its_network():
     class Asks(Hidden):
-        def sample(self, net, z, *, nfe=1, draws=None):
+        def sample(self, net, z, *, nfe=1, cond=None, draws=None):
             return z * net.bad + net.image
 
     x = next(ds.Sampler(ds.Student(Spoiled(0.0), Asks())).batches(0, range(3)))
