@@ -100,8 +100,10 @@ class Manifest:
             raise ValueError(f"{file}: not the manifest of a pair store")
         data = checked(unsealed(data, file, required=True), cls, file)
         data["execution"] = Execution(**data["execution"])
-        if "conditions" in data:
-            data["conditions"] = Conditions(**data["conditions"])
+        try:
+            data["conditions"] = Conditions(**data.get("conditions", {}))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         return cls(**data)._checked(file)
 
     def write(self, where: AbstractPlace, *, once: bool = False) -> None:
