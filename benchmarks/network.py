@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
 from ds.nets import UNet, UNetConfig
-from ds.nets.unet import GroupNorm
+from ds.nets.blocks import GroupNorm
 from ds.training import presets
 from ds.training.throughput import flop_counter
 

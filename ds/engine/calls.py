@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds import ops
-from ds.nets.unet import Attention, GroupNorm, doubled, halved, pixels, split
+from ds.nets.blocks import Attention, GroupNorm, doubled, halved, pixels, split
 from ds.ops.conv.winograd import tiles
 
 Shape = tuple[int, int, int]  # [C, H, W] of an image

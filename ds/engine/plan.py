@@ -32,8 +32,8 @@ from ds.engine.calls import (
 )
 from ds.engine.rewrites import Rewrites, Step
 from ds.nets import UNet
+from ds.nets.blocks import Attention, Downsample, GroupNorm, ResBlock, doubled, halved
 from ds.nets.fold import FoldedAttention
-from ds.nets.unet import Attention, Downsample, GroupNorm, ResBlock, doubled, halved
 
 INPUT = "x"
 TILE = 128  # pixels, and also channels, that one program computes on a GPU

@@ -1,9 +1,10 @@
 """Networks: weights and wiring; the arithmetic lives in ds.ops."""
 
 from ds.nets.base import AbstractNetConfig
+from ds.nets.blocks import recompute_norms
 from ds.nets.fold import fold_attention
 from ds.nets.mlp import MLP, MLPConfig
-from ds.nets.unet import UNet, UNetConfig, recompute_norms
+from ds.nets.unet import UNet, UNetConfig
 
 __all__ = [
     "MLP",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ds import ops
-from ds.nets.unet import Attention, UNet, pixels
+from ds.nets.blocks import Attention, pixels
+from ds.nets.unet import UNet
 
 
 def fold_attention(net: UNet) -> UNet:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ds.methods import AbstractMethod, Progress
-from ds.nets.unet import ResBlock
+from ds.nets.blocks import ResBlock
 from ds.pairs.sources import Batch
 from ds.system import distributed
 from ds.training.config import RuntimeConfig

@@ -9,7 +9,7 @@ import torch
 import ds
 from ds.engine import Engine, Plan, Rewrites, Target, rewrites
 from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, UpsampleConv, Winograd
-from ds.nets.unet import ResBlock
+from ds.nets.blocks import ResBlock
 from ds.training import presets
 from tests.nets.test_unet import GUIDED, TINY, build, inputs, relative_rms
 

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton (pip install --no-deps triton)")
 
 from ds import ops
-from ds.nets.unet import Attention
+from ds.nets.blocks import Attention
 from ds.ops.attention import residual_op
 from ds.ops.dispatch.op import Unsupported
 from ds.ops.kernels import attention as kernels

@@ -9,8 +9,8 @@ from torch import nn
 
 from ds.engine import Engine
 from ds.nets import fold_attention
+from ds.nets.blocks import Attention
 from ds.nets.fold import FoldedAttention
-from ds.nets.unet import Attention
 from tests.nets.test_unet import TINY, attending, build, inputs, relative_rms
 
 

@@ -18,7 +18,7 @@ from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.methods import DenoisingStudent
 from ds.nets import UNetConfig
-from ds.nets.unet import (
+from ds.nets.blocks import (
     Attention,
     Downsample,
     GroupNorm,
