@@ -4,14 +4,19 @@ from ds.nets.base import AbstractNetConfig
 from ds.nets.blocks import recompute_norms
 from ds.nets.fold import fold_attention
 from ds.nets.mlp import MLP, MLPConfig
+from ds.nets.song import SongConfig, SongUNet, ddpmpp, ncsnpp
 from ds.nets.unet import UNet, UNetConfig
 
 __all__ = [
     "MLP",
     "AbstractNetConfig",
     "MLPConfig",
+    "SongConfig",
+    "SongUNet",
     "UNet",
     "UNetConfig",
+    "ddpmpp",
     "fold_attention",
+    "ncsnpp",
     "recompute_norms",
 ]

@@ -36,6 +36,7 @@ class AbstractUNetConfig(AbstractNetConfig):
     norm_eps: float
     frequencies: Frequencies
     # What some have, and others do not.
+    embed_channels: int | None = None
     heads: int | None = None
     head_channels: int | None = None
     mid_attention: bool = True
@@ -54,9 +55,9 @@ class AbstractUNetConfig(AbstractNetConfig):
         """The width of the time embedding."""
 
     @property
-    @abstractmethod
     def features(self) -> int:
         """The numbers by which the network is told a time or a condition."""
+        return self.embed_channels or self.channels
 
     @abstractmethod
     def groups(self, width: int) -> int:
@@ -116,6 +117,9 @@ class AbstractUNetConfig(AbstractNetConfig):
                 f"{where}attention_resolutions holds {min(unreached)}, the network has the "
                 f"sizes {', '.join(map(str, sorted(sizes)))}"
             )
+        field = "embed_channels" if self.embed_channels else "channels"
+        if self.features < 4 or self.features % 2:  # half sines, half cosines, two of each or more
+            raise ValueError(f"{where}{field} must be even and 4 or more, not {self.features}")
         exact = [self.channels * mult for mult in self.channel_mult]
         if any(width < 1 or abs(width - round(width)) > 1e-6 * width for width in exact):
             raise ValueError(f"{where}channels * channel_mult must be whole numbers, not {exact}")

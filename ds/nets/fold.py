@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ds import ops
-from ds.nets.blocks import Attention, pixels
-from ds.nets.unet import UNet
+from ds.nets.blocks import AbstractUNet, Attention, pixels
 
 
-def fold_attention(net: UNet) -> UNet:
+def fold_attention(net: AbstractUNet) -> AbstractUNet:
     """Return a copy for inference whose attention layers take a third less arithmetic.
 
     Layers of several heads stay as they are: folded, each head would be as wide as the channels.
@@ -38,7 +37,7 @@ class FoldedAttention(nn.Module):
 
     def __init__(self, layer: Attention):
         super().__init__()
-        self.norm = layer.norm
+        self.norm, self.scale = layer.norm, layer.scale
         w_q, w_k, w_v, w_o = (
             f.weight.detach().flatten(1).double()
             for f in (layer.q, layer.k, layer.v, layer.proj_out)
@@ -52,7 +51,8 @@ class FoldedAttention(nn.Module):
         h = self.norm(x)
         q, k, v = (pixels(each)[:, None] for each in (self.q(h), h, self.v(h)))  # one head
         y = ops.attention_residual(q, k, v, None, self.bias, pixels(x))
-        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return y if self.scale == 1 else y * self.scale
 
 
 def _pointwise(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:

@@ -78,11 +78,6 @@ class UNetConfig(AbstractUNetConfig):
         """The channels that the network returns."""
         return self.out_channels or self.in_channels
 
-    @property
-    def features(self) -> int:
-        """The numbers that `embed` makes of one."""
-        return self.embed_channels or self.channels
-
     def embed(self, t: Tensor) -> Tensor:
         """Return numbers t [N], times or conditions, as features [N, features]."""
         return sinusoids(
@@ -119,9 +114,6 @@ class UNetConfig(AbstractUNetConfig):
 
     def _check_widths(self) -> None:
         """Raise ValueError unless groups and heads divide the channels."""
-        field = "embed_channels" if self.embed_channels else "channels"
-        if self.features < 4 or self.features % 2:  # half sines, half cosines, two of each or more
-            raise ValueError(f"UNetConfig: {field} must be even and 4 or more, not {self.features}")
         if self.outputs not in (self.in_channels, 2 * self.in_channels):
             raise ValueError(
                 f"UNetConfig: out_channels must be in_channels ({self.in_channels}), or twice as "

@@ -9,6 +9,7 @@ The weights are rounded to multiples of 1/256.
   `y` = D(noise * sigma; sigma).
 - adm_uncond: a state dict of guided-diffusion's UNetModel of 32 x 32, 64 channels x (1, 2), heads
   of 32 channels in the legacy order, scale-shift norms, 6 output channels; `y` = net(noise, t).
+- networks: outputs of EDM's and guided-diffusion's networks; tests/golden/networks.py has the cases.
 """
 
 import lzma

@@ -119,6 +119,7 @@ TAGS = {
     "dpm_solver_pp_singlestep",
     "unipc",
     "unet",
+    "song",
     "mlp",
     "denoising",
     "denoising_student",

@@ -1,0 +1,35 @@
+"""The networks of EDM and of guided diffusion against those that they come from."""
+
+import pytest
+import torch
+
+from ds.nets import ddpmpp, ncsnpp
+from tests.golden import networks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", networks.CASES)
+def test_a_network_is_that_of_its_source(name):
+    case = networks.CASES[name]
+    x, t, cond = case.inputs()
+    found = networks.fill(case.config.build())(x, t, **cond)
+    expected = networks.outputs()[name]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()  # float32
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (ddpmpp(), 55_733_891),
+        (ddpmpp(classes=10), 55_735_299),
+        (ddpmpp(augment_channels=0), 55_732_739),
+        (ncsnpp(), 56_397_827),
+        (ncsnpp(classes=10), 56_400_643),
+        (ddpmpp(image_size=64, channel_mult=(1, 2, 2, 2)), 61_805_571),
+        (ncsnpp(image_size=64, channel_mult=(1, 2, 2, 2)), 62_761_091),
+    ],
+    ids=str,
+)
+def test_a_published_network_has_its_size(config, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in config.build().parameters()) == count
