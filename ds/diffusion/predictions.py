@@ -249,10 +249,12 @@ def as_prediction(prediction: AbstractPrediction | str) -> AbstractPrediction:
     """
     if isinstance(prediction, AbstractPrediction):
         return prediction
-    names = {"eps": Eps(), "x0": X0(), "v": V(), "preconditioned": Preconditioned()}
-    if not isinstance(prediction, str) or prediction not in names:
+    if not isinstance(prediction, str) or prediction not in _NAMES:
         raise ValueError(
-            f"prediction must be one of {', '.join(names)}, or a value of ds.predictions such as "
+            f"prediction must be one of {', '.join(_NAMES)}, or a value of ds.predictions such as "
             f"Velocity(), not {prediction!r}"
         )
-    return names[prediction]
+    return _NAMES[prediction]
+
+
+_NAMES = {"eps": Eps(), "x0": X0(), "v": V(), "preconditioned": Preconditioned()}

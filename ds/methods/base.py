@@ -28,7 +28,8 @@ from ds.diffusion.predictions import LearnedVariance
 from ds.methods.proof import Check, Trial
 from ds.models.student import Student
 from ds.models.teacher import Teacher
-from ds.nets import AbstractNetConfig
+from ds.nets import MLP, AbstractNetConfig
+from ds.nets.base import told
 from ds.pairs.sources import Batch
 
 Feed = Literal["pairs", "images", "noise", "trajectories"]
@@ -153,17 +154,18 @@ class AbstractMethod(ABC):
 def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions: str) -> nn.Module:
     """Return the network that is to learn: a fresh one of `config`, else a copy of the teacher's.
 
-    A copy that does not take all of `conditions` is built anew to take them, with the weights that
-    it has. So is one of a network with a learned variance, which a student leaves out. Raises
-    ValueError for a teacher's network that cannot be built so.
+    A copy takes `conditions`, and what the teacher takes: one that is guided by a scale which it is
+    told, or towards a class by a classifier, has a student that is told as much. A network that
+    does not take all of that is built anew, with the weights that it has. So is one with a learned
+    variance, which a student leaves out. Raises ValueError for a teacher's network that cannot be
+    built so.
     """
     if config is not None:
         return built(config)
     if isinstance(teacher.denoiser.prediction, LearnedVariance):
         teacher = teacher.using(mean_half(teacher.net))
-    own = getattr(teacher.net, "config", None)
-    takes = getattr(own, "conditions", ())
-    lacks = [name for name in conditions if name not in takes]
+    own, takes = getattr(teacher.net, "config", None), told(teacher.net)[0]
+    lacks = [name for name in (*conditions, *teacher.takes) if name not in takes]
     if not lacks:
         return copy.deepcopy(teacher.net).requires_grad_(True)
     if not isinstance(own, AbstractNetConfig):
@@ -172,9 +174,20 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
             f"({type(teacher.net).__name__}) does not; set `student` to the configuration of a "
             f"network that does"
         )
-    net = built(replace(cast(Any, own), conditions=(*takes, *lacks)))
-    net.load_state_dict(teacher.net.state_dict(), strict=False)
-    return net
+    numbers = (*own.conditions, *(name for name in lacks if name != "label"))
+    changes: dict[str, Any] = {"conditions": numbers}
+    if "label" in lacks:
+        changes["classes"] = teacher.classes
+    return _told_more(teacher.net, replace(cast(Any, own), **changes))
+
+
+def _told_more(net: nn.Module, config: AbstractNetConfig) -> nn.Module:
+    """Return a network of `config`, which is told more, and makes nothing of that at first."""
+    weights = net.weights_for(config) if isinstance(net, MLP) else net.state_dict()
+    more = built(config).to(next(net.parameters()))
+    new = {name: torch.zeros_like(w) for name, w in more.state_dict().items()}
+    more.load_state_dict({**new, **weights})
+    return more
 
 
 def mean_half(net: nn.Module) -> nn.Module:

@@ -88,7 +88,7 @@ class ConsistencyDistillation(AbstractMethod):
         t, s = teacher.levels[i], teacher.levels[i + 1]
         x = batch.x0 + _like(t, batch.x0) * batch.noise
         with torch.no_grad():
-            nearer = self._step(teacher, x, i)
+            nearer = self._step(teacher, x, i, batch.cond)
         dropout = SharedDropout(student, target, device=x.device)
         with dropout:
             f = self.f(student, x, t, batch.cond)
@@ -96,14 +96,14 @@ class ConsistencyDistillation(AbstractMethod):
             wanted = self.f(target, nearer, s, batch.cond)
         return f - wanted
 
-    def _step(self, teacher: Any, x: Tensor, i: Tensor) -> Tensor:
+    def _step(self, teacher: Any, x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Follow the ODE dx/dt = (x - x0) / t from level i to the next."""
         t, s = (_like(teacher.levels[k], x) for k in (i, i + 1))
-        slope = (x - teacher(x, i)) / t
+        slope = (x - teacher(x, i, cond)) / t
         end = x + (s - t) * slope
         if self.solver == "euler":
             return end
-        return x + (s - t) / 2 * (slope + (end - teacher(end, i + 1)) / s)
+        return x + (s - t) / 2 * (slope + (end - teacher(end, i + 1, cond)) / s)
 
     def f(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Return the sample that x [N, *shape] at noise levels sigma [N] leads to."""
@@ -206,7 +206,7 @@ class ConsistencyDistillation(AbstractMethod):
 
 
 class _Teacher(nn.Module):
-    """A frozen denoiser on the noise levels of EDM: teacher(x [N, *shape], i [N]) -> x0."""
+    """A frozen denoiser on the noise levels of EDM: teacher(x [N, *shape], i [N], cond) -> x0."""
 
     levels: Tensor
     times: Tensor
@@ -219,9 +219,10 @@ class _Teacher(nn.Module):
         for name, values in (("levels", levels), ("times", times)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
 
-    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+    def forward(self, x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> Tensor:
         t = self.times[i]
-        return self.denoiser(self.denoiser.schedule.gather(t, x)[0] * x, t).x0
+        denoiser = self.denoiser.given(**cond)
+        return denoiser(denoiser.schedule.gather(t, x)[0] * x, t).x0
 
 
 def _like(level: Tensor, x: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class Model(ABC):
             labels_of("conditions", asked.classes, len(asked.classes), self.classes)
         elif self.classes:
             asked = replace(asked, classes=tuple(range(self.classes)))
+        elif "label" in self.takes:
+            raise ValueError(
+                f"conditions: this {self.kind} is asked for a class, and does not say how many "
+                f"there are; give its network, or ds.ClassifierGuided, `classes`"
+            )
         if "guidance" in self.takes and asked.guidance is None:
             raise ValueError(
                 f"conditions: this {self.kind} is told a guidance scale; give one, or a range, as "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds.nets.base import AbstractNetConfig
@@ -36,6 +37,13 @@ class MLPConfig(AbstractNetConfig):
         check(self, "MLPConfig: ")
         check_frequencies("MLPConfig: ", self.frequencies)
 
+    @property
+    def columns(self) -> dict[str, int]:
+        """The columns of the first layer, by what they are told, in order."""
+        even = self.embedding // 2 * 2
+        numbers = dict.fromkeys(("t", *self.conditions), even)
+        return {"x": self.dim, **numbers, "label": self.classes}
+
     def build(self) -> "MLP":
         return MLP(self)
 
@@ -50,8 +58,7 @@ class MLP(nn.Module):
     def __init__(self, config: MLPConfig):
         super().__init__()
         self.config = c = config
-        told = (1 + len(c.conditions)) * (c.embedding // 2 * 2) + c.classes
-        layers = [nn.Linear(c.dim + told, c.width), nn.SiLU()]
+        layers = [nn.Linear(sum(c.columns.values()), c.width), nn.SiLU()]
         for _ in range(c.depth - 1):
             layers += [nn.Linear(c.width, c.width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(c.width, c.dim))
@@ -69,3 +76,15 @@ class MLP(nn.Module):
         if c.classes:
             told.append(one_hot(cond["label"], c.classes))
         return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))
+
+    def weights_for(self, config: MLPConfig) -> dict[str, Tensor]:
+        """Return the weights with which a network that is told more makes nothing of it."""
+        weights, first = self.state_dict(), "layers.0.weight"
+        own = self.config.columns
+        parts = dict(zip(own, weights[first].split([*own.values()], 1), strict=True))
+        none = weights[first].new_zeros(self.config.width, 0)
+        wider = [
+            F.pad(parts.get(name, none), (0, count - own.get(name, 0)))
+            for name, count in config.columns.items()
+        ]
+        return {**weights, first: torch.cat(wider, 1)}
