@@ -33,6 +33,8 @@ class Stages:
         noise     fresh noise, as many rows as `source` has
         other     `source` and `held_out`
 
+    Pairs and noise have the conditions of `source`: its classes, each equally often.
+
     Results have the decoder of `start`, if it draws latents. Call it again after an interruption:
     finished stages are read, the others go on to the same bits. `evaluate` makes figures of a
     model, and `options` go to each Trainer.
@@ -124,8 +126,9 @@ class Stages:
         source, held_out = self.sources
         feeds, count, seed = self.stages[number].feeds, len(held_out), self._seed(number)
         if feeds == "noise":
-            return Noise(len(source), last.shape, seed=seed), Noise(
-                count, last.shape, seed=seed + 1
+            return (
+                Noise(len(source), last.shape, seed=seed, conditions=source.conditions),
+                Noise(count, last.shape, seed=seed + 1, conditions=source.conditions),
             )
         if feeds != "pairs":
             return source, held_out
@@ -134,6 +137,7 @@ class Stages:
             self.out / f"stage-{number + 1}-pairs",
             count + self.pairs,
             seed=seed,
+            conditions=source.conditions,
             progress=self.options.get("progress", False),
         )
         return Pairs(store, range(count, len(store))), Pairs(store, range(count))

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ds.diffusion.conditions import NAMES, Conditions, labels_of
 from ds.diffusion.noise import noise
 from ds.methods import AbstractMethod, Progress
 from ds.models.images import is_picture, save_png, shown, tile
 from ds.models.pretrained import check_finite, fingerprint
 from ds.models.teacher import Teacher
 from ds.nets import UNet, recompute_norms
+from ds.nets.base import told
 from ds.pairs.sources import AbstractSource, Batch
 from ds.system import distributed
 from ds.system.ambient import without_ambient
@@ -53,9 +55,10 @@ class Trainer:
     learning rate that falls to zero follows the new length from there on. With a constant one, the
     weights are those of a run that was as long from its start, to the bit.
 
-    Raises ValueError if the method needs another kind of source, if `out` holds another run, if
-    norms are to be recomputed that the student does not have, if a batch cannot be cut into equal
-    parts, or if `device`, or a single process, cannot do what `runtime` asks for.
+    Raises ValueError if the method needs another kind of source, or the student other conditions
+    than the rows bring, if `out` holds another run, if norms are to be recomputed that the student
+    does not have, if a batch cannot be cut into equal parts, or if `device`, or a single process,
+    cannot do what `runtime` asks for.
     """
 
     @without_ambient(grad=True)
@@ -89,6 +92,8 @@ class Trainer:
         self.steps = max(1, round(config.epochs * self.batches.per_epoch / len(method.turns)))
         self._check_sizes()
         modules = self._modules(start)
+        for rows in (source, held_out):
+            _check_conditions(modules["student"], rows.conditions)
         self.called = modules
         if self.runtime.shard:
             self.called = parallel.shard(modules, self.device, LOW[self.runtime.reduce])
@@ -465,6 +470,20 @@ class Trainer:
 
     def _held_out_batch(self, rows: range) -> Batch:
         return self.held_out.batch(rows, seed=self.config.seed, device=self.device)
+
+
+def _check_conditions(student: nn.Module, brought: Conditions) -> None:
+    """Raise ValueError unless rows bring the conditions that a network says it takes."""
+    said, classes = told(student)
+    takes = tuple(name for name in NAMES if name in said)
+    says = hasattr(student, "takes") or hasattr(getattr(student, "config", None), "takes")
+    if says and takes != brought.names:
+        raise ValueError(
+            f"the network takes {' and '.join(takes) or 'no condition'}, the rows to train on "
+            f"bring {' and '.join(brought.names) or 'none'}; give rows and a network of one kind"
+        )
+    if takes and brought.classes:
+        labels_of("the rows to train on", brought.classes, len(brought.classes), classes)
 
 
 @contextmanager
