@@ -46,6 +46,7 @@ class ConsistencyDistillation(AbstractMethod):
     huber: NotNegative = 5.4e-4  # width of the Huber loss, times the root of the elements of a row
     # of the average of the student that makes the targets; 0: the student itself, no gradient
     target_decay: Share = 0.0
+    clip: bool = False  # every sample is clipped to [-1, 1], also before noise is added to it again
     student: AbstractNetConfig | None = None  # the network to train; else a copy of the teacher's
 
     def __post_init__(self):
@@ -148,6 +149,7 @@ class ConsistencyDistillation(AbstractMethod):
                     draws, _FRESH, z, sigma
                 )
             x = self.f(net, x, z.new_full((len(z),), sigma), cond or {})
+            x = x.clamp(-1, 1) if self.clip else x
         return x
 
     def trial(self) -> Trial:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from ds.models.convert import Imported, read
 from ds.models.convert.imported import naming
 from ds.models.convert.remote import located
 from ds.models.decoder import Decoder
-from ds.models.model import M
 from ds.models.student import Generator, Student
 from ds.models.teacher import Teacher
 from ds.system.ambient import without_ambient
@@ -42,25 +41,32 @@ def load(
 ) -> Teacher | Student:
     """Read a teacher or a student, whichever is there, whatever wrote it.
 
-    Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM and
-    DDIM codes, and the HDF5 files of 2021, recognised by their content, and the same on the Hugging
-    Face hub, as hf://owner/name; see docs/teachers.md. What a file does not say, and is assumed, is
-    logged as a warning. `types` are the caller's own classes that our directories may name:
-    methods, networks, schedules, predictions and solvers. `overrides` are a teacher's `solver` and
-    `grid`, a student's `nfe`, a `revision` on the hub, and for files of other codes `image_size`,
-    `scheduler` (a scheduler_config.json, or its folder) and `variant` (of the weights, such as
-    "fp16"). Raises ValueError, naming the file, if something is missing, damaged or of another
-    kind, and RuntimeError if the hub cannot be reached.
+    Accepted are our own directories, diffusers directories, PyTorch checkpoints of the DDPM, DDIM
+    and ADM codes, EDM's pickles, and the HDF5 files of 2021, recognised by their content, and the
+    same on the Hugging Face hub, as hf://owner/name; see docs/teachers.md. What a file does not
+    say, and is assumed, is logged as a warning. `types` are the caller's own classes that our
+    directories may name: methods, networks, schedules, predictions and solvers. `overrides` are a
+    teacher's `solver` and `grid`, a student's `nfe`, a `revision` on the hub, and for files of
+    other codes `image_size`, `scheduler` (a scheduler_config.json, or its folder), `variant` (of
+    the weights, such as "fp16"), and what state dicts of OpenAI's codes do not tell: `kind`
+    ("teacher" or "student"), `head_channels`, `attention_order` ("legacy" or "new") and
+    `rescale_timesteps`. Raises ValueError, naming the file, if something is missing, damaged or of
+    another kind, and RuntimeError if the hub cannot be reached.
     """
+    kind = overrides.pop("kind", None)
+    if kind not in (None, *_OURS):
+        raise ValueError(f"{path}: kind must be one of {', '.join(_OURS)}, not {kind!r}")
     given = {name: overrides.pop(name, None) for name in _FOREIGN}
     here = located(path, revision=overrides.pop("revision", None), variant=given["variant"])
     here = _directory(here)
     if not pretrained.is_ours(here):
-        model = _adopt(read(here, **given), path, overrides.get("grid"))
+        model = _adopt(read(here, kind=kind, **given), path, overrides.get("grid"))
     elif needless := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{path}: tells what it needs itself; leave {needless[0]} out")
     else:
         model = _OURS[pretrained.kind(here, tuple(_OURS))](here, types)
+    if kind not in (None, model.kind):
+        raise ValueError(f"{path}: expected a {kind}, found a {model.kind}")
     model.net.to(device, dtype)
     return replace(model, **overrides)
 
@@ -80,7 +86,8 @@ def load_teacher(
     **overrides: Any,
 ) -> Teacher:
     """Read a teacher; see `load`. Raises ValueError if a student is there."""
-    return _of(Teacher, load(path, device=device, dtype=dtype, types=types, **overrides), path)
+    overrides["kind"] = Teacher.kind
+    return cast(Teacher, load(path, device=device, dtype=dtype, types=types, **overrides))
 
 
 def load_student(
@@ -92,14 +99,8 @@ def load_student(
     **overrides: Any,
 ) -> Student:
     """Read a student; see `load`. Raises ValueError if a teacher is there."""
-    return _of(Student, load(path, device=device, dtype=dtype, types=types, **overrides), path)
-
-
-def _of(kind: type[M], model: Teacher | Student, path: str | Path) -> M:
-    """Return the model; ValueError if it is of the other kind."""
-    if not isinstance(model, kind):
-        raise ValueError(f"{path}: expected a {kind.kind}, found a {model.kind}")
-    return model
+    overrides["kind"] = Student.kind
+    return cast(Student, load(path, device=device, dtype=dtype, types=types, **overrides))
 
 
 def _teacher(path: str | Path, types: Iterable[type]) -> Teacher:
@@ -133,7 +134,9 @@ def _decoder(path: str | Path, config: dict[str, Any]) -> Decoder | None:
     return Decoder.read(Path(path) / pretrained.DECODER) if files else None
 
 
-_FOREIGN = ("image_size", "scheduler", "variant")
+_FOREIGN = (
+    "image_size", "scheduler", "variant", "head_channels", "attention_order", "rescale_timesteps",
+)  # fmt: skip
 _OURS = {Teacher.kind: _teacher, Student.kind: _student}
 
 
@@ -151,8 +154,7 @@ def _adopt(found: Imported, path: str | Path, grid: Grid | None) -> Teacher | St
         with pretrained.naming(found.decoder):
             decoder.image_shape(tuple(net.shape))  # pyright: ignore[reportArgumentType]
     if found.kind == Student.kind:
-        method = from_json({"type": "denoising_student", "t": found.schedule.num_steps - 1})
-        return Student(net, method, provenance=found.facts)
+        return Student(net, from_json(found.method), provenance=found.facts)
     grid = grid or found.grid or _paper_grid(found)
     grids.warn_of_signal(found.schedule, grid, str(path))
     with naming(Path(path)):
@@ -171,7 +173,7 @@ def _built(found: Imported) -> nn.Module:
 
 def _paper_grid(found: Imported) -> Grid:
     """Return the paper's grid for a network of this size, on the schedule's own steps."""
-    steps = found.schedule.num_steps
     if max(found.config.size) > 64:
+        steps = getattr(found.schedule, "num_steps", 50)
         return grids.uniform(min(50, steps), found.schedule)
     return grids.quadratic(100, found.schedule)

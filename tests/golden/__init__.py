@@ -10,9 +10,14 @@ The weights are rounded to multiples of 1/256.
 - adm_uncond: a state dict of guided-diffusion's UNetModel of 32 x 32, 64 channels x (1, 2), heads
   of 32 channels in the legacy order, scale-shift norms, 6 output channels; `y` = net(noise, t).
 - networks: outputs of EDM's and guided-diffusion's networks; tests/golden/networks.py has the cases.
+- openai_unets: UNetModel of improved-diffusion, guided-diffusion (twice; once with the half-wide
+  first level of the model for 512 pixels) and consistency_models: the shapes of each state dict,
+  and `y` = net(noise, t, label) with the weights that `drawn` makes from their names.
 """
 
+import json
 import lzma
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -42,6 +47,22 @@ def teachers(name: str) -> tuple[bytes, dict[str, Tensor]]:
         data = {key: torch.from_numpy(np.asarray(file[key])) for key in file}
     z = np.random.default_rng(int(data["seed"])).normal(size=data["y"][:, :3].shape)
     return lzma.decompress(packed.read_bytes()), {**data, "z": torch.from_numpy(z).float()}
+
+
+def openai(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the state dict of a network in openai_unets, and its t, y, noise and perhaps label."""
+    with np.load(FOLDER / "openai_unets.npz") as file:
+        own = {key.partition(".")[2]: file[key] for key in file if key.startswith(f"{name}.")}
+    state = {key: drawn(key, shape) for key, shape in json.loads(str(own.pop("shapes"))).items()}
+    z = np.random.default_rng(16).normal(size=(2, 3, 16, 16))
+    data = {key: torch.from_numpy(value) for key, value in own.items()}
+    return state, {**data, "z": torch.from_numpy(z).float()}
+
+
+def drawn(key: str, shape: list[int]) -> Tensor:
+    """Return the weight of a name: normal, of a deviation that keeps signals from growing."""
+    w = np.random.default_rng(zlib.crc32(key.encode())).normal(size=shape)
+    return torch.from_numpy(w * (0.5 / np.prod(shape[1:]) ** 0.5)).float()
 
 
 def network(name: str) -> UNet:

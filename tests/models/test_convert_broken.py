@@ -251,7 +251,7 @@ BROKEN = {
     ),
     "another model": (*unet_fields(_class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
     "a field of the future": (*unet_fields(gate="tanh"), "gate is 'tanh'; accepted is null"),
-    "classes": (*unet_fields(num_class_embeds=10), "num_class_embeds is 10; accepted is null"),
+    "classes": (*unet_fields(num_class_embeds=10), "class_embedding.weight .* is missing"),
     "classes by a time": (*unet_fields(class_embed_type="timestep"), "class_embed_type is 'times"),
     "pixels from 0 to 1": (*unet_fields(center_input_sample=True), "center_input_sample is True"),
     "random frequencies": (

@@ -3,10 +3,13 @@
 import copy
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+import ds
+from ds.diffusion.predictions import Eps, LearnedVariance
 from ds.diffusion.schedules import LinearBeta
 from ds.engine import Engine, Rewrites
 from ds.models.convert import read, to_diffusers
@@ -60,6 +63,8 @@ UNETS = {
     "attention everywhere": blocks("aa"),
     "other groups in the middle": {"attn_norm_num_groups": 4},
     "learned variance": {"out_channels": 6},
+    "classes": {"num_class_embeds": 5},
+    "classes with a learned variance": {"num_class_embeds": 5, "out_channels": 6},
     "grey": {"in_channels": 1, "out_channels": 1},
     "grey with a learned variance": {"in_channels": 1, "out_channels": 2},
     "latents": {"in_channels": 4, "out_channels": 4},
@@ -117,9 +122,12 @@ def pair(tmp_path_factory):
     return make
 
 
-def inputs(shape):
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(3, *shape, generator=generator), torch.tensor([999, 0, 370])
+def inputs(net):
+    """Noise, times and conditions for our network, and the conditions as diffusers takes them."""
+    x = torch.randn(3, *net.shape, generator=torch.Generator().manual_seed(7))
+    label = torch.tensor([4, 0, 2])
+    told = ({"label": label}, {"class_labels": label}) if net.config.classes else ({}, {})
+    return x, torch.tensor([999, 0, 370]), *told
 
 
 def distance(found, expected):
@@ -130,21 +138,21 @@ def distance(found, expected):
 @pytest.mark.parametrize("name", UNETS)
 def test_a_unet_that_people_train_computes_what_diffusers_does(pair, name):
     theirs, ours = pair(name)
-    x, t = inputs(ours.shape)
-    expected = theirs(x, t).sample[:, : x.shape[1]]
-    assert distance(ours(x, t), expected) < 1e-5
+    x, t, cond, labels = inputs(ours)
+    expected = theirs(x, t, **labels).sample
+    assert distance(ours(x, t, **cond), expected) < 1e-5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", [name for name in UNETS if "classes" not in name])
 def test_what_people_train_runs_fused(pair, name):
     _, ours = pair(name)
-    x, _ = inputs(ours.shape)
+    x, _, cond, _ = inputs(ours)
     t, wide = torch.full((3,), 999), copy.deepcopy(ours).double()
-    exact = wide(x.double(), t)
+    exact = wide(x.double(), t, **cond)
     for rewrites in (None, Rewrites()):
         engine = Engine(wide, [999], rewrites=rewrites)
-        assert distance(engine(x.double(), t), exact) < 1e-10
+        assert distance(engine(x.double(), t, **cond), exact) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -155,6 +163,7 @@ def test_what_people_train_runs_fused(pair, name):
         "no attention",
         "other groups in the middle",
         "learned variance",
+        "classes with a learned variance",
         "widths of a third",
         "a wide time embedding",
         "14 x 10",
@@ -168,10 +177,10 @@ def test_a_unet_goes_back_to_diffusers_and_is_read_to_the_bit(pair, tmp_path, na
     assert found.config == ours.config
     assert all(torch.equal(found.weights[key], w) for key, w in ours.state_dict().items())
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
-    x, t = inputs(ours.shape)
+    x, t, _, labels = inputs(ours)
     with torch.no_grad():
-        expected = theirs(x, t).sample[:, : x.shape[1]]
-        assert distance(again(x, t).sample, expected) < 1e-5
+        expected = theirs(x, t, **labels).sample
+        assert distance(again(x, t, **labels).sample, expected) < 1e-5
 
 
 def test_the_time_of_a_long_schedule_is_told_to_the_bit():
@@ -200,11 +209,14 @@ def test_a_network_that_no_unet2dmodel_is_is_not_written(tmp_path, fields, said)
         to_diffusers(tmp_path / "out", config, config.build().state_dict(), LinearBeta())
 
 
-def test_a_learned_variance_is_left_out_and_that_is_said(tmp_path):
-    saved({"out_channels": 6}, tmp_path)
-    found = read(tmp_path)
-    assert found.facts["variance"] == "learned, left out"
-    assert "the variance that it learned is left out" in " ".join(found.said)
+def test_a_learned_variance_is_kept_and_the_mean_is_what_it_predicts(tmp_path):
+    theirs = saved({"out_channels": 6, "sample_size": 8}, tmp_path)
+    teacher = ds.load_teacher(tmp_path)
+    assert teacher.denoiser.prediction == LearnedVariance(Eps())
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), 500
+    with torch.no_grad():
+        eps, expected = teacher.denoiser(x, t).eps, theirs(x, t).sample[:, :3]
+    assert distance(eps, expected) < 1e-5
 
 
 def test_a_unet_without_a_size_takes_the_one_given(tmp_path):
@@ -252,3 +264,76 @@ def test_the_unets_of_tutorials_have_their_count_of_weights(tmp_path, fields, pa
     count = sum(w.numel() for w in theirs.parameters())
     assert sum(w.numel() for w in ours.parameters()) == count
     assert parameters in (None, count)
+
+
+def test_classes_that_are_told_in_another_way_are_refused(tmp_path):
+    for kind in ("timestep", "identity"):
+        saved({"class_embed_type": kind}, tmp_path / kind)
+        with pytest.raises(ValueError, match=f"class_embed_type is '{kind}'; accepted is null"):
+            read(tmp_path / kind)
+
+
+def test_a_network_of_adm_is_written_with_the_order_of_its_time(tmp_path):
+    config = UNetConfig(
+        image_size=8, channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8,
+        attention_resolutions=(4,), norm_eps=1e-5, open_frequencies=True, cosine_first=True,
+        heads=2, classes=5, out_channels=6, mid_attention=False, scale_shift=True,
+        resnet_down=(0,), resnet_up=(1,),
+    )  # fmt: skip
+    net = randomized(config.build()).eval()
+    to_diffusers(tmp_path / "out", config, net.state_dict(), LinearBeta())
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
+    assert theirs.config.flip_sin_to_cos and theirs.config.attention_head_dim == 16
+    x, t, cond, labels = inputs(net)
+    with torch.no_grad():
+        assert distance(theirs(x, t, **labels).sample, net(x, t, **cond)) < 1e-5
+
+
+# Pipelines of consistency models.
+
+
+@pytest.fixture(scope="module")
+def consistency(tmp_path_factory):
+    """A pipeline of a consistency model with classes, and the student that is read of it."""
+    folder = tmp_path_factory.mktemp("consistency")
+    unet = randomized(diffusers.UNet2DModel(**{**SMALL, "num_class_embeds": 5, **SCALE}))
+    scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=41, sigma_max=50.0)
+    pipeline = diffusers.ConsistencyModelPipeline(unet, scheduler)
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, ds.load_student(folder)
+
+
+def test_a_pipeline_of_a_consistency_model_is_a_student(consistency):
+    _, student = consistency
+    assert student.method == ds.methods.ConsistencyDistillation(
+        num_levels=41, sigma_max=50.0, noise_scale=250.0, clip=True
+    )
+    assert student.classes == 5 and student.provenance["format"] == "diffusers"
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_consistency_model_draws_what_its_pipeline_does(consistency, calls, monkeypatch):
+    """diffusers draws the noise of later calls after the first; both are given the same."""
+    pipeline, student = consistency
+    z, again = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    label = torch.tensor([4, 1, 0])
+    module = "diffusers.schedulers.scheduling_consistency_models.randn_tensor"
+    monkeypatch.setattr(module, lambda *args, **kwargs: again)
+    times = {"timesteps": [20, 0]} if calls == 2 else {"num_inference_steps": 1}
+    expected = pipeline(
+        3, class_labels=label, latents=z, output_type="pt", return_dict=False, **times
+    )[0]
+    monkeypatch.setattr("ds.methods.consistency_distillation.fresh_noise", lambda *args: again)
+    made = replace(student, nfe=calls).sample(z, cond={"label": label})
+    assert distance(made / 2 + 0.5, expected) < 1e-5
+
+
+def test_a_consistency_model_is_no_teacher(consistency, tmp_path):
+    consistency[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a teacher, found a student"):
+        ds.load_teacher(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    change(file, {"rho": 5.0})
+    with pytest.raises(ValueError, match=r"scheduler_config.json: rho is 5.0; accepted is 7"):
+        ds.load_student(tmp_path)

@@ -162,7 +162,7 @@ REFUSED = {
         {**put("net."), "loss.weight": torch.zeros(3, 3)}, r"loss.weight \[3, 3\] beside",
     ),
     "another network alone": (
-        {"model": {"input_blocks.0.0.weight": torch.zeros(3)}}, r"not a U-Net.*input_blocks",
+        {"model": {"patch_embed.weight": torch.zeros(3)}}, r"not a U-Net.*patch_embed",
     ),
     "a weight twice": (
         {**BASE, f"_orig_mod.{KEY}": BASE[KEY]}, f"{KEY} twice",

@@ -12,7 +12,7 @@ from torch import Size, Tensor
 
 from ds.diffusion.schedules import LinearBeta
 from ds.models.convert.diffusers import scheduler
-from ds.models.convert.imported import PUBLISHED, Imported, Options, fit, naming
+from ds.models.convert.imported import PUBLISHED, Imported, Options, fit, length, naming
 from ds.models.convert.weights import Weights
 from ds.nets.unet import UNetConfig
 from ds.system.files import sha256
@@ -51,23 +51,23 @@ def _architecture(
     `fit` then checks every weight.
     """
     # Read off biases, so that a weight with its dimensions swapped is left for `fit` to name.
-    channels = _length(found, "conv_in.bias", where)
-    width = "down.{}.block.0.conv2.bias"
+    channels = length(found, "conv_in.bias", where)
+    key = "down.{}.block.0.conv2.bias"
     levels = list(_counted(found, "down.{}."))
-    widths = [_length(found, width.format(i), where) for i in levels]
-    for i, length in zip(levels, widths, strict=True):
-        if length % channels:
+    widths = [length(found, key.format(i), where) for i in levels]
+    for i, width in zip(levels, widths, strict=True):
+        if width % channels:
             raise ValueError(
-                f"{where}: the weight {width.format(i)} has the shape [{length}], which must be "
+                f"{where}: the weight {key.format(i)} has the shape [{width}], which must be "
                 f"a multiple of conv_in.bias [{channels}]"
             )
-    mult = tuple(length // channels for length in widths)
+    mult = tuple(width // channels for width in widths)
     attend = tuple(i for i in levels if _has(found, f"down.{i}.attn."))
     size = image_size or _published_size(mult, attend, where)
     with naming(where):
         config = UNetConfig(
             image_size=size,
-            in_channels=_length(found, "conv_out.bias", where),
+            in_channels=length(found, "conv_out.bias", where),
             channels=channels,
             channel_mult=mult,
             num_res_blocks=len(list(_counted(found, "down.0.block.{}."))),
@@ -83,17 +83,6 @@ def _architecture(
         f"the weights tell no more than their shapes, so {' and '.join(assumed)} are assumed, as "
         f"in the published networks{option}"
     )
-
-
-def _length(found: Mapping[str, Tensor], key: str, where: Path) -> int:
-    if key not in found:
-        raise ValueError(f"{where}: not a U-Net of DDPM, the weight {key} is missing")
-    shape = tuple(found[key].shape)
-    if len(shape) != 1 or 0 in shape:
-        raise ValueError(
-            f"{where}: the weight {key} has the shape {list(shape)}, the network needs [channels]"
-        )
-    return shape[0]
 
 
 def _counted(found: Mapping[str, Tensor], prefix: str) -> Iterator[int]:

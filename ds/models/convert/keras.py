@@ -62,7 +62,8 @@ def read(path: Path, options: Options) -> Imported:
     if kind == "student" and options.scheduler:
         raise ValueError(f"{path}: is a student, which has no scheduler; leave scheduler out")
     if kind == "student":
-        return Imported(kind, config, weights, LinearBeta(), None, facts)
+        method = {"type": "denoising_student", "t": LinearBeta().noise}
+        return Imported(kind, config, weights, LinearBeta(), None, facts, method=method)
     teacher = Imported(kind, config, weights, LinearBeta(), "eps", facts)
     return scheduler.given(teacher, options.scheduler)
 

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ds.models.convert.imported import HALVES, named
 
-TIMES = ("temb.dense.0.weight", "time_embedding.linear_1.weight")  # ours, and diffusers'
-_FIRST = "conv_in.weight"
-_SIGNS = (_FIRST, "conv_in.bias", "conv_out.weight", *TIMES)
+# The first weight of a network and one of its time embedding: DDPM's, diffusers', and ADM's.
+DDPM = ("conv_in.weight", "temb.dense.0.weight")
+DIFFUSERS = ("conv_in.weight", "time_embedding.linear_1.weight")
+ADM = ("input_blocks.0.0.weight", "time_embed.0.weight")
+_CODES = (DDPM, DIFFUSERS, ADM)
+_SIGNS = ("conv_in.weight", "conv_in.bias", "conv_out.weight", DDPM[1], DIFFUSERS[1], *ADM)
 # What wrappers put between the parts of a name: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
@@ -141,8 +144,7 @@ def _networks(groups: list[_Group]) -> dict[str, tuple[_Group, str]]:
     """
 
     def has(group: _Group, prefix: str) -> bool:
-        first, *times = (prefix + name in group.entries for name in (_FIRST, *TIMES))
-        return first and any(times)
+        return any(all(prefix + name in group.entries for name in code) for code in _CODES)
 
     found = {g.at + prefix: (g, prefix) for g in groups for prefix in _prefixes(g)}
     whole = {name: (g, prefix) for name, (g, prefix) in found.items() if has(g, prefix)}
@@ -248,6 +250,6 @@ def _nothing(saved: Any, groups: list[_Group], where: Path) -> dict[str, Tensor]
     if groups and isinstance(saved, Mapping) and groups[0].at:
         at, entries = groups[0]
         raise ValueError(
-            f"{where}: not a U-Net of DDPM or diffusers; it holds {at}{next(iter(entries))}"
+            f"{where}: not a U-Net of DDPM, ADM or diffusers; it holds {at}{next(iter(entries))}"
         )
     return named(saved, where)

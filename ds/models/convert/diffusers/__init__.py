@@ -13,9 +13,9 @@ from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.diffusion.solvers import AbstractSolver
 from ds.models.convert.diffusers import files, network, scheduler
 from ds.models.convert.diffusers.fields import load
-from ds.models.convert.diffusers.names import spelling
+from ds.models.convert.diffusers.names import LABEL, spelling
 from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
-from ds.models.convert.imported import Imported, Options, fit
+from ds.models.convert.imported import Imported, Options, consistency, fit
 from ds.models.convert.weights import Weights, choose
 from ds.nets.unet import UNetConfig
 from ds.system import targets
@@ -71,10 +71,12 @@ def _network(
         weights=net.weights(weights.tensors, file),
         schedule=LinearBeta(),
         prediction="eps",
-        facts={"format": "diffusers", "file": file.name, "sha256": sha256(file), **net.facts},
-        said=(*place.said, *said, *net.said, *weights.said),
+        facts={"format": "diffusers", "file": file.name, "sha256": sha256(file)},
+        said=(*place.said, *said, *weights.said),
         decoder=place.decoder,
     )
+    if schedule and scheduler.is_of_consistency(schedule):
+        return consistency(found, **scheduler.levels(schedule))
     return scheduler.given(found, schedule, weights.betas)
 
 
@@ -120,7 +122,7 @@ def write(
     spelled = {}
     for name, w in weights.items():
         keys, shape = spelling(config, name, w.shape)
-        spelled[keys[0]] = w.reshape(shape)
+        spelled[keys[0]] = w.T.contiguous() if keys[0] == LABEL else w.reshape(shape)
     with replacing_directory(where, old) as folder:
         for name, fields in described.items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -6,10 +6,12 @@ from torch import Size
 
 from ds.nets.unet import UNetConfig
 
+LABEL = "class_embedding.weight"  # a table of rows, where ours has columns
 # Parts of our names, and diffusers' for them.
 _NAMES = (
     (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
     (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
+    (r"^temb\.label\.", "class_embedding."),
     (r"^norm_out\.", "conv_norm_out."),
     (r"^mid\.block_1\.", "mid_block.resnets.0."),
     (r"^mid\.attn_1\.", "mid_block.attentions.0."),

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from ds.models.convert.diffusers.fields import (
     check,
@@ -16,8 +16,8 @@ from ds.models.convert.diffusers.fields import (
     text,
     whole,
 )
-from ds.models.convert.diffusers.names import spelling
-from ds.models.convert.imported import checked, fit, naming
+from ds.models.convert.diffusers.names import LABEL, spelling
+from ds.models.convert.imported import fit, multiples, naming
 from ds.nets.unet import UNetConfig
 
 # What UNet2DModel fills in for fields that a file leaves out.
@@ -78,9 +78,8 @@ _ACCEPTED: dict[str, list[Any]] = {
     "resnet_time_scale_shift": ["default", "scale_shift"],
     "add_attention": [True, False],
     "class_embed_type": [None],
-    "num_class_embeds": [None],
 }
-_CLASSES = "null: a network that is told a class is not read"
+_EMBEDDINGS = "null: classes are told by a table, of num_class_embeds"
 _TYPES = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -91,37 +90,18 @@ class Network(NamedTuple):
     """The network that a file of fields describes, and how its weights differ from ours."""
 
     config: UNetConfig
-    file: Path
     cosines_first: bool  # in the time embedding; ours has the sines first
-    learns_variance: bool  # half of the outputs are a variance, which we leave out
 
     def weights(self, found: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
         """Return the weights under our names; ValueError names the first that does not fit."""
         config, found = self.config, dict(found)
-        if self.learns_variance:
-            for key in [k for k in ("conv_out.weight", "conv_out.bias") if k in found]:
-                both = Size((2 * config.in_channels, *found[key].shape[1:]))
-                found[key] = checked(found[key], key, both, where)[: config.in_channels]
+        if LABEL in found and found[LABEL].dim() == 2:
+            found[LABEL] = found[LABEL].T
         weights = fit(config, found, partial(spelling, config), where)
         if self.cosines_first:
             columns = weights["temb.dense.0.weight"]
             weights["temb.dense.0.weight"] = columns.roll(config.channels // 2, 1)
         return weights
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What is left out of the file, for the provenance."""
-        return {"variance": "learned, left out"} if self.learns_variance else {}
-
-    @property
-    def said(self) -> tuple[str, ...]:
-        """The same as sentences."""
-        if not self.learns_variance:
-            return ()
-        return (
-            f"{self.file}: out_channels is twice in_channels: the network's mean is read, and the "
-            f"variance that it learned is left out",
-        )
 
 
 def read(file: Path, image_size: int | None) -> Network:
@@ -135,8 +115,7 @@ def read(file: Path, image_size: int | None) -> Network:
         raise ValueError(f"{file}: its network draws {size} pixels, image_size is {image_size}")
     with naming(file):
         config = _config(fields, size)
-    learns_variance = fields["out_channels"] != fields["in_channels"]
-    return Network(config, file, fields["flip_sin_to_cos"], learns_variance)
+    return Network(config, fields["flip_sin_to_cos"])
 
 
 def _check(fields: Mapping[str, Any], file: Path) -> None:
@@ -146,11 +125,13 @@ def _check(fields: Mapping[str, Any], file: Path) -> None:
         if field not in _DEFAULTS and field not in _IGNORED and not field.startswith("_"):
             check(fields, field, one_of([None]), "null: it is no field that is read", file)
     for field, accepted in _ACCEPTED.items():
-        words = _CLASSES if "class" in field else " or ".join(map(repr, accepted))
+        words = _EMBEDDINGS if "class" in field else " or ".join(map(repr, accepted))
         check(fields, field, one_of(accepted), words, file)
     for field in ("in_channels", "layers_per_block", "norm_num_groups"):
         check(fields, field, whole, "a whole number", file)
-    for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"):
+    for field in (
+        "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds",
+    ):  # fmt: skip
         check(fields, field, _or_none(whole), "a whole number or null", file)
     for field in ("dropout", "norm_eps"):
         check(fields, field, number, "a number", file)
@@ -205,8 +186,10 @@ def _config(fields: Mapping[str, Any], size: int | tuple[int, int]) -> UNetConfi
     return UNetConfig(
         image_size=size,
         in_channels=fields["in_channels"],
+        out_channels=_unless(fields["in_channels"], fields["out_channels"]),
+        classes=fields["num_class_embeds"] or 0,
         channels=channels,
-        channel_mult=tuple(w / channels if w % channels else w // channels for w in widths),
+        channel_mult=multiples(widths, channels),
         num_res_blocks=fields["layers_per_block"],
         attention_resolutions=tuple(
             (size if isinstance(size, int) else size[0]) >> i for i in attend
@@ -275,10 +258,11 @@ def fields_of(config: UNetConfig, where: Path) -> dict[str, Any]:
         "_class_name": "UNet2DModel",
         "sample_size": config.image_size,
         "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
+        "out_channels": config.outputs,
+        "num_class_embeds": config.classes or None,
         "time_embedding_dim": config.time_channels,
         "freq_shift": int(not config.open_frequencies),
-        "flip_sin_to_cos": False,
+        "flip_sin_to_cos": config.cosine_first,
         "down_block_types": [_block("Down", i in attend, halves.get(i)) for i in levels],
         "up_block_types": [_block("Up", i in attend, doubles.get(i)) for i in reversed(levels)],
         "block_out_channels": [*config.widths],
@@ -287,13 +271,21 @@ def fields_of(config: UNetConfig, where: Path) -> dict[str, Any]:
         "downsample_type": _resampling(halves, attend),
         "upsample_type": _resampling(doubles, attend),
         "dropout": config.dropout,
-        "attention_head_dim": config.head_channels,
+        "attention_head_dim": next(iter(_head_widths(config)), None),
         "norm_num_groups": config.norm_groups,
         "attn_norm_num_groups": _middle_groups(config),
         "norm_eps": config.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "add_attention": config.mid_attention,
     }
+
+
+def _head_widths(config: UNetConfig) -> list[int | None]:
+    """Return the channels of a head for each attention; None: one head of all."""
+    if not config.heads:
+        return [config.head_channels]
+    attended = [config.widths[i] for i in config.attention_levels]
+    return [w // config.heads for w in (*attended, *config.widths[-1:] * config.mid_attention)]
 
 
 def _block(way: str, attends: bool, resnet: bool | None) -> str:
@@ -321,6 +313,8 @@ def _check_sayable(config: UNetConfig, resamples: list[set[bool | None]], where:
         "conv_shortcut": config.conv_shortcut,
         "conditions": bool(config.conditions),
         "frequencies": config.frequencies != UNetConfig.frequencies,
+        "embed_channels": config.features != config.channels,
+        "heads": len({*_head_widths(config)}) > 1,
         "channel_mult": config.widths[0] != config.channels,
         "mid_norm_groups": config.mid_norm_groups == 0 and not config.scale_shift,
         "resnet_down": {True, False} <= resamples[0],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds.diffusion import grids
 from ds.diffusion.grids import Grid
-from ds.diffusion.predictions import AbstractPrediction, as_prediction
+from ds.diffusion.predictions import AbstractPrediction, LearnedVariance, as_prediction
 from ds.diffusion.schedules import (
     AbstractSchedule,
     AbstractTable,
@@ -24,7 +24,7 @@ from ds.diffusion.schedules import (
     zero_terminal_snr,
 )
 from ds.diffusion.solvers import DDIM, AbstractSolver, Clipped, DDIMToFirst
-from ds.models.convert.diffusers.fields import check, list_of, load, number, whole
+from ds.models.convert.diffusers.fields import check, list_of, load, number, one_of, whole
 from ds.models.convert.imported import Imported, naming
 
 FILE = "scheduler_config.json"
@@ -87,6 +87,11 @@ _FINITE = (
     "EulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+_CM = "CMStochasticIterativeScheduler"
+_CM_DEFAULTS = {
+    "num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5,
+    "s_noise": 1.0, "rho": 7.0, "clip_denoised": True,
+}  # fmt: skip
 # Fields that would change what the network is fed, and the values that do not.
 _FIXED = {"use_flow_sigmas": [False], "timestep_type": ["discrete"]}
 
@@ -111,11 +116,13 @@ def given(found: Imported, file: Path | None, betas: Tensor | None = None) -> Im
     Without one, the schedule is that of the betas beside the weights, if there are any. What then
     stays as it was is said to be assumed.
     """
+    learned = found.config.outputs != found.config.in_channels
     if file is not None:
         s = read(file)
+        mean = as_prediction(s.prediction)
         return found._replace(
             schedule=s.schedule,
-            prediction=s.prediction,
+            prediction=LearnedVariance(mean) if learned else s.prediction,
             solver=s.solver,
             grid=s.grid,
             facts=found.facts | s.facts,
@@ -125,6 +132,8 @@ def given(found: Imported, file: Path | None, betas: Tensor | None = None) -> Im
         found, what = found._replace(schedule=_found(betas)), "from the betas beside the weights"
     else:
         what = "assumed"
+    if learned:
+        found = found._replace(prediction=LearnedVariance())
     facts = found.facts | {"schedule": f"{what}, there is no {FILE}"}
     sentence = (
         f"there is no scheduler beside the weights: the schedule is {what}, "
@@ -171,6 +180,28 @@ def read(file: Path) -> Sampling:
     facts |= {field: there[field] for field in _STEPS if field in there}
     lines = tuple(f"{file}: {line}" for line in said)
     return Sampling(schedule, _PREDICTIONS[fields["prediction_type"]], solver, grid, facts, lines)
+
+
+def is_of_consistency(file: Path) -> bool:
+    """Return whether a file is the scheduler of a consistency model, which draws in few calls."""
+    return load(file, finite=False).get("_class_name") == _CM
+
+
+def levels(file: Path) -> dict[str, Any]:
+    """Return the fields of ds.methods.ConsistencyDistillation that a consistency model's file has.
+
+    Raises ValueError, naming it, for a field with another value than every known model has.
+    """
+    fields = {**_CM_DEFAULTS, **load(file)}
+    check(fields, "num_train_timesteps", whole, "a whole number", file)
+    for field in ("sigma_min", "sigma_max", "sigma_data"):
+        check(fields, field, number, "a number", file)
+    check(fields, "clip_denoised", lambda value: type(value) is bool, "true or false", file)
+    for field, value in (("s_noise", 1), ("rho", 7)):
+        check(fields, field, one_of([value]), str(value), file)
+    ours = {"num_train_timesteps": "num_levels", "clip_denoised": "clip"}
+    names = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "clip_denoised")
+    return {ours.get(name, name): fields[name] for name in names}
 
 
 def _check(fields: Mapping[str, Any], file: Path) -> None:
