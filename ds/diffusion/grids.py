@@ -21,7 +21,7 @@ from ds.system.config import Between, require
 
 Grid = tuple[float, ...]
 Times = Annotated[int, Between(-math.inf, MOST)]  # before the rules of each grid
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "strided"]
 log = logging.getLogger("ds")
 # The most signal, alpha, at the first time of a grid. LinearBeta() leaves 0.0388 at index 800.
 SIGNAL = 0.04
@@ -75,15 +75,16 @@ def uniform(
 
         leading       from 0 + offset upwards by N // n, so that the largest times stay unvisited
         trailing      from N - 1 downwards by N / n
-        linspace      from N - 1 to 0
+        linspace      from N - 1 to 0, which is "n" of ADM
+        strided       from 0 upwards by the least whole number that gives n times: "ddimn" of ADM
 
     Few leading times start where much signal is left, above all on schedules such as Cosine, whose
     noise rises late: with n = 10, alpha is 0.16 at the first. Trailing ones start at the noise. In
     continuous time, n even steps lead from the noise to the data, whatever the spacing.
 
-    Raises ValueError unless n is at least 1 and a table has n times, and for an offset, or a
-    spacing, that is not accepted. Song et al. 2020, arXiv:2010.02502, D.2; Lin et al. 2023,
-    arXiv:2305.08891, Table 2.
+    Raises ValueError unless n is at least 1 and a table has n times, for a stride that does not
+    exist, and for an offset, or a spacing, that is not accepted. Song et al. 2020,
+    arXiv:2010.02502, D.2; Lin et al. 2023, arXiv:2305.08891, Table 2.
     """
     schedule = schedule or LinearBeta()
     table = isinstance(schedule, AbstractTable)
@@ -100,6 +101,14 @@ def uniform(
         return _distinct(np.linspace(0, schedule.noise, n).round())
     if spacing == "trailing":  # a last index of -1 comes from rounding
         return _distinct(t for t in np.arange(most, 0, -most / n).round() - 1 if t >= 0)
+    if spacing == "strided":
+        stride = -(-most // n)  # at the least
+        if len(times := range(0, most, stride)) != n:
+            near = ", ".join(map(str, sorted({len(times), -(-most // (stride - 1))})))
+            raise ValueError(
+                f"uniform: no whole stride gives {n} of {most} times; near it are {near}"
+            )
+        return tuple(reversed(times))
     times = range((n - 1) * (most // n) + offset, -1, -(most // n))[:n]
     schedule.check(times[0])
     return tuple(times)
@@ -151,21 +160,30 @@ def karras(
     top: float | None = None,
     bottom: float | None = None,
     rho: float = 7.0,
+    whole: bool = True,
 ) -> Grid:
     """Return n times evenly spaced in (sigma / alpha)**(1 / rho), from `top` down to `bottom`.
 
-    Both are by default those of log_snr. Raises ValueError as log_snr does, and unless rho > 0.
-    Karras et al. 2022, arXiv:2206.00364, Eq. 5.
+    Both are by default those of log_snr. On a table the times are indices; if not `whole` they lie
+    between them, so that the noise levels are exact and all n are distinct. The network is then
+    told real numbers. Raises ValueError as log_snr does, and unless rho > 0. Karras et al. 2022,
+    arXiv:2206.00364, Eq. 5.
     """
     if not rho > 0:
         raise ValueError(f"karras: rho must be positive, not {rho}")
-    top, bottom = _ends("karras", n, schedule, top, bottom)
+    top, bottom = _ends("karras", n, schedule, top, bottom, whole)
     ends = np.exp(-np.array([schedule.lam(top), schedule.lam(bottom)]) / rho)
-    return _at(schedule, -rho * np.log(np.linspace(ends[0], ends[1], n)), top, bottom)
+    lams = -rho * np.log(np.linspace(ends[0], ends[1], n))
+    return _at(schedule, lams, top, bottom, whole)
 
 
 def _ends(
-    name: str, n: int, schedule: AbstractSchedule, top: float | None, bottom: float | None
+    name: str,
+    n: int,
+    schedule: AbstractSchedule,
+    top: float | None,
+    bottom: float | None,
+    whole: bool = True,
 ) -> tuple[float, float]:
     """Check the arguments of a grid; return its first and last time."""
     table = isinstance(schedule, AbstractTable)
@@ -177,7 +195,7 @@ def _ends(
         bottom = 0 if table else schedule.time(-math.log(SMALLEST))
     _check(name, n, top, 1 if table else 0)
     schedule.check(top, bottom)
-    if table:
+    if table and whole:
         require(name, Times, top=top, bottom=bottom)
     if not schedule.data < bottom < top or schedule.lam(top) == -math.inf:
         raise ValueError(
@@ -194,9 +212,11 @@ def _check(name: str, n: int, top: float, least: float) -> None:
         raise ValueError(f"{name}: need n >= 2 and {words}, not n = {n} and top = {top}")
 
 
-def _at(schedule: AbstractSchedule, lams: np.ndarray, top: float, bottom: float) -> Grid:
+def _at(
+    schedule: AbstractSchedule, lams: np.ndarray, top: float, bottom: float, whole: bool = True
+) -> Grid:
     """Return the times of given lam, the first and the last of which are `top` and `bottom`."""
-    if isinstance(schedule, AbstractTable):
+    if whole and isinstance(schedule, AbstractTable):
         return _distinct(schedule.nearest(lams))
     return (top, *map(schedule.time, lams[1:-1].tolist()), bottom)
 

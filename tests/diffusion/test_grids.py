@@ -233,15 +233,19 @@ def test_trailing_times_fall_from_the_last_index(sizes):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"spacing": "log"}, "spacing must be one of leading, trailing, linspace, not 'log'"),
+        (
+            {"spacing": "log"},
+            "spacing must be one of leading, trailing, linspace, strided, not 'log'",
+        ),
         ({"offset": -1}, "an offset is above 0"),
         ({"offset": 1, "spacing": "trailing"}, "of leading indices, not 1"),
         ({"offset": 20}, "t = 1000 does not exist"),
+        ({"spacing": "strided", "n": 999}, "no whole stride gives 999 of 1000 times; near"),
     ],
 )
 def test_a_spacing_that_there_is_not_is_named(options, words):
     with pytest.raises(ValueError, match=words):
-        grids.uniform(50, LinearBeta(), **options)
+        grids.uniform(**{"n": 50, "schedule": LinearBeta(), **options})
 
 
 STARTS = [  # a schedule, and the largest time of the paper's grids

@@ -16,10 +16,11 @@ import ds
 from ds import analytic, noise
 from ds.diffusion import grids, solvers
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.schedules import EDM, AbstractTable, Linear, LinearBeta, Table, Trig
+from ds.diffusion.schedules import EDM, AbstractTable, Cosine, Linear, LinearBeta, Table, Trig
 from ds.diffusion.solvers import (
     DDIM,
     AbstractSolver,
+    Ancestral,
     Clipped,
     DDIMToFirst,
     DPMSolverPP,
@@ -48,7 +49,7 @@ SOLVERS = sorted(
     key=lambda cls: cls.__name__,
 )
 EVERY = [
-    *(cls() for cls in SOLVERS if cls is not Clipped),
+    *(cls() for cls in SOLVERS if cls not in (Clipped, Ancestral)),
     Clipped(UniPC(), limit=1e6),  # beyond what there is to clip
     DPMSolverPP(order=3),
     DPMSolverPPSinglestep(order=3),
@@ -147,6 +148,9 @@ STOCHASTIC = [
     (DDIM(eta=1.0), LinearBeta()),
     (DDIM(eta=0.5), EDM()),
     (DDIM(eta=1.0), Linear()),
+    (Ancestral("small"), LinearBeta()),
+    (Ancestral("large"), EDM()),
+    (Ancestral(), Linear()),
     (Heun(churn=0.1), EDM()),
     (Heun(churn=0.1, s_min=0.05, s_max=50.0, s_noise=1.003), LinearBeta()),
     (Heun(churn=0.1), Trig()),
@@ -384,3 +388,35 @@ def test_third_order_at_24_calls_is_closer_to_the_ode_than_ddim_at_96():
     for solver in (DPMSolverPP(3), UniPC(2)):
         for grid in (grids.quadratic(24), grids.log_snr(24, schedule, top=800)):
             assert len(grid) == 24 and error(solver, grid) < paper
+
+
+@pytest.mark.parametrize("schedule", [LinearBeta(), Cosine(), EDM(), Linear(), Trig()], ids=repr)
+@pytest.mark.parametrize(
+    "data", [analytic.Gaussian(std=0.5, shape=(3,)), analytic.GaussianField(8)], ids=repr
+)
+def test_heun_at_edm_s_18_steps_of_real_noise_levels_has_order_2_on_every_path(schedule, data):
+    z = noise(0, range(8), data.shape, dtype=torch.float64)
+    top = schedule.time(-math.log(80)) if schedule.lam(schedule.noise) < -math.log(80) else None
+
+    def order(solver):
+        errors = []
+        for n in (18, 25, 35):
+            grid = grids.karras(n, schedule, top=top, whole=False)
+            exact = data.endpoint(schedule.prior(z, grid[0]), *schedule.at(grid[0]))
+            found = data.teacher(solver, grid, schedule).sample(z)
+            errors.append(float((found - exact).square().mean().sqrt()))
+        return -np.polyfit(np.log([17, 24, 34]), np.log(errors), 1)[0]  # steps above the last one
+
+    assert Heun().nfe(grids.karras(18, schedule, top=top, whole=False)) == 35
+    assert order(Heun()) == pytest.approx(2, abs=0.15)
+    assert order(DDIM()) < 1.3  # Euler's method
+
+
+def test_a_grid_of_real_noise_levels_on_a_table_has_them_exactly():
+    table = LinearBeta()
+    exact = grids.karras(18, table, whole=False)
+    levels = np.exp([-table.lam(t) / 7 for t in exact])
+    np.testing.assert_allclose(levels, np.linspace(levels[0], levels[-1], 18), rtol=1e-12)
+    rounded = grids.karras(18, table)
+    assert all(isinstance(t, int) for t in rounded) and any(t != int(t) for t in exact)
+    assert max(abs(t - s) for t, s in zip(exact, rounded, strict=True)) <= 0.5

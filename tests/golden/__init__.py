@@ -13,6 +13,11 @@ The weights are rounded to multiples of 1/256.
 - openai_unets: UNetModel of improved-diffusion, guided-diffusion (twice; once with the half-wide
   first level of the model for 512 pixels) and consistency_models: the shapes of each state dict,
   and `y` = net(noise, t, label) with the weights that `drawn` makes from their names.
+- samplers: edm*: EDM's `edm_sampler`; k_*: k-diffusion's `sample_heun`; adm_*: guided-diffusion's
+  `p_sample_loop`, and ddim_adm_* its `ddim_sample_loop`. All start from `z` and add `noise`, in
+  order. `.x` is what each call of the network was given, and the sample last, `.t` its time or
+  noise level. The networks are the formulas of tests/diffusion/test_samplers.py. `steps_T_name` is
+  guided-diffusion's `space_timesteps(T, name)`.
 """
 
 import json

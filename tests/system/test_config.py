@@ -111,6 +111,7 @@ TAGS = {
     "learned_variance",
     "classifier_free",
     "classifier_guidance",
+    "ancestral",
     "clipped",
     "ddim",
     "ddim_to_first",

@@ -1,5 +1,6 @@
 """Solvers of the probability-flow ODE and SDE, one file each."""
 
+from ds.diffusion.solvers.ancestral import Ancestral
 from ds.diffusion.solvers.base import AbstractSolver, evaluations, integrate
 from ds.diffusion.solvers.clipped import Clipped
 from ds.diffusion.solvers.ddim import DDIM, DDIMToFirst
@@ -10,6 +11,7 @@ from ds.diffusion.solvers.unipc import UniPC
 __all__ = [
     "DDIM",
     "AbstractSolver",
+    "Ancestral",
     "Clipped",
     "DDIMToFirst",
     "DPMSolverPP",

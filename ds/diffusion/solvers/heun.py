@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
+from ds.diffusion.guidance import ratio_of
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import AbstractSchedule
 from ds.diffusion.solvers.base import AbstractSolver, fresh_noise
@@ -22,15 +23,17 @@ class Heun(AbstractSolver):
 
     In y = x / alpha and r = sigma / alpha the ODE is dy/dr = eps (Song et al. 2020,
     arXiv:2010.02502, Eq. 14). Where alpha falls to 0, the rule is the same in the angle
-    atan(sigma / alpha), which is finite at both ends. With churn, each step first adds noise.
+    atan(sigma / alpha), which is finite at both ends. With churn, each step first adds noise, as
+    far as the noisiest time of the schedule at most: EDM(120.0) lets a grid from 80 rise. A step
+    multiplies the level by 1 + churn, by sqrt(2) at most.
     Karras et al. 2022, arXiv:2206.00364, Algorithms 1 and 2.
     """
 
     order: ClassVar[int] = 2
 
     churn: NotNegative = 0.0  # share of noise added before each step: EDM's S_churn / steps
-    s_min: NotNegative = 0.0  # smallest sigma / alpha with churn
-    s_max: Positive = 1e9  # largest sigma / alpha with churn
+    s_min: NotNegative = 0.0  # smallest sigma / alpha with churn, included
+    s_max: Positive = 1e9  # largest sigma / alpha with churn, included
     s_noise: Positive = 1.0  # standard deviation of the added noise
 
     def __post_init__(self):
@@ -71,14 +74,15 @@ class Heun(AbstractSolver):
         self, schedule: AbstractSchedule, x: Tensor, t: float, draws: Draws | None
     ) -> tuple[Tensor, float]:
         """Add noise to x; return it and the time of its new level, at most the noisiest."""
-        level = math.exp(-schedule.lam(t))
+        alpha, sigma = schedule.at(t)
+        level = ratio_of(alpha, sigma)
         if not self.s_min <= level <= self.s_max:
             return x, t
         raised = level * (1 + min(self.churn, math.sqrt(2) - 1))
         later = min(max(schedule.time(-math.log(raised)), t), schedule.noise)
-        raised = math.exp(-schedule.lam(later))
+        raised = ratio_of(*schedule.at(later))
         z = fresh_noise(draws, _STREAM, x, t)
-        y = x / schedule.at(t)[0] + self.s_noise * math.sqrt(raised**2 - level**2) * z
+        y = x / alpha + self.s_noise * math.sqrt(raised**2 - level**2) * z
         return schedule.at(later)[0] * y, later
 
 
