@@ -9,7 +9,7 @@ The weights are rounded to multiples of 1/256.
   `y` = D(noise * sigma; sigma).
 - adm_uncond: a state dict of guided-diffusion's UNetModel of 32 x 32, 64 channels x (1, 2), heads
   of 32 channels in the legacy order, scale-shift norms, 6 output channels; `y` = net(noise, t).
-- networks: outputs of EDM's and guided-diffusion's networks; tests/golden/networks.py has the cases.
+- networks: outputs of networks of EDM and guided-diffusion; the cases are in networks.py beside it.
 - openai_unets: UNetModel of improved-diffusion, guided-diffusion (twice; once with the half-wide
   first level of the model for 512 pixels) and consistency_models: the shapes of each state dict,
   and `y` = net(noise, t, label) with the weights that `drawn` makes from their names.

@@ -1,6 +1,7 @@
 """Derivatives of a whole U-Net, whatever it runs on: by its ops, compiled, under autocast."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp
 
 from ds import ops
-from ds.nets import UNet, UNetConfig
+from ds.nets import SongConfig, UNet, UNetConfig
 from ds.ops.dispatch.transforms import tangents_are_lost
 
 TIMES = torch.tensor([3.0, 100.0, 500.0, 900.0])
@@ -25,6 +26,10 @@ def drawn(size: int, channel_mult: tuple[int, ...], **fields) -> UNet:
         norm_groups=8,
         **fields,
     )
+    return filled(config)
+
+
+def filled(config):
     torch.manual_seed(0)
     net = config.build()
     for weight in net.parameters():
@@ -92,6 +97,41 @@ def test_derivatives_of_what_diffusers_trains(x, v, fields):
     close(tangent(net, x, v), exact)
     found = grad(lambda x: (net(x, TIMES) * v).sum())(x)
     close((found * v).sum(), (exact * v).sum(), tolerance=1e-2)
+
+
+SONG = SongConfig(
+    image_size=8,
+    in_channels=1,
+    channels=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"embedding": "fourier", "encoder": "residual", "resample_filter": (1, 3, 3, 1)},
+    ],
+    ids=["ddpmpp", "ncsnpp"],
+)
+def test_derivatives_of_edm_s_networks(x, v, fields):
+    net = filled(replace(SONG, **fields))
+    exact = differences(net, x, v)
+    close(tangent(net, x, v), exact)
+    found = grad(lambda x: (net(x, TIMES) * v).sum())(x)
+    close((found * v).sum(), (exact * v).sum(), tolerance=1e-2)
+
+    def along(x):
+        return (grad(lambda x: net(x, TIMES).square().sum())(x) * v).sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(net(leaf, TIMES).square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * v).sum(), leaf)
+    close((second * v).sum(), jvp(along, (x,), (v,))[1].double(), tolerance=1e-2)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

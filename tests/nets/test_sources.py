@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds.nets import ddpmpp, ncsnpp
+from ds.nets import adm, ddpmpp, ncsnpp
 from tests.golden import networks
 
 
@@ -27,8 +27,16 @@ def test_a_network_is_that_of_its_source(name):
         (ncsnpp(classes=10), 56_400_643),
         (ddpmpp(image_size=64, channel_mult=(1, 2, 2, 2)), 61_805_571),
         (ncsnpp(image_size=64, channel_mult=(1, 2, 2, 2)), 62_761_091),
+        (adm.adm_imagenet64(), 295_899_267),
+        (adm.adm_imagenet64(out_channels=6), 295_904_454),
+        (adm.adm_imagenet128(), 421_529_606),
+        (adm.adm_imagenet256(), 553_838_086),
+        (adm.adm_imagenet256(classes=0), 552_814_086),
+        (adm.adm_imagenet512(), 558_997_638),
+        (adm.adm_lsun(), 552_814_086),
+        (adm.adm_lsun(scale_shift=False, out_channels=None), 526_304_771),
     ],
-    ids=str,
+    ids=lambda value: f"{value:,}" if isinstance(value, int) else type(value).__name__,
 )
 def test_a_published_network_has_its_size(config, count):
     with torch.device("meta"):
