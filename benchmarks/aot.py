@@ -45,7 +45,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds import ops
-from ds.engine import Plan, Rewrites, Target, calls
+from ds.engine import Plan, Rewrites, Target, calls, convolutions
 from ds.nets import fold_attention
 from ds.ops.kernels import (
     attention,
@@ -265,7 +265,7 @@ def convs(networks: Networks) -> list[Conv]:
     found = set()
     for plan in itertools.chain(*map(plans, networks)):
         for call, inputs, _ in plan.steps:
-            if not isinstance(call, calls.ImplicitGemm):
+            if not isinstance(call, convolutions.ImplicitGemm):
                 continue
             (channels, height, _), norm = plan.shapes[inputs[0]], call.norm
             given = call.conv.bias is not None or (norm is not None and norm.shift is not None)

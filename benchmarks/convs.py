@@ -19,7 +19,8 @@ from benchmarks.network import random_cifar10
 from benchmarks.roofline import given, run
 from ds import ops
 from ds.engine import Plan, Rewrites, Target
-from ds.engine.calls import ImplicitGemm, Run, Shape
+from ds.engine.calls import Run, Shape
+from ds.engine.convolutions import ImplicitGemm
 from ds.engine.rewrites import Step, choice_name
 from ds.nets import UNet
 

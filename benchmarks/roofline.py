@@ -19,7 +19,8 @@ from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.network import random_cifar10
 from ds import ops
 from ds.engine import Plan, Target
-from ds.engine.calls import Call, Conv, Run, Shape, UpsampleConv, Winograd
+from ds.engine.calls import Call, Run, Shape
+from ds.engine.convolutions import Conv, UpsampleConv, Winograd
 from ds.engine.plan import time_rows
 from ds.engine.rewrites import Step
 from ds.nets import UNet

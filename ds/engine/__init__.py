@@ -2,7 +2,7 @@
 
 from ds.engine.calls import Target
 from ds.engine.loop import Loop, Recurrence, times
-from ds.engine.plan import RUNS, Plan, can_plan, can_run
+from ds.engine.plan import RUNS, Plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.run import Engine
 
@@ -14,7 +14,6 @@ __all__ = [
     "Recurrence",
     "Rewrites",
     "Target",
-    "can_plan",
     "can_run",
     "times",
 ]

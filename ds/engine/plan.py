@@ -1,41 +1,25 @@
 """A plan: the forward pass of a U-Net for images of its size, as a flat list of calls."""
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeGuard
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ds.engine.calls import (
-    Add,
-    AddBias,
-    Attend,
-    Call,
-    Cat,
-    Conv,
-    Halve,
-    ImplicitGemm,
     Launch,
-    Norm,
     Run,
-    ScaleShift,
     Shape,
     Target,
-    Upsample,
-    UpsampleConv,
     values,
 )
+from ds.engine.convolutions import Conv, ImplicitGemm, UpsampleConv
 from ds.engine.rewrites import Rewrites, Step
-from ds.nets import UNet
-from ds.nets.blocks import Attention, Downsample, GroupNorm, ResBlock, doubled, halved
+from ds.engine.walk import INPUT, walk
+from ds.nets.blocks import AbstractUNet
 from ds.nets.fold import FoldedAttention
 
-INPUT = "x"
 TILE = 128  # pixels, and also channels, that one program computes on a GPU
 
 
@@ -47,13 +31,13 @@ class Plan:
     shapes: dict[str, Shape]
 
     @classmethod
-    def of(cls, net: UNet, target: Target, rewrites: Rewrites | None = None) -> "Plan":
+    def of(cls, net: AbstractUNet, target: Target, rewrites: Rewrites | None = None) -> "Plan":
         """Make the plan of a network for a target, by default with the target's own rewrites.
 
-        It holds the network's weights, not copies of them. The network is one that `can_plan`
+        It holds the network's weights, not copies of them. The network is one that `can_run`
         accepts.
         """
-        steps, shapes = list(_walk(net)), {INPUT: net.shape}
+        steps, shapes = walk(net), {INPUT: net.shape}
         for call, inputs, outputs in steps:
             found = call.shapes(*(shapes[name] for name in inputs))
             shapes |= dict(zip(outputs, found, strict=True))
@@ -145,133 +129,15 @@ def _figures(size: float, work: float, floor: float) -> str:
     return f"{size:10.2f}{work:10.2f}{floor:11.1f}"
 
 
-def blocks(net: UNet) -> dict[str, ResBlock]:
-    """Return the residual blocks by name, in the order of their columns in a row."""
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, ResBlock)}
-
-
 # What can_run accepts.
-RUNS = "U-Nets without conditions and folded attention"
+RUNS = "U-Nets without folded attention"
 
 
-def can_run(net: nn.Module) -> TypeGuard[UNet]:
-    """Return whether the engine can run a network: it has a plan, and takes nothing but x and t."""
-    return can_plan(net) and not net.config.takes
+def can_run(net: nn.Module) -> TypeGuard[AbstractUNet]:
+    """Return whether there is a plan of a network, so that the engine can run it.
 
-
-def can_plan(net: nn.Module) -> TypeGuard[UNet]:
-    """Return whether there is a plan of a network: a U-Net, which the plan itself may fold."""
-    if not isinstance(net, UNet):
+    It is a U-Net, whose attention the plan itself may fold.
+    """
+    if not isinstance(net, AbstractUNet):
         return False
     return not any(isinstance(layer, FoldedAttention) for layer in net.modules())
-
-
-@torch.no_grad()
-def time_rows(net: UNet, t: Tensor) -> Tensor:
-    """Return what depends on times t [M] alone, for each block: what it adds, or scales and adds.
-
-    What it adds is conv1's bias and its time embedding. [M, columns of all blocks], in float64.
-    """
-    temb = net.config.embed(t).double()
-    for i, layer in enumerate(net.temb.dense):
-        temb = _linear(layer, temb if i == 0 else F.silu(temb))
-    temb = F.silu(temb)
-    parts = []
-    for block in blocks(net).values():
-        told = _linear(block.temb_proj, temb)
-        parts.append(told if block.scales else block.conv1.bias.double() + told)
-    return torch.cat(parts, 1)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.double(), layer.bias.double())
-
-
-class _Writer:
-    """Collects steps; each makes a value named after its layer."""
-
-    def __init__(self, net: UNet):
-        self.steps: list[Step] = []
-        self.names = {layer: name for name, layer in net.named_modules()}
-        ends = list(itertools.accumulate(b.temb_proj.out_features for b in blocks(net).values()))
-        spans = zip([0, *ends], ends, strict=False)
-        self.columns = dict(
-            zip(blocks(net).values(), (slice(*span) for span in spans), strict=True)
-        )
-
-    def call(self, name: str, call: Call, *inputs: str) -> str:
-        self.steps.append(Step(call, inputs, (name,)))
-        return name
-
-    def conv(self, layer: nn.Conv2d, x: str, *, bias: bool = True) -> str:
-        sides = layer.stride[0] == 2 and layer.padding[0] == 1
-        call = Conv(
-            layer.weight.detach(),
-            layer.bias.detach() if bias else None,
-            layer.stride[0],
-            pad_all_sides=sides,
-        )
-        return self.call(self.names[layer], call, x)
-
-    def norm(self, layer: nn.Module, x: str) -> str:
-        if not isinstance(layer, GroupNorm):
-            return x
-        return self.call(self.names[layer], Norm(layer), x)
-
-    def block(self, layer: ResBlock, x: str, skip: str | None = None) -> str:
-        name = self.names[layer]
-        if skip is not None:
-            x = self.call(f"{name}.cat", Cat(), x, skip)
-        h = self.norm(layer.norm1, x)
-        if layer.resample is not None:
-            resample = {halved: Halve, doubled: Upsample}[layer.resample]()
-            h = self.call(f"{name}.resample", resample, h)
-            x = self.call(f"{name}.resample_x", resample, x)
-        h = self.conv(layer.conv1, h, bias=layer.scales)
-        if not layer.scales:
-            h = self.call(f"{name}.shift", AddBias(self.columns[layer]), h)
-        if isinstance(layer.nin_shortcut, nn.Conv2d):
-            x = self.conv(layer.nin_shortcut, x)
-        h = self.norm(layer.norm2, h)
-        if layer.scales:
-            h = self.call(f"{name}.scale", ScaleShift(self.columns[layer]), h)
-        h = self.conv(layer.conv2, h)
-        return self.call(name, Add(), h, x)
-
-    def resample(self, layer: nn.Module, x: str) -> str:
-        if isinstance(layer, ResBlock):
-            return self.block(layer, x)
-        if not isinstance(layer, Downsample):
-            x = self.call(self.names[layer], Upsample(), x)
-        return self.conv(layer.conv, x)
-
-    def attend(self, layer: nn.Module, x: str) -> str:
-        if not isinstance(layer, Attention):
-            return x
-        h = self.norm(layer.norm, x)
-        heads = [self.conv(projection, h) for projection in (layer.q, layer.k, layer.v)]
-        call = Attend(layer, layer.proj_out.weight, layer.proj_out.bias)
-        return self.call(self.names[layer], call, *heads, x)
-
-
-def _walk(net: UNet) -> Iterator[Step]:
-    """Yield the steps of the network's forward pass, one for each layer."""
-    write = _Writer(net)
-    h = write.conv(net.conv_in, INPUT)
-    skips = [h]
-    for i, level in enumerate(net.down):
-        for block, attn in zip(level.block, level.attn, strict=True):
-            h = write.attend(attn, write.block(block, h))
-            skips.append(h)
-        if i < len(net.down) - 1:
-            h = write.resample(level.downsample, h)
-            skips.append(h)
-    h = write.attend(net.mid.attn_1, write.block(net.mid.block_1, h))
-    h = write.block(net.mid.block_2, h)
-    for i, level in reversed(list(enumerate(net.up))):
-        for block, attn in zip(level.block, level.attn, strict=True):
-            h = write.attend(attn, write.block(block, h, skips.pop()))
-        if i > 0:
-            h = write.resample(level.upsample, h)
-    write.conv(net.conv_out, write.norm(net.norm_out, h))
-    yield from write.steps

@@ -19,15 +19,14 @@ from ds.engine.calls import (
     Attend,
     Call,
     Cat,
-    Conv,
-    ImplicitGemm,
     Norm,
+    ScaleShift,
     Shape,
     Target,
     Upsample,
-    UpsampleConv,
-    Winograd,
+    times,
 )
+from ds.engine.convolutions import Conv, ImplicitGemm, UpsampleConv, UpsamplePoints, Winograd
 from ds.nets.fold import FoldedAttention
 from ds.ops.conv.winograd import pays
 
@@ -46,6 +45,7 @@ class Rewrites:
 
     time_table: bool = True  # compute the time embeddings of all blocks ahead
     fold_attention: bool = True
+    scale_into_norm: bool = True
     shift_into_conv: bool = True  # a CPU's libraries fuse a bias into the convolution
     shift_into_norm: bool = True
     merge_skips: bool = True
@@ -95,14 +95,22 @@ def fold_attention(steps: list[Step]) -> list[Step]:
     for step in steps:
         if isinstance(step.call, Attend) and step.call.layer.heads == 1:
             q, k, v, residual = step.inputs
-            layer = FoldedAttention(step.call.layer)
+            layer, factor = FoldedAttention(step.call.layer), step.call.factor
             (pixels,) = made[k].inputs
             replaced[q] = Step(Conv(layer.q.weight.detach(), layer.q.bias), (pixels,), (q,))
             replaced[k] = None
-            replaced[v] = Step(Conv(layer.v.weight.detach(), None), (pixels,), (v,))
-            call = replace(step.call, weight=None, bias=layer.bias)
+            value = Conv(times(layer.v.weight, 1 / factor), None)
+            replaced[v] = Step(value, (pixels,), (v,))
+            call = replace(step.call, weight=None, bias=times(layer.bias, 1 / factor))
             replaced[step.outputs[0]] = Step(call, (q, pixels, v, residual), step.outputs)
     return _replaced(steps, replaced)
+
+
+def scale_into_norm(steps: list[Step]) -> list[Step]:
+    """Let a norm take its weight and bias from the row, and apply SiLU."""
+    return _fuse(steps, Norm, ScaleShift, lambda norm, scale: Step(
+        replace(norm.call, affine=scale.call.columns), norm.inputs, scale.outputs
+    ))  # fmt: skip
 
 
 def shift_into_conv(steps: list[Step]) -> list[Step]:
@@ -127,10 +135,13 @@ def merge_skips(steps: list[Step]) -> list[Step]:
 
 
 def phase_upsample(steps: list[Step]) -> list[Step]:
-    """Convolve before doubling pixels, a 2x2 kernel for each phase of the doubled image."""
-    return _fuse(steps, Upsample, Conv, lambda up, conv: Step(
-        UpsampleConv(conv.call.weight, conv.call.bias), up.inputs, conv.outputs
-    ))  # fmt: skip
+    """Convolve before doubling pixels: 1x1, or a 2x2 kernel for each phase of the doubled image."""
+
+    def joined(up: Step, conv: Step) -> Step:
+        kind = UpsamplePoints if conv.call.weight.shape[2] == 1 else UpsampleConv
+        return Step(kind(conv.call.weight, conv.call.bias), up.inputs, conv.outputs)
+
+    return _fuse(steps, Upsample, Conv, joined)
 
 
 def add_into_norm(steps: list[Step]) -> list[Step]:
@@ -210,6 +221,8 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> 
         (x, *others), (normed, *kept) = norm.inputs, norm.outputs
         if x not in conv.outputs or len(others) > norm.call.residual or norm.call.float8:
             return None  # x is the other branch, or there is a skip connection
+        if norm.call.affine is not None:
+            return None  # the op takes one affine for all images
         if len(readers[x]) > 1:
             kept = [x]
         if len(conv.inputs) + len(others) > 2:
@@ -329,8 +342,8 @@ def _choice(
 
 
 REWRITES = (
-    fold_attention, shift_into_conv, shift_into_norm, merge_skips, phase_upsample, add_into_norm,
-    add_into_conv, stack_projections,
+    fold_attention, scale_into_norm, shift_into_conv, shift_into_norm, merge_skips,
+    phase_upsample, add_into_norm, add_into_conv, stack_projections,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The network that runs a plan, in place of the U-Net it was made of."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ds.engine.calls import Target, values
-from ds.engine.plan import INPUT, RUNS, Plan, can_run, time_rows
+from ds.engine.plan import RUNS, Plan, can_run
 from ds.engine.rewrites import Rewrites
+from ds.engine.told import Told
+from ds.engine.walk import INPUT
+from ds.nets.embedding import check_conditions
 
 # Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
 # what its last cache keeps until the next call of the plan reads it.
@@ -21,11 +24,15 @@ ROUNDING = 2.0**-21
 
 
 class Engine(nn.Module):
-    """A U-Net for inference: engine(x [N, C, H, W], t [N]) -> [N, C, H, W], with one time for all.
+    """A U-Net for inference: engine(x [N, C, H, W], t [N], **cond), with one time for all.
 
-    The embeddings of `times` are computed ahead. A time is known if it is one of them but for
-    float32 rounding. On a CPU, an unknown time is added when it first comes, and a call with
-    different times raises ValueError. A GPU would have to be waited for, so there both give NaN.
+    The conditions are those that the network takes, [N, ...] each. The result is the network's,
+    [N, C, H, W].
+
+    The embeddings of `times` are computed ahead, up to where conditions are added. A time is known
+    if it is one of them but for float32 rounding. On a CPU, an unknown time is added when it first
+    comes, and a call with different times raises ValueError. A GPU would have to be waited for, so
+    there both give NaN. A CPU runs images that share their conditions as it runs those without.
 
     The result has the dtype of x. The weights are packed for batches of `images`; on a CPU for as
     many of them as fit its cache, and larger batches are cut. Weights that need no packing are
@@ -66,27 +73,30 @@ class Engine(nn.Module):
             fit = max(1, CACHE // (largest * self.target.dtype.itemsize))
             self.target = replace(self.target, images=min(images, fit))
             self.plan = Plan.of(net, self.target, self.rewrites)
-        self.shape = net.shape
+        self.shape, self.config = net.shape, net.config
         self._prepared = self.plan.prepare(self.target)
         known = sorted(set(times))
         if weight.is_cuda and not known:
             raise ValueError("Engine: on a GPU it needs the times of its calls")
         self._source = [net]  # in a list, or its weights would be this module's
+        self._told = self._told_in(self.target.wide) if net.config.takes else None
         self._times = torch.tensor(known, dtype=torch.float64, device=weight.device)
-        self._table = self.rows(known)
+        self._table = self.begin(known)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        check_conditions(self.config, cond, len(x))
         if not len(x):
-            return x.clone()
-        row, parts = self._row(t), (x,)
+            return x.new_empty(0, *self.plan.shapes[self.plan.steps[-1].outputs[0]])
+        row, parts = self.row(self._begun(t), _shared(cond)), (x,)
         if x.device.type == "cpu":
             parts = x.chunk(-(-len(x) // self.target.images))
-        made = [self.call(part, row) for part in parts]
+        rows = [row] * len(parts) if row.dim() == 1 else row.split([len(part) for part in parts])
+        made = [self.call(*each) for each in zip(parts, rows, strict=True)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def call(self, x: Tensor, row: Tensor) -> Tensor:
-        """Run the plan for images at the time of a row of `rows`."""
+        """Run the plan for images that are told a row, [columns] for all or [N, columns]."""
         made = {INPUT: x.to(self.target.dtype).contiguous(memory_format=torch.channels_last)}
         with _cudnn_tunes(self.tune):
             for run, step, last in self._prepared:
@@ -97,15 +107,39 @@ class Engine(nn.Module):
         (result,) = made.values()
         return result.to(x.dtype)
 
-    def _row(self, t: Tensor) -> Tensor:
-        """Return the row of the one time that t [N] holds."""
+    def begin(self, times: Sequence[float] | Tensor) -> Tensor:
+        """Return what depends on the time alone, on the device: [M, features], one of which `row`
+        takes. Without conditions these are the rows themselves.
+        """
+        if not isinstance(times, Tensor):
+            whole = all(isinstance(t, Integral) for t in times)
+            times = torch.tensor(times, dtype=torch.int64 if whole else torch.float64, device="cpu")
+        told = self._told_in(torch.float64)
+        begun = told.begin(times.to(self.target.device))
+        return (begun if self._told else told.finish(begun, {})).to(self.target.wide)
+
+    def row(self, begun: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return the row that a call takes, of what `begin` made of its time, [features].
+
+        It is [columns] for conditions of one image, or without any, and [N, columns] for more.
+        """
+        if self._told is None:
+            return begun
+        rows = self._told.finish(begun[None], cond)
+        return rows[0] if len(rows) == 1 else rows
+
+    def _told_in(self, dtype: torch.dtype) -> Told:
+        return Told(self._source[0], dtype, folded=self.rewrites.scale_into_norm)
+
+    def _begun(self, t: Tensor) -> Tensor:
+        """Return what was begun of the one time that t [N] holds."""
         if not self.rewrites.time_table:
-            return self.rows(t[:1])[0]
+            return self.begin(t[:1])[0]
         distance = (self._times[:, None] - t).abs().amax(1)  # to the farthest of t
         known = distance <= ROUNDING * (1 + self._times.abs())
         if t.device.type == "cpu" and not known.any():
             self._add(t)
-            return self._row(t)
+            return self._begun(t)
         nearest = distance.where(known, torch.inf).argmin().view(1)
         return self._table.index_select(0, nearest)[0].where(known.any(), torch.nan)
 
@@ -114,15 +148,15 @@ class Engine(nn.Module):
         time = t.unique()
         if len(time) != 1:
             raise ValueError(f"Engine: all images of a call have one time, not {time.tolist()[:3]}")
-        self._table = torch.cat([self._table, self.rows(time)])
+        self._table = torch.cat([self._table, self.begin(time)])
         self._times = torch.cat([self._times, time])
 
-    def rows(self, times: Sequence[float] | Tensor) -> Tensor:
-        """Return what depends on the time alone, a row for each: [M, columns], on the device."""
-        if not isinstance(times, Tensor):
-            whole = all(isinstance(t, Integral) for t in times)
-            times = torch.tensor(times, dtype=torch.int64 if whole else torch.float64, device="cpu")
-        return time_rows(self._source[0], times.to(self.target.device)).to(self.target.wide)
+
+def _shared(cond: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return conditions [N, ...], or on a CPU [1, ...] where all images share all of them."""
+    if any(value.is_cuda or not (value == value[:1]).all() for value in cond.values()):
+        return cond
+    return {name: value[:1] for name, value in cond.items()}
 
 
 @contextmanager

@@ -109,6 +109,10 @@ class Model(ABC):
             )
         return asked
 
+    def unguided(self: M) -> M:
+        """Return the same model without guidance: itself, if it has none."""
+        return self
+
     def plain(self, noise: Tensor) -> dict[str, Tensor]:
         """Return conditions for a call whose answer does not matter: class 0 and scale 1."""
         scale = 1.0 if "guidance" in self.takes else None

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ds.diffusion.conditions import Conditions, labels_of
 from ds.diffusion.noise import Draws, as_bits, noise
-from ds.engine import Plan, Target, can_plan
+from ds.engine import Plan, Target, can_run
 from ds.models.execution import Execution, Runner
 from ds.models.images import Rounding, to_uint8
 from ds.models.model import Model, device_of
-from ds.nets import UNet
+from ds.nets.blocks import AbstractUNet
 from ds.system.ambient import without_ambient
 from ds.system.config import Count, Seed, require
 from ds.system.cost import check_memory
@@ -283,7 +283,7 @@ def least_memory(model: Model) -> int:
     of its first width, of at least 2 bytes an element, and writes one.
     """
     state = 3 * 4 * math.prod(model.shape)
-    if not isinstance(model.net, UNet):
+    if not isinstance(model.net, AbstractUNet):
         return state
     c = model.net.config
     return state + 3 * 2 * c.widths[0] * math.prod(c.size)
@@ -296,7 +296,7 @@ def default_batch_size(model: Model) -> int:
     to fit an eighth of the memory.
     """
     device = device_of(model.net)
-    if device.type != "cuda" or not can_plan(model.net):
+    if device.type != "cuda" or not can_run(model.net):
         return 256
     gpu, target = torch.cuda.get_device_properties(device), Target(device, torch.bfloat16, 1)
     plan = Plan.of(model.net, target)

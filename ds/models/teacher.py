@@ -96,6 +96,11 @@ class Teacher(Model):
         denoiser = replace(self.denoiser, guidance=guidance).given(**self.plain(noise))
         return denoiser(x, self.grid[0]).x0
 
+    def unguided(self) -> "Teacher":
+        if self.denoiser.guidance is None:
+            return self
+        return replace(self, denoiser=replace(self.denoiser, guidance=None))
+
     def using(self, net: nn.Module) -> "Teacher":
         return replace(self, denoiser=replace(self.denoiser, net=net))
 

@@ -20,7 +20,7 @@ from ds.methods import AbstractMethod, Progress
 from ds.models.images import is_picture, save_png, shown, tile
 from ds.models.pretrained import check_finite, fingerprint
 from ds.models.teacher import Teacher
-from ds.nets import UNet, recompute_norms
+from ds.nets import recompute_norms
 from ds.nets.base import told
 from ds.pairs.sources import AbstractSource, Batch
 from ds.system import distributed
@@ -207,7 +207,7 @@ class Trainer:
         """Return whether the loss is compiled; log that it is where nobody asked."""
         if self.runtime.compile != "auto":
             return self.runtime.compile != "no"
-        unet = isinstance(self.state.modules["student"], UNet)
+        unet = isinstance(self.state.modules["student"], AbstractUNet)
         compiles = unet and self.device.type == "cuda" and self.steps >= COMPILE_STEPS
         if compiles:
             log.info("train: compiled, which pays in %d steps", self.steps)

@@ -16,9 +16,11 @@ from ds.diffusion.solvers import Heun
 from ds.engine import Engine, Plan, Rewrites, Target, calls
 from ds.methods import DenoisingStudent
 from ds.models.execution import Execution
+from ds.nets.blocks import ResBlock
+from ds.nets.fold import fold_attention
 from ds.ops.dispatch.op import triton_kernels
 from ds.training.presets import PRESETS, SOLVERS
-from tests.nets.test_unet import TINY, build, inputs, relative_rms
+from tests.nets.test_unet import GUIDED, TINY, build, inputs, relative_rms
 
 CPU = Target(torch.device("cpu"), torch.float32, 4)
 
@@ -64,9 +66,50 @@ def test_different_times_in_a_call_are_refused():
 
 
 def test_another_network_is_refused():
-    for net in (nn.Linear(1, 1), build(replace(TINY, conditions=("h",)))):
+    for net in (nn.Linear(1, 1), fold_attention(build())):
         with pytest.raises(ValueError, match=r"^Engine: net must be one of the U-Nets"):
             Engine(net)
+
+
+TOLD = replace(TINY, conditions=("h",))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TOLD, replace(GUIDED, conditions=("h",))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("h", [[0.2, 0.9, 0.4], [0.5] * 3, [0.5]])
+def test_conditions_may_differ_by_image_and_a_large_batch_is_cut_with_them(
+    h, dtype, config, monkeypatch
+):
+    monkeypatch.setattr("ds.engine.run.CACHE", 1)
+    net, (x, _), h = build(config), inputs(), torch.tensor(h)
+    t = torch.full((3,), 5)
+    exact = build(config).double()(x.double(), t, h=h.double())
+    narrow = build(config).to(dtype)(x, t, h=h)
+    engine = Engine(net, [5], dtype=dtype)
+    assert engine.target.images == 1
+    bound = 2 * relative_rms(narrow, exact) + torch.finfo(torch.float32).eps
+    assert relative_rms(engine(x, t, h=h), exact) <= bound
+
+
+def test_images_that_share_their_conditions_are_told_one_row():
+    """Then a convolution adds it as its bias, without a pass of its own."""
+    engine, t = Engine(build(TOLD), [5]), torch.full((3,), 5)
+    told = []
+    call, engine.call = engine.call, lambda x, row: told.append(row) or call(x, row)
+    for h in ([0.5] * 3, [0.5, 0.5, 0.6]):
+        engine(inputs()[0], t, h=torch.tensor(h))
+    columns = sum(b.temb_proj.out_features for b in build().modules() if isinstance(b, ResBlock))
+    assert [tuple(row.shape) for row in told] == [(columns,), (3, columns)]
+
+
+def test_conditions_that_a_network_does_not_take_or_that_are_missing_are_refused():
+    engine, (x, t) = Engine(build(TOLD), [5]), (inputs()[0], torch.full((3,), 5))
+    for cond in ({}, {"label": t}, {"h": t, "label": t}):
+        with pytest.raises(ValueError, match=r"^UNet: takes the conditions h"):
+            engine(x, t, **cond)
+    with pytest.raises(ValueError, match=r"^UNet: h is \[2\] for 3 images"):
+        engine(x, t, h=torch.zeros(2))
 
 
 def test_an_engine_leaves_its_input_alone_and_repeats_itself():

@@ -1,6 +1,6 @@
 """The loop against the model that it stands for; on a CPU its step is simply called."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,13 +9,14 @@ from torch import nn
 import ds
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.predictions import Preconditioned, TrigFlow, Velocity
+from ds.diffusion.predictions import Eps, LearnedVariance, Preconditioned, TrigFlow, Velocity
 from ds.diffusion.schedules import EDM, Linear, LinearBeta, Trig
 from ds.diffusion.solvers import DDIM
 from ds.engine import Engine, Loop, Recurrence
-from ds.methods import DenoisingStudent
+from ds.methods import DenoisingStudent, MeanFlow
+from ds.nets.base import NO_CLASS
 from ds.training.presets import SOLVERS
-from tests.nets.test_unet import build, relative_rms
+from tests.nets.test_unet import TINY, build, relative_rms
 
 GRID = grids.quadratic(6)
 SCHEDULE = LinearBeta()
@@ -82,6 +83,58 @@ def test_a_student_is_a_loop_of_one_step():
     model = ds.Student(net, DenoisingStudent(t=7))
     assert Recurrence.of(model).times == (7,)
     assert distance(loop_of(model)(z), model.sample(z)) < 1e-10
+
+
+TOLD = replace(TINY, conditions=("h",), frequencies=(6.0, 0.5))
+
+
+def test_a_loop_is_told_the_conditions_of_each_image():
+    net = build(replace(TOLD, classes=3, out_channels=4)).double()
+    model = teacher(net, LearnedVariance(Eps()))
+    h = torch.tensor([0.2, 0.9, 0.4], dtype=torch.float64)
+    cond = {"h": h, "label": torch.tensor([2, NO_CLASS, 0])}
+    z = ds.noise(0, range(3), model.shape).double()
+    loop = loop_of(model)
+    for _ in range(2):
+        assert distance(loop(z, **cond), model.sample(z, cond=cond)) < 1e-10
+        cond = {**cond, "label": cond["label"].flip(0)}
+    with pytest.raises(ValueError, match="takes the conditions h, label, not h; pass"):
+        loop(z, h=h)
+    bound = replace(model, denoiser=model.denoiser.given(h=h))
+    with pytest.raises(ValueError, match=r"^a loop needs .* given to each sample; h is bound"):
+        Recurrence.of(bound)
+
+
+def test_a_guided_teacher_is_refused_and_its_engine_knows_its_times():
+    model = teacher(build(replace(TINY, classes=3)))
+    model = replace(model, denoiser=ds.Guided(model.denoiser, 2.0))
+    with pytest.raises(ValueError, match=r"^a loop needs one network call .* is guided"):
+        Recurrence.of(model)
+    engine = model.engine(4).net
+    cond, z = {"label": torch.tensor([2, 0])}, ds.noise(0, range(2), model.shape)
+    exact = replace(model, denoiser=replace(model.denoiser, net=build(engine.config).double()))
+    exact = exact.sample(z.double(), cond=cond)
+    assert relative_rms(model.using(engine).sample(z, cond=cond), exact) < 1e-5
+    assert sorted(engine._times.tolist()) == sorted(GRID)
+
+
+class Uneven(MeanFlow):
+    """MeanFlow in steps of other lengths, which it tells its network as h."""
+
+    def times(self, nfe: int) -> grids.Grid:
+        return (1.0, 0.4, 0.3) if nfe == 3 else super().times(nfe)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_loop_tells_a_network_what_its_method_does_in_each_step(classes):
+    net = build(replace(TOLD, classes=classes)).double()
+    model = ds.Student(net, Uneven(), nfe=3)
+    z, label = ds.noise(0, range(3), model.shape).double(), torch.tensor([2, 0, 1])
+    cond = {"label": label} if classes else {}
+    exact, loop = model.sample(z, cond=cond), loop_of(model)
+    assert distance(loop(z, **cond), exact) < 1e-6  # of times embedded in float32
+    loop._own["h"].fill_(0.6)
+    assert distance(loop(z, **cond), exact) > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["ddim", "unipc"])

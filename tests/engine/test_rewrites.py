@@ -8,8 +8,12 @@ import torch
 
 import ds
 from ds.engine import Engine, Plan, Rewrites, Target, rewrites
-from ds.engine.calls import Attend, Conv, ImplicitGemm, Norm, UpsampleConv, Winograd
+from ds.engine.calls import Attend, Norm
+from ds.engine.convolutions import Conv, ImplicitGemm, UpsampleConv, Winograd
+from ds.methods.base import built
+from ds.nets.base import NO_CLASS
 from ds.nets.blocks import ResBlock
+from ds.nets.song import ddpmpp, ncsnpp
 from ds.training import presets
 from tests.nets.test_unet import GUIDED, TINY, build, inputs, relative_rms
 
@@ -18,11 +22,30 @@ NAMES = [field.name for field in fields(Rewrites)]
 OFF = Rewrites(**dict.fromkeys(NAMES, False))
 ON = Rewrites()  # all of them
 OWN = replace(ON, winograd=False)  # all convolutions by our own kernel
+# What ADM has beside guided diffusion's.
+ADM = replace(GUIDED, classes=5, out_channels=4, cosine_first=True, head_channels=None, heads=2)
+SONG = {
+    "image_size": 8,
+    "in_channels": 2,
+    "channels": 8,
+    "channel_mult": (1, 2, 2),
+    "num_res_blocks": 2,
+    "attention_resolutions": (4,),
+    "classes": 5,
+    "augment_channels": 3,
+}
+DDPMPP, NCSNPP = ddpmpp(**SONG), ncsnpp(**SONG)
 ARCHITECTURES = {
     name: replace(preset().net, channels=8, norm_groups=4)
     for name, preset in presets.PRESETS.items()
     if name != "lsun_church"  # the network of lsun_bedroom
-} | {"conv_shortcut": replace(TINY, conv_shortcut=True), "guided diffusion's": GUIDED}
+} | {
+    "conv_shortcut": replace(TINY, conv_shortcut=True),
+    "guided diffusion's": GUIDED,
+    "ADM's": ADM,
+    "DDPM++": DDPMPP,
+    "NCSN++": NCSNPP,
+}
 
 
 def small(config):
@@ -35,6 +58,16 @@ def small(config):
     )
 
 
+def conditions(config):
+    """The conditions of a call of three images, which share them or not; one set if it has none."""
+    numbers = [0.2, 0.9, 7.0], [0.9] * 3
+    values = {"label": ([3, NO_CLASS, 0], [3] * 3), "h": numbers, "d": numbers}
+    both = [{name: torch.tensor(values[name][i]) for name in config.takes} for i in (0, 1)]
+    if "augment" in config.may_take:
+        both[0]["augment"] = torch.tensor([[0.2, -0.1, 3.0], [0.0, 0.0, 0.0], [1.0, 2.0, -3.0]])
+    return both if config.takes else [{}]
+
+
 def at(t, x):
     return torch.full((len(x),), t)
 
@@ -44,56 +77,65 @@ def distance(found, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [TINY, GUIDED])
+@pytest.mark.parametrize("config", [TINY, replace(ADM, conditions=("h",)), NCSNPP])
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_a_rewrite_alone_is_exact(name, config):
     net, (x, _) = build(config).double(), inputs()
     alone = OFF if name is None else replace(OFF, **{name: True})
-    expected = net(x.double(), at(37, x))
-    found = Engine(net, [0, 37, 999], rewrites=alone)(x.double(), at(37, x))
-    assert found.dtype == torch.float64
-    assert distance(found, expected) < 1e-10
+    engine = Engine(net, [0, 37, 999], rewrites=alone)
+    for cond in conditions(config):
+        expected, found = (f(x.double(), at(37, x), **cond) for f in (net, engine))
+        assert found.dtype == torch.float64
+        assert distance(found, expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "time_table"])
 def test_a_rewrite_changes_the_plan(name):
-    net, target = build(), Target(torch.device("cpu"), torch.float64, 16)
+    net = build(GUIDED if name == "scale_into_norm" else TINY)
+    target = Target(torch.device("cpu"), torch.float64, 16)
     plans = (Plan.of(net, target, chosen) for chosen in (OFF, replace(OFF, **{name: True})))
     plain, changed = ([(step.call.kind, step.inputs) for step in plan.steps] for plan in plans)
     assert plain != changed
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [TINY, GUIDED])
+@pytest.mark.parametrize("config", [replace(TINY, conditions=("h", "d"), classes=4), ADM, DDPMPP])
 @pytest.mark.parametrize("name", NAMES)
 def test_all_but_one_are_exact(name, config):
     net, (x, _) = build(config).double(), inputs()
     engine = Engine(net, [5], rewrites=replace(ON, **{name: False}))
-    assert distance(engine(x.double(), at(5, x)), net(x.double(), at(5, x))) < 1e-10
+    for cond in conditions(config):
+        expected, found = (f(x.double(), at(5, x), **cond) for f in (net, engine))
+        assert distance(found, expected) < 1e-10
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_exact(name):
-    config = small(ARCHITECTURES[name])
-    net, (x, _) = build(config), inputs(2, config)
+    config = ARCHITECTURES[name] if "++" in name else small(ARCHITECTURES[name])
+    net, (x, _), (cond, *_) = build(config), inputs(3, config), conditions(config)
     narrow = build(config).bfloat16()
-    exact = net.double()(x.double(), at(800, x))
+    exact = net.double()(x.double(), at(800, x), **cond)
     for chosen in (None, OWN):
         engine = Engine(net, [800], rewrites=chosen)
-        assert distance(engine(x.double(), at(800, x)), exact) < 1e-10
-    found = Engine(net, [800], dtype=torch.float32)(x, at(800, x))
+        assert distance(engine(x.double(), at(800, x), **cond), exact) < 1e-10
+    found = Engine(net, [800], dtype=torch.float32)(x, at(800, x), **cond)
     assert relative_rms(found, exact) < 1e-5
-    found = Engine(net.float(), [800], dtype=torch.bfloat16)(x, at(800, x))
-    assert relative_rms(found, exact) <= 2 * relative_rms(narrow(x, at(800, x)), exact)
+    found = Engine(net.float(), [800], dtype=torch.bfloat16)(x, at(800, x), **cond)
+    assert relative_rms(found, exact) <= 2 * relative_rms(narrow(x, at(800, x), **cond), exact)
+
+
+def whole_cifar10():
+    net = built(presets.cifar10().net).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p += 0.02 * torch.randn(p.shape, generator=generator)
+    return net
 
 
 @torch.no_grad()
 def test_the_whole_cifar10_network_is_exact():
-    net = presets.cifar10().net.build().eval()
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        p += 0.02 * torch.randn(p.shape, generator=generator)
+    net = whole_cifar10()
     x, t = ds.noise(0, range(2), net.shape), torch.full((2,), 500)
     found = Engine(net, [500], images=2)(x, t)
     exact = net.double()(x.double(), t)
@@ -198,10 +240,7 @@ def test_both_convolutions_of_a_block_take_float8_and_no_other(chosen):
 @torch.no_grad()
 def test_float8_moves_the_whole_cifar10_network_by_a_tenth():
     """Of its output, root mean square, with random weights; bfloat16 by a sixtieth."""
-    net = presets.cifar10().net.build().eval()
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        p += 0.02 * torch.randn(p.shape, generator=generator)
+    net = whole_cifar10()
     x, t = ds.noise(0, range(2), net.shape), torch.full((2,), 500)
     exact = Engine(net, [500], images=2)(x, t)
     moved = [

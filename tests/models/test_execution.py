@@ -78,10 +78,30 @@ def test_the_default_is_that_of_the_device_and_the_weights(
     assert Execution.default(TEACHER) == Execution()
 
 
-def test_a_network_with_conditions_is_run_by_itself():
-    net = build(replace(TINY, conditions=("h",)))
-    denoiser = ds.Denoiser(net, ds.schedule.LinearBeta()).given(h=torch.zeros(1))
-    assert Execution.default(ds.Teacher(denoiser, DDIM(), (5, 0))) == Execution()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_network_with_conditions_is_run_as_one_without_but_for_guidance(
+    unet, device, monkeypatch, caplog
+):
+    monkeypatch.setattr("ds.models.execution.device_of", lambda _: torch.device(device))
+    plain = Execution.default(unet)
+    told = ds.Denoiser(build(replace(TINY, classes=3)), ds.schedule.LinearBeta())
+    assert Execution.default(replace(unet, denoiser=told)) == plain
+    assert not caplog.records
+    guided = Execution.default(replace(unet, denoiser=ds.Guided(told, 2.0)))
+    assert guided == replace(plain, mode="engine")
+    assert ("slower: a loop needs one network call" in caplog.text) == (device == "cuda")
+
+
+@pytest.mark.parametrize("mode", ["engine", "cuda_graph"])
+@pytest.mark.parametrize("labels", [[2, 0, 1, 1, 0, 2], 1])
+def test_the_engine_and_a_graph_draw_the_classes_that_are_asked_for(unet, no_check, mode, labels):
+    net = build(replace(TINY, classes=3))
+    model = replace(unet, denoiser=replace(unet.denoiser, net=net))
+    images = []
+    for execution in (Execution(), Execution(mode=mode)):
+        sampler = ds.Sampler(model, batch_size=4, execution=execution)
+        images.append(torch.cat([*sampler.batches(7, range(6), labels=labels)]))
+    assert relative_rms(images[1], images[0]) < 1e-5
 
 
 def test_every_model_whose_step_can_be_captured_is_on_a_gpu(unet, caplog, monkeypatch):
