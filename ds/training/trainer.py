@@ -22,6 +22,7 @@ from ds.models.pretrained import check_finite, fingerprint
 from ds.models.teacher import Teacher
 from ds.nets import recompute_norms
 from ds.nets.base import told
+from ds.nets.blocks import AbstractUNet
 from ds.pairs.sources import AbstractSource, Batch
 from ds.system import distributed
 from ds.system.ambient import without_ambient
