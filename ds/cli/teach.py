@@ -26,13 +26,14 @@ from ds.cli.verb import (
     train_idle,
     watched,
 )
+from ds.diffusion.conditions import Sheet
 from ds.methods import Denoising
 from ds.models import pretrained
 from ds.models.images import save_png, tile
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
-from ds.pairs.pictures import read_pictures, split
+from ds.pairs.pictures import Pictures, read_pictures, split
 from ds.pairs.sources import Images, digits
 from ds.system import cost
 from ds.system.config import Count, Seed
@@ -65,6 +66,9 @@ class Teach(Verb):
     # pictures to hold out from training, to pick the best average; None: a tenth, 8 to 1024
     held_out: Count | None = None
     flip: bool = False  # train on the mirror images too
+    # teach the classes of the pictures too: samples can then be asked for by class, and guided.
+    # Classes are the folders that pictures lie in, the labels beside an array, or the digits
+    conditional: bool = False
     out: Path  # a directory for the teacher; its run goes beside it, into OUT-run
     net: UNetConfig
     method: Denoising
@@ -84,7 +88,7 @@ class Teach(Verb):
         if not images or images == DIGITS:
             return None
         side = int(size) if size and size.isdecimal() else None
-        n, h, w, c = pictures_at(images, side).shape
+        n, h, w, c = pictures_at(images, side).images.shape
         rows = len(split(n)[0])
         p = replace(presets.own((c, h, w), rows), net=presets.network((c, h, w), rows))
         return cls._at(home_beside(images), images, p)
@@ -108,8 +112,10 @@ class Teach(Verb):
 
     def idle(self) -> dict[str, str]:
         names = ("size", "held-out", "flip") if self.images == DIGITS else ()
-        mine = dict.fromkeys(names, "with the digits, which are used as they are")
-        return solve_idle(self.solve) | train_idle(self.train) | mine
+        idle = solve_idle(self.solve) | train_idle(self.train)
+        if not (self.conditional or self.net.classes):
+            idle["method.label-dropout"] = "without --conditional: no labels are taught"
+        return idle | dict.fromkeys(names, "with the digits, which are used as they are")
 
     def prepare(self) -> Callable[[], None]:
         check_outputs(self.out, force=self.force, apart=[self._read])
@@ -131,7 +137,7 @@ class Teach(Verb):
         """Return a teacher of fresh weights."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            denoiser = self.method.denoiser(self.net.build())
+            denoiser = self.method.denoiser(replace(self.net, classes=self._classes).build())
         return Teacher(denoiser, *self.solve.build(denoiser.schedule))
 
     @property
@@ -140,9 +146,21 @@ class Teach(Verb):
         return None if self.images == DIGITS else Path(self.images)
 
     @property
+    def _classes(self) -> int:
+        """The number of classes that the network is told; 0: none."""
+        if self.net.classes or not self.conditional:
+            return self.net.classes
+        return max(1, pictures_at(self.images, self.size).classes)
+
+    @property
     def _data(self) -> tuple[Images, Images]:
         return training_images(
-            "teach", self.images, self.size, held_out=self.held_out, flip=self.flip
+            "teach",
+            self.images,
+            self.size,
+            held_out=self.held_out,
+            flip=self.flip,
+            classes=self._classes,
         )
 
     def budget(self) -> str:
@@ -170,21 +188,49 @@ class Teach(Verb):
             commit=environment.commit(),
             run=trainer.identity,
             images=len(trainer.batches.source),
+            **self._named(),
         )
         if self.images != DIGITS:
             self._show(teacher)
         say(f"teacher: {self.out}")
 
+    def _named(self) -> dict[str, Any]:
+        """Return the names of the classes, if the network is told any that have names."""
+        names = pictures_at(self.images, self.size).names if self._classes else ()
+        return {"classes": [*names]} if names else {}
+
     def _show(self, teacher: Teacher) -> None:
-        """Write a sheet of the teacher's images, and of as many real ones on its right."""
+        """Write a sheet of the teacher's images, and of as many real ones on its right.
+
+        Where classes are taught, each has a column on either side.
+        """
+        asked = self._data[0].conditions.sheet(SHOWN)
+        drawn = Sampler(teacher)(0, range(asked.count), asked.cond.get("label"))
         real = pictures_at(self.images, self.size)
-        chosen = [i * (len(real) - 1) // (SHOWN - 1) for i in range(SHOWN)]
-        halves = [tile(x, 8, gap=2) for x in (Sampler(teacher)(0, range(SHOWN)), real[chosen])]
+        chosen = real.images[_spread(len(real.images), real.labels, asked)]
+        halves = [tile(x, asked.columns, gap=2) for x in (drawn, chosen)]
         sheet = torch.cat([halves[0], torch.full_like(halves[0][:, :8], 255), halves[1]], 1)
         file = run_folder(self.out) / "samples.png"
         with replacing(file) as path:
-            save_png(sheet, path, scale=max(1, 64 // real.shape[1]))
+            save_png(sheet, path, scale=max(1, 64 // real.images.shape[1]))
         log.info("samples: %s, and real pictures on their right", file)
+
+
+def _spread(n: int, labels: Tensor | None, asked: Sheet) -> Tensor:
+    """Return which of n pictures to show on a sheet: of its classes, from first to last."""
+    wanted = asked.cond.get("label")
+    if labels is None or wanted is None:
+        return _even(n, asked.count)
+    found = torch.empty(asked.count, dtype=torch.int64, device="cpu")
+    for k in wanted.unique():
+        here, rows = wanted == k, (labels == k).nonzero()[:, 0]
+        found[here] = rows[_even(len(rows), int(here.sum()))]
+    return found
+
+
+def _even(n: int, count: int) -> Tensor:
+    """Return `count` of n rows, spread evenly from the first to the last."""
+    return torch.arange(count, dtype=torch.int64, device="cpu") * (n - 1) // max(1, count - 1)
 
 
 def forget_pictures() -> None:
@@ -194,9 +240,9 @@ def forget_pictures() -> None:
 
 
 @lru_cache(1)
-def pictures_at(images: str, size: int | None) -> Tensor:
+def pictures_at(images: str, size: int | None) -> Pictures:
     """Return pictures, read once a command."""
-    return read_pictures(images, size=size).images
+    return Pictures(*digits()) if images == DIGITS else read_pictures(images, size=size)
 
 
 @lru_cache(1)
@@ -207,23 +253,55 @@ def training_images(
     *,
     held_out: int | None = None,
     flip: bool = False,
+    classes: int = 0,
 ) -> tuple[Images, Images]:
     """Return images to train on, and images to score with: others, but for the digits.
 
-    Those to score with are repeated, each time with other noise, to make a few hundred. Raises
-    ValueError if there are none.
+    Those to score with are repeated, each time with other noise, to make a few hundred. A network
+    with `classes` is told theirs. Raises ValueError if there are none, and for pictures without
+    classes, or with others, for such a network.
     """
-    if images == DIGITS:
-        digits_, _ = digits()
-        return Images(digits_), Images(digits_, seed=1)
-    if not images or (images in presets.PRESETS and not Path(images).exists()):
+    if not images or (images in presets.PRESETS and not _comes_along(images)):
         which = f"of {images} come with the library" if images else "are named"
         raise ValueError(
             f"{verb}: no images {which}; give --images with a folder of pictures, an .npy, .npz or "
             f".tar"
         )
     found = pictures_at(images, size)
-    train, kept = split(len(found), held_out)
+    labels = _labels(verb, images, found, classes)
+    if images == DIGITS:
+        return Images(found.images, labels), Images(found.images, labels, seed=1)
+    train, kept = split(len(found.images), held_out)
     log.info("%s: %d pictures to train on, %d held out to score", verb, len(train), len(kept))
     scored = kept.repeat(-(-SCORED // len(kept)))
-    return Images(found, rows=train, flip=flip), Images(found, seed=1, rows=scored)
+    return (
+        Images(found.images, labels, rows=train, flip=flip),
+        Images(found.images, labels, seed=1, rows=scored),
+    )
+
+
+def _comes_along(images: str) -> bool:
+    """Return whether a preset's images are there: they come with the library, or a path does."""
+    return images == DIGITS or Path(images).exists()
+
+
+def _labels(verb: str, images: str, found: Pictures, classes: int) -> Tensor | None:
+    """Return the labels for a network with so many classes; None for one without any."""
+    known = found.classes
+    if classes == 0:
+        if known and verb == "teach" and images != DIGITS:
+            log.info("teach: the %d classes are not taught; --conditional teaches them", known)
+        return None
+    if not known:
+        raise ValueError(
+            f"{verb}: {images}: no classes are known, which the network is to be told; put the "
+            f"pictures of each class into a folder of their own, or labels beside an array"
+        )
+    if known > classes:
+        raise ValueError(
+            f"{verb}: {images}: has labels up to {known - 1}, the network has classes 0 to "
+            f"{classes - 1}"
+        )
+    if images != DIGITS:
+        log.info("%s: %d classes are taught", verb, classes)
+    return found.labels

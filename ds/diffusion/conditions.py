@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,26 @@ from ds.diffusion.noise import as_bits, words
 from ds.nets.base import NO_CLASS
 from ds.system.config import Between, check
 
+COLUMNS, MOST_COLUMNS = 8, 16  # of a sheet of samples: without classes, and at most with them
 # Streams of random numbers: of classes and of guidance scales.
 _CLASSES, _SCALES = 0x4C9A71E35D08F2B6, 0x1B66E0D8A93F547C
 
 NAMES = ("label", "guidance")  # what conditions can say
 Scale = Annotated[float, Between(-1e6, 1e6)]
 Class = Annotated[int, Between(NO_CLASS, 2**31 - 1)]
+
+
+class Sheet(NamedTuple):
+    """The form of a sheet of samples, row by row, and what each of them is asked for, [N] each."""
+
+    rows: int
+    columns: int
+    cond: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,27 @@ class Conditions:
             return torch.full_like(index, self.classes[0])
         classes = torch.tensor(self.classes, dtype=torch.int64, device=index.device)
         return classes[words(seed, index) * len(classes) >> 32]
+
+    def sheet(self, most: int) -> Sheet:
+        """Return a sheet of `most` samples or a few less, always of the same classes.
+
+        It has a column for each class, of more than 16 for as many spread among them evenly.
+        Guidance scales rise from the first row to the last. Tensors are on the CPU.
+        """
+        shown = self.classes
+        if len(shown) > MOST_COLUMNS:
+            step = (len(shown) - 1) / (MOST_COLUMNS - 1)
+            shown = tuple(shown[round(i * step)] for i in range(MOST_COLUMNS))
+        columns = len(shown) if len(shown) > 1 else COLUMNS
+        rows, cond = max(1, most // columns), {}
+        if shown:
+            labels = torch.tensor(shown, dtype=torch.int64, device="cpu")
+            cond["label"] = labels.expand(columns).repeat(rows)
+        if (g := self.guidance) is not None:
+            low, high = g if isinstance(g, tuple) else (g, g)
+            scales = torch.linspace(low, high, rows, dtype=torch.float32, device="cpu")
+            cond["guidance"] = scales.repeat_interleave(columns)
+        return Sheet(rows, columns, cond)
 
 
 def labels_of(where: str, labels: int | Sequence[int] | Tensor, count: int, classes: int) -> Tensor:

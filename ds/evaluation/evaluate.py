@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import ds
+from ds.diffusion.conditions import Conditions
+from ds.evaluation.by_class import agreement, asked_of, by_class, of_classes
 from ds.evaluation.features import AbstractExtractor, Inception
 from ds.evaluation.metrics import (
     NEAREST,
@@ -33,6 +35,8 @@ from ds.models.images import Rounding
 from ds.models.model import Model, dtype_name
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
+from ds.nets.base import NO_CLASS
+from ds.pairs.pictures import Pictures
 from ds.pairs.sources import Pairs
 from ds.system import targets
 from ds.system.ambient import without_ambient
@@ -44,7 +48,7 @@ from ds.system.staging import write_json
 
 log = logging.getLogger("ds")
 MOST = 10_000_000  # images: more of them move no figure
-SECONDS = "seconds_per_1000_images"
+SECONDS, CLASSES = "seconds_per_1000_images", "classes"
 Figures = dict[str, float]
 
 
@@ -68,6 +72,8 @@ class Protocol:
     execution: dict[str, Any] | None = None
     device: dict[str, str] | None = None
     decoder: dict[str, str] | None = None  # of latents
+    classes: dict[str, Any] | None = None  # that images were asked for, and how often
+    guidance: dict[str, Any] | None = None  # a teacher's, and the scale or the ends of its range
     held_out: dict[str, Any] | None = None
 
     @property
@@ -78,14 +84,15 @@ class Protocol:
 
 @without_ambient()
 def evaluate(
-    images_or_model: Tensor | Model,
-    reference: Tensor | Moments,
+    images_or_model: Tensor | Pictures | Model,
+    reference: Tensor | Pictures | Moments,
     extractor: AbstractExtractor,
     *,
     n: int = 4096,
     seed: int = 1,
     batch_size: int = 256,
     execution: Execution | None = None,
+    conditions: Conditions | None = None,
     rounding: Rounding = "round",
     held_out: Pairs | None = None,
     out: str | Path | None = None,
@@ -95,11 +102,20 @@ def evaluate(
 
     `images_or_model` is a model to draw n images from, with the noise of (seed, 0 .. n - 1), or
     uint8 images [N, H, W, C]. `reference` is uint8 images, or the moments of their features, which
-    allow only a Frechet distance. `execution` says how the model is run, by default as a Sampler
-    does; the protocol records it. With `held_out` pairs, the model's samples for their noise are
+    allow only a Frechet distance. Images of either side may be Pictures, which can have labels.
+    `execution` says how the model is run, by default as a Sampler does; the protocol records it.
+    With `held_out` pairs, the model's samples for their noise, and their conditions, are
     compared with the stored ones: "pair_rms" in units of [-1, 1], and "pair_r2". With `out`, the
     result is also written there as JSON. Processes that torchrun started share the work and return
     the same figures.
+
+    A model with classes is asked for those of the reference, as often as they are there, and
+    without its labels for all of its own equally often. `conditions` may name some of them, to
+    which the reference is then cut, and a guidance scale or a range of it. Figures of each class
+    are in "classes", as `ds.evaluation.by_class.by_class` says; "class_kernel_distance" is the mean
+    of their kernel distances. "classifier_agreement" is the share of images that the classifier
+    behind the features finds in the class they were drawn for, "reference_agreement" that of the
+    real ones, which no generator can be expected to exceed.
 
     Images that are drawn are not kept, so memory does not grow with n. Kernel distance, precision
     and recall compare the first 16,384 of each side. The Frechet distance is called "fid" only on
@@ -112,13 +128,20 @@ def evaluate(
     network's numbers are not finite.
     """
     if isinstance(images_or_model, Tensor):
-        check_images(images_or_model, reference)
-        n, shape = len(images_or_model), images_or_model.shape[1:]
-        if held_out is not None:
-            raise ValueError("evaluate: held_out pairs need a model, not images it has drawn")
+        images_or_model = Pictures(images_or_model)
+    real = Pictures(reference) if isinstance(reference, Tensor) else reference
+    if isinstance(images_or_model, Pictures):
+        check_images(images_or_model.images, real if isinstance(real, Moments) else real.images)
+        n, shape = len(images_or_model.images), images_or_model.images.shape[1:]
+        if held_out is not None or conditions is not None:
+            raise ValueError(
+                "evaluate: held_out pairs need a model, not images it has drawn; so do conditions"
+            )
     else:
         shape = image_shape(images_or_model)
-    width = check_evaluation(shape, n, reference, extractor)
+        conditions = images_or_model.conditions(conditions)
+        real = told_apart(real, images_or_model, conditions)
+    width = check_evaluation(shape, n, real, extractor)
     require("evaluate", Count, batch_size=batch_size)
     require("evaluate", Seed, seed=seed)
     if held_out is not None and len(held_out) < 2:
@@ -126,40 +149,97 @@ def evaluate(
     if out is not None and is_first():  # before the work, not after it
         out = targets.file(out, force=force, apart=[held_out.store.path if held_out else None])
 
-    keep = PAIRWISE if isinstance(reference, Tensor) else 0
+    keep = PAIRWISE if isinstance(real, Pictures) else 0
     statistics = partial(_statistics, extractor, width, keep, batch_size)
     found: Figures = {}
     drawn: dict[str, Any] = {}
-    if isinstance(images_or_model, Tensor):
-        made = statistics(_slices(images_or_model), n)
+    if isinstance(images_or_model, Pictures):
+        made, labels = statistics(_slices(images_or_model.images), n), images_or_model.labels
     else:
-        sampler = Sampler(images_or_model, batch_size=batch_size, execution=execution)
-        drawing = _Drawing(sampler, seed, n, rounding)
+        assert conditions is not None
+        sampler = Sampler(
+            images_or_model, batch_size=batch_size, execution=execution, conditions=conditions
+        )
+        asked = asked_of(conditions, real if isinstance(real, Pictures) else None, n, seed)
+        labels = asked and asked.labels
+        drawing = _Drawing(sampler, seed, n, rounding, labels)
         made = statistics(drawing, n)
         found[SECONDS] = drawing.seconds / n * 1000
         drawn = _about_drawing(sampler, images_or_model, seed)
+        if asked:
+            drawn["classes"] = {"of": [*conditions.classes], "drawn": asked.how}
         if held_out is not None:
             found |= _pair_error(sampler, held_out)
             drawn["held_out"] = {"n": len(held_out), "fingerprint": held_out.fingerprint()}
-    real: Statistics | Moments
-    if isinstance(reference, Tensor):
-        real = statistics(_slices(reference), len(reference))
-        drawn["pairwise"] = {"n": min(n, PAIRWISE), "reference": min(len(reference), PAIRWISE)}
+    there: Statistics | Moments
+    if isinstance(real, Pictures):
+        count = len(real.images)
+        there = statistics(_slices(real.images), count)
+        drawn["pairwise"] = {"n": min(n, PAIRWISE), "reference": min(count, PAIRWISE)}
     else:
-        real = reference
-    found |= broadcast(lambda: _distances(made, real, n, extractor))
+        there = real
+    found |= broadcast(lambda: _distances(made, there, n, extractor))
+    classes = broadcast(lambda: _of_classes(made, labels, there, real, extractor))
     protocol = Protocol(
         version=ds.__version__,
         n=n,
         quantizer=rounding,
         extractor={"name": extractor.name, "sha256": extractor.sha256, "dim": width},
-        reference=_about_reference(reference),
+        reference=_about_reference(real),
         **drawn,
     )
-    result = {**found, "protocol": protocol.json}
+    result = {**found, **classes, "protocol": protocol.json}
     if out is not None and is_first():
         _write(out, result, force)
     return result
+
+
+def told_apart(
+    real: Pictures | Moments, model: Model, conditions: Conditions
+) -> Pictures | Moments:
+    """Return the reference with the labels of a model, and of the classes it is asked for only.
+
+    Labels that mean nothing to the model are left out. Raises ValueError for folders of classes
+    that the model was not taught, and for a reference without the classes that are asked for.
+    """
+    if isinstance(real, Moments) or real.labels is None:
+        return real
+    if not model.classes or NO_CLASS in conditions.classes:
+        return Pictures(real.images)
+    real = real.named(model.provenance.get("classes") or ())
+    if real.classes > model.classes:
+        log.warning(
+            "evaluate: the reference has labels up to %d, the model classes 0 to %d; they are not "
+            "the same classes, and its labels are not used",
+            real.classes - 1,
+            model.classes - 1,
+        )
+        return Pictures(real.images)
+    return of_classes(real, conditions.classes)
+
+
+def _of_classes(
+    made: Statistics,
+    labels: Tensor | None,
+    there: Statistics | Moments,
+    real: Pictures | Moments,
+    extractor: AbstractExtractor,
+) -> dict[str, Any]:
+    """Return the figures of each class, and those that are means over classes."""
+    if labels is None or not (labels >= 0).any():
+        return {}
+    known = real.labels if isinstance(real, Pictures) else None
+    statistics = there if isinstance(there, Statistics) else None
+    classified = int(labels.max()) < extractor.classes
+    shares: dict[str, float | None] = {}
+    if classified:
+        shares["classifier_agreement"] = agreement(made.classes, labels)
+        shares["reference_agreement"] = agreement(statistics and statistics.classes, known)
+    each = by_class(made, labels, statistics, known, classified=classified)
+    distances = [f["kernel_distance"] for f in each.values() if "kernel_distance" in f]
+    if distances:
+        shares["class_kernel_distance"] = math.fsum(distances) / len(distances)
+    return {**{k: v for k, v in shares.items() if v is not None}, CLASSES: each}
 
 
 def image_shape(model: Model) -> tuple[int, int, int]:
@@ -169,7 +249,10 @@ def image_shape(model: Model) -> tuple[int, int, int]:
 
 
 def check_evaluation(
-    shape: Sequence[int], n: int, reference: Tensor | Moments, extractor: AbstractExtractor
+    shape: Sequence[int],
+    n: int,
+    reference: Tensor | Pictures | Moments,
+    extractor: AbstractExtractor,
 ) -> int:
     """Check that n images of a shape (H, W, C) can be evaluated; return the width of the features.
 
@@ -177,6 +260,7 @@ def check_evaluation(
     images, moments of another width, fewer images than every figure needs, and features that do not
     fit the memory.
     """
+    reference = reference.images if isinstance(reference, Pictures) else reference
     probe = torch.zeros(2, *shape, dtype=torch.uint8, device="cpu")
     check_images(probe, reference)
     scored = type(extractor).logits is not AbstractExtractor.logits
@@ -217,7 +301,7 @@ def _width(extractor: AbstractExtractor, images: Tensor) -> int:
 
 def figures(result: dict[str, Any]) -> Figures:
     """Return the figures of an evaluation that depend on the model, without speed and protocol."""
-    return {k: v for k, v in result.items() if k not in ("protocol", SECONDS)}
+    return {k: v for k, v in result.items() if k not in ("protocol", SECONDS, CLASSES)}
 
 
 def way(result: dict[str, Any]) -> str:
@@ -255,15 +339,18 @@ def split_floor(
 class _Drawing:
     """Draw images of a seed: drawing(rows) -> uint8; `seconds` is how long that has taken."""
 
-    def __init__(self, sampler: Sampler, seed: int, n: int, rounding: Rounding):
-        self._sampler, self._seed = sampler, seed
+    def __init__(
+        self, sampler: Sampler, seed: int, n: int, rounding: Rounding, labels: Tensor | None
+    ):
+        self._sampler, self._seed, self._labels = sampler, seed, labels
         self._rounding: Rounding = rounding
         self.seconds = 0.0
         sampler(seed, range(min(n, sampler.batch_size)))  # warms up
 
     def __call__(self, rows: range) -> Tensor:
         start = time.perf_counter()
-        images = self._sampler(self._seed, rows, rounding=self._rounding)
+        labels = None if self._labels is None else self._labels[rows.start : rows.stop]
+        images = self._sampler(self._seed, rows, labels, rounding=self._rounding)
         self.seconds += time.perf_counter() - start
         return images
 
@@ -277,7 +364,7 @@ def _statistics(
     n: int,
 ) -> Statistics:
     """Return the statistics, in the first process, of the features of n images."""
-    found = Statistics(n, width, extractor.logits, keep)
+    found = Statistics(n, width, extractor.logits, keep, extractor.classify)
     for rows in _rounds(n, batch_size):
         features = torch.empty(0, width, dtype=torch.float64, device="cpu")
         if rows:
@@ -322,7 +409,8 @@ def _pair_error(sampler: Sampler, pairs: Pairs) -> Figures:
     for start in range(0, len(pairs), sampler.batch_size):
         rows = range(start, min(start + sampler.batch_size, len(pairs)))
         batch = pairs.batch(rows, rows)
-        output = sampler.sample(batch.noise.to(sampler.device)).float().cpu()
+        cond = {name: value.to(sampler.device) for name, value in batch.cond.items()}
+        output = sampler.sample(batch.noise.to(sampler.device), cond=cond or None).float().cpu()
         offset = (batch.x0 - origin).double()
         errors.append((output - batch.x0).double().square().flatten(1).sum(1))
         spreads.append(offset.square().flatten(1).sum(1))
@@ -345,6 +433,10 @@ def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:
     if decoder := model.decoder:
         kind = type(decoder.net).__name__
         way["decoder"] = {"kind": kind, "sha256": decoder.fingerprint()}
+    guided = model.denoiser.guidance if isinstance(model, Teacher) else None
+    scale = sampler.conditions.guidance
+    if guided is not None or scale is not None:
+        way["guidance"] = {"by": guided and guided.about(), "scale": scale}
     execution = {**vars(sampler.execution), "precision": sampler.precision}
     name = device_name(sampler.device)
     return {
@@ -366,12 +458,12 @@ def _described(value: Any) -> Any:
         return type(value).__qualname__
 
 
-def _about_reference(reference: Tensor | Moments) -> dict[str, Any]:
+def _about_reference(reference: Pictures | Moments) -> dict[str, Any]:
     """Return what the protocol says of a reference."""
     if isinstance(reference, Moments):
         return {"moments": True, "sha256": reference.sha256}
-    digest = hashlib.sha256(reference.contiguous().numpy().data).hexdigest()
-    return {"n": len(reference), "sha256": digest}
+    digest = hashlib.sha256(reference.images.contiguous().numpy().data).hexdigest()
+    return {"n": len(reference.images), "sha256": digest}
 
 
 def _write(out: str | Path, result: dict[str, Any], force: bool) -> None:

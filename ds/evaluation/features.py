@@ -29,6 +29,7 @@ class AbstractExtractor(ABC):
     name: str
     sha256: str
     takes: str = "images of any size"  # for people
+    classes: int = 0  # that `classify` tells apart
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Return whether images of this shape (H, W, C) are what it takes."""
@@ -40,6 +41,10 @@ class AbstractExtractor(ABC):
 
     def logits(self, features: Tensor) -> Tensor | None:
         """Return the class logits [N, K] of an Inception Score, or None if there are none."""
+        return None
+
+    def classify(self, features: Tensor) -> Tensor | None:
+        """Return the class that each image is found in, int64 [N], or None without a classifier."""
         return None
 
     @torch.no_grad()
@@ -109,6 +114,7 @@ class Digits(AbstractExtractor):
 
     name = "digits-classifier"
     takes = "grey images of 8 x 8"
+    classes = 10
 
     def __init__(self):
         self.net = _train_classifier()
@@ -122,6 +128,10 @@ class Digits(AbstractExtractor):
 
     def batch(self, images: Tensor) -> Tensor:
         return self.net.features(to_float(images))
+
+    @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        return self.net.head(features.float()).argmax(1)
 
 
 class _Classifier(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds.pairs.pictures import read_pictures
+from ds.pairs.pictures import Pictures, read_pictures
 from ds.pairs.sources import digits
 from ds.system.arrays import read_arrays, read_headers
 from ds.system.files import sha256
@@ -21,19 +21,19 @@ class Moments(NamedTuple):
     sha256: str
 
 
-def read_reference(name: str, *, size: int | None = None) -> Tensor | Moments:
-    """Return a reference set: uint8 images [N, H, W, C], or the moments of its features.
+def read_reference(name: str, *, size: int | None = None) -> Pictures | Moments:
+    """Return a reference set: pictures, with their labels if there are any, or its moments.
 
     `name` is "digits", pictures in any form that `read_pictures` takes, which are cut and scaled to
     `size` if it is given, or an .npz with "mu" and "sigma" as the FID codes write it. Raises
     ValueError for anything else.
     """
     if name == "digits":
-        return digits()[0]
+        return Pictures(*digits())
     try:
         is_array = Path(name).is_file() and not name.endswith(".tar")
         moments = _read_moments(Path(name)) if is_array else None
-        return moments or read_pictures(name, size=size).images
+        return moments or read_pictures(name, size=size)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as error:
         if Path(name).is_dir():  # the error names a file in it
             raise ValueError(str(error)) from None

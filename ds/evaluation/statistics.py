@@ -16,17 +16,26 @@ class Statistics:
     """Moments, first rows and Inception Score of n rows of features [D] that come in parts.
 
     Rows are added up in float64, in blocks of a fixed size. So the same rows in the same order give
-    the same bits, whatever the parts. `logits` makes those of a score of features, or None. The
-    first `keep` rows are kept.
+    the same bits, whatever the parts. Of features, `logits` makes those of a score, or None, and
+    `classify` the class of each row, or None. The first `keep` rows are kept.
     """
 
-    def __init__(self, n: int, width: int, logits: Callable[[Tensor], Tensor | None], keep: int):
+    def __init__(
+        self,
+        n: int,
+        width: int,
+        logits: Callable[[Tensor], Tensor | None],
+        keep: int,
+        classify: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ):
         self._logits, self._score, self._keep = logits, InceptionScore(n), keep
+        self._classify = classify
         self._count = 0
         zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
         self._shift, self._sum, self._squares = zeros(width), zeros(width), zeros(width, width)
         self._rest = zeros(0, width)  # a block that is not full
         self._first: list[Tensor] = []
+        self._classes: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
         """Add rows of features, float64 [N, D] on the CPU.
@@ -53,6 +62,8 @@ class Statistics:
         self._count += len(block)
         if (logits := self._logits(block)) is not None:
             self._score.add(logits)
+        if (classes := self._classify(block)) is not None:
+            self._classes.append(classes)
 
     def finish(self) -> None:
         """Add the rows that fill no block; no more come."""
@@ -71,6 +82,11 @@ class Statistics:
     def first(self) -> Tensor:
         """The rows that are kept."""
         return torch.cat(self._first)
+
+    @property
+    def classes(self) -> Tensor | None:
+        """The class that each row is found in, int64 [n], or None without a classifier."""
+        return torch.cat(self._classes) if self._classes else None
 
     @property
     def score(self) -> tuple[float, float] | None:

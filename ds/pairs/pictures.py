@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +64,35 @@ Sides = tuple[int, int]
 
 
 class Pictures(NamedTuple):
-    """Pictures, uint8 [N, H, W, 1 or 3], and their classes, int64 [N], if they are known."""
+    """Pictures, uint8 [N, H, W, 1 or 3], and their classes, int64 [N], if they are known.
+
+    `names` are those of class 0, 1 and so on, where folders tell them.
+    """
 
     images: Tensor
     labels: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """The number of classes, the largest label and 1; 0 without labels."""
+        return 0 if self.labels is None else max(0, int(self.labels.max()) + 1)
+
+    def named(self, names: Sequence[str]) -> "Pictures":
+        """Return the pictures with the numbers that classes of these names have.
+
+        Without names on either side, numbers stay. Raises ValueError for a name that is not there.
+        """
+        if self.labels is None or not names or not self.names:
+            return self
+        if unknown := [name for name in self.names if name not in names]:
+            raise ValueError(
+                f"pictures of the class {unknown[0]!r}: it is not among the classes of the model, "
+                f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}"
+            )
+        numbers = [names.index(name) for name in self.names]
+        known = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        return Pictures(self.images, known[self.labels], tuple(names))
 
 
 class _Item(NamedTuple):
@@ -361,14 +386,14 @@ def _read(path: Any, found: _Found, sides: Sides | None) -> Pictures:
             picture = fitted(picture.pixels, sides)
             notes.add(item.name, *picture.notes)
         stack.put(i, item.name, picture.pixels)
-    labels, classes = _classes(found.items)
+    labels, names, classes = _classes(found.items)
     _say(path, stack.images, classes + found.left_out)
     if 0 < stack.grey < len(found.items):
         log.warning("%s: %s grey, and made RGB", path, _pictures(stack.grey))
     if foreign := sorted(FOREIGN & found.other.keys()):
         log.warning("%s: pictures of the kinds %s are not read", path, ", ".join(foreign))
     notes.log(path)
-    return Pictures(torch.from_numpy(stack.images), labels)
+    return Pictures(torch.from_numpy(stack.images), labels, names)
 
 
 def _say(path: Any, images: Any, more: str) -> None:
@@ -381,8 +406,8 @@ def _pictures(n: int) -> str:
     return f"{n:,} picture{'s' if n != 1 else ''}"
 
 
-def _classes(items: list[_Item]) -> tuple[Tensor | None, str]:
-    """Return the class of each picture, and what to say about them.
+def _classes(items: list[_Item]) -> tuple[Tensor | None, tuple[str, ...], str]:
+    """Return the class of each picture, the names of the folders, and what to say about them.
 
     Folders that are numbers keep that order. An archive's classes are numbers as they stand.
     """
@@ -391,11 +416,12 @@ def _classes(items: list[_Item]) -> tuple[Tensor | None, str]:
         {str(label) for label in labels}, key=lambda x: x.zfill(9) if x.isdecimal() else x
     )
     if None in labels or len(names) < 2 or {name.lower() for name in names} <= SPLITS:
-        return None, ""
+        return None, (), ""
     numbers = [x if isinstance(x, int) else names.index(str(x)) for x in labels]
     said = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     found = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    return found, f"; {len(names)} classes ({said})"
+    folders = all(isinstance(label, str) for label in labels)
+    return found, tuple(names) if folders else (), f"; {len(names)} classes ({said})"
 
 
 def _read_array(path: Path, sides: Sides | None) -> Pictures:

@@ -413,18 +413,21 @@ class Trainer:
 
     @torch.no_grad()
     def _draw(self, average: nn.Module) -> None:
-        """Write a grid of samples of the average, always from the same noise."""
+        """Write a grid of samples of the average, always from the same noise and conditions."""
         if len(self.shape) != 3:
             return
-        z = noise(self.config.seed, range(64), self.shape, device=self.device)
-        x = self.method.sample(average, z)
+        asked = self.batches.source.conditions.sheet(64)
+        z = noise(self.config.seed, range(asked.count), self.shape, device=self.device)
+        cond = {name: value.to(self.device) for name, value in asked.cond.items()}
+        told: dict[str, Any] = {"cond": cond} if cond else {}
+        x = self.method.sample(average, z, **told)
         if not x.isfinite().all():
             raise RuntimeError(
                 f"{self.out}: the samples of step {self.state.step} are not finite; the last "
                 f"checkpoint is kept, try a smaller train.lr"
             )
         images = shown(x, self.decoder)
-        sheet = tile(images, columns=8)
+        sheet = tile(images, columns=asked.columns)
         file = subfolder(self.out / "samples") / f"step-{self.state.step:07d}.png"
         with replacing(file) as path:
             save_png(sheet, path, scale=max(1, 256 // images.shape[2] // 8))

@@ -69,6 +69,36 @@ def test_the_order_of_classes_makes_no_difference():
 
 
 @pytest.mark.parametrize(
+    ("classes", "count", "rows", "columns", "first"),
+    [
+        ((), 64, 8, 8, None),
+        ((3,), 64, 8, 8, [3] * 8),
+        ((2, 5), 64, 32, 2, [2, 5]),
+        (range(10), 64, 6, 10, [*range(10)]),
+        (range(10), 4, 1, 10, [*range(10)]),
+        (range(31), 48, 3, 16, [*range(0, 31, 2)]),
+        (range(1000), 64, 4, 16, None),
+    ],
+)
+def test_a_sheet_has_a_column_for_each_class(classes, count, rows, columns, first):
+    sheet = Conditions(tuple(classes)).sheet(count)
+    assert (sheet.rows, sheet.columns, sheet.count) == (rows, columns, rows * columns)
+    if not classes:
+        assert sheet.cond == {}
+        return
+    label = sheet.cond["label"].view(rows, columns)
+    assert torch.equal(label, label[:1].expand(rows, columns))
+    assert first is None or label[0].tolist() == first
+    assert (label[0, 0], label[0, -1]) == (classes[0], classes[-1])
+
+
+def test_scales_rise_from_the_first_row_of_a_sheet_to_the_last():
+    sheet = Conditions((0, 1), (1.0, 4.0)).sheet(8)
+    assert sheet.cond["guidance"].view(4, 2).tolist() == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert Conditions(guidance=2.0).sheet(64).cond["guidance"].tolist() == [2.0] * 64
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"classes": (3, -2)}, r"classes\[1\] must be at least -1, not -2"),

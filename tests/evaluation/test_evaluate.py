@@ -313,7 +313,7 @@ def test_the_floor_compares_random_parts_of_the_real_images():
 
 
 def test_the_reference_named_digits_is_all_of_them():
-    assert torch.equal(read_reference("digits"), digits()[0])
+    assert all(map(torch.equal, read_reference("digits")[:2], digits()))
 
 
 def saved(path, save):
@@ -335,7 +335,7 @@ ARRAY = REFERENCE.numpy()
     ids=["npy", "npz of one", "npz with images"],
 )
 def test_a_reference_is_read_from_a_file(tmp_path, save, named):
-    assert torch.equal(read_reference(saved(tmp_path / named, save)), REFERENCE)
+    assert torch.equal(read_reference(saved(tmp_path / named, save)).images, REFERENCE)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,12 @@ def test_a_directory_of_images_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     names = sorted(str(p) for p in tmp_path.rglob("*.png"))
     order = [int(name[-7:-4]) for name in names]
-    assert torch.equal(read_reference(str(tmp_path)), IMAGES[order])
+    assert torch.equal(read_reference(str(tmp_path)).images, IMAGES[order])
 
 
 def test_grey_images_keep_one_channel(tmp_path):
     Image.fromarray(IMAGES[0, ..., 0].numpy()).save(tmp_path / "a.png")
-    assert torch.equal(read_reference(str(tmp_path)), IMAGES[:1, ..., :1])
+    assert torch.equal(read_reference(str(tmp_path)).images, IMAGES[:1, ..., :1])
 
 
 def test_images_of_two_sizes_are_refused_by_name(tmp_path):

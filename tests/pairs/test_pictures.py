@@ -301,13 +301,15 @@ def test_folders_of_classes_give_the_labels(tmp_path, caplog):
     folder(tmp_path, dog__1=of(RGB), dog__2=of(RGB), cat__deep__1=of(RGB))
     found, heard = read_and_heard(caplog, tmp_path)
     assert found.labels is not None and found.labels.tolist() == [0, 1, 1]
+    assert (found.names, found.classes) == (("cat", "dog"), 2)
     assert "2 classes (cat, dog)" in heard
 
 
 def test_classes_that_are_numbers_keep_their_order(tmp_path):
     folder(tmp_path, **{f"{n}__a": of(RGB) for n in (10, 9, 2)})
-    labels = read_pictures(tmp_path).labels
-    assert labels is not None and labels.tolist() == [2, 0, 1]  # the files are in order of names
+    found = read_pictures(tmp_path)
+    assert found.labels is not None and found.names == ("2", "9", "10")
+    assert found.labels.tolist() == [2, 0, 1]  # the files are in order of names
 
 
 def test_train_and_test_are_no_classes(tmp_path):

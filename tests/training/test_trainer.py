@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import ds
-from ds.methods import AbstractMethod, DenoisingStudent
+from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.models.images import save_png, tile, to_uint8
-from ds.pairs.sources import Generated, Pairs
+from ds.pairs.sources import Generated, Images, Pairs, digits
 from ds.system.config import to_json
 from ds.system.files import read_json
 from ds.system.signals import Interrupted
@@ -228,6 +230,39 @@ def test_the_sample_grid_is_what_the_average_makes_of_fixed_noise(store, tmp_pat
     assert torch.equal(drawn[-1], tile(to_uint8(made), columns=8))
     sheets = sorted(f.name for f in (tmp_path / "samples").iterdir())
     assert sheets == [f"step-{step:07d}.png" for step in (4, 8, 12)]
+
+
+class Grey(nn.Module):
+    """Every image of class k is the grey level k / 9, whatever its noise."""
+
+    shape, classes, takes = (1, 8, 8), 10, ("label",)
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t, label):
+        level = 2 * label.clamp(min=0).view(-1, 1, 1, 1) / 9 - 1
+        return level + self.rate * x
+
+
+def test_every_check_shows_a_column_of_samples_for_each_class(tmp_path):
+    """Of the classes that occur: 0 to 9 but 3."""
+    method = Denoising(prediction="x0")
+    images, labels = digits()
+    rows = (labels != 3).nonzero()[:64, 0]
+    source = Images(images, labels, rows=rows)
+    start = ds.Teacher(method.denoiser(Grey()), ds.solvers.DDIM(), (999,))
+    config = replace(SHORT, epochs=2, check_every=2, lr=1e-9)
+    Trainer(method, start, source, source, tmp_path, config).fit()
+    for step in (2, 4):
+        with Image.open(tmp_path / "samples" / f"step-{step:07d}.png") as picture:
+            sheet = np.asarray(picture)[2::4, 2::4]  # a pixel is shown 4 x 4
+        assert sheet.shape == (64, 82)  # 7 rows, 9 columns
+        columns = sheet[:, 1:].reshape(64, 9, 9)[..., :8]
+        inside = columns[:63].reshape(7, 9, 9, 8)[:, 1:]  # but for the gaps
+        expected = [round(255 * k / 9) for k in range(10) if k != 3]
+        assert (inside == np.array(expected)[:, None]).all()
 
 
 def test_samples_of_a_check_that_are_not_finite_are_an_error_and_no_black_sheet(store, tmp_path):
