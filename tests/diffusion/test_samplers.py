@@ -11,6 +11,7 @@ import ds
 from ds import grids, predictions, solvers
 from ds.diffusion.schedules import EDM, Cosine, Linear, LinearBeta
 from ds.diffusion.solvers import Ancestral, Clipped, Heun
+from tests.diffusion.test_solvers import states_of_diffusers
 from tests.golden import FOLDER
 
 with np.load(FOLDER / "samplers.npz") as file:
@@ -196,3 +197,21 @@ def test_the_variance_of_ancestral_samples_is_that_of_its_formula(schedule, vari
     teacher = data.teacher(Ancestral(variance), grid, schedule)
     x = teacher.sample(z, draws=ds.Draws(1, torch.arange(n)))
     assert abs(float(x.square().mean()) - found) < 5 * found * (2 / x.numel()) ** 0.5
+
+
+def test_dpm_solver_pp_with_fresh_noise_is_diffusers_sde_step_for_step(monkeypatch):
+    module = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_multistep")
+    left = iter(GOLDEN["noise"])
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(left))
+    scheduler = module.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+    grid, solver, draws = grids.quadratic(9), solvers.DPMSolverPP(eta=1.0), Given()
+    denoiser = ds.Denoiser(Network(lambda x, t: six_channels(x, t)[:, :3]), LinearBeta())
+    x, state = GOLDEN["z"], None
+    peers = states_of_diffusers(scheduler, denoiser, grid, x)
+    for (t, s), expected in zip(pairwise((*grid, -1)), peers, strict=True):
+        x, state = solver.step(denoiser, x, t, s, state, draws)
+        torch.testing.assert_close(x, expected.double(), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="eta is for order 2"):
+        solvers.DPMSolverPP(3, eta=1.0)

@@ -73,8 +73,9 @@ class Counting(nn.Module):
 
 def karras(n, schedule):
     """A grid that ends so near the data that the last step does not show."""
-    table = isinstance(schedule, AbstractTable)
-    return grids.karras(n, schedule, bottom=None if table else schedule.time(math.log(1e5)))
+    if schedule == FINE:
+        return grids.karras(n, schedule)
+    return grids.karras(n, schedule, bottom=schedule.time(math.log(1e5)), whole=False)
 
 
 def measured_order(solver, schedule=FINE, grid=karras):
@@ -90,7 +91,10 @@ def measured_order(solver, schedule=FINE, grid=karras):
     return -np.polyfit(np.log(calls), np.log(errors), 1)[0]
 
 
-@pytest.mark.parametrize("schedule", [FINE, EDM(20.0), Linear(), Trig(), Trig(0.5)], ids=repr)
+PATHS = [FINE, Cosine(), EDM(20.0), Linear(), Trig(), Trig(0.5)]
+
+
+@pytest.mark.parametrize("schedule", PATHS, ids=repr)
 @every_solver
 def test_the_endpoint_converges_with_the_declared_order(solver, schedule):
     assert measured_order(solver, schedule) == pytest.approx(solver.order, abs=0.15)
@@ -151,6 +155,7 @@ STOCHASTIC = [
     (Ancestral("small"), LinearBeta()),
     (Ancestral("large"), EDM()),
     (Ancestral(), Linear()),
+    (DPMSolverPP(eta=1.0), Trig()),
     (Heun(churn=0.1), EDM()),
     (Heun(churn=0.1, s_min=0.05, s_max=50.0, s_noise=1.003), LinearBeta()),
     (Heun(churn=0.1), Trig()),
@@ -374,6 +379,26 @@ def test_every_step_is_that_of_diffusers(solver, peer, options, n):
     for (t, s), expected in zip(pairwise((*grid, LinearBeta.data)), peers, strict=True):
         x, state = solver.step(denoiser, x, t, s, state)
         torch.testing.assert_close(x, expected.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("solver", "peer", "options"), PEERS[1:], ids=[repr(solver) for solver, *_ in PEERS[1:]]
+)
+def test_every_step_with_thresholding_is_that_of_diffusers(solver, peer, options):
+    limits = {"dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
+    scheduler = getattr(pytest.importorskip("diffusers"), peer)(
+        thresholding=True, **limits, **options
+    )
+    data, grid = analytic.GaussianField(4, std=1.5), grids.quadratic(9)
+    denoiser = data.teacher(solver, grid).denoiser
+    x = z = y = noise(0, range(8), data.shape, dtype=torch.float64)
+    thresholded, state, plain = Clipped(solver, quantile=0.8, most=1.5), None, None
+    peers = states_of_diffusers(scheduler, denoiser, grid, z)
+    for (t, s), expected in zip(pairwise((*grid, LinearBeta.data)), peers, strict=True):
+        x, state = thresholded.step(denoiser, x, t, s, state)
+        y, plain = solver.step(denoiser, y, t, s, plain)
+        torch.testing.assert_close(x, expected.double(), rtol=0, atol=1e-5)
+    assert (x - y).abs().max() > 0.3 and x.abs().max() <= 1
 
 
 def test_third_order_at_24_calls_is_closer_to_the_ode_than_ddim_at_96():

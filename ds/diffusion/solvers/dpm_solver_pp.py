@@ -10,15 +10,17 @@ data, where lam is infinite, that leaves D itself.
 """
 
 from dataclasses import dataclass
-from math import expm1, isinf
+from math import exp, expm1, isinf
 
 from torch import Tensor
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import AbstractSchedule
-from ds.diffusion.solvers.base import AbstractSolver
-from ds.system.config import check
+from ds.diffusion.solvers.base import AbstractSolver, fresh_noise
+from ds.system.config import NotNegative, check
+
+_STREAM = 0x28D5F7A3916C0EB4
 
 History = tuple[tuple[float, Tensor], ...]  # times and the x0 predicted there, the oldest first
 
@@ -30,16 +32,24 @@ class DPMSolverPP(AbstractSolver):
     The first steps are of the order that the history allows. With `lower_order_final` the step to
     index 0 of a table is of order 2 at most, as the authors do below 15 steps. The authors' third
     order, and that of diffusers, takes half of the second difference and so converges with order
-    2; `as_released` does the same. Lu et al. 2022, arXiv:2211.01095, Algorithm 2; the third order
-    is in their code only.
+    2; `as_released` does the same. With eta, order 2 solves the SDE: each step but that to the data
+    adds noise. At eta = 1 this is "2M SDE", sde-dpmsolver++ in diffusers. Lu et al. 2022,
+    arXiv:2211.01095, Algorithm 2 and section 5; the third order is in their code only.
     """
 
     order: int = 2  # 2 or 3
     lower_order_final: bool = False  # order 2 at most in the step to index 0 of a table
     as_released: bool = False  # order 3 as in the authors' code, which converges with order 2
+    eta: NotNegative = 0.0  # of order 2: share of fresh noise, 0 for the ODE, 1 for the SDE
 
     def __post_init__(self):
         check_order(self, self.order)
+        if self.eta and self.order != 2:
+            raise ValueError(f"DPMSolverPP: eta is for order 2, not {self.order}")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
 
     def step(
         self,
@@ -55,7 +65,13 @@ class DPMSolverPP(AbstractSolver):
         if s == denoiser.schedule.data:
             return x0, history
         usable = history[-2:] if self.lower_order_final and s == 0 else history
-        return self._extrapolate(denoiser.schedule, x, s, usable), history
+        moved = self._extrapolate(denoiser.schedule, x, s, usable)
+        if self.eta:
+            schedule = denoiser.schedule
+            fresh = -expm1(2 * self.eta * (schedule.lam(t) - schedule.lam(s)))
+            z = fresh_noise(draws, _STREAM, x, t)
+            moved = moved + schedule.at(s)[1] * fresh**0.5 * z
+        return moved, history
 
     def _extrapolate(
         self, schedule: AbstractSchedule, x: Tensor, s: float, history: History
@@ -63,9 +79,9 @@ class DPMSolverPP(AbstractSolver):
         """Move x from the last time of the history to s with the polynomial through all of it."""
         (t, d0), *older = reversed(history)
         h = schedule.lam(s) - schedule.lam(t)
-        phi1 = -expm1(-h)
+        phi1 = -expm1(-(1 + self.eta) * h)
         alpha_s, sigma_s = schedule.at(s)
-        x = sigma_s / schedule.at(t)[1] * x
+        x = sigma_s / schedule.at(t)[1] * exp(-self.eta * h if self.eta else 0.0) * x
         if not older:
             return x + alpha_s * phi1 * d0  # DDIM
         r = [(schedule.lam(t) - schedule.lam(u)) / h for u, _ in older]
