@@ -6,9 +6,9 @@
 
 The kernels are those that the launchers would launch for each GroupNorm, each attention and each
 convolution of the paper's networks and of the engine's plans of them, in bfloat16 and, where a plan
-has it, in float8, for attention with heads of 64 channels, and for the noise, batches, solver steps
-and levels of the images: networks and launchers run on meta tensors, and the launches are noted,
-not done.
+has it, in float8, for attention with heads of 64 channels, for norms with an affine of each image,
+and for the noise, batches, solver steps and levels of the images: networks and launchers run on
+meta tensors, and the launches are noted, not done.
 
 `--brief` has the kernels of sm_90 alone, in the same order, without what they are for: to compare
 the Triton of GPU machines. `--seconds` is the time it takes to compile for sm_90 what the CIFAR-10
@@ -69,11 +69,14 @@ HEADS_OF_64 = [
     (64, 8, 64, 512),
     (256, 4, 64, 256),
 ]
+# Channels and pixels of scale-shift norms, in 32 groups: those of ADM's network for ImageNet 64.
+BY_IMAGE = (192, 4096), (384, 1024), (576, 256), (768, 64)
 ARCHITECTURES = (80, 90)
 FLOAT8, ARCHITECTURES_OF_FLOAT8 = torch.float8_e4m3fn, (89, 90)
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch, for the compiler
 BATCH = 32
 MANY = 528  # images: at 4 x 4 pixels, 4 for each multiprocessor
+HALF: dict = {"dtype": torch.bfloat16, "device": "meta"}
 DEFAULTS = False, None, None, None  # of the op's keep, shift, residual and skip
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -171,32 +174,41 @@ def noting() -> Iterator[list[tuple[JITFunction, dict]]]:
 
 
 def norm_launches(networks: Networks) -> Iterator[Launch]:
-    """Yield each kernel of a forward and a backward pass of the networks' GroupNorms.
-
-    And those that end in float8, whose shape is a Norm and "float8".
-    """
-    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    """Yield each kernel of a forward and a backward pass of the networks' GroupNorms."""
     for norm in norms(networks):
-        x = empty(BATCH, norm.pixels, norm.channels)
-        shift = empty(BATCH, norm.channels) if norm.shift else None
-        residual = x if norm.residual else None
-        skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
-        affine = [empty(norm.channels + norm.skip)] * 2
-        layer = group_norm_silu.Norm(*affine, norm.groups, 1e-6, norm.silu)
+        yield from _norm_launches(norm, torch.empty(norm.channels + norm.skip, **HALF))
+
+
+def by_image_launches() -> Iterator[Launch]:
+    """Yield the kernels of norms with an affine of each image: their shape ends in "by image"."""
+    for channels, pixels in BY_IMAGE:
+        norm = Norm(channels, 0, pixels, 32, silu=True, shift=False, residual=False, keep=False)
+        affine = torch.empty(BATCH, channels, device="meta")
+        yield from _norm_launches(norm, affine, "by image")
+
+
+def _norm_launches(norm: Norm, affine: Tensor, *label: str) -> Iterator[Launch]:
+    """Yield the kernels of one norm, and those that end in float8, as does their shape."""
+    empty = functools.partial(torch.empty, **HALF)
+    x = empty(BATCH, norm.pixels, norm.channels)
+    shift = empty(BATCH, norm.channels) if norm.shift else None
+    residual = x if norm.residual else None
+    skip = empty(BATCH, norm.pixels, norm.skip) if norm.skip else None
+    layer = group_norm_silu.Norm(affine, affine, norm.groups, 1e-6, norm.silu)
+    with noting() as noted:
+        y, mean, rstd, merged = group_norm_silu.group_norm_silu(
+            x, layer, norm.keep, shift, residual, skip
+        )
+        settings = mean, rstd, norm.groups, norm.silu, norm.channels, merged
+        group_norm_silu_backward.group_norm_silu_backward(
+            y, merged if norm.keep else x, affine, affine, *settings, shift, residual, skip
+        )
+    yield from (((*norm, *label), *launch) for launch in noted)
+    if norm.silu and not norm.residual:
         with noting() as noted:
-            y, mean, rstd, merged = group_norm_silu.group_norm_silu(
-                x, layer, norm.keep, shift, residual, skip
-            )
-            settings = norm.groups, norm.silu, norm.channels, merged
-            group_norm_silu_backward.group_norm_silu_backward(
-                y, merged if norm.keep else x, *affine, mean, rstd, *settings, shift, residual, skip
-            )
-        yield from ((norm, *launch) for launch in noted)
-        if norm.silu and not norm.residual:
-            with noting() as noted:
-                group_norm_silu.group_norm_silu(x, layer, norm.keep, shift, None, skip, FLOAT8)
-            narrow = (launch for launch in noted if "y_ptr" in launch[1])  # not the sums
-            yield from (((*norm, "float8"), *launch) for launch in narrow)
+            group_norm_silu.group_norm_silu(x, layer, norm.keep, shift, None, skip, FLOAT8)
+        narrow = (launch for launch in noted if "y_ptr" in launch[1])  # not the sums
+        yield from (((*norm, *label, "float8"), *launch) for launch in narrow)
 
 
 def image_launches(networks: Networks) -> Iterator[Launch]:
@@ -488,6 +500,7 @@ def main() -> None:
         return
     rows = []
     needed = itertools.chain(*(launches(NETWORKS) for launches in KINDS.values()))
+    needed = itertools.chain(needed, by_image_launches())
     only = 90 if options.brief else None
     for i, configuration in enumerate(configurations(needed, only)):
         row = description(configuration)

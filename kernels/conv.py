@@ -338,7 +338,8 @@ def conv_group_norm_silu(
     rows = triton.next_power_of_2(pixels)
     tile = _tile(x.dtype, x.shape[3], out, rows)
     whole = per_group <= tile.channels and triton.next_power_of_2(per_group) == per_group
-    if pixels <= TILE_PIXELS and whole and not phases:
+    by_image = norm.weight.dim() == 2  # which the norm in the tile does not read
+    if pixels <= TILE_PIXELS and whole and not phases and not by_image:
         normed, y = x.new_empty(shape), x.new_empty(shape) if keep else None
         _launch(
             *(x, weight, bias, residual, stride, tile, y),

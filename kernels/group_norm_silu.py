@@ -29,6 +29,9 @@ aot.json), backward 23 to 39 of the 41 that its traffic allows. Hence the sigmoi
 root, constants where they save instructions, and tiles small enough for two programs a
 multiprocessor: one loads while the other computes. GPU figures: not measured yet.
 
+weight and bias are [C], or [N, C]: then a program reads the row of its image, and each image's row
+of sums is its gradient.
+
 Contract: tensors are contiguous (shift: its rows) and on one device. Those with pixels share one
 type: float32, float16 or bfloat16. weight, bias and shift have any floating type; statistics and
 sums are float32. y alone may also be float8_e4m3fn, half of a write, rounded once, to 448 at most.
@@ -44,10 +47,12 @@ import triton
 import triton.language as tl
 from ds.ops.kernels.group_norm_tiles import (
     Cut,
+    affine_arguments,
     at,
     group_sums,
     load_channels,
     load_merged,
+    load_parameter,
     members_of_groups,
     one_pass_blocks,
     one_pass_slice,
@@ -68,7 +73,7 @@ FORWARD_TILES, FORWARD_THREAD = (16384, 32768), 64
 
 
 class Norm(NamedTuple):
-    """A GroupNorm with its parameters [C], and whether SiLU follows it."""
+    """A GroupNorm with its parameters, [C] or [N, C], and whether SiLU follows it."""
 
     weight: Tensor
     bias: Tensor
@@ -76,9 +81,9 @@ class Norm(NamedTuple):
     eps: float
     silu: bool
 
-    def pointers(self) -> dict[str, Tensor]:
+    def affine(self) -> dict[str, Tensor | int | None]:
         """Return the parameters as arguments of a kernel."""
-        return {"weight_ptr": self.weight.contiguous(), "bias_ptr": self.bias.contiguous()}
+        return affine_arguments(self.weight, self.bias)
 
 
 def group_norm_silu(
@@ -97,7 +102,7 @@ def group_norm_silu(
     [N, pixels, C]. y has `dtype` if given, which may be float8_e4m3fn.
     """
     images, pixels, _ = x.shape
-    channels = norm.weight.numel()
+    channels = norm.weight.shape[-1]
     y = torch.empty((images, pixels, channels), dtype=dtype or x.dtype, device=x.device)
     merged = torch.empty_like(y, dtype=x.dtype) if keep else None
     source = source_arguments(x, channels, shift, residual, skip)
@@ -146,7 +151,7 @@ def _one_pass(
     per_thread = FORWARD_THREAD if merged is None else FORWARD_THREAD // 2
     _fwd_kernel[(images * slices,)](
         **source,
-        **norm.pointers(),
+        **norm.affine(),
         y_ptr=y,
         mean_ptr=mean,
         rstd_ptr=rstd,
@@ -189,7 +194,7 @@ def _finish(source: dict, norm: Norm, table: Tensor, tile: int, y: Tensor) -> tu
     _fwd_apply_kernel[(images * cut.tiles * cut.slices,)](
         **common,
         **source,
-        **norm.pointers(),
+        **norm.affine(),
         y_ptr=y,
         tiles=cut.tiles,
         slices=cut.slices,
@@ -214,6 +219,7 @@ def _fwd_kernel(
     skip_ptr,
     weight_ptr,
     bias_ptr,
+    affine_stride,
     y_ptr,
     mean_ptr,
     rstd_ptr,
@@ -250,8 +256,8 @@ def _fwd_kernel(
     rstd = tl.rsqrt(group_sums(tl.sum(centred * centred, 0), members) / count + eps)
     store_groups(mean_ptr, mean, rstd_ptr, rstd, image, first_group, groups, GROUPS, BLOCK_G)
 
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    weight = load_parameter(weight_ptr, affine_stride, image, channel, inside)
+    bias = load_parameter(bias_ptr, affine_stride, image, channel, inside)
     y = centred * (weight * per_channel(rstd, members))[None, :] + bias[None, :]
     if SILU:
         y *= sigmoid(y)
@@ -350,6 +356,7 @@ def _fwd_apply_kernel(
     skip_ptr,
     weight_ptr,
     bias_ptr,
+    affine_stride,
     y_ptr,
     mean_ptr,
     rstd_ptr,
@@ -375,7 +382,7 @@ def _fwd_apply_kernel(
     )
     group = image * groups + channel // PER_GROUP
     mean, rstd, weight, bias = load_channels(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, inside
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, affine_stride, image, group, channel, inside
     )
     source = x_ptr, shift_ptr, residual_ptr, skip_ptr, split, channels, shift_stride
     x = load_merged(source, image, pixel, channel, mask, BLOCK_P).to(tl.float32)

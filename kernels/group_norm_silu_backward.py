@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from ds.ops.kernels.group_norm_tiles import (
     Cut,
+    affine_arguments,
     at,
     group_sums,
     load_channels,
     load_merged,
+    load_parameter,
     load_tile,
     members_of_groups,
     one_pass_blocks,
@@ -57,11 +59,12 @@ def group_norm_silu_backward(
     """Return d_x, d_weight, d_bias, d_shift and d_skip; the last two are None if not wanted.
 
     grad and grad_merged are contiguous [N, pixels, C] in the type of x, mean and rstd those that
-    group_norm_silu returned. With grad_merged, x is the m that was kept. d_x is [N, pixels, split];
-    d_x and d_skip have the type of x, the others that of the tensor they are the gradient of.
+    group_norm_silu returned; weight and bias are [C] or [N, C], and so are their gradients. With
+    grad_merged, x is the m that was kept. d_x is [N, pixels, split]; d_x and d_skip have the type
+    of x, the others that of the tensor they are the gradient of.
     """
     images, pixels, _ = x.shape
-    channels = weight.numel()
+    channels = weight.shape[-1]
     empty = functools.partial(torch.empty, device=x.device)
     d_x = empty((images, pixels, split), dtype=x.dtype)
     d_skip = empty((images, pixels, channels - split), dtype=x.dtype) if split < channels else None
@@ -73,8 +76,7 @@ def group_norm_silu_backward(
         **source_arguments(x, channels, *addends),
         "split": split,
         "grad_ptr": grad,
-        "weight_ptr": weight.contiguous(),
-        "bias_ptr": bias.contiguous(),
+        **affine_arguments(weight, bias),
         "mean_ptr": mean,
         "rstd_ptr": rstd,
         "groups": groups,
@@ -88,6 +90,10 @@ def group_norm_silu_backward(
     else:
         _two_passes(inputs, results, d_shift, rows)
 
+    if weight.dim() == 2:
+        sums = zip(rows.unbind(1), (bias, weight), strict=True)
+        d_bias, d_weight = (row.to(parameter.dtype).contiguous() for row, parameter in sums)
+        return d_x, d_weight, d_bias, d_shift, d_skip
     d_weight, d_bias = torch.empty_like(inputs["weight_ptr"]), torch.empty_like(inputs["bias_ptr"])
     blocks = table_blocks()
     _bwd_rows_kernel[(triton.cdiv(channels, blocks["BLOCK_C"]),)](
@@ -145,6 +151,7 @@ def _two_passes(inputs: dict, results: dict, d_shift: Tensor | None, rows: Tenso
     _bwd_merge_kernel[(images * cut.merge_slices,)](
         table_ptr=table,
         weight_ptr=inputs["weight_ptr"],
+        affine_stride=inputs["affine_stride"],
         rows_ptr=rows,
         **means,
         pixels=pixels,
@@ -225,6 +232,7 @@ def _bwd_kernel(
     skip_ptr,
     weight_ptr,
     bias_ptr,
+    affine_stride,
     mean_ptr,
     rstd_ptr,
     grad_merged_ptr,
@@ -251,7 +259,7 @@ def _bwd_kernel(
     )
     group = image * groups + channel // PER_GROUP
     mean, rstd, weight, bias = load_channels(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, inside
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, affine_stride, image, group, channel, inside
     )
     source = x_ptr, shift_ptr, residual_ptr, skip_ptr, split, channels, shift_stride
     x = load_merged(source, image, pixel, channel, mask, BLOCK_P).to(tl.float32)
@@ -285,6 +293,7 @@ def _bwd_sums_kernel(
     skip_ptr,
     weight_ptr,
     bias_ptr,
+    affine_stride,
     mean_ptr,
     rstd_ptr,
     table_ptr,
@@ -306,7 +315,7 @@ def _bwd_sums_kernel(
     )
     group = image * groups + channel // PER_GROUP
     mean, rstd, weight, bias = load_channels(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, inside
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, affine_stride, image, group, channel, inside
     )
     source = x_ptr, shift_ptr, residual_ptr, skip_ptr, split, channels, shift_stride
     x = load_merged(source, image, pixel, channel, mask, BLOCK_P).to(tl.float32)
@@ -321,6 +330,7 @@ def _bwd_sums_kernel(
 def _bwd_merge_kernel(
     table_ptr,
     weight_ptr,
+    affine_stride,
     rows_ptr,
     mean_h_ptr,
     mean_hx_ptr,
@@ -348,7 +358,7 @@ def _bwd_merge_kernel(
 
     members = members_of_groups(PER_GROUP, BLOCK_G, BLOCK_C)
     count = pixels * 1.0 * PER_GROUP
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    weight = load_parameter(weight_ptr, affine_stride, image, channel, inside)
     mean_h = group_sums(sum_g * weight, members) / count
     mean_hx = group_sums(sum_gx * weight, members) / count
     store_groups(
@@ -365,6 +375,7 @@ def _bwd_apply_kernel(
     skip_ptr,
     weight_ptr,
     bias_ptr,
+    affine_stride,
     mean_ptr,
     rstd_ptr,
     mean_h_ptr,
@@ -391,7 +402,7 @@ def _bwd_apply_kernel(
     )
     group = image * groups + channel // PER_GROUP
     mean, rstd, weight, bias = load_channels(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, inside
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, affine_stride, image, group, channel, inside
     )
     mean_h = tl.load(mean_h_ptr + group, mask=inside, other=0.0)
     mean_hx = tl.load(mean_hx_ptr + group, mask=inside, other=0.0)
@@ -432,7 +443,7 @@ def _bwd_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Last, after one pass or two: sum the rows of all images to d_bias and d_weight."""
+    """Last, after one pass or two: sum the rows of all images to d_bias and d_weight [C]."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     rows_ptr += channel

@@ -111,6 +111,19 @@ def source_arguments(
     }
 
 
+def affine_arguments(weight: Tensor, bias: Tensor) -> dict[str, Tensor | int | None]:
+    """Return the arguments of a kernel that reads weight and bias, [C] or [N, C].
+
+    The stride leads from an image's row to the next; it is None for one row of all images.
+    """
+    stride = None
+    if weight.dim() == 1 or weight.stride(1) != 1 or weight.stride() != bias.stride():
+        weight, bias = weight.contiguous(), bias.contiguous()
+    if weight.dim() == 2:
+        stride = weight.stride(0)
+    return {"weight_ptr": weight, "bias_ptr": bias, "affine_stride": stride}
+
+
 def table_blocks() -> dict[str, int]:
     """Return the tile in which a program reads a table of sums."""
     return {"BLOCK_T": TABLE_ROWS, "BLOCK_C": TABLE_CHANNELS}
@@ -230,12 +243,22 @@ def load_tile(ptr, pixel, channel, channels, mask, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def load_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channel, inside):
+def load_parameter(ptr, stride, image, channel, inside):
+    """Load the channels of a parameter, of the row of an image if there is a stride."""
+    if stride is not None:
+        ptr += image * stride
+    return tl.load(ptr + channel, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_channels(
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr, affine_stride, image, group, channel, inside
+):
     """Load mean and rstd of the groups of channels, and weight and bias of the channels."""
     mean = tl.load(mean_ptr + group, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    weight = load_parameter(weight_ptr, affine_stride, image, channel, inside)
+    bias = load_parameter(bias_ptr, affine_stride, image, channel, inside)
     return mean, rstd, weight, bias
 
 

@@ -14,8 +14,7 @@ namespace {
 struct Call {
   Shape shape;
   const void* x;
-  const float* weight;
-  const float* bias;
+  Affine affine;
   void* y;
   float* mean;
   float* rstd;
@@ -40,12 +39,11 @@ INLINE void finish_group(const Call& call, int64_t image, int64_t group, int64_t
   const double rstd = 1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + call.eps);
   call.mean[image * shape.groups + group] = static_cast<float>(pivot + delta);
   call.rstd[image * shape.groups + group] = static_cast<float>(rstd);
-  const float* weight = call.weight + group * shape.per_group;
-  const float* bias = call.bias + group * shape.per_group;
+  const Affine affine = call.affine.of(image, group * shape.per_group);
   for (int64_t c = 0; c < shape.per_group; ++c) {
-    const double scale = rstd * weight[c];
+    const double scale = rstd * affine.weight[c];
     columns.scale[first + c] = static_cast<float>(scale);
-    columns.shift[first + c] = static_cast<float>(bias[c] - delta * scale);
+    columns.shift[first + c] = static_cast<float>(affine.bias[c] - delta * scale);
   }
 }
 
@@ -158,13 +156,14 @@ struct Forward {
 }  // namespace
 
 // x and y are [images, pixels, channels] (channels_last) or [images, channels, pixels], contiguous,
-// float32 or bfloat16; weight and bias [channels]; mean and rstd [images, groups]. channels must be
-// a multiple of groups. Returns 0, or the error code of the thread pool.
+// float32 or bfloat16; weight and bias rows of [channels], from an image's to the next affine_stride
+// floats, 0 for one row of all; mean and rstd [images, groups]. channels must be a multiple of
+// groups. Returns 0, or the error code of the thread pool.
 EXPORT int ds_group_norm_silu(const void* x, const float* weight, const float* bias, void* y,
                               float* mean, float* rstd, int64_t images, int64_t channels,
                               int64_t pixels, int64_t groups, double eps, bool silu,
-                              bool channels_last, bool bfloat16_data) {
+                              bool channels_last, bool bfloat16_data, int64_t affine_stride) {
   const Shape shape(images, channels, pixels, groups, channels_last);
-  Call call{shape, x, weight, bias, y, mean, rstd, eps};
+  Call call{shape, x, {weight, bias, affine_stride}, y, mean, rstd, eps};
   return shape.run(kernel_for<Forward>(bfloat16_data, silu), &call);
 }

@@ -81,6 +81,18 @@ struct Task {
                first_channel * (shape.channels_last ? 1 : shape.pixels)) {}
 };
 
+// The parameters of a norm: one row of channels for all images, or one an image.
+struct Affine {
+  const float* weight;
+  const float* bias;
+  int64_t stride;  // from the row of an image to the next; 0 for one row of all
+
+  INLINE Affine of(int64_t image, int64_t first_channel) const {
+    const int64_t at = image * stride + first_channel;
+    return {weight + at, bias + at, stride};
+  }
+};
+
 // Two sums of each column of a slice.
 struct Sums {
   explicit Sums(int64_t columns) : first(columns), second(columns) {}

@@ -10,8 +10,8 @@
 // this matters, one more pass measures the error of the pivot (delta), which is carried along
 // separately, as in the forward.
 //
-// Every image writes its own row of sums for dweight and dbias, and the rows are added up in order:
-// the bits do not depend on the number of threads.
+// Every image writes its own row of sums for dweight and dbias. For parameters of all images the rows
+// are added up in order: the bits do not depend on the number of threads.
 #include <memory>
 
 #include "group_norm_silu.h"
@@ -25,8 +25,7 @@ struct Call {
   Shape shape;
   const void* grad;
   const void* x;
-  const float* weight;
-  const float* bias;
+  Affine affine;
   const float* mean;
   const float* rstd;
   void* dx;
@@ -62,11 +61,12 @@ INLINE void set_group(const Call& call, const Task& task, int64_t g, double delt
                       Columns& columns) {
   const int64_t first = g * call.shape.per_group;
   const double rstd = call.rstd[task.image * call.shape.groups + task.first_group + g];
+  const Affine affine = call.affine.of(task.image, task.first_channel);
   columns.delta[g] = delta;
   for (int64_t c = first; c < first + call.shape.per_group; ++c) {
-    const double scale = rstd * call.weight[task.first_channel + c];
+    const double scale = rstd * affine.weight[c];
     columns.scale[c] = static_cast<float>(scale);
-    columns.shift[c] = static_cast<float>(call.bias[task.first_channel + c] - delta * scale);
+    columns.shift[c] = static_cast<float>(affine.bias[c] - delta * scale);
   }
 }
 
@@ -78,9 +78,10 @@ INLINE void finish_group(const Call& call, const Task& task, int64_t g, Columns&
   const double delta = columns.delta[g];
   double* row = call.rows + task.image * shape.channels + task.first_channel;
   double* product_row = row + shape.images * shape.channels;
+  const float* weights = call.affine.of(task.image, task.first_channel).weight;
   double sum = 0.0, product = 0.0;
   for (int64_t c = first; c < first + shape.per_group; ++c) {
-    const double weight = call.weight[task.first_channel + c];
+    const double weight = weights[c];
     row[c] = columns.sums.first[c];
     product_row[c] = (columns.sums.second[c] - delta * columns.sums.first[c]) * rstd;
     sum += weight * row[c];
@@ -104,9 +105,10 @@ INLINE V chain(V grad, V h) {
 // deviations.
 INLINE bool is_small(const Call& call, const Task& task) {
   const float most = static_cast<float>(std::sqrt(1.0 / call.shape.share));
+  const Affine affine = call.affine.of(task.image, task.first_channel);
   bool small = true;
-  for (int64_t c = task.first_channel; c < task.first_channel + task.width; ++c) {
-    small &= std::fabs(call.weight[c]) * most + std::fabs(call.bias[c]) < kSmall;
+  for (int64_t c = 0; c < task.width; ++c) {
+    small &= std::fabs(affine.weight[c]) * most + std::fabs(affine.bias[c]) < kSmall;
   }
   return small;
 }
@@ -310,18 +312,19 @@ void sum_rows(int64_t begin, int64_t end, void* context) {
 }  // namespace
 
 // grad, x and dx are [images, pixels, channels] (channels_last) or [images, channels, pixels],
-// contiguous, float32 or bfloat16; weight, bias, dweight and dbias [channels]; mean and rstd
-// [images, groups], of ds_group_norm_silu; rows is room for [2, images, channels]. Returns 0, or
-// the error code of the thread pool.
+// contiguous, float32 or bfloat16; weight, bias and affine_stride, mean and rstd are those of
+// ds_group_norm_silu. rows [2, images, channels] receives dbias and dweight of each image; dweight
+// and dbias [channels] their sums, or are null. Returns 0, or the error code of the thread pool.
 EXPORT int ds_group_norm_silu_backward(const void* grad, const void* x, const float* weight,
                                        const float* bias, const float* mean, const float* rstd,
                                        void* dx, float* dweight, float* dbias, double* rows,
                                        int64_t images, int64_t channels, int64_t pixels,
                                        int64_t groups, bool silu, bool channels_last,
-                                       bool bfloat16_data) {
+                                       bool bfloat16_data, int64_t affine_stride) {
   const Shape shape(images, channels, pixels, groups, channels_last);
-  Call call{shape, grad, x, weight, bias, mean, rstd, dx, rows, dweight, dbias};
+  const Affine affine{weight, bias, affine_stride};
+  Call call{shape, grad, x, affine, mean, rstd, dx, rows, dweight, dbias};
   const int error = shape.run(kernel_for<Backward>(bfloat16_data, silu), &call);
-  if (error) return error;
+  if (error || dweight == nullptr) return error;
   return parallel_for(channels, 1 + kSerialElements / (1 + images), sum_rows, &call);
 }

@@ -253,6 +253,7 @@ struct Arguments {
   Cut cut;
   const T* x;
   Parameter weight, bias;
+  int64_t affine_stride;  // from an image's row of parameters to the next; 0 for one row of all
   T* y;
   float *mean, *rstd;
   float* table;  // [images, tiles, 2, channels]: mean and squares
@@ -305,8 +306,9 @@ HOST_DEVICE void merge_tiles(Cluster& cluster, const Arguments<T>& call, const S
     const Shared shared(block.shared);
     const float rstd = rsqrtf(sum_group(cut, shared.spread, thread) / count + call.eps);
     const int64_t channel = slice.first_channel + thread;
-    shared.scale[thread] = call.weight[channel] * rstd;
-    shared.shift[thread] = call.bias[channel];
+    const int64_t parameter = slice.image * call.affine_stride + channel;
+    shared.scale[thread] = call.weight[parameter] * rstd;
+    shared.shift[thread] = call.bias[parameter];
     if (slice.first_tile + block.rank == 0 && thread % cut.per_group == 0) {
       const int64_t group = slice.image * cut.groups + channel / cut.per_group;
       call.mean[group] = shared.centre[thread];
@@ -410,11 +412,11 @@ struct ApplyForward : Pass<T> {
 };
 
 template <class T>
-const char* forward(const Cut& cut, const void* x, Parameter weight, Parameter bias, void* y,
-                    float* mean, float* rstd, float* table, int64_t images, float eps,
-                    bool activate, Place place) {
-  const Arguments<T> call = {cut,  static_cast<const T*>(x), weight, bias, static_cast<T*>(y),
-                             mean, rstd, table, eps, activate};
+const char* forward(const Cut& cut, const void* x, Parameter weight, Parameter bias,
+                    int64_t affine_stride, void* y, float* mean, float* rstd, float* table,
+                    int64_t images, float eps, bool activate, Place place) {
+  const Arguments<T> call = {cut,  static_cast<const T*>(x), weight, bias, affine_stride,
+                             static_cast<T*>(y), mean, rstd, table, eps, activate};
   if (table == nullptr) {
     return launch(ClusterForward<T>{call}, images * cut.slices, static_cast<int>(cut.tiles),
                   cut.shared, place);
@@ -436,21 +438,22 @@ EXPORT int64_t ds_cuda_group_norm_silu_tiles(int64_t pixels, int64_t channels, i
   return cut.tiles;
 }
 
-// x and y are contiguous [images, pixels, channels] that start on 16 bytes; weight and bias
-// [channels]; mean and rstd [images, groups]. table is [images, tiles, 2, channels] for two passes,
-// null for a cluster. Returns null, or what went wrong.
+// x and y are contiguous [images, pixels, channels] that start on 16 bytes; weight and bias rows of
+// [channels], from an image's to the next affine_stride values, 0 for one row of all; mean and rstd
+// [images, groups]. table is [images, tiles, 2, channels] for two passes, null for a cluster.
+// Returns null, or what went wrong.
 EXPORT const char* ds_cuda_group_norm_silu(const void* x, const void* weight, const void* bias,
                                            void* y, float* mean, float* rstd, float* table,
                                            int64_t images, int64_t pixels, int64_t channels,
-                                           int64_t groups, double eps, bool silu, int type,
-                                           int weight_type, int bias_type, int device,
-                                           cudaStream_t stream) {
+                                           int64_t groups, int64_t affine_stride, double eps,
+                                           bool silu, int type, int weight_type, int bias_type,
+                                           int device, cudaStream_t stream) {
   const int64_t size = type == ds::kFloat32 ? 4 : 2;
   const ds::Cut cut = ds::cut_tiles(pixels, channels, groups, size, table == nullptr);
   const auto forward = type == ds::kFloat32   ? ds::forward<float>
                        : type == ds::kFloat16 ? ds::forward<__half>
                                               : ds::forward<__nv_bfloat16>;
   return forward(cut, x, {weight, static_cast<ds::Type>(weight_type)},
-                 {bias, static_cast<ds::Type>(bias_type)}, y, mean, rstd, table, images,
-                 static_cast<float>(eps), silu, {device, stream});
+                 {bias, static_cast<ds::Type>(bias_type)}, affine_stride, y, mean, rstd, table,
+                 images, static_cast<float>(eps), silu, {device, stream});
 }

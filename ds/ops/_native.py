@@ -39,8 +39,8 @@ def cpu_library() -> ctypes.CDLL:
     lib = _load("cpu")
     lib.ds_gather_rows.argtypes = [*[_POINTER] * 4, *[_INT] * 3, _POINTER]
     lib.ds_gather_rows.restype = None
-    lib.ds_group_norm_silu.argtypes = [*[_POINTER] * 6, *[_INT] * 4, _DOUBLE, *[_BOOL] * 3]
-    lib.ds_group_norm_silu_backward.argtypes = [*[_POINTER] * 10, *[_INT] * 4, *[_BOOL] * 3]
+    lib.ds_group_norm_silu.argtypes = [*[_POINTER] * 6, *[_INT] * 4, _DOUBLE, *[_BOOL] * 3, _INT]
+    lib.ds_group_norm_silu_backward.argtypes = [*[_POINTER] * 10, *[_INT] * 4, *[_BOOL] * 3, _INT]
     lib.ds_noise.argtypes = [*[_POINTER] * 2, *[_INT] * 3, _BOOL]
     lib.ds_philox.argtypes = [_POINTER]
     lib.ds_philox.restype = None
@@ -83,7 +83,7 @@ def cuda_library() -> ctypes.CDLL:
         ),
         "group_norm_silu_tiles": ([*[_INT] * 4, _BOOL, _POINTER], _INT),
         "group_norm_silu": (
-            [*[_POINTER] * 7, *[_INT] * 4, _DOUBLE, _BOOL, *[_ENUM] * 3, *place], _TEXT,
+            [*[_POINTER] * 7, *[_INT] * 5, _DOUBLE, _BOOL, *[_ENUM] * 3, *place], _TEXT,
         ),
         "prepare_batch": ([*[_POINTER] * 4, *[_INT] * 4, _ENUM, *place], _TEXT),
     }  # fmt: skip

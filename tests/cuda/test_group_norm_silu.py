@@ -35,8 +35,9 @@ def run(request, device):
     return forward._load("cuda", request.param)
 
 
-def values(shape, dtype, device, layout=NHWC) -> tuple[Tensor, ...]:
-    return tuple(value.to(device) for value in inputs(shape, dtype, layout))
+def values(shape, dtype, device, layout=NHWC, by_image=False) -> tuple[Tensor, ...]:
+    drawn = inputs(shape, dtype, layout, by_image=by_image)
+    return tuple(value.to(device) for value in drawn)
 
 
 def check(run, x, weight, bias, groups, silu) -> None:
@@ -56,6 +57,21 @@ def check(run, x, weight, bias, groups, silu) -> None:
 @both_silu
 def test_forward_is_as_exact_as_pytorch(run, device, shape, groups, dtype, silu):
     check(run, *values(shape, dtype, device), groups, silu)
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES[:2], ids=str)
+@every_dtype
+def test_an_affine_of_each_image_is_as_exact_as_pytorchs(run, device, shape, groups, dtype):
+    check(run, *values((3, *shape[1:]), dtype, device, by_image=True), groups, True)
+
+
+def test_one_row_for_all_images_gives_the_bits_of_a_norm_without_rows(run, device):
+    """Whether the row is expanded or a few columns of a table."""
+    x, weight, bias = values((2, 40, 41, 29), torch.bfloat16, device)
+    expected = run(x, weight, bias, 5, 1e-6, True)[0]
+    table = torch.cat([weight, bias])[None].repeat(2, 1)
+    for rows in ([weight.expand(2, -1), bias.repeat(2, 1)], [table[:, :40], table[:, 40:]]):
+        assert torch.equal(run(x, *rows, 5, 1e-6, True)[0], expected)
 
 
 @settings(max_examples=25, deadline=None)

@@ -47,6 +47,10 @@ def batch(images):
     return torch.cat(ops.prepare_batch(levels, INDICES.to(images.device), 3, images.dtype), 1)
 
 
+def scaled(x, weight, bias, scale, shift):
+    return ops.group_norm_silu(x, *ops.scale_shift(weight, bias, scale, shift), 4)
+
+
 TILES = ops.winograd_weight(drawn(32, 16, 3, 3) / 12)
 PROJECTED = [drawn(2, 1, 16, 32)] * 3 + [drawn(32, 32) / 6, drawn(32), drawn(2, 16, 32)]
 CONVOLVED = [drawn(2, 16, 8, 8), drawn(32, 16, 3, 3) / 12, drawn(32)]
@@ -88,16 +92,16 @@ def results(function, arguments: list[Tensor], learns: bool) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
 
 
-def check(row: ops.Row, kinds: dict, dtype: torch.dtype) -> None:
+def check(row: ops.Row, kinds: dict, dtype: torch.dtype, *, learns: bool) -> None:
     """Compare with the reference in float64, allowing for a few roundings."""
     if row.status == "missing":
         pytest.skip(row.reason)
     function, arguments = kinds[row.op]
     arguments = [x.to(dtype) for x in arguments]
     with ops.use_backend("reference"):
-        exact = results(function, [x.double() for x in arguments], kinds is LEARNING)
+        exact = results(function, [x.double() for x in arguments], learns)
     with ops.use_backend(row.backend):
-        found = results(function, [x.cuda() for x in arguments], kinds is LEARNING)
+        found = results(function, [x.cuda() for x in arguments], learns)
     for a, b in zip(found, exact, strict=True):
         assert a.is_cuda and a.dtype == dtype
         assert (a.cpu() - b).norm() <= TOLERANCE[dtype] * b.norm()
@@ -111,12 +115,20 @@ def rows(kinds: dict) -> list:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("row", [p for p in rows(LEARNING) if p.id != "attention_residual-triton"])
 def test_an_op_and_its_gradients(row, dtype):
-    check(row, LEARNING, dtype)
+    check(row, LEARNING, dtype, learns=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("row", [p for p in rows(LEARNING) if p.id.startswith("group_norm_silu-")])
+def test_a_norm_with_an_affine_of_each_image(row, dtype):
+    arguments = [drawn(2, 16, 8, 8), drawn(16), drawn(16), drawn(2, 16), drawn(2, 16)]
+    check(row, {row.op: (scaled, arguments)}, dtype, learns=True)
 
 
 @pytest.mark.parametrize("row", rows(FORWARD))
 def test_an_op_without_a_gradient(row):
-    check(row, FORWARD, torch.bfloat16 if row.backend == "hopper" else torch.float32)
+    dtype = torch.bfloat16 if row.backend == "hopper" else torch.float32
+    check(row, FORWARD, dtype, learns=False)
 
 
 def test_levels_have_the_same_bits_wherever_they_are_made_floats():

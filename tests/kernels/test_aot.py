@@ -22,8 +22,8 @@ KEY = "kernel", "arch", "warps", "constants", "shapes"
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = RESULTS / "aot.json"
 # Backward at 32 x 32 pixels a program has room for one group of 12 channels, and groups start on
-# multiples of 24 bytes.
-NARROW = {"PIXELS": 1024, "PER_GROUP": 12, "GROUPS": 1}
+# multiples of 24 bytes; at 16 x 16 for one of 18, on multiples of 36. So accesses have these bits.
+NARROW = {(1024, 12): 64, (256, 18): 32}
 # Loads and stores of 128 bits of the kernels that take tensors element by element, at least: 8
 # elements a thread, 16 in quantize, which reads planes one element at a time.
 WIDE = {
@@ -195,7 +195,8 @@ def check(row: dict) -> None:
     assert row["stores"].get("128", 0) >= stores, row
     if "BLOCK_P" not in constants:
         return
-    vector = 64 if NARROW.items() <= constants.items() else 128
+    one_group = constants.get("GROUPS") == 1 and (constants["PIXELS"], constants["PER_GROUP"])
+    vector = NARROW.get(one_group, 128)
     tile = constants["BLOCK_P"] * constants["BLOCK_C"] * 16 // vector // (row["warps"] * 32)
     pairs = {"reads": ("residual", "skip", "grad_merged"), "writes": ("merged", "d_skip")}
     given = {

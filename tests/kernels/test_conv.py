@@ -88,8 +88,8 @@ def check(arguments, stride) -> None:
     assert_close("y", exact, y, peer)
 
 
-def norm_values(out, groups, dtype) -> tuple:
-    weight, bias, *settings = norm_of(out, groups, dtype)
+def norm_values(out, groups, dtype, images=()) -> tuple:
+    weight, bias, *settings = norm_of(out, groups, dtype, images)
     return weight.to(DEVICE), bias.to(DEVICE), *settings
 
 
@@ -184,6 +184,11 @@ def test_with_a_norm_it_is_as_exact_as_pytorch(place, dtype, silu):
 )
 def test_a_norm_of_any_image_and_groups(shape, groups):
     check_norm(*values(*shape, torch.float32), norm_values(shape[2], groups, torch.float32))
+
+
+def test_a_norm_with_an_affine_of_each_image(place):
+    norm = norm_values(8, 2, torch.float32, images=(3,))
+    check_norm(*values(3, 4, 8, 5, 6, "1x1", torch.float32), norm)
 
 
 def test_the_variance_beside_a_large_mean(place):

@@ -75,8 +75,8 @@ def small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(group_norm_silu_backward, "BACKWARD_TILES", (64, 64))
 
 
-def values(shape, dtype, layout=NHWC, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(value.to(DEVICE) for value in inputs(shape, dtype, layout, seed))
+def values(shape, dtype, layout=NHWC, seed=0, by_image=False) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(value.to(DEVICE) for value in inputs(shape, dtype, layout, seed, by_image))
 
 
 def run(x, weight, bias, groups, silu, eps=1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +117,41 @@ def test_gradients_are_as_exact_as_pytorchs(shape, groups, dtype, silu):
     check_backward(gradient_like(x), x, weight, bias, groups, silu)
 
 
+@pytest.mark.parametrize(("shape", "groups"), SHAPES[:6], ids=str)
+@every_dtype
+def test_an_affine_of_each_image_is_as_exact_as_pytorchs(shape, groups, dtype):
+    x, weight, bias = values((2, *shape[1:]), dtype, by_image=True)
+    check_forward(x, weight, bias, groups, True)
+    check_backward(gradient_like(x), x, weight, bias, groups, True)
+
+
+def test_one_row_for_all_images_gives_the_bits_of_a_norm_without_rows(passes):
+    """Whether the row is expanded, a few columns of a table, or has its channels apart."""
+    x, weight, bias = values((2, 12, 3, 5), torch.float32)
+    grad = gradient_like(x)
+    expected = *run(x, weight, bias, 4, True), run_backward(grad, x, weight, bias, 4, True)[0]
+    table = torch.cat([weight, bias, weight])[None].repeat(2, 1)
+    for rows in (
+        [p.expand(2, -1) for p in (weight, bias)],
+        [table[:, :12], table[:, 12:24]],
+        [weight.repeat(2, 1), bias.repeat_interleave(2).view(12, 2).T],
+    ):
+        d_x, *d_rows = run_backward(grad, x, *rows, 4, True)
+        assert_same_bits([*run(x, *rows, 4, True), d_x], expected)
+        assert all(d.shape == (2, 12) and d.is_contiguous() for d in d_rows)
+
+
+def test_rows_of_gradients_are_written_and_depend_on_their_image_alone(passes, monkeypatch):
+    x, weight, bias = values((2, 12, 3, 5), torch.float32, by_image=True)
+    grad = gradient_like(x)
+    expected = run_backward(grad, x, weight, bias, 4, True)
+    for i in range(2):
+        alone = [t[i : i + 1] for t in (grad, x, weight, bias)]
+        assert_same_bits(run_backward(*alone, 4, True), [t[i : i + 1] for t in expected])
+    poison(monkeypatch)
+    assert_same_bits(run_backward(grad, x, weight, bias, 4, True), expected)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     images=st.integers(1, 3),
@@ -126,11 +161,13 @@ def test_gradients_are_as_exact_as_pytorchs(shape, groups, dtype, silu):
     dtype=st.sampled_from(DTYPES),
     view=st.sampled_from(["nchw", "nhwc", "channel slice", "pixel slice", "transposed"]),
     two_passes=st.booleans(),
+    by_image=st.booleans(),
 )
-def test_any_shape_and_strides(images, groups, per_group, size, dtype, view, two_passes):
+def test_any_shape_and_strides(images, groups, per_group, size, dtype, view, two_passes, by_image):
     height, width = size
     channels = groups * per_group
-    x, weight, bias = values((images, channels + 2, height + 1, 2 * width), dtype)
+    shape = images, channels + 2, height + 1, 2 * width
+    x, weight, bias = values(shape, dtype, by_image=by_image)
     x = {
         "nchw": lambda: x[:, :channels, :height, :width].contiguous(),
         "nhwc": lambda: x[:, :channels, :height, :width].contiguous(memory_format=NHWC),
@@ -138,7 +175,7 @@ def test_any_shape_and_strides(images, groups, per_group, size, dtype, view, two
         "pixel slice": lambda: x[:, :channels, 1:, width:],
         "transposed": lambda: x[:, :channels].transpose(2, 3),
     }[view]()
-    weight, bias = weight[:channels], bias[1 : 1 + channels]
+    weight, bias = weight[..., :channels], bias[..., 1 : 1 + channels]
     with pytest.MonkeyPatch.context() as monkeypatch:
         if two_passes:
             small_tiles(monkeypatch)
@@ -236,7 +273,7 @@ def test_a_program_writes_its_own_slice_and_nothing_else():
     x, weight, bias, y, mean, rstd = (t.to(DEVICE) for t in (x, weight, bias, y, mean, rstd))
     kernels._fwd_kernel[(1,)](
         **group_norm_tiles.source_arguments(x, 24),
-        **kernels.Norm(weight, bias, 8, 1e-6, True).pointers(),
+        **kernels.Norm(weight, bias, 8, 1e-6, True).affine(),
         **{"y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "merged_ptr": None},
         **{"groups": 8, "slices": 3, "eps": 1e-6, "SILU": True},
         **SLICE,
@@ -317,6 +354,14 @@ def test_with_addends_two_passes_are_as_exact_as_pytorch(names, function, chosen
     small_tiles(monkeypatch)
     values, addends = on_device(*draw_addends(names, (2, 12, 4, 3), 6, torch.float32))
     check_addends(function, values, addends, 3)
+
+
+@pytest.mark.parametrize("names", [("shift",), ("residual", "skip"), ADDENDS], ids="+".join)
+def test_with_addends_an_affine_of_each_image_is_as_exact(names, passes, chosen):
+    drawn = draw_addends(names, (2, 12, 4, 3), 6, torch.float32, by_image=True)
+    values, addends = on_device(*drawn)
+    y, merged = check_addends(fused, values, addends, 3)
+    assert torch.equal(run(merged, *values[1:], 3, True)[0], y)
 
 
 @settings(max_examples=12, deadline=None)
@@ -413,7 +458,8 @@ def test_a_program_of_two_sources_writes_its_own_slice_and_nothing_else():
     grad, x, shift, skip, weight, bias, mean, rstd = tensors
     group_norm_silu_backward._bwd_kernel[(1,)](
         **group_norm_tiles.source_arguments(x, 24, shift, None, skip),
-        **{"grad_ptr": grad, "weight_ptr": weight, "bias_ptr": bias, "grad_merged_ptr": None},
+        **group_norm_tiles.affine_arguments(weight, bias),
+        **{"grad_ptr": grad, "grad_merged_ptr": None},
         **{"mean_ptr": mean, "rstd_ptr": rstd, "rows_ptr": rows},
         **{"d_x_ptr": d_x, "d_skip_ptr": d_skip, "d_shift_ptr": d_shift},
         **{"groups": 8, "slices": 3, "SILU": True},
@@ -433,10 +479,14 @@ def test_the_op_runs_them_on_a_gpu():
 
 @pytest.mark.usefixtures("rounds_to_float8")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [[], ["shift"], ["skip"], ADDENDS], ids="+".join)
-def test_in_float8_it_is_the_norm_rounded_once(passes, dtype, names):
-    (x, weight, bias), addends = draw_addends(names, (2, 12, 4, 3), 8, dtype)
-    weight[3] = 1e3
+@pytest.mark.parametrize(
+    ("names", "by_image"),
+    [([], False), (["shift"], False), (["skip"], False), (ADDENDS, False), (ADDENDS, True)],
+    ids=["", "shift", "skip", "all", "all, by image"],
+)
+def test_in_float8_it_is_the_norm_rounded_once(passes, dtype, names, by_image):
+    (x, weight, bias), addends = draw_addends(names, (2, 12, 4, 3), 8, dtype, by_image=by_image)
+    weight[..., 3] = 1e3
     launch = forward_float8._load("cuda", "triton")
     tensors = [t.to(DEVICE) for t in (x, weight, bias)]
     given = [addends[name].to(DEVICE) if name in addends else None for name in ADDENDS]

@@ -36,6 +36,13 @@ def norm(silu: bool, keep: bool, **addends: Tensor) -> tuple:
     return x, weight, bias, 2, 1e-2, silu, keep, *map(addends.get, ADDENDS)
 
 
+def with_rows(arguments: tuple) -> tuple:
+    """Return arguments of a norm with a weight and a bias of each image, in the same place."""
+    i = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dim() == 1)
+    rows = (drawn(2, len(arguments[i]), seed=seed) for seed in (11, 12))
+    return *arguments[:i], *rows, *arguments[i + 2 :]
+
+
 def norm_backward(**addends: Tensor) -> tuple:
     """Return arguments of group_norm_silu_backward, whose x was not kept."""
     x, weight, bias, *_, shift, residual, skip = norm(True, False, **addends)
@@ -56,6 +63,8 @@ ARGUMENTS = {
     "group_norm_silu": norm(True, False),
     "group_norm_silu, kept": norm(True, True, **ADDENDS),
     "group_norm_silu, added": norm(False, False, **ADDENDS),
+    "group_norm_silu, by image": with_rows(norm(True, True, **ADDENDS)),
+    "group_norm_silu_backward, by image": with_rows(norm_backward(shift=ADDENDS["shift"])),
     "group_norm_silu_backward": norm_backward(shift=ADDENDS["shift"]),
     "group_norm_silu_backward, kept": KEPT,
     "group_norm_silu_float8": (*norm(True, True)[:5], True, None, None, None),

@@ -249,8 +249,10 @@ _norm_op = Op(
     x [N, C, H, W] floating
     {_TAKES}
     residual [N, O, Y, X] of x
-    norm_weight [O] floating
-    norm_bias [O] floating
+    norm_weight [O] or [N, O] floating
+    norm_bias [O] or [N, O] floating
+    norm_weight.shape == norm_bias.shape : norm_weight and norm_bias must have one shape, not \
+{{list(norm_weight.shape)}} and {{list(norm_bias.shape)}}
     groups >= 1 and O % groups == 0 : channels ({{O}}) must be a multiple of groups ({{groups}})
     """,
     reference_norm,

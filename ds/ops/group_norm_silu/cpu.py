@@ -7,7 +7,7 @@ from ds.ops import _native
 from ds.ops.dispatch.op import Kernel, Unsupported
 from ds.ops.dispatch.transforms import like
 from ds.ops.group_norm_silu.addends import Addends
-from ds.ops.group_norm_silu.layout import check_one_affine, sizes
+from ds.ops.group_norm_silu.layout import affine_rows, sizes
 
 
 def load_forward() -> Kernel:
@@ -16,16 +16,15 @@ def load_forward() -> Kernel:
 
     def launch(x, weight, bias, groups, eps, silu, keep=False, *addends):
         is_bf16 = _is_bf16(x)
-        check_one_affine(weight)
         x = Addends(*addends).merge(x)
-        weight, bias = weight.float().contiguous(), bias.float().contiguous()
+        weight, bias, stride = affine_rows(weight.float(), bias.float())
         images, channels, pixels = sizes(x)
         y = torch.empty_like(x)
         mean = x.new_empty((images, groups), dtype=torch.float32)
         rstd = torch.empty_like(mean)
         pointers = map(Tensor.data_ptr, (x, weight, bias, y, mean, rstd))
         counts = images, channels, pixels, groups
-        error = kernel(*pointers, *counts, eps, silu, not x.is_contiguous(), is_bf16)
+        error = kernel(*pointers, *counts, eps, silu, not x.is_contiguous(), is_bf16, stride)
         _native.check("group_norm_silu", error)
         return y, mean, rstd, x if keep else x.new_empty(0)
 
@@ -38,19 +37,22 @@ def load_backward() -> Kernel:
 
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
         is_bf16, addends = _is_bf16(x), Addends(*addends)
-        check_one_affine(weight)
         x = addends.merged_before(x, grad_merged)
         grad = like(grad, x)
         images, channels, pixels = sizes(x)
-        w, b = weight.float().contiguous(), bias.float().contiguous()
-        d_norm, d_weight, d_bias = map(torch.empty_like, (x, w, b))
+        w, b, stride = affine_rows(weight.float(), bias.float())
+        d_norm = torch.empty_like(x)
+        by_image = weight.dim() == 2  # whose gradients are the rows
+        d_weight, d_bias = (None if by_image else torch.empty_like(p) for p in (w, b))
         rows = x.new_empty((2, images, channels), dtype=torch.float64)
         statistics = mean.contiguous(), rstd.contiguous()
         tensors = (grad, x, w, b, *statistics, d_norm, d_weight, d_bias, rows)
         counts = images, channels, pixels, groups
-        pointers = map(Tensor.data_ptr, tensors)
-        error = kernel(*pointers, *counts, silu, not x.is_contiguous(), is_bf16)
+        pointers = (None if t is None else t.data_ptr() for t in tensors)
+        error = kernel(*pointers, *counts, silu, not x.is_contiguous(), is_bf16, stride)
         _native.check("group_norm_silu_backward", error)
+        if by_image:
+            d_bias, d_weight = (row.float() for row in rows)
         d_x, d_shift, d_skip = addends.split_gradient(d_norm, x, split, grad_merged)
         return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 

@@ -9,8 +9,8 @@ from ds.ops import _native
 from ds.ops.dispatch.op import Kernel, Unsupported
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import (
+    affine_rows,
     check_gpu_kernels_take,
-    check_one_affine,
     from_rows,
     sizes,
     to_rows,
@@ -30,7 +30,6 @@ def load_two_passes() -> Kernel:
 
 def _launch(lib, cluster, x, weight, bias, groups, eps, silu, keep=False, *addends):
     check_gpu_kernels_take(x)
-    check_one_affine(weight)
     x = Addends(*addends).merge(x)
     images, channels, pixels = sizes(x)
     tiles = lib.ds_cuda_group_norm_silu_tiles(pixels, channels, groups, x.itemsize, cluster, None)
@@ -39,20 +38,18 @@ def _launch(lib, cluster, x, weight, bias, groups, eps, silu, keep=False, *adden
     rows = to_rows(x)
     if rows.data_ptr() % 16:
         raise Unsupported("it takes x that starts on a multiple of 16 bytes")
-    weight, bias = _parameter(weight), _parameter(bias)
+    weight, bias, stride = affine_rows(_parameter(weight), _parameter(bias))
     y = torch.empty_like(rows)
     mean = torch.empty((images, groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     table = mean.new_empty((0,) if cluster else (images, tiles, 2, channels))
     tensors = rows, weight, bias, y, mean, rstd, table
     pointers = [tensor.data_ptr() or None for tensor in tensors]  # none for an empty table
-    counts, types = (
-        (images, pixels, channels, groups),
-        [_native.TYPES[t.dtype] for t in tensors[:3]],
-    )
+    counts = images, pixels, channels, groups, stride
+    types = [_native.TYPES[t.dtype] for t in tensors[:3]]
     _native.cuda_launch(lib.ds_cuda_group_norm_silu, x, *pointers, *counts, eps, silu, *types)
     return from_rows(y, x), mean, rstd, x if keep else x.new_empty(0)
 
 
 def _parameter(values: Tensor) -> Tensor:
-    return (values if values.dtype in _native.TYPES else values.float()).contiguous()
+    return values if values.dtype in _native.TYPES else values.float()

@@ -54,6 +54,18 @@ def sums(values: Tensor, parameter: Tensor) -> Tensor:
     return values[..., None].sum((*range(2, values.dim() + 1),))
 
 
+def affine_rows(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return weight and bias with dense rows, and the stride from an image's row to the next.
+
+    That is 0 for parameters [C]. Columns of a wider table are not copied.
+    """
+    if weight.dim() == 1:
+        return weight.contiguous(), bias.contiguous(), 0
+    if weight.stride(1) != 1 or weight.stride() != bias.stride():
+        weight, bias = weight.contiguous(), bias.contiguous()
+    return weight, bias, weight.stride(0)
+
+
 def to_rows(x: Tensor) -> Tensor:
     """Return x [N, C, ...] as [N, pixels, C]; a channels_last x is not copied."""
     return x.reshape(sizes(x)).transpose(1, 2).contiguous()
@@ -65,12 +77,6 @@ def from_rows(rows: Tensor, x: Tensor) -> Tensor:
     if same_order(y, x):
         return y.as_strided(x.shape, x.stride())
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
-
-
-def check_one_affine(weight: Tensor) -> None:
-    """Raise Unsupported for an affine of each image."""
-    if weight.dim() == 2:
-        raise Unsupported("it takes weight and bias [C], not [N, C]")
 
 
 def check_gpu_kernels_take(x: Tensor) -> None:

@@ -10,7 +10,6 @@ from ds.ops.float8 import FLOAT8, check_converts
 from ds.ops.group_norm_silu.addends import Addends
 from ds.ops.group_norm_silu.layout import (
     check_gpu_kernels_take,
-    check_one_affine,
     dense,
     from_rows,
     resized,
@@ -43,7 +42,6 @@ def load_backward() -> Kernel:
     def launch(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged=None, *addends):
         x = dense(x)
         check_gpu_kernels_take(x)
-        check_one_affine(weight)
         grad = to_rows(grad.to(x.dtype))
         if grad_merged is not None:
             grad_merged = to_rows(grad_merged.to(x.dtype))
@@ -65,14 +63,13 @@ def load_backward() -> Kernel:
 
 def _forward(kernels, x, weight, bias, groups, eps, silu, keep=False, *addends, dtype=None):
     x = dense(x)
-    check_one_affine(weight)
     check_gpu_kernels_take(x)
     norm, addends = kernels.Norm(weight, bias, groups, eps, silu), _addends_as_rows(*addends)
     with torch.cuda.device_of(x):
         y, mean, rstd, merged = kernels.group_norm_silu(
             to_rows(x), norm, keep, *addends, dtype=dtype
         )
-    whole = x if addends.skip is None else resized(x, weight.shape[0])
+    whole = x if addends.skip is None else resized(x, weight.shape[-1])
     merged = from_rows(merged, whole) if keep else x.new_empty(0)
     return from_rows(y, whole), mean, rstd, merged
 

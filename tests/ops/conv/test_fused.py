@@ -55,9 +55,10 @@ def direct(x, weight, bias, residual, geometry) -> Tensor:
     return y if residual is None else y + residual
 
 
-def norm_of(out, groups, dtype) -> tuple:
+def norm_of(out, groups, dtype, images=()) -> tuple:
+    """Return arguments of a norm; with (N,) for images, its weight and bias are [N, out]."""
     generator = torch.Generator().manual_seed(9)
-    weight, bias = (torch.randn(out, generator=generator).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(*images, out, generator=generator).to(dtype) for _ in range(2))
     return weight, bias, groups, 1e-6
 
 
@@ -90,10 +91,10 @@ def test_it_is_as_exact_as_pytorch(geometry, dtype):
 
 
 @every_geometry
-@pytest.mark.parametrize("silu", [True, False])
-def test_with_a_norm_it_is_the_norm_of_the_convolution(geometry, silu):
+@pytest.mark.parametrize(("silu", "images"), [(True, ()), (False, ()), (True, (3,))])
+def test_with_a_norm_it_is_the_norm_of_the_convolution(geometry, silu, images):
     (x, weight, bias, residual), stride = case(3, 8, 12, 6, 4, geometry, torch.bfloat16)
-    weight, norm = packed(weight, geometry), norm_of(12, 3, torch.float32)
+    weight, norm = packed(weight, geometry), norm_of(12, 3, torch.float32, images)
     added = {"bias": bias.float(), "residual": residual, "stride": stride}
     with ops.use_backend("reference"):
         y = ops.conv(x, weight, **added)
@@ -177,6 +178,7 @@ def test_they_compile_as_one_graph():
         ),
         ({"groups": 3}, r"channels \(4\) must be a multiple of groups \(3\)"),
         ({"norm_weight": torch.zeros(3)}, r"weight must be \[4\]"),
+        ({"norm_bias": torch.zeros(1, 4)}, r"must have one shape, not \[4\] and \[1, 4\]"),
         ({"norm_bias": torch.zeros(4).int()}, "floating point .* not torch.int32"),
     ],
 )

@@ -40,12 +40,15 @@ adversarial = pytest.mark.parametrize(
 )
 
 
-def inputs(shape, dtype, layout=torch.contiguous_format, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw x, weight and bias."""
+def inputs(
+    shape, dtype, layout=torch.contiguous_format, seed=0, by_image=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw x, weight and bias [C], or [N, C] by image."""
+    affine = shape[:2] if by_image else shape[1:2]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 0.5
-    weight = 1 + 0.3 * torch.randn(shape[1], generator=generator, dtype=torch.float64)
-    bias = 0.3 * torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    weight = 1 + 0.3 * torch.randn(affine, generator=generator, dtype=torch.float64)
+    bias = 0.3 * torch.randn(affine, generator=generator, dtype=torch.float64)
     x = x.to(dtype)
     x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     return x, weight.to(dtype), bias.to(dtype)
@@ -59,10 +62,10 @@ def spike(x: Tensor) -> Tensor:
 
 
 def draw_addends(
-    names, shape, seam, dtype, layout=torch.channels_last, shift_rows=True
+    names, shape, seam, dtype, layout=torch.channels_last, shift_rows=True, by_image=False
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Named]:
     """Return x, weight and bias, and addends: x has the channels up to the seam, skip the rest."""
-    whole, weight, bias = inputs(shape, dtype, layout)
+    whole, weight, bias = inputs(shape, dtype, layout, by_image=by_image)
     if "skip" not in names:
         seam = shape[1]
     generator = torch.Generator().manual_seed(2)
@@ -77,8 +80,13 @@ def draw_addends(
 
 
 def pytorch(x, weight, bias, groups, silu, eps=1e-6) -> Tensor:
-    """Return PyTorch's norm."""
-    y = torch.group_norm(x, groups, weight, bias, eps)
+    """Return PyTorch's norm; of affines by image, that of one image with the channels of all."""
+    if weight.dim() == 2:
+        affine = weight.flatten(), bias.flatten()
+        y = torch.group_norm(x.reshape(1, -1, *x.shape[2:]), len(x) * groups, *affine, eps)
+        y = y.reshape(x.shape)
+    else:
+        y = torch.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
 
 
