@@ -215,7 +215,7 @@ class AbstractUNet(nn.Module, ABC):
         return (self.config.in_channels, *self.config.size)
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        check_conditions(self.config, cond, len(x))
+        check_conditions(self.config, cond, x.shape[0])
         dtype = self.conv_in.weight.dtype
         temb = self._embedded(t, cond, dtype)
         aux = x.to(dtype, memory_format=torch.channels_last)
