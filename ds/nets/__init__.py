@@ -2,6 +2,7 @@
 
 from ds.nets.base import AbstractNetConfig
 from ds.nets.blocks import recompute_norms
+from ds.nets.classifier import Classifier, ClassifierConfig, adm_classifier
 from ds.nets.fold import fold_attention
 from ds.nets.mlp import MLP, MLPConfig
 from ds.nets.song import SongConfig, SongUNet, ddpmpp, ncsnpp
@@ -10,11 +11,14 @@ from ds.nets.unet import UNet, UNetConfig
 __all__ = [
     "MLP",
     "AbstractNetConfig",
+    "Classifier",
+    "ClassifierConfig",
     "MLPConfig",
     "SongConfig",
     "SongUNet",
     "UNet",
     "UNetConfig",
+    "adm_classifier",
     "ddpmpp",
     "fold_attention",
     "ncsnpp",

@@ -93,6 +93,13 @@ class AbstractUNetConfig(AbstractNetConfig):
         levels = range(len(self.channel_mult))
         return tuple(i for i in levels if self.size[0] >> i in self.attention_resolutions)
 
+    @property
+    def skips(self) -> tuple[int, ...]:
+        """The channels of the maps that the way up is given, the first last."""
+        blocks = self.num_res_blocks
+        halved = [width for width in self.widths[:-1] for _ in range(blocks + 1)]
+        return (self.channels, *halved, *[self.widths[-1]] * blocks)
+
     def check_memory(self) -> None:
         """Raise ValueError if memory cannot hold the weights and an image."""
         blocks = 18 * (2 * self.num_res_blocks + 1)
@@ -126,11 +133,11 @@ class AbstractUNetConfig(AbstractNetConfig):
         check_frequencies(where, self.frequencies)
 
 
-class AbstractUNet(nn.Module, ABC):
-    """A U-Net: net(x [N, C, H, W], t [N], **cond) -> [N, outputs, H, W], in channels_last memory.
+class AbstractEncoder(nn.Module, ABC):
+    """The way down of a U-Net, and its middle, in channels_last memory.
 
-    It computes in the dtype of its weights and returns the dtype of x. A subclass says how the
-    network is told the time, and from which weights it starts.
+    It computes in the dtype of its weights. A subclass says how the network is told the time, and
+    from which weights it starts.
     """
 
     config: Any
@@ -143,17 +150,15 @@ class AbstractUNet(nn.Module, ABC):
         self.conv_in = Conv3x3(c.in_channels, c.channels)
 
         self.down = nn.ModuleList()
-        skips, aux = [width := c.channels], c.in_channels
+        width, aux = c.channels, c.in_channels
         for i, out in enumerate(widths):
             level = Level(c, i, [width] + [out] * (c.num_res_blocks - 1), out)
-            skips += [out] * c.num_res_blocks
             if i < last:
                 how = c.halves(i)
                 level.downsample = ResBlock(c, out, out, how) if how else Downsample(c, out)
                 if c.residual_encoder:
                     level.residual = HalvingConv(aux, out, how)
                     aux = out
-                skips.append(out)
             self.down.append(level)
             width = out
 
@@ -163,24 +168,6 @@ class AbstractUNet(nn.Module, ABC):
             Attention(c, width, c.mid_norm_groups) if c.mid_attention else nn.Identity()
         )
         self.mid.block_2 = ResBlock(c, width, width)
-
-        self.up = nn.ModuleList()
-        for i in reversed(range(len(widths))):
-            out = widths[i]
-            inputs = [w + skips.pop() for w in [width] + [out] * c.num_res_blocks]
-            level = Level(c, i, inputs, out, only_last=c.attends_last)
-            if i > 0:
-                how = c.doubles(i)
-                level.upsample = ResBlock(c, out, out, how) if how else Upsample(out)
-            self.up.insert(0, level)
-            width = out
-
-        self.norm_out = GroupNorm(c, width, silu=True)
-        self.conv_out = Conv3x3(width, c.outputs)
-        self._initialise()
-        for name in c.conditions:  # with the weights of a network without conditions, it is that
-            nn.init.zeros_(self.temb.conditions[name].weight)
-        self.to(memory_format=torch.channels_last)
 
     def _told(self) -> nn.Module:
         """Make the layers that every network has for the time and for other numbers."""
@@ -195,26 +182,29 @@ class AbstractUNet(nn.Module, ABC):
         return layers
 
     @abstractmethod
-    def _initialise(self) -> None:
-        """Draw fresh weights."""
-
-    @abstractmethod
     def features(self, t: Tensor) -> Tensor:
         """Return numbers t [N], times or conditions, as features [N, config.features].
 
         They are float64 for t in float64, else float32.
         """
 
-    @abstractmethod
     def _embedded(self, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the features of the time and the conditions that every block is told."""
+        layers = self.temb
+        hidden = layers.dense[0](self.features(t).to(dtype))
+        for name in self.config.conditions:  # together, one layer on the embeddings side by side
+            hidden = hidden + layers.conditions[name](self.features(cond[name]).to(dtype))
+        return layers.dense[1](F.silu(hidden))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one image, (C, H, W)."""
         return (self.config.in_channels, *self.config.size)
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    def _descend(
+        self, x: Tensor, t: Tensor, cond: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return what the middle returns, what the way up is given, and the time embedding."""
         check_conditions(self.config, cond, x.shape[0])
         dtype = self.conv_in.weight.dtype
         temb = self._embedded(t, cond, dtype)
@@ -230,22 +220,54 @@ class AbstractUNet(nn.Module, ABC):
                 if level.residual is not None:
                     h = aux = added(h, level.residual(aux), self.config.residual_scale)
                 skips.append(h)
-
         h = self.mid.block_1(h, temb)
         h = self.mid.attn_1(h)
-        h = self.mid.block_2(h, temb)
+        return self.mid.block_2(h, temb), skips, temb
 
+
+class AbstractUNet(AbstractEncoder):
+    """A U-Net: net(x [N, C, H, W], t [N], **cond) -> [N, outputs, H, W].
+
+    It returns the dtype of x.
+    """
+
+    def __init__(self, config: AbstractUNetConfig):
+        super().__init__(config)
+        c, width, skips = config, config.widths[-1], [*config.skips]
+        self.up = nn.ModuleList()
+        for i in reversed(range(len(c.widths))):
+            out = c.widths[i]
+            inputs = [w + skips.pop() for w in [width] + [out] * c.num_res_blocks]
+            level = Level(c, i, inputs, out, only_last=c.attends_last)
+            if i > 0:
+                how = c.doubles(i)
+                level.upsample = ResBlock(c, out, out, how) if how else Upsample(out)
+            self.up.insert(0, level)
+            width = out
+
+        self.norm_out = GroupNorm(c, width, silu=True)
+        self.conv_out = Conv3x3(width, c.outputs)
+        self._initialise()
+        for name in c.conditions:  # with the weights of a network without conditions, it is that
+            nn.init.zeros_(self.temb.conditions[name].weight)
+        self.to(memory_format=torch.channels_last)
+
+    @abstractmethod
+    def _initialise(self) -> None:
+        """Draw fresh weights."""
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        h, skips, temb = self._descend(x, t, cond)
         for i, level in reversed(list(enumerate(self.up))):
             for block, attn in zip(level.block, level.attn, strict=True):
                 h = attn(block(h, temb, skips.pop()))
             if i > 0:
                 h = level.upsample(h, temb)
+        with without_autocast(x.device.type):  # what is returned is not rounded
+            return self.conv_out(self.norm_out(h.to(self.conv_out.weight.dtype))).to(x.dtype)
 
-        with _without_autocast(x.device.type):  # what is returned is not rounded
-            return self.conv_out(self.norm_out(h.to(dtype))).to(x.dtype)
 
-
-def _without_autocast(device: str) -> AbstractContextManager:
+def without_autocast(device: str) -> AbstractContextManager:
     """Return a context without autocast, which the meta device does not know."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 

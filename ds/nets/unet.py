@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds.nets.blocks import (
@@ -168,14 +167,10 @@ class UNet(AbstractUNet):
         return self.config.embed(t)
 
     def _embedded(self, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        c, layers = self.config, self.temb
-        hidden = layers.dense[0](self.features(t).to(dtype))
-        for name in c.conditions:  # together, one layer on the embeddings side by side
-            hidden = hidden + layers.conditions[name](self.features(cond[name]).to(dtype))
-        hidden = layers.dense[1](F.silu(hidden))
-        if c.classes:
-            hidden = hidden + layers.label(one_hot(cond["label"], c.classes).to(dtype))
-        return hidden
+        hidden, classes = super()._embedded(t, cond, dtype), self.config.classes
+        if not classes:
+            return hidden
+        return hidden + self.temb.label(one_hot(cond["label"], classes).to(dtype))
 
 
 def _initialise(layer: nn.Module) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ds.nets import SongConfig, UNetConfig, ddpmpp, ncsnpp
+from ds.nets import ClassifierConfig, SongConfig, UNetConfig, ddpmpp, ncsnpp
 from ds.nets.base import NO_CLASS
 
 LABELS = [3, NO_CLASS, 0]
@@ -46,7 +46,7 @@ ADM: dict[str, Any] = {
 class Case:
     """A network and what it is told; `theirs` is the class of the source, and how it was set."""
 
-    config: SongConfig | UNetConfig
+    config: SongConfig | UNetConfig | ClassifierConfig
     theirs: dict[str, Any] = field(default_factory=dict)
     labels: list[int] | None = None
     augment: bool = False
@@ -55,7 +55,7 @@ class Case:
         """Return x [3, 3, 16, 16], t [3] and the conditions."""
         rng = np.random.default_rng(7)
         x = torch.from_numpy(rng.normal(size=(3, 3, 16, 16))).float()
-        edm = self.theirs["class"] != "UNetModel"
+        edm = self.theirs["class"] in ("SongUNet", "DhariwalUNet")
         t = torch.tensor([-1.5, 0.1, 0.9] if edm else [999.0, 0.0, 37.0])
         cond = {}
         if self.labels is not None:
@@ -116,6 +116,18 @@ CASES = {
         ),
         {"class": "UNetModel", "new": False, "channels": 64, "channel_mult": (0.5, 1, 1)},
     ),
+    "classifier": Case(
+        ClassifierConfig(
+            image_size=16,
+            channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            head_channels=16,
+            num_classes=10,
+        ),
+        {"class": "EncoderUNetModel"},
+    ),
 }
 
 
@@ -135,6 +147,6 @@ def fill(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def outputs() -> dict[str, Tensor]:
-    """Return the outputs [3, C, 16, 16] of their networks, by case."""
+    """Return the outputs of their networks, by case: [3, C, 16, 16], logits [3, 10]."""
     with np.load(__file__.replace("networks.py", "networks.npz")) as file:
         return {name: torch.from_numpy(file[name]) for name in file}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds.nets import adm, ddpmpp, ncsnpp
+from ds.nets import adm, adm_classifier, ddpmpp, ncsnpp
 from tests.golden import networks
 
 
@@ -35,6 +35,10 @@ def test_a_network_is_that_of_its_source(name):
         (adm.adm_imagenet512(), 558_997_638),
         (adm.adm_lsun(), 552_814_086),
         (adm.adm_lsun(scale_shift=False, out_channels=None), 526_304_771),
+        (adm_classifier(64), 65_438_568),
+        (adm_classifier(128), 42_568_040),
+        (adm_classifier(256), 54_096_360),
+        (adm_classifier(512), 54_448_360),
     ],
     ids=lambda value: f"{value:,}" if isinstance(value, int) else type(value).__name__,
 )

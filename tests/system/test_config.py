@@ -121,6 +121,7 @@ TAGS = {
     "unipc",
     "unet",
     "song",
+    "classifier",
     "mlp",
     "denoising",
     "denoising_student",
