@@ -28,7 +28,7 @@ from ds.cli.verb import (
 )
 from ds.diffusion.noise import noise
 from ds.diffusion.solvers import Clipped
-from ds.evaluation.solver_search import fidelity, fidelity_table, frontier, plan_table
+from ds.evaluation.solver_search import corrected, fidelity, fidelity_table, frontier, plan_table
 from ds.models.execution import Execution
 from ds.models.load import load_teacher
 from ds.models.sampler import Sampler, least_memory
@@ -166,6 +166,7 @@ class MakePairs(Verb):
         if isinstance(teacher.solver, Clipped):
             log.warning("plan: solvers are compared without clipping, which has no ODE to be near")
         found = frontier(teacher.denoiser, z, self.solve, progress=watched())
+        found = corrected(found, teacher.denoiser, z)
         say(plan_table(found, seconds, self.count))
         say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
 

@@ -1,7 +1,8 @@
 """How many network calls are needed: the endpoints of solvers and grids against the exact ODE."""
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule, AbstractTable
-from ds.diffusion.solvers import AbstractSolver, DPMSolverPP, evaluations, integrate
+from ds.diffusion.solvers import DCW, AbstractSolver, DPMSolverPP, evaluations, integrate
+from ds.evaluation.spectrum import fitted, spectrum, spectrum_error
 from ds.models.execution import Execution, Precision
 from ds.models.model import device_of
 from ds.models.sampler import Sampler
@@ -19,6 +21,8 @@ from ds.models.teacher import Teacher
 from ds.training.presets import SolveConfig
 
 CALLS = (8, 12, 16, 24, 36)
+REFERENCE = DPMSolverPP(order=3)
+log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A row without and with ds.solvers.DCW, whose strength is fitted to the reference."""
+
+    plain: Row
+    with_dcw: Row
+    spectrum_errors: tuple[float, float]  # mean |log ratio| to the reference, without and with
+    gaussian: float  # the strength for Gaussian data of the reference's spectrum
+
+
+@dataclass(frozen=True)
 class Frontier:
     """Rows in order of their calls, the row asked for, and the accuracy of the reference."""
 
@@ -39,12 +53,18 @@ class Frontier:
     asked: Row
     reference_nfe: int
     reference_error: float  # how far the reference moves with half of its times
+    truth: Tensor = field(repr=False, compare=False)  # the reference's endpoints
+    corrections: tuple[Correction, ...] = ()
 
     @property
     def answer(self) -> Row | None:
-        """The cheapest row that is as close as the one asked for with fewer calls, if any."""
-        enough = [r for r in self.rows if r.error <= self.asked.error and r.nfe < self.asked.nfe]
-        return min(enough, key=lambda r: (r.nfe, r.error), default=None)
+        """The cheapest row that is as close as the one asked for with fewer calls, if any.
+
+        A corrected row is one only where no plain one of as few calls is.
+        """
+        rows = (*self.rows, *(c.with_dcw for c in self.corrections))
+        enough = [r for r in rows if r.error <= self.asked.error and r.nfe < self.asked.nfe]
+        return min(enough, key=lambda r: (r.nfe, r.solve.dcw != 0, r.error), default=None)
 
 
 def candidates(schedule: AbstractSchedule, top: float) -> list[SolveConfig]:
@@ -82,11 +102,7 @@ def frontier(
     """
     schedule = denoiser.schedule
     top = asked.build(schedule)[1][0]
-    above = max(top, 1) if isinstance(schedule, AbstractTable) else top
-    fine, half = (
-        tuple(sorted({top, *grids.quadratic(n, schedule, top=above)}, reverse=True))
-        for n in (400, 200)
-    )
+    fine, half = (_fine(n, schedule, top) for n in (400, 200))
     among = list(candidates(schedule, top) if among is None else among)
     with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:
 
@@ -96,18 +112,66 @@ def frontier(
             bar.update()
             return integrate(denoiser, solver, grid, schedule.prior(z, top))
 
-        truth, check = (endpoint(DPMSolverPP(order=3), times) for times in (fine, half))
+        truth, check = (endpoint(REFERENCE, times) for times in (fine, half))
         if not truth.isfinite().all():
             raise RuntimeError("frontier: the denoiser returned numbers that are not finite")
 
         def row(solve: SolveConfig) -> Row:
             solver, grid = solve.build(schedule)
-            return Row(
-                solve, evaluations(denoiser, solver, grid), _rms(endpoint(solver, grid), truth)
-            )
+            nfe = evaluations(denoiser, solver, grid)
+            return Row(solve, nfe, _rms(endpoint(solver, grid), truth))
 
         first, rows = row(asked), [row(solve) for solve in among]
-    return Frontier(_mark([first, *rows]), first, len(fine), _rms(check, truth))
+    return Frontier(_mark([first, *rows]), first, len(fine), _rms(check, truth), truth)
+
+
+def _fine(n: int, schedule: AbstractSchedule, top: float) -> Grid:
+    """Return up to n times from `top` down, on which a reference is computed."""
+    above = max(top, 1) if isinstance(schedule, AbstractTable) else top
+    return tuple(sorted({top, *grids.quadratic(n, schedule, top=above)}, reverse=True))
+
+
+@torch.no_grad()
+def corrected(found: Frontier, denoiser: Denoiser, z: Tensor) -> Frontier:
+    """Return a frontier of the noises z [N, *shape] with corrections, fitted and measured.
+
+    They are those of the row asked for, and of the best rows with fewer calls. A strength is the
+    one that ends nearest to the reference: the vertex of a parabola through the squared errors of
+    three, 0 where that is no better than none. Beside it stands what `fitted` computes from the
+    spectrum, which real data may be far from. One sample has no spectrum, and gets no corrections.
+    """
+    if len(z) < 2:
+        log.warning("plan: no corrections (DCW), which need the spectrum of 2 or more noises")
+        return found
+    variances, truth, schedule = spectrum(found.truth), found.truth, denoiser.schedule
+
+    def correction(plain: Row) -> Correction:
+        solver, grid = plain.solve.build(schedule)
+
+        def end(strength: float) -> Tensor:
+            dcw = DCW(solver, low=strength)
+            return integrate(denoiser, dcw, grid, schedule.prior(z, grid[0]))
+
+        gaussian = fitted(variances, grid, schedule, solver)
+        wide = min(max(abs(gaussian) / 2, 0.002), 0.05)
+        below, above = (_rms(end(c), truth) ** 2 for c in (-wide, wide))
+        low = round(_vertex(wide, below, plain.error**2, above), 4)
+        if (error := _rms(end(low), truth)) >= plain.error:
+            low, error = 0.0, plain.error
+        row = replace(plain, solve=replace(plain.solve, dcw=low), error=error)
+        off = spectrum_error(end(0.0), truth), spectrum_error(end(low), truth)
+        return Correction(plain, row, off, gaussian)
+
+    best = [row for row in found.rows if row.best and row.nfe < found.asked.nfe]
+    return replace(found, corrections=tuple(map(correction, [found.asked, *best])))
+
+
+def _vertex(wide: float, below: float, middle: float, above: float) -> float:
+    """Return where the parabola with these values at -wide, 0 and wide is least, within 2 wide."""
+    bend = below - 2 * middle + above
+    if not bend > 0:
+        return wide if above < below else -wide
+    return wide * min(max((below - above) / (2 * bend), -2.0), 2.0)
 
 
 def _rms(a: Tensor, b: Tensor) -> float:
@@ -144,7 +208,29 @@ def plan_table(found: Frontier, seconds: float, count: int) -> str:
                 f"{r.nfe:5}  {r.solve.solver:9}{r.solve.grid:10}{r.solve.steps:5}{r.error:10.2g}"
                 f"{cost * 1000:10.3g}{cost * count / 3600:8.3g}{' *' if r.best else ''}"
             )
-    return "\n".join([*lines, _answer(found)])
+    return "\n".join([*lines, *_corrections_table(found.corrections), _answer(found)])
+
+
+def _corrections_table(corrections: tuple[Correction, ...]) -> list[str]:
+    """Return lines that say what the correction DCW gives."""
+    if not corrections:
+        return []
+    lines = [
+        "A correction after each step (DCW) costs no call. Its strength is fitted to the ODE's "
+        "endpoints; spectrum: how far the",
+        "powers are off, mean |log ratio|; Gaussian: the strength that data of this spectrum would "
+        "need if they were Gaussian",
+        f"{'calls':>5}  {'solver':9}{'grid':10}{'steps':>5}{'--solve.dcw':>13}{'error':>10}"
+        f"{'with it':>10}{'spectrum':>10}{'with it':>10}{'Gaussian':>10}",
+    ]
+    for c in corrections:
+        s = c.with_dcw.solve
+        lines.append(
+            f"{c.plain.nfe:5}  {s.solver:9}{s.grid:10}{s.steps:5}{s.dcw:13.4f}"
+            f"{c.plain.error:10.2g}{c.with_dcw.error:10.2g}"
+            f"{c.spectrum_errors[0]:10.2g}{c.spectrum_errors[1]:10.2g}{c.gaussian:10.3f}"
+        )
+    return lines
 
 
 def _answer(found: Frontier) -> str:
@@ -155,7 +241,7 @@ def _answer(found: Frontier) -> str:
     return (
         f"{row.nfe} calls of {s.solver} on {s.grid} end as close to the ODE as {asked}: "
         f"--solve.solver {s.solver} --solve.grid {s.grid} --solve.steps {s.steps} "
-        f"--solve.top {s.top}"
+        f"--solve.top {s.top}" + (f" --solve.dcw {s.dcw}" if s.dcw else "")
     )
 
 

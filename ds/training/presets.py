@@ -14,6 +14,7 @@ import torch
 from ds.diffusion import grids
 from ds.diffusion.schedules import MOST, AbstractSchedule, AbstractTable
 from ds.diffusion.solvers import (
+    DCW,
     DDIM,
     AbstractSolver,
     Clipped,
@@ -22,7 +23,9 @@ from ds.diffusion.solvers import (
     DPMSolverPPSinglestep,
     Heun,
     UniPC,
+    bare,
 )
+from ds.diffusion.solvers.dcw import Strength
 from ds.methods import AbstractMethod, Denoising, DenoisingStudent
 from ds.models.execution import Mode, Precision
 from ds.models.teacher import Teacher
@@ -88,6 +91,9 @@ class SolveConfig:
     # of predicted images. teacher: as its scheduler says, the end of the last step included;
     # static: to [-1, 1]; dynamic: to the 99.5 % quantile of each
     clip: Literal["teacher", "none", "static", "dynamic"] = "teacher"
+    # of a correction after each step, away from the predicted image, for the variance that steps
+    # lose (DCW); --plan fits it; 0: none
+    dcw: Strength = 0.0
 
     def __post_init__(self):
         check(self, "solve.")
@@ -106,7 +112,7 @@ class SolveConfig:
         schedule = teacher.denoiser.schedule
         solver, grid = self.build(schedule, teacher.solver)
         grids.warn_of_signal(schedule, grid, "solve")
-        if self.solver != "ddim" and isinstance(_inner(teacher.solver), DDIMToFirst):
+        if self.solver != "ddim" and isinstance(bare(teacher.solver), DDIMToFirst):
             log.warning(
                 "solve: %s steps to the data; the teacher's scheduler ends at index 0's noise, "
                 "which ddim does",
@@ -116,11 +122,11 @@ class SolveConfig:
 
     def _solver(self, of: AbstractSolver | None) -> AbstractSolver:
         solver = SOLVERS[self.solver]
-        if self.clip == "none":
-            return solver
-        if self.clip == "teacher" and self.solver == "ddim" and isinstance(_inner(of), DDIMToFirst):
+        if self.clip == "teacher" and self.solver == "ddim" and isinstance(bare(of), DDIMToFirst):
             solver = DDIMToFirst()
-        clipped = _CLIPPED.get(self.clip, of)
+        if self.dcw:
+            solver = DCW(solver, low=self.dcw)
+        clipped = None if self.clip == "none" else _CLIPPED.get(self.clip, of)
         if not isinstance(clipped, Clipped):
             return solver
         # Heun steps along the noise, which must then be that of the clipped prediction.
@@ -144,11 +150,6 @@ class SolveConfig:
         if table:
             return min(round(self.top * schedule.num_steps), schedule.noise)
         return self.top * schedule.noise
-
-
-def _inner(solver: AbstractSolver | None) -> AbstractSolver | None:
-    """Return a solver without its clipping."""
-    return solver.solver if isinstance(solver, Clipped) else solver
 
 
 SOLVERS: dict[str, AbstractSolver] = {

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from ds.cli.__main__ import main
+from ds.diffusion.solvers import DCW, DDIM
+from ds.pairs.store import PairStore
 from tests.cli.chain import (
     pairs_of,
     refused,
@@ -26,6 +28,8 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
     assert "18 calls of ddim" in answer
     figure = re.search(r"in float32: bfloat16 (\S+); 18 calls of ddim miss the ODE by", precision)
     assert float(figure[1]) > 0
+    dcw = said.splitlines().index(next(li for li in said.splitlines() if "--solve.dcw  " in li))
+    assert said.splitlines()[dcw + 1].split()[:4] == ["18", "ddim", "quadratic", "20"]
     assert {line.split()[1] for line in said.splitlines() if line[:5].strip().isdecimal()} == {
         "ddim",
         "heun",
@@ -34,6 +38,18 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
         "unipc",
     }
     assert tree(home) == before
+
+
+def test_pairs_are_made_with_a_correction_that_the_store_remembers(home, capsys):
+    options = ("--solve.dcw", "0.02", "--pairs.count", "4", "--pairs.held-out", "1")
+    assert main(pairs_of("--out", "with", *options)) == 0
+    store = PairStore("with")
+    assert store.solver == DCW(DDIM(), low=0.02)
+    assert main(["pairs", "verify", "with", "--teacher", "teacher", "--recompute", "3"]) == 0
+    line = refused(
+        capsys, *pairs_of("--out", "with", "--pairs.count", "4", "--pairs.held-out", "1")
+    )
+    assert "holds a store made otherwise (solver" in line
 
 
 @pytest.mark.parametrize("option", ["plan-noises", "pairs.batch-size"])

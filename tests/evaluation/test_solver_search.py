@@ -6,8 +6,8 @@ import torch
 from ds import Denoiser, Teacher, analytic, noise
 from ds.diffusion.grids import quadratic
 from ds.diffusion.schedules import EDM, Linear
-from ds.diffusion.solvers import DDIM
-from ds.evaluation.solver_search import candidates, fidelity, frontier, plan_table
+from ds.diffusion.solvers import DCW, DDIM, integrate
+from ds.evaluation.solver_search import candidates, corrected, fidelity, frontier, plan_table
 from ds.training.presets import SolveConfig
 from tests.nets.test_unet import build
 
@@ -101,3 +101,43 @@ def test_fidelity_is_of_the_precisions_that_there_are(monkeypatch):
     assert moved["fp8"] == pytest.approx(error, rel=1e-3)
     points = MIXTURE.teacher(DDIM(), quadratic(5))
     assert fidelity(points, seed=0, count=8).keys() == {"bfloat16"}
+
+
+def test_a_plan_fits_a_correction_and_measures_it():
+    """Of a field, whose data are Gaussian, the correction gives most of the spectrum back."""
+    field, schedule = analytic.GaussianField(size=8), EDM()
+    denoiser = field.teacher(DDIM(), (80.0,), schedule).denoiser
+    noises = noise(0, range(16), field.shape, dtype=torch.float64)
+    asked = SolveConfig(grid="karras", steps=13)
+    few = [SolveConfig(grid="karras", steps=8), SolveConfig(solver="unipc", grid="karras", steps=8)]
+    found = corrected(frontier(denoiser, noises, asked, few), denoiser, noises)
+    assert [c.plain for c in found.corrections] == [found.asked, found.rows[0]]
+    for c in found.corrections:
+        solver, grid = c.plain.solve.build(schedule)
+        assert c.with_dcw.solve.build(schedule) == (DCW(solver, low=c.with_dcw.solve.dcw), grid)
+        x = integrate(denoiser, DCW(solver, low=c.with_dcw.solve.dcw), grid, 80 * noises)
+        exact = field.endpoint(80 * noises, *schedule.at(80))
+        assert c.with_dcw.error == pytest.approx(
+            (x - exact).square().mean().sqrt().item(), abs=1e-3
+        )
+        assert c.with_dcw.error < c.plain.error
+    first = found.corrections[0]
+    assert first.with_dcw.solve.dcw > 0.01 and first.gaussian == pytest.approx(0.03, abs=0.02)
+    assert first.with_dcw.error < 0.5 * first.plain.error
+    assert first.spectrum_errors[1] < 0.5 * first.spectrum_errors[0]
+    shown = plan_table(found, seconds=1, count=1).splitlines()
+    line = next(line for line in shown if f"{first.with_dcw.solve.dcw:.4f}" in line)
+    assert line.split()[:5] == ["13", "ddim", "karras", "13", f"{first.with_dcw.solve.dcw:.4f}"]
+
+
+def test_a_correction_that_makes_it_worse_is_not_offered(found):
+    worse = corrected(found, DENOISER, z())
+    for c in worse.corrections:
+        assert c.with_dcw.error <= c.plain.error
+        assert (c.with_dcw.solve.dcw == 0) == (c.with_dcw.error == c.plain.error)
+
+
+def test_one_noise_has_no_spectrum_to_fit_to(caplog):
+    few = frontier(DENOISER, z(1), PAPER, [])
+    assert corrected(few, DENOISER, z(1)).corrections == ()
+    assert "2 or more noises" in caplog.text

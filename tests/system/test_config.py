@@ -113,6 +113,7 @@ TAGS = {
     "classifier_guidance",
     "ancestral",
     "clipped",
+    "dcw",
     "ddim",
     "ddim_to_first",
     "heun",

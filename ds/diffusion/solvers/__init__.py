@@ -3,12 +3,14 @@
 from ds.diffusion.solvers.ancestral import Ancestral
 from ds.diffusion.solvers.base import AbstractSolver, evaluations, integrate
 from ds.diffusion.solvers.clipped import Clipped
+from ds.diffusion.solvers.dcw import DCW, bare
 from ds.diffusion.solvers.ddim import DDIM, DDIMToFirst
 from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
 from ds.diffusion.solvers.heun import Heun
 from ds.diffusion.solvers.unipc import UniPC
 
 __all__ = [
+    "DCW",
     "DDIM",
     "AbstractSolver",
     "Ancestral",
@@ -18,6 +20,7 @@ __all__ = [
     "DPMSolverPPSinglestep",
     "Heun",
     "UniPC",
+    "bare",
     "evaluations",
     "integrate",
 ]

@@ -57,7 +57,7 @@ def evaluations(denoiser: Denoiser, solver: AbstractSolver, grid: Grid) -> int:
     if denoiser.guidance is None:
         return solver.nfe(grid)
     counter = _Counter(denoiser)
-    x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float64, device="cpu")  # DCW's bands are of pictures
     draws = Draws(0, torch.zeros(1, dtype=torch.int64, device="cpu"))
     integrate(cast(Denoiser, counter), solver, grid, x, draws=draws)
     return counter.count

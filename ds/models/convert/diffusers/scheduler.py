@@ -23,7 +23,7 @@ from ds.diffusion.schedules import (
     Table,
     zero_terminal_snr,
 )
-from ds.diffusion.solvers import DDIM, AbstractSolver, Clipped, DDIMToFirst
+from ds.diffusion.solvers import DDIM, AbstractSolver, Clipped, DDIMToFirst, bare
 from ds.models.convert.diffusers.fields import check, list_of, load, number, one_of, whole
 from ds.models.convert.imported import Imported, naming
 
@@ -318,7 +318,7 @@ def fields(
         "prediction_type": types[prediction],
         "timestep_spacing": spacing,
         "steps_offset": offset,
-        "set_alpha_to_one": (clipped.solver if clipped else solver) != DDIMToFirst(),
+        "set_alpha_to_one": bare(solver) != DDIMToFirst(),
         "clip_sample": static,
         "clip_sample_range": clipped.limit if clipped and static else 1.0,
         "thresholding": clipped is not None and not static,
