@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds.diffusion import grids
+from ds.diffusion.conditions import Conditions
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.schedules import AbstractSchedule, AbstractTable
@@ -94,6 +95,8 @@ def frontier(
     progress: bool = False,
 ) -> Frontier:
     """Integrate z [N, *shape] in many ways, from the first time of the grid asked for.
+
+    A denoiser that takes conditions is given those of z: denoiser.given(label=...).
 
     The reference is a third-order solver on a grid of up to 400 times. Its distance to the same
     solver with half as many times bounds its error; smaller differences between rows mean nothing.
@@ -245,16 +248,18 @@ def _answer(found: Frontier) -> str:
     )
 
 
-def fidelity(teacher: Teacher, seed: int, count: int) -> dict[Precision, float]:
+def fidelity(
+    teacher: Teacher, seed: int, count: int, conditions: Conditions | None = None
+) -> dict[Precision, float]:
     """Return how far a few endpoints move, root mean square, when products are less precise.
 
     They are compared with the same teacher in float32, for the precisions that its device has; fp8
-    only if its gate is open.
+    only if its gate is open. `conditions` are as for a ds.Sampler.
     """
 
     def endpoints(precision: Precision) -> Tensor:
         execution = Execution.default(teacher, precision=precision)
-        sampler = Sampler(teacher, batch_size=count, execution=execution)
+        sampler = Sampler(teacher, batch_size=count, execution=execution, conditions=conditions)
         return torch.cat([*sampler.batches(seed, range(count))])
 
     exact = endpoints("float32")

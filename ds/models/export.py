@@ -20,9 +20,10 @@ BATCH = torch.export.Dim("batch", min=1, max=65536)
 def to_program(student: Student, path: str | Path, *, force: bool = False) -> None:
     """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
 
-    Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else.
-    Latents are not decoded, which is logged. Raises ValueError if the path cannot be written to or,
-    without `force`, exists.
+    Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else. What
+    the student takes is passed by name, module(noise, label=label): label, int64 [N], which is not
+    checked there, and guidance, float32 [N]. Latents are not decoded, which is logged. Raises
+    ValueError if the path cannot be written to or, without `force`, exists.
     """
     where = targets.file(path, force=force)
     content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
@@ -34,6 +35,8 @@ def to_program(student: Student, path: str | Path, *, force: bool = False) -> No
 def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     """Write an ONNX model of the same function, with the input "noise" and the output "samples".
 
+    Further inputs are "label" and "guidance", if the student takes them.
+
     Raises RuntimeError if packages are missing, and ValueError if the path cannot be written to or,
     without `force`, exists.
     """
@@ -43,7 +46,10 @@ def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     except ImportError:
         raise RuntimeError("ONNX needs two more packages: pip install onnx onnxscript") from None
     program = torch.onnx.export(
-        _exported(student), input_names=["noise"], output_names=["samples"], verbose=False
+        _exported(student),
+        input_names=["noise", *student.takes],
+        output_names=["samples"],
+        verbose=False,
     )
     assert program is not None
     with replacing(where, force=force) as temporary:
@@ -55,8 +61,12 @@ class _Sampling(nn.Module):
         super().__init__()
         self.net, self.method, self.nfe = student.net, student.method, student.nfe
 
-    def forward(self, noise: Tensor) -> Tensor:
-        return self.method.sample(self.net, noise, nfe=self.nfe)
+    def forward(
+        self, noise: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        told = {"label": label, "guidance": guidance}
+        cond = {name: value for name, value in told.items() if value is not None}
+        return self.method.sample(self.net, noise, nfe=self.nfe, cond=cond)
 
 
 @torch.no_grad()
@@ -70,9 +80,10 @@ def _exported(student: Student) -> torch.export.ExportedProgram:
     z = torch.zeros(
         2, *student.shape, dtype=torch.float32, device=next(student.net.parameters()).device
     )
-    module = _Sampling(student).eval()
-    module(z)  # fills caches, which tracing would fill with tensors that have no values
-    program = torch.export.export(module, (z,), dynamic_shapes=({0: BATCH},))
+    module, cond = _Sampling(student).eval(), student.plain(z)
+    module(z, **cond)  # fills caches, which tracing would fill with tensors that have no values
+    sizes = {name: {0: BATCH} for name in ("noise", *cond)}
+    program = torch.export.export(module, (z,), cond, dynamic_shapes=sizes)
     return program.run_decompositions(
         {
             torch.ops.ds.group_norm_silu.default: _group_norm_silu,

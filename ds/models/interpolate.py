@@ -9,6 +9,17 @@ from ds.system.config import Natural, require
 from ds.system.cost import check_memory
 
 
+def nearest(labels: Tensor, between: int) -> Tensor:
+    """Return labels [N] along the path of `great_circle`: each tensor has that of the nearer end.
+
+    The tensor in the middle of an odd number has that of the first end. A class has no middle.
+    """
+    require("nearest", Natural, between=between)
+    steps = (len(labels) - 1) * (between + 1)
+    place = torch.arange(steps + 1, dtype=torch.int64, device=labels.device)
+    return labels[(2 * place + between).div(2 * (between + 1), rounding_mode="floor")]
+
+
 def great_circle(z: Tensor, between: int) -> Tensor:
     """Return a path through noise tensors z [N, *shape], with `between` more from each to the next.
 

@@ -166,11 +166,14 @@ class Model(ABC):
         facts = self.provenance if provenance is None else provenance
         rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
         table = f"\n| where it comes from | |\n| --- | --- |\n{rows}" if rows else ""
-        draw = (
-            "images = ds.Sampler(model)(seed=0, indices=range(64))"
-            if self.image_shape
-            else "samples = [*ds.Sampler(model).batches(seed=0, indices=range(64))]"
-        )
+        asked = ", conditions=ds.Conditions(guidance=2.0)" if "guidance" in self.takes else ""
+        draw, which = f"ds.Sampler(model{asked})", "seed=0, indices=range(64)"
+        if self.classes:
+            which += ", labels=0"
+        if self.image_shape:
+            draw = f"images = {draw}({which})"
+        else:
+            draw = f"samples = [*{draw}.batches({which})]"
         return (
             f"{self._headline()}\n\n```python\nimport ds\n\n"
             f"model = ds.load_{self.kind}({json.dumps(name, ensure_ascii=False)})\n"
@@ -198,6 +201,8 @@ class Model(ABC):
             return f"Samples of shape {list(self.shape)}"
         c, h, w = shape
         images = f"mages of {h} x {w} pixels, {c} channel{'s' * (c > 1)}"
+        if self.classes:
+            images += f", of {self.classes} classes"
         if self.decoder is None:
             return f"I{images}"
         return f"Latents of shape {list(self.shape)}, decoded to i{images}"

@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c = self.config
-        check_conditions(c, cond, len(x))
+        check_conditions(c, cond, x.shape[0])  # len(x) would fix the batch of an export
         numbers = [t, *(cond[name] for name in c.conditions)]
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:

@@ -3,6 +3,9 @@
     webdataset    42.image.npy   uint8 [H, W, C], or floats    42.noise.npy   float32 [C, H, W]
     fastgen       42.latent.pth  float32 [C, H, W]             42.noise.pth   float32 [C, H, W]
 
+A store with classes adds 42.cls, the number of the class as text, or 42.label.pth, int64 []. One
+with guidance scales adds 42.guidance.npy or 42.guidance.pth, float32 [].
+
 Keys have nine digits. A FastGen loader finds the pairs with key_map = {"real": "latent.pth",
 "noise": "noise.pth"}. The archives take 5 and 8 times the space of a store, which keeps no noise.
 """
@@ -125,11 +128,20 @@ def _write(members: Callable, store: PairStore, rows: range, path: Path) -> None
 
 
 def _webdataset(store: PairStore, rows: range) -> dict[str, Column]:
-    return {"image.npy": (store.images(rows), _npy), "noise.npy": (store.noise(rows), _npy)}
+    columns = {"image.npy": (store.images(rows), _npy), "noise.npy": (store.noise(rows), _npy)}
+    files = {"label": ("cls", _text), "guidance": ("guidance.npy", _npy)}
+    told = store.cond(rows).items()
+    return columns | {files[name][0]: (value, files[name][1]) for name, value in told}
 
 
 def _fastgen(store: PairStore, rows: range) -> dict[str, Column]:
-    return {"latent.pth": (store.targets(rows), _pth), "noise.pth": (store.noise(rows), _pth)}
+    columns = {"latent.pth": (store.targets(rows), _pth), "noise.pth": (store.noise(rows), _pth)}
+    told = store.cond(rows).items()
+    return columns | {f"{name}.pth": (value, _pth) for name, value in told}
+
+
+def _text(x: Tensor) -> bytes:
+    return str(x.item()).encode()
 
 
 def _npy(x: Tensor) -> bytes:

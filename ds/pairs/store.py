@@ -111,10 +111,14 @@ class PairStore:
 
         Raises ValueError for a store without classes, and for an index that is not in it.
         """
-        index = as_indices("labels", indices, len(self))
         if not self.conditions.classes:
             raise ValueError(f"{self._where}: its pairs have no classes")
-        return self.conditions.draw(self.seed, index)["label"]
+        return self.cond(indices)["label"]
+
+    def cond(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """Return what the teacher was asked for at `indices`, [N] each; see Conditions.draw."""
+        index = as_indices("cond", indices, len(self))
+        return self.conditions.draw(self.seed, index)
 
     def targets(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the images as floats, about [-1, 1], [N, *shape]."""

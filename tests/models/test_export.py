@@ -8,8 +8,9 @@ import torch
 
 import ds
 from ds.methods import Denoising, DenoisingStudent
+from ds.methods.base import built
 from ds.models.export import to_onnx, to_program
-from ds.nets import UNetConfig
+from ds.nets import MLPConfig, UNetConfig
 
 CONFIG = UNetConfig(
     image_size=8, in_channels=1, channels=16, channel_mult=(1, 2), num_res_blocks=1,
@@ -65,6 +66,36 @@ def test_the_program_runs_where_this_library_is_not(student, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def told() -> ds.Student:
+    """A student of points that is told a class and a guidance scale."""
+    config = MLPConfig(classes=3, conditions=("guidance",), width=16, depth=2)
+    return ds.Student(built(config).eval(), DenoisingStudent())
+
+
+def cond(n: int) -> dict[str, torch.Tensor]:
+    return {"label": torch.arange(n) % 4 - 1, "guidance": torch.linspace(1, 3, n)}
+
+
+def test_the_program_of_a_conditional_student_is_told_what_it_takes(told, tmp_path):
+    to_program(told, tmp_path / "told.pt2")
+    module = torch.export.load(tmp_path / "told.pt2").module()
+    for n in BATCHES:
+        z = ds.noise(0, range(n), (2,))
+        assert_same(module(z, **cond(n)), told.sample(z, cond=cond(n)))
+
+
+def test_the_onnx_model_of_a_conditional_student_has_inputs_for_what_it_takes(told, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    to_onnx(told, tmp_path / "told.onnx")
+    session = runtime.InferenceSession(tmp_path / "told.onnx")
+    assert [found.name for found in session.get_inputs()] == ["noise", "label", "guidance"]
+    z = ds.noise(0, range(7), (2,))
+    inputs = {name: x.numpy() for name, x in {"noise": z, **cond(7)}.items()}
+    (made,) = session.run(["samples"], inputs)
+    assert_same(torch.from_numpy(made), told.sample(z, cond=cond(7)))
 
 
 def test_the_onnx_model_computes_what_the_student_does_for_any_batch(student, tmp_path):

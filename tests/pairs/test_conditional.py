@@ -1,5 +1,8 @@
 """Stores of class-conditional pairs: labels without a column, and sources that hand them on."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from ds.analytic import Gaussian, GaussianMixture
 from ds.diffusion.conditions import Conditions
 from ds.diffusion.grids import quadratic
 from ds.diffusion.solvers import DDIM
+from ds.pairs import archives
 from ds.pairs import generate as pairs
 from ds.pairs.manifest import Manifest
 from ds.pairs.sources import Generated, Noise, Pairs
@@ -15,6 +19,7 @@ from ds.pairs.storage import place
 from ds.pairs.store import info
 from ds.system.files import sealed
 from ds.training.batches import Batches
+from tests.pairs.test_archives import members
 from tests.pairs.test_store import COUNT, GAUSSIAN, all_images, contents, make
 
 DATA = GaussianMixture()
@@ -185,3 +190,35 @@ def test_a_fingerprint_covers_conditions_and_is_as_before_without(store):
     plain = Gaussian(shape=(1, 2, 2)).teacher(DDIM(), quadratic(5))
     about = Generated(plain, 8, **few).fingerprint()
     assert "Conditions" not in about
+
+
+@pytest.mark.parametrize("form", ["webdataset", "fastgen"])
+def test_archives_hold_the_classes_and_the_scales(tmp_path, form):
+    start = ds.Teacher(ds.Guided(TEACHER.denoiser, None), DDIM(), quadratic(3))
+    store = make(tmp_path / "s", start, conditions=Conditions((0, 2), (1.0, 3.0)))
+    found = members(archives.export(store, tmp_path / "a", form))
+    told = store.cond(range(COUNT))
+    assert len(found) == 4 * COUNT
+    for i in range(COUNT):
+        if form == "webdataset":
+            label = int(found[f"{i:09d}.cls"])
+            scale = np.load(io.BytesIO(found[f"{i:09d}.guidance.npy"]))
+        else:
+            label, scale = (
+                torch.load(io.BytesIO(found[f"{i:09d}.{name}.pth"]), weights_only=True)
+                for name in ("label", "guidance")
+            )
+        assert (label, scale) == (told["label"][i], told["guidance"][i])
+
+
+def test_the_pairs_of_a_guided_teacher_are_drawn_with_the_scales_of_their_indices(tmp_path):
+    start = ds.Teacher(ds.Guided(TEACHER.denoiser, None), DDIM(), quadratic(5))
+    store = make(tmp_path / "s", start, conditions=Conditions(guidance=(1.0, 3.0)))
+    z, cond = ds.noise(3, range(COUNT), (2,)), store.cond(range(COUNT))
+    assert store.conditions == Conditions(range(3), (1.0, 3.0))
+    assert torch.equal(store.targets(range(COUNT)), start.sample(z, cond=cond))
+    assert cond["guidance"].unique().numel() == COUNT
+    with pytest.raises(ValueError, match="is told a guidance scale; give one, or a range"):
+        make(tmp_path / "t", start)
+    with pytest.raises(ValueError, match=r"conditions\.guidance: \[1.0, 3.0\], not 2.0"):
+        make(tmp_path / "s", start, conditions=Conditions(guidance=2.0))
