@@ -31,6 +31,7 @@ CASES = (
     "group_norm_silu",
     "loader",
     "network",
+    "edm",
     "roofline",
     "convs",
     "where",

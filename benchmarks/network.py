@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Case, Side, Size, batch
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
-from ds.nets import UNet, UNetConfig
-from ds.nets.blocks import GroupNorm
+from ds.nets import UNet
+from ds.nets.blocks import AbstractUNet, AbstractUNetConfig, GroupNorm
 from ds.training import presets
 from ds.training.throughput import flop_counter
 
@@ -82,12 +82,12 @@ def exact_levels(net: UNet, sample: Call, z: Tensor) -> Tensor:
     return (x.clamp(-1, 1) * 127.5 + 127.5).movedim(1, -1).cpu()
 
 
-def about(net: UNet, images: int) -> str:
+def about(net: AbstractUNet, images: int) -> str:
     """Say how large the work is, for the name of a case."""
     return f"{[images, *net.shape]}, {net.config.channels} channels"
 
 
-def random_net(config: UNetConfig, device: torch.device) -> UNet:
+def random_net(config: AbstractUNetConfig, device: torch.device) -> Any:
     """Return a network with weights that leave no branch at zero, where half of it is idle."""
     torch.manual_seed(0)
     net = config.build().to(device).eval().requires_grad_(False)
@@ -150,8 +150,8 @@ def _call(function: Call, x: Tensor, t: Tensor, _: Any) -> Tensor:
     return function(x, t)
 
 
-def count_flops(net: nn.Module, x: Tensor, t: Tensor) -> int:
+def count_flops(net: nn.Module, x: Tensor, t: Tensor, **cond: Tensor) -> int:
     """Count two for each multiplication of convolutions, linear layers and attention."""
     with torch.no_grad(), flop_counter() as counter:
-        net(x, t)
+        net(x, t, **cond)
     return counter.get_total_flops()

@@ -221,8 +221,6 @@ def norm_into_conv(steps: list[Step], chosen: Callable[[Step], Step | None]) -> 
         (x, *others), (normed, *kept) = norm.inputs, norm.outputs
         if x not in conv.outputs or len(others) > norm.call.residual or norm.call.float8:
             return None  # x is the other branch, or there is a skip connection
-        if norm.call.affine is not None:
-            return None  # the op takes one affine for all images
         if len(readers[x]) > 1:
             kept = [x]
         if len(conv.inputs) + len(others) > 2:
