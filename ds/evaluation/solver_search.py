@@ -101,10 +101,17 @@ def frontier(
     The reference is a third-order solver on a grid of up to 400 times. Its distance to the same
     solver with half as many times bounds its error; smaller differences between rows mean nothing.
     `among` defaults to `candidates`; all of its grids must begin at the same time. Raises
-    ValueError for a grid that does not, RuntimeError if the reference is not finite.
+    ValueError for a grid that does not and for a solver that adds noise, RuntimeError if the
+    reference is not finite.
     """
     schedule = denoiser.schedule
-    top = asked.build(schedule)[1][0]
+    solver, grid = asked.build(schedule)
+    if solver.stochastic:
+        raise ValueError(
+            f"frontier: {asked.solver} adds fresh noise and follows no ODE; compare a solver that "
+            f"adds none"
+        )
+    top = grid[0]
     fine, half = (_fine(n, schedule, top) for n in (400, 200))
     among = list(candidates(schedule, top) if among is None else among)
     with tqdm(total=len(among) + 3, unit=" rows", disable=not progress, leave=False) as bar:

@@ -17,6 +17,7 @@ from ds.diffusion.solvers import (
     DCW,
     DDIM,
     AbstractSolver,
+    Ancestral,
     Clipped,
     DDIMToFirst,
     DPMSolverPP,
@@ -31,7 +32,7 @@ from ds.models.execution import Mode, Precision
 from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
 from ds.pairs.quantizer import Quantizer
-from ds.system.config import Between, Count, Natural, Seed, check
+from ds.system.config import Between, Count, Natural, NotNegative, Positive, Seed, check
 from ds.training.config import TrainConfig
 
 log = logging.getLogger("ds")
@@ -79,9 +80,9 @@ class Machine:
 class SolveConfig:
     """How the teacher is run: its solver and its grid."""
 
-    solver: Literal["ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc"] = (
-        "ddim"
-    )
+    solver: Literal[
+        "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_2s", "dpmpp_3s", "unipc", "ancestral"
+    ] = "ddim"
     grid: Literal["quadratic", "uniform", "log_snr", "karras"] = "quadratic"
     steps: Annotated[int, Between(1, MOST)] = 100
     # largest time of the grid, as a share of the teacher's steps; None: 0.8, or later where much
@@ -94,9 +95,19 @@ class SolveConfig:
     # of a correction after each step, away from the predicted image, for the variance that steps
     # lose (DCW); --plan fits it; 0: none
     dcw: Strength = 0.0
+    # of ancestral: the noise of a step; learned is for networks with a learned variance
+    variance: Literal["learned", "small", "large"] = "small"
+    churn: NotNegative = 0.0  # of heun: noise added over all steps, S_churn of EDM; 0: none
+    churn_min: NotNegative = 0.0  # smallest sigma / alpha with churn, S_min
+    churn_max: Positive = 1e9  # largest sigma / alpha with churn, S_max
+    churn_noise: Positive = 1.0  # standard deviation of the added noise, S_noise
 
     def __post_init__(self):
         check(self, "solve.")
+        if self.churn and self.solver != "heun":
+            raise ValueError(f"solve.churn: is for the solver heun, not for {self.solver}")
+        if self.variance != "small" and self.solver != "ancestral":
+            raise ValueError(f"solve.variance: is for the solver ancestral, not for {self.solver}")
 
     def build(
         self, schedule: AbstractSchedule, of: AbstractSolver | None = None
@@ -105,13 +116,20 @@ class SolveConfig:
 
         Raises ValueError if the schedule has no such grid.
         """
-        return self._solver(of), self._grid(schedule)
+        grid = self._grid(schedule)
+        return self._solver(of, len(grid)), grid
 
     def on(self, teacher: Teacher) -> Teacher:
         """Return a teacher with this solver and grid."""
         schedule = teacher.denoiser.schedule
         solver, grid = self.build(schedule, teacher.solver)
         grids.warn_of_signal(schedule, grid, "solve")
+        if solver.stochastic:
+            log.warning(
+                "solve: %s adds fresh noise on its way, so that a sample is no function of its "
+                "noise; a student of such pairs learns their mean",
+                self.solver,
+            )
         if self.solver != "ddim" and isinstance(bare(teacher.solver), DDIMToFirst):
             log.warning(
                 "solve: %s steps to the data; the teacher's scheduler ends at index 0's noise, "
@@ -120,8 +138,8 @@ class SolveConfig:
             )
         return replace(teacher, solver=solver, grid=grid)
 
-    def _solver(self, of: AbstractSolver | None) -> AbstractSolver:
-        solver = SOLVERS[self.solver]
+    def _solver(self, of: AbstractSolver | None, steps: int) -> AbstractSolver:
+        solver = self._unclipped(steps)
         if self.clip == "teacher" and self.solver == "ddim" and isinstance(bare(of), DDIMToFirst):
             solver = DDIMToFirst()
         if self.dcw:
@@ -131,6 +149,13 @@ class SolveConfig:
             return solver
         # Heun steps along the noise, which must then be that of the clipped prediction.
         return replace(clipped, solver=solver, rederive=self.solver == "heun")
+
+    def _unclipped(self, steps: int) -> AbstractSolver:
+        if self.solver == "ancestral":
+            return Ancestral(self.variance)
+        if self.churn:
+            return Heun(self.churn / steps, self.churn_min, self.churn_max, self.churn_noise)
+        return SOLVERS[self.solver]
 
     def _grid(self, schedule: AbstractSchedule) -> grids.Grid:
         if self.grid == "uniform":
@@ -152,7 +177,7 @@ class SolveConfig:
         return self.top * schedule.noise
 
 
-SOLVERS: dict[str, AbstractSolver] = {
+SOLVERS: dict[str, AbstractSolver] = {  # without noise of their own
     "ddim": DDIM(),
     "heun": Heun(),
     "dpmpp_2m": DPMSolverPP(order=2),

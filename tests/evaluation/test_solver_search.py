@@ -141,3 +141,8 @@ def test_one_noise_has_no_spectrum_to_fit_to(caplog):
     few = frontier(DENOISER, z(1), PAPER, [])
     assert corrected(few, DENOISER, z(1)).corrections == ()
     assert "2 or more noises" in caplog.text
+
+
+def test_a_solver_that_adds_noise_is_refused():
+    with pytest.raises(ValueError, match="ancestral adds fresh noise"):
+        frontier(DENOISER, z(2), SolveConfig(solver="ancestral"))

@@ -5,7 +5,7 @@ import pytest
 from ds.analytic import Gaussian
 from ds.diffusion import grids
 from ds.diffusion.schedules import EDM, Linear, LinearBeta
-from ds.diffusion.solvers import DDIM
+from ds.diffusion.solvers import DDIM, Ancestral, Clipped, Heun
 from ds.training.presets import PRESETS, SolveConfig
 
 QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
@@ -143,3 +143,24 @@ def test_a_top_that_is_no_share_is_refused(top, words):
 def test_trailing_times_start_at_the_last_index():
     solve = SolveConfig(grid="uniform", steps=10, spacing="trailing")
     assert solve.build(LinearBeta())[1] == tuple(range(999, 0, -100))
+
+
+def test_the_churn_of_edm_is_shared_among_the_steps_of_the_grid():
+    published = {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}
+    solve = SolveConfig(solver="heun", grid="karras", steps=256, **published)
+    solver, grid = solve.build(EDM())
+    assert len(grid) == 256
+    assert solver == Heun(churn=40 / 256, s_min=0.05, s_max=50.0, s_noise=1.003)
+    solver, grid = solve.build(LinearBeta())  # where rounded times may be the same
+    assert solver.churn == 40 / len(grid)
+    with pytest.raises(ValueError, match=r"solve\.churn: is for the solver heun, not for ddim"):
+        SolveConfig(churn=1.0)
+
+
+def test_an_ancestral_sampler_is_asked_for_by_name(caplog):
+    solve = SolveConfig(solver="ancestral", variance="large", clip="static")
+    teacher = solve.on(Gaussian().teacher(DDIM(), QUADRATIC))
+    assert teacher.solver == Clipped(Ancestral("large"))
+    assert "ancestral adds fresh noise on its way" in caplog.text
+    with pytest.raises(ValueError, match=r"solve\.variance: is for the solver ancestral"):
+        SolveConfig(variance="large")
