@@ -25,6 +25,7 @@ from ds.diffusion.predictions import (
     LearnedVariance,
     Level,
     Preconditioned,
+    Score,
     TrigFlow,
     Velocity,
     as_prediction,
@@ -141,6 +142,9 @@ class ExactNet(nn.Module):
         if isinstance(p, Preconditioned):
             sigma = (c / p.noise_scale).exp().to(x.dtype)
             return x * (sigma**2 + p.sigma_data**2).sqrt(), sigma.new_ones(sigma.shape), sigma
+        if isinstance(p, Score):
+            sigma = (2 * c.exp()).to(x.dtype)
+            return x, sigma.new_ones(sigma.shape), sigma
         if isinstance(p, TrigFlow):
             return x * p.sigma_data, c.cos().to(x.dtype), (p.sigma_data * c.sin()).to(x.dtype)
         t = c_noise / p.time_scale if isinstance(p, Velocity) else c_noise

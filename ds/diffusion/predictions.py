@@ -67,6 +67,25 @@ class Eps(AbstractPrediction):
 
 
 @dataclass(frozen=True)
+class Score(AbstractPrediction):
+    """sigma times the score, minus the noise, of x_t / alpha; fed log(sigma / alpha / 2).
+
+    It says nothing of x0 where alpha is 0. Karras et al. 2022, arXiv:2206.00364, Table 1, "VE".
+    """
+
+    needs_signal: ClassVar[bool] = True
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        return x / alpha, (_each(sigma, x) / _each(alpha, x) / 2).log()
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        return Estimate((x + sigma * out) / alpha, -out)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        return -eps
+
+
+@dataclass(frozen=True)
 class X0(AbstractPrediction):
     """The clean image. It says nothing of the noise where sigma is 0."""
 

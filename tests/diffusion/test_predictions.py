@@ -6,13 +6,23 @@ import pytest
 import torch
 
 from ds import analytic
-from ds.diffusion.predictions import X0, Eps, Preconditioned, TrigFlow, V, Velocity, as_prediction
-from ds.diffusion.schedules import EDM, Linear, LinearBeta, Trig
+from ds.diffusion.predictions import (
+    X0,
+    Eps,
+    Preconditioned,
+    Score,
+    TrigFlow,
+    V,
+    Velocity,
+    as_prediction,
+)
+from ds.diffusion.schedules import EDM, VP, Linear, LinearBeta, Trig
 from ds.diffusion.solvers import DDIM
 
-SCHEDULES = [LinearBeta(), EDM(), Linear(), Trig(), Trig(0.5)]
+SCHEDULES = [LinearBeta(), EDM(), VP(), Linear(), Trig(), Trig(0.5)]
 PREDICTIONS = [
     Eps(),
+    Score(),
     X0(),
     V(),
     Velocity(),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ds.diffusion.schedules import (
     EDM,
+    VP,
     Cosine,
     Linear,
     LinearBeta,
@@ -29,7 +30,7 @@ TABLES = [
     Sigmoid(),
     Table((0.1, 0.5, 1.0)),
 ]
-PATHS = [EDM(), Linear(), Trig(), Trig(0.5)]
+PATHS = [EDM(), VP(), Linear(), Trig(), Trig(0.5)]
 every_schedule = pytest.mark.parametrize("schedule", [*TABLES, *PATHS], ids=repr)
 
 

@@ -13,6 +13,8 @@ The weights are rounded to multiples of 1/256.
 - openai_unets: UNetModel of improved-diffusion, guided-diffusion (twice; once with the half-wide
   first level of the model for 512 pixels) and consistency_models: the shapes of each state dict,
   and `y` = net(noise, t, label) with the weights that `drawn` makes from their names.
+- edm_snapshots: five networks of EDM's code in its four preconditioners: their settings, the shapes
+  of their weights, and `y` = D(noise * sigma; sigma, label), with weights made in the same way.
 - samplers: edm*: EDM's `edm_sampler`; k_*: k-diffusion's `sample_heun`; adm_*: guided-diffusion's
   `p_sample_loop`, and ddim_adm_* its `ddim_sample_loop`. All start from `z` and add `noise`, in
   order. `.x` is what each call of the network was given, and the sample last, `.t` its time or
@@ -25,6 +27,7 @@ import lzma
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,12 +59,24 @@ def teachers(name: str) -> tuple[bytes, dict[str, Tensor]]:
 
 def openai(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the state dict of a network in openai_unets, and its t, y, noise and perhaps label."""
-    with np.load(FOLDER / "openai_unets.npz") as file:
-        own = {key.partition(".")[2]: file[key] for key in file if key.startswith(f"{name}.")}
-    state = {key: drawn(key, shape) for key, shape in json.loads(str(own.pop("shapes"))).items()}
+    shapes, data = _case("openai_unets", name, "shapes")
+    return {key: drawn(key, shape) for key, shape in shapes.items()}, data
+
+
+def edm(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Return the settings, the weights, and the sigma, y, noise and perhaps label of a snapshot."""
+    about, data = _case("edm_snapshots", name, "about")
+    return about, {key: drawn(key, shape) for key, shape in about["shapes"].items()}, data
+
+
+def _case(file: str, name: str, about: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what JSON tells of a case, and its arrays, with the noise [2, 3, 16, 16] as `z`."""
+    with np.load(FOLDER / f"{file}.npz") as arrays:
+        own = {key.partition(".")[2]: arrays[key] for key in arrays if key.startswith(f"{name}.")}
+    told = json.loads(str(own.pop(about)))
     z = np.random.default_rng(16).normal(size=(2, 3, 16, 16))
     data = {key: torch.from_numpy(value) for key, value in own.items()}
-    return state, {**data, "z": torch.from_numpy(z).float()}
+    return told, {**data, "z": torch.from_numpy(z).float()}
 
 
 def drawn(key: str, shape: list[int]) -> Tensor:

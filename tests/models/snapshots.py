@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds.models.convert.pickles import Stub
 
@@ -25,10 +25,9 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 class _Persistent:
     """An object of EDM's code, as its pickler writes it."""
 
-    def __init__(self, stub: Stub):
+    def __init__(self, name: str, state: Any):
         self.meta = {
-            "type": "class", "version": 6, "module_src": SOURCE, "class_name": stub.name,
-            "state": _written(stub.state),
+            "type": "class", "version": 6, "module_src": SOURCE, "class_name": name, "state": state,
         }  # fmt: skip
 
     def __reduce__(self):
@@ -36,8 +35,8 @@ class _Persistent:
 
 
 class _Container:
-    def __init__(self, stub: Stub):
-        self.kind, self.state = getattr(nn, stub.name), _written(stub.state)
+    def __init__(self, name: str, state: Any):
+        self.kind, self.state = getattr(nn, name), state
 
     def __reduce__(self):
         return self.kind, (), self.state
@@ -53,11 +52,15 @@ class Call:
         return self.f, self.args
 
 
-def _written(value: Any) -> Any:
+def _written(value: Any, done: dict[int, Any]) -> Any:
+    """Return a value with each stub replaced, once, by what pickles as EDM's objects do."""
     if isinstance(value, Stub):
-        return (_Container if hasattr(nn, value.name) else _Persistent)(value)
+        if id(value) not in done:
+            kind = _Container if hasattr(nn, value.name) else _Persistent
+            done[id(value)] = kind(value.name, _written(value.state, done))
+        return done[id(value)]
     if type(value) is dict:
-        return {key: _written(entry) for key, entry in value.items()}
+        return {key: _written(entry, done) for key, entry in value.items()}
     return value
 
 
@@ -74,4 +77,29 @@ def _modules():
 def written(value: Any, protocol: int = 4) -> bytes:
     """Return the pickle of plain values, tensors, stubs and calls."""
     with _modules():
-        return pickle.dumps(_written(value), protocol)
+        return pickle.dumps(_written(value, {}), protocol)
+
+
+def snapshot(about: dict[str, Any], weights: dict[str, Tensor]) -> Stub:
+    """Return a network in its preconditioner, as EDM's code makes it, of settings and weights."""
+    inner = Stub(about["network"], {"_init_args": (), "_init_kwargs": dict(about["settings"])})
+    for key, w in weights.items():
+        module, *_, last = inner, *key.split(".")
+        for part in key.split(".")[:-1]:
+            module = _parts(module)["_modules"].setdefault(part, Stub("Part"))
+        _parts(module)["_buffers" if last == "freqs" else "_parameters"][last] = w
+    outer = Stub(about["preconditioner"], dict(about["state"]))
+    _parts(outer)["_modules"]["model"] = inner
+    for module in _all(inner):
+        _parts(module)
+    return outer
+
+
+def _parts(module: Stub) -> dict[str, Any]:
+    for name in ("_parameters", "_buffers", "_modules"):
+        module.state.setdefault(name, {})
+    return module.state
+
+
+def _all(module: Stub) -> list[Stub]:
+    return [module, *(m for part in _parts(module)["_modules"].values() for m in _all(part))]

@@ -1,7 +1,7 @@
 """Noise schedules: alpha(t) and sigma(t), as tables of steps or as paths in continuous time."""
 
 from ds.diffusion.schedules.base import AbstractSchedule
-from ds.diffusion.schedules.paths import EDM, Linear, Trig
+from ds.diffusion.schedules.paths import EDM, VP, Linear, Trig
 from ds.diffusion.schedules.tables import (
     MOST,
     AbstractTable,
@@ -16,6 +16,7 @@ from ds.diffusion.schedules.tables import (
 __all__ = [
     "EDM",
     "MOST",
+    "VP",
     "AbstractSchedule",
     "AbstractTable",
     "Cosine",

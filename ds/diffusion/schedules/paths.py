@@ -1,9 +1,10 @@
-"""Schedules in continuous time: EDM, the straight line of rectified flow, and TrigFlow's arc."""
+"""Schedules in continuous time: EDM, VP, the straight line of rectified flow, TrigFlow's arc."""
 
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from ds.diffusion.schedules.base import AbstractSchedule, wide
@@ -38,6 +39,45 @@ class EDM(AbstractSchedule):
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = wide(t)
         return t.new_ones(t.shape), t
+
+
+@dataclass(frozen=True)
+class VP(AbstractSchedule):
+    """DDPM's linear betas in the limit of many steps, told in steps: from 0 to `last`.
+
+    With u = t / last, -2 log(alpha) = beta_d * u**2 / 2 + beta_min * u, and sigma**2 is
+    1 - alpha**2. Song et al. 2021, arXiv:2011.13456, Eq. 29; Karras et al. 2022, arXiv:2206.00364,
+    Table 1, whose networks are told t.
+    """
+
+    data: ClassVar[float] = 0.0
+
+    beta_min: Positive = 0.1
+    beta_d: Positive = 19.9
+    last: Positive = 999.0
+
+    def __post_init__(self):
+        check(self, "VP: ")
+
+    @property
+    def noise(self) -> float:
+        return self.last
+
+    def at(self, t: float) -> tuple[float, float]:
+        self.check(t)
+        u = float(t) / self.last
+        lost = self.beta_d * u * u / 2 + self.beta_min * u
+        return math.exp(-lost / 2), math.sqrt(-math.expm1(-lost))
+
+    def time(self, lam: float) -> float:
+        lost = float(np.logaddexp(0, -2 * lam))
+        root = math.sqrt(self.beta_min**2 + 2 * self.beta_d * lost)
+        return self.last * 2 * lost / (root + self.beta_min)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        u = wide(t) / self.last
+        lost = self.beta_d * u * u / 2 + self.beta_min * u
+        return (-lost / 2).exp(), (-(-lost).expm1()).sqrt()
 
 
 @dataclass(frozen=True)

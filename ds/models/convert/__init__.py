@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ds.models.convert import adm, ddpm, diffusers, keras
+from ds.models.convert import adm, ddpm, diffusers, edm, keras
 from ds.models.convert.diffusers import write as to_diffusers
 from ds.models.convert.diffusers.files import is_index, is_shard
 from ds.models.convert.diffusers.parts import scheduler_file
@@ -20,7 +20,9 @@ from ds.system.files import opened
 
 __all__ = ["Imported", "read", "to_diffusers"]
 
-_TENSORS = re.compile(rb"PK\x03\x04|\x80\x02|.{8}\{", re.DOTALL)
+# Two of torch.save, the second of which starts with a number of its own, and safetensors.
+_TENSORS = re.compile(rb"PK\x03\x04|\x80\x02\x8a\x0a|.{8}\{", re.DOTALL)
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _KERAS = b"\x89HDF"
 
 
@@ -68,10 +70,13 @@ def read(
         own = ("head_channels", "attention_order", "rescale_timesteps") if reader is adm else ()
         options.check(path, "image_size", "scheduler", *own)
         return reader.read_file(path, weights, options)
+    if _PICKLE.match(head):
+        options.check(path)
+        return edm.read(path)
     hint = f"; give its folder, {path.parent}" if path.suffix == ".json" else ""
     raise ValueError(
-        f"{path}: not a checkpoint{hint}; accepted are PyTorch, safetensors and HDF5 files and "
-        f"diffusers directories"
+        f"{path}: not a checkpoint{hint}; accepted are PyTorch, safetensors and HDF5 files, EDM's "
+        f"pickles, and diffusers directories"
     )
 
 

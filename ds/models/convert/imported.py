@@ -13,7 +13,8 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import AbstractPrediction, Prediction
 from ds.diffusion.schedules import EDM, AbstractSchedule
 from ds.diffusion.solvers import DDIM, AbstractSolver
-from ds.nets.unet import UNetConfig
+from ds.nets import SongConfig, UNetConfig
+from ds.nets.base import AbstractNetConfig
 from ds.system.arrays import load_tensors
 from ds.system.config import Count, require
 from ds.system.files import opened, whole
@@ -50,7 +51,7 @@ class Imported(NamedTuple):
     """
 
     kind: Literal["teacher", "student"]
-    config: UNetConfig
+    config: UNetConfig | SongConfig
     weights: dict[str, Tensor]
     schedule: AbstractSchedule
     prediction: AbstractPrediction | Prediction | None
@@ -112,7 +113,7 @@ def naming(where: Path) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def shapes(config: UNetConfig) -> dict[str, Size]:
+def shapes(config: AbstractNetConfig) -> dict[str, Size]:
     """Return the shape of every weight, in the order the network defines them."""
     with torch.device("meta"):
         return {name: w.shape for name, w in config.build().state_dict().items()}
@@ -148,7 +149,7 @@ def named(value: Any, where: Path) -> dict[str, Tensor]:
 
 
 def fit(
-    config: UNetConfig, found: Mapping[str, Tensor], spelling: Spelling, where: Path
+    config: AbstractNetConfig, found: Mapping[str, Tensor], spelling: Spelling, where: Path
 ) -> dict[str, Tensor]:
     """Return the weights of a network under our names, float32; each tensor found is used once.
 

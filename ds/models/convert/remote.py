@@ -17,7 +17,7 @@ from ds.system.files import present, read_json, redacted
 _REPOSITORY = r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^/]+))?"
 _URL = re.compile(rf"hf:/{{1,2}}{_REPOSITORY}(/(?P<inside>.+))?")  # pathlib leaves one slash of two
 _PLAIN = re.compile(_REPOSITORY)
-_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".hdf5")
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".hdf5")
 _SMALL = [f"{at}{name}" for at in ("", "*/") for name in ("*config.json", "*index*.json")]
 _OURS = ("model.safetensors", "decoder/*")
 _UNREACHED = {
