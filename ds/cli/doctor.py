@@ -12,13 +12,16 @@ from ds.engine import Plan, Target
 from ds.system.config import Count, Positive
 from ds.training.presets import PRESETS
 
+PLANS = PRESETS | {"adm_imagenet64": PRESETS["imagenet64"]}  # by its network
+
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Report what this machine has, and which implementation of each operation runs here."""
 
     json: bool = False  # print JSON
-    plan: str = ""  # a preset; print the engine's plan of its network instead of the report
+    # a preset, or adm-imagenet64; print the engine's plan of its network instead of the report
+    plan: str = ""
     images: Count = 256  # in a batch of the plan
     device: str = "cpu"  # of the plan, cpu or cuda; this machine need not have it
     multiprocessors: Count = 132  # of a cuda device; an H100 has 132
@@ -44,16 +47,20 @@ class Doctor(Verb):
         say(json.dumps(report, indent=2) if self.json else environment.text(report))
 
     def _check_plan(self) -> None:
-        if self.plan not in PRESETS:
-            raise ValueError(f"doctor: plan must be one of {', '.join(PRESETS)}, not {self.plan!r}")
+        if self._named not in PLANS:
+            raise ValueError(f"doctor: plan must be one of {', '.join(PLANS)}, not {self.plan!r}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"doctor: device must be cpu or cuda, not {self.device!r}")
+
+    @property
+    def _named(self) -> str:
+        return self.plan.replace("-", "_")
 
     def _plan(self) -> str:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         target = Target(torch.device(self.device), dtype, self.images)
         with torch.device("meta"):
-            net = PRESETS[self.plan]().net.build()
+            net = PLANS[self._named]().net.build()
         plan = Plan.of(net, target)
         text = plan.text(target, tflops=self.tflops, gbs=self.gbs)
         if self.device == "cuda":

@@ -27,12 +27,13 @@ from ds.cli.verb import (
     watched,
 )
 from ds.diffusion.conditions import Sheet
+from ds.diffusion.schedules import AbstractTable
 from ds.methods import Denoising
 from ds.models import pretrained
 from ds.models.images import save_png, tile
 from ds.models.sampler import Sampler
 from ds.models.teacher import Teacher
-from ds.nets import UNetConfig
+from ds.nets import SongConfig, UNetConfig
 from ds.pairs.pictures import Pictures, read_pictures, split
 from ds.pairs.sources import Images, digits
 from ds.system import cost
@@ -70,7 +71,7 @@ class Teach(Verb):
     # Classes are the folders that pictures lie in, the labels beside an array, or the digits
     conditional: bool = False
     out: Path  # a directory for the teacher; its run goes beside it, into OUT-run
-    net: UNetConfig
+    net: UNetConfig | SongConfig
     method: Denoising
     train: TrainConfig
     solve: SolveConfig
@@ -115,6 +116,8 @@ class Teach(Verb):
         idle = solve_idle(self.solve) | train_idle(self.train)
         if not (self.conditional or self.net.classes):
             idle["method.label-dropout"] = "without --conditional: no labels are taught"
+        if isinstance(self.method.schedule, AbstractTable):
+            idle["method.log-sigma"] = "on a table, whose steps are drawn equally often"
         return idle | dict.fromkeys(names, "with the digits, which are used as they are")
 
     def prepare(self) -> Callable[[], None]:

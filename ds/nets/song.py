@@ -176,8 +176,9 @@ class SongUNet(AbstractUNet):
         if c.classes:
             row = one_hot(cond["label"], c.classes).to(dtype)
             told = told + layers.label(row * math.sqrt(c.classes))
-        if "augment" in cond:
-            told = told + layers.augment(cond["augment"].to(dtype))
+        if c.augment_channels:  # zeros stand for none, so that the layer always has a gradient
+            none = told.new_zeros(1, c.augment_channels)
+            told = told + layers.augment(cond.get("augment", none).to(dtype))
         hidden = layers.dense[0](told)
         for name in c.conditions:
             hidden = hidden + layers.conditions[name](self.features(cond[name]).to(dtype))

@@ -5,10 +5,13 @@ import os
 import re
 
 import pytest
+import torch
 
 import ds
 from ds.cli import environment
 from ds.cli.__main__ import main
+from ds.cli.doctor import PLANS
+from ds.training.throughput import flop_counter
 from tests.cli.chain import (
     ROOT,
     python,
@@ -42,6 +45,20 @@ def test_doctor_prints_the_plan_of_a_network(capsys):
     assert any(row.startswith("gemm 2x2      up.1.upsample.conv") for row in rows)
     assert sum(float(row.split()[-2]) for row in rows) == pytest.approx(264 * 11.217, rel=1e-3)
     assert about.startswith("264 images, bfloat16, ")
+
+
+@pytest.mark.parametrize("plan", ["edm-cifar10", "adm-imagenet64"])
+def test_doctor_prints_the_plans_of_edm_and_adm(plan, capsys):
+    """The FLOPs are those of the network, less a few that doubling after a convolution saves."""
+    assert main(["doctor", "--plan", plan, "--images", "1", "--device", "cuda"]) == 0
+    *_, total, _, _, _ = capsys.readouterr().out.splitlines()
+    with torch.device("meta"):
+        net = PLANS[plan.replace("-", "_")]().net.build()
+        cond = {"label": torch.zeros(1, dtype=torch.int64)} if net.config.classes else {}
+        with flop_counter() as counter:
+            net(torch.zeros(1, *net.shape), torch.zeros(1), **cond)
+    counted = counter.get_total_flops() / 1e9
+    assert 0.94 * counted < float(total.split()[-2]) < counted
 
 
 @pytest.mark.parametrize("probe", ["torch", "gpu", "extension", "ops"])

@@ -38,7 +38,8 @@ DDPMPP, NCSNPP = ddpmpp(**SONG), ncsnpp(**SONG)
 ARCHITECTURES = {
     name: replace(preset().net, channels=8, norm_groups=4)
     for name, preset in presets.PRESETS.items()
-    if name != "lsun_church"  # the network of lsun_bedroom
+    # lsun_church has the network of lsun_bedroom; those of EDM and ADM are below
+    if name in ("digits", "cifar10", "celeba", "lsun_bedroom")
 } | {
     "conv_shortcut": replace(TINY, conv_shortcut=True),
     "guided diffusion's": GUIDED,

@@ -1,11 +1,16 @@
 """The numbers of the 2021 code, and what follows from them."""
 
+import math
+
 import pytest
+import torch
 
 from ds.analytic import Gaussian
 from ds.diffusion import grids
+from ds.diffusion.predictions import Preconditioned
 from ds.diffusion.schedules import EDM, Linear, LinearBeta
 from ds.diffusion.solvers import DDIM, Ancestral, Clipped, Heun
+from ds.methods import Denoising
 from ds.training.presets import PRESETS, SolveConfig
 
 QUADRATIC, UNIFORM = grids.quadratic(100), grids.uniform(50)
@@ -84,6 +89,9 @@ def test_an_epoch_has_the_paper_s_number_of_steps(name, steps, total):
         ("celeba", (3, 64)),
         ("lsun_bedroom", (3, 256)),
         ("lsun_church", (3, 256)),
+        ("edm_cifar10", (3, 32)),
+        ("edm_cifar10_conditional", (3, 32)),
+        ("imagenet64", (3, 64)),
     ],
 )
 def test_images_have_the_size_of_the_dataset(name, shape):
@@ -96,8 +104,42 @@ def test_a_preset_is_a_value(name):
     assert PRESETS[name]() == PRESETS[name]() and hash(PRESETS[name]()) == hash(PRESETS[name]())
 
 
-def test_only_the_data_that_ships_can_be_taught():
-    assert [name for name, preset in PRESETS.items() if preset().teach] == ["digits"]
+def test_the_training_of_the_papers_teachers_is_not_told():
+    assert not [name for name in PAPER if PRESETS[name]().teach]
+
+
+EDMS = {
+    # weights, steps of a sample, calls, batch, lr, millions of images, of warm-up, of EMA half-life
+    "edm_cifar10": (55_732_739, 18, 35, 512, 1e-3, 200, 10, 0.5),
+    "edm_cifar10_conditional": (55_734_147, 18, 35, 512, 1e-3, 200, 10, 0.5),
+    "imagenet64": (295_899_267, 40, 79, 4096, 1e-4, 2500, 10, 50),
+}
+
+
+@pytest.mark.parametrize("name", EDMS)
+def test_the_numbers_of_edm(name):
+    """Karras et al. 2022, Tables 1 and 7; without augmentation a network has 1,152 weights less."""
+    p = PRESETS[name]()
+    weights, steps, calls, batch, lr, millions, warmup, half_life = EDMS[name]
+    images = {32: 50_000, 64: 1_281_167}[p.net.image_size]
+    with torch.device("meta"):
+        assert sum(w.numel() for w in p.net.build().parameters()) == weights
+    solver, grid = p.solve.build(EDM())
+    assert grid == grids.karras(steps, EDM()) and (grid[0], grid[-1]) == (80, pytest.approx(0.002))
+    assert solver == Heun() and solver.nfe(grid) == calls
+    t = p.teach
+    assert (t.batch_size, t.lr) == (batch, lr)
+    assert t.epochs * images / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert t.warmup_steps * batch / 1e6 == pytest.approx(warmup, rel=1e-3)
+    assert math.log(0.5, t.ema_decay) * batch / 1e6 == pytest.approx(half_life, rel=1e-2)
+    assert p.denoising == Denoising(EDM(), "preconditioned", label_dropout=0.0)
+
+
+@pytest.mark.parametrize("name", EDMS)
+def test_a_student_of_edm_takes_its_time_from_its_teacher(name):
+    teacher = Gaussian().teacher(Heun(), (80.0, 1.0), EDM(), Preconditioned())
+    method = PRESETS[name]().method.on(teacher)
+    assert (method.t, method.residual, method.gain) == (math.log(80) / 4, False, 0.5)
 
 
 @pytest.mark.parametrize("grid", ["quadratic", "uniform", "log_snr", "karras"])
