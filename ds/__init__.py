@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.evaluation.evaluate import evaluate as evaluate
     from ds.evaluation.verify import verify as verify
     from ds.models import export as export
+    from ds.models.convert.classifier import load_classifier as load_classifier
     from ds.models.execution import Execution as Execution
     from ds.models.hub import from_pretrained as from_pretrained
     from ds.models.hub import push_to_hub as push_to_hub
@@ -67,6 +68,7 @@ _PUBLIC = {
     "from_pretrained": "ds.models.hub",
     "generate_pairs": "ds.pairs.generate",
     "load_student": "ds.models.load",
+    "load_classifier": "ds.models.convert.classifier",
     "load_teacher": "ds.models.load",
     "noise": "ds.diffusion.noise",
     "post_hoc_ema": "ds.training.ema",

@@ -13,6 +13,7 @@ The weights are rounded to multiples of 1/256.
 - openai_unets: UNetModel of improved-diffusion, guided-diffusion (twice; once with the half-wide
   first level of the model for 512 pixels) and consistency_models: the shapes of each state dict,
   and `y` = net(noise, t, label) with the weights that `drawn` makes from their names.
+- openai_classifier: the same for guided-diffusion's classifier, EncoderUNetModel.
 - edm_snapshots: five networks of EDM's code in its four preconditioners: their settings, the shapes
   of their weights, and `y` = D(noise * sigma; sigma, label), with weights made in the same way.
 - samplers: edm*: EDM's `edm_sampler`; k_*: k-diffusion's `sample_heun`; adm_*: guided-diffusion's
@@ -57,9 +58,9 @@ def teachers(name: str) -> tuple[bytes, dict[str, Tensor]]:
     return lzma.decompress(packed.read_bytes()), {**data, "z": torch.from_numpy(z).float()}
 
 
-def openai(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the state dict of a network in openai_unets, and its t, y, noise and perhaps label."""
-    shapes, data = _case("openai_unets", name, "shapes")
+def openai(name: str, file: str = "openai_unets") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the state dict of a network in a file, and its t, y, noise and perhaps label."""
+    shapes, data = _case(file, name, "shapes")
     return {key: drawn(key, shape) for key, shape in shapes.items()}, data
 
 

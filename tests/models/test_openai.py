@@ -172,7 +172,7 @@ REFUSED = {
     "a variant": ("guided", None, {"variant": "fp16"}, "variant='fp16' has no meaning here"),
     "a classifier": (
         "guided", lambda s: {k: w for k, w in s.items() if "output" not in k}, {},
-        "0 output_blocks .* a classifier is not read",
+        "0 output_blocks .* a classifier is read by ds.load_classifier",
     ),
     "an upsampler": (
         "guided", lambda s: s | {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, {},

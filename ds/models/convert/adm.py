@@ -37,7 +37,7 @@ from ds.models.convert.weights import Weights
 from ds.nets.unet import UNetConfig
 from ds.system.files import sha256
 
-_PARTS = {
+PARTS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "temb_proj": "emb_layers.1",
@@ -88,7 +88,7 @@ def read_file(path: Path, weights: Weights, options: Options) -> Imported:
     imported = Imported(
         kind="teacher",
         config=config,
-        weights=fit(config, found, partial(spelled, places=_places(layout), parts=_PARTS), path),
+        weights=fit(config, found, partial(spelled, places=_places(layout), parts=PARTS), path),
         schedule=LinearBeta(),
         prediction="eps",
         facts={**facts, "weights": weights.which},
@@ -160,7 +160,7 @@ def _layout(found: Mapping[str, Tensor], where: Path) -> _Layout:
     ups = {n for way, n, part, kind in there if way == "output" and part != "0" and kind != "qkv"}
     levels = len(ups) + 1
     if not ends or len(ends) % levels or len(ends) < 2 * levels:
-        words = "; a classifier is not read" if not ends else ""
+        words = "; a classifier is read by ds.load_classifier" if not ends else ""
         raise ValueError(
             f"{where}: not a U-Net of guided-diffusion: it has {len(ends)} output_blocks on "
             f"{levels} levels{words}"
@@ -274,20 +274,21 @@ def _places(layout: _Layout) -> dict[str, str]:
     down, up = count(1), count(0)
     for i in range(layout.levels):
         for j in range(layout.blocks):
-            found |= _pair("down", i, j, f"input_blocks.{next(down)}")
+            found |= pair("down", i, j, f"input_blocks.{next(down)}")
         if i < layout.levels - 1:
             place = f"input_blocks.{next(down)}.0"
             found |= {f"down.{i}.downsample": place, f"down.{i}.downsample.conv": f"{place}.op"}
     for i in reversed(range(layout.levels)):
         for j in range(layout.blocks + 1):
             place = f"output_blocks.{next(up)}"
-            found |= _pair("up", i, j, place)
+            found |= pair("up", i, j, place)
         place = f"{place}.{1 + (i in layout.attended)}"  # beside the last block of the level
         found |= {f"up.{i}.upsample": place, f"up.{i}.upsample.conv": f"{place}.conv"}
     return found
 
 
-def _pair(way: str, level: int, block: int, place: str) -> dict[str, str]:
+def pair(way: str, level: int, block: int, place: str) -> dict[str, str]:
+    """Return the names of a residual block and the attention after it."""
     return {
         f"{way}.{level}.block.{block}": f"{place}.0",
         f"{way}.{level}.attn.{block}": f"{place}.1",
