@@ -12,7 +12,7 @@ from ds.diffusion.conditions import Conditions
 from ds.diffusion.grids import quadratic
 from ds.diffusion.solvers import DDIM
 from ds.methods.base import built
-from ds.models.execution import Execution
+from ds.models.execution import Execution, Runner
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig, UNetConfig
 
@@ -150,6 +150,30 @@ def test_a_compiled_conditional_student_draws_the_same():
     options = {"conditions": Conditions(guidance=2.0), "batch_size": 8, "indices": range(16)}
     compiled = points(model, execution=Execution(mode="compile"), **options)
     torch.testing.assert_close(compiled, points(model, **options), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PICTURES, replace(PICTURES, conditions=("guidance",))])
+def test_the_engine_tells_each_image_its_class_and_scale(config):
+    """Alone and in a captured loop, whose buffers are of one batch; the last is not full."""
+    model, z = student(config), ds.noise(5, range(10), (1, 8, 8))
+    cond = Conditions(range(3), (1.0, 3.0) if config.conditions else None).draw(5, range(10))
+    expected = model.sample(z, cond=cond)
+    assert Execution.default(model).mode == "engine"
+    for mode in ("engine", "cuda_graph"):  # without a GPU the loop runs step by step
+        made, finite = Runner(model, Execution(mode=mode), 4).sample(z, cond)
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+        assert finite
+    moved = {**cond, "label": (cond["label"] + 1) % 3}
+    assert (model.sample(z, cond=moved) - expected).abs().amax() > 1e-2
+
+
+def test_a_guided_teacher_draws_the_scale_of_each_index():
+    teacher = replace(TEACHER, denoiser=ds.Guided(TEACHER.denoiser, None))
+    asked = Conditions(guidance=(1.0, 3.0))
+    cond = Conditions(range(3), (1.0, 3.0)).draw(5, range(20))
+    expected = teacher.sample(ds.noise(5, range(20), (2,)), cond=cond)
+    assert torch.equal(points(teacher, conditions=asked), expected)
+    assert not torch.equal(points(), expected)
 
 
 def test_the_cost_of_a_conditional_sample_is_measured():

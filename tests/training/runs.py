@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,19 +67,19 @@ def affine() -> ds.Teacher:
     return started(Affine())
 
 
-def unet() -> ds.Teacher:
+def unet(classes: int = 0) -> ds.Teacher:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = TINY.build()
+        net = replace(TINY, classes=classes).build()
         with torch.no_grad():
             for w in net.parameters():
                 w.add_(0.05 * torch.randn_like(w))
     return started(net)
 
 
-def steady() -> ds.Teacher:
+def steady(classes: int = 0) -> ds.Teacher:
     """The same without dropout, whose masks depend on how a batch is cut into parts."""
-    init = unet()
+    init = unet(classes)
     for module in init.net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

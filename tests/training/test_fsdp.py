@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import ds
-from ds.methods import DenoisingStudent
-from ds.pairs.sources import Pairs
+from ds.methods import Denoising, DenoisingStudent
+from ds.pairs.sources import Images, Pairs, digits
 from ds.system import distributed
 from ds.system.signals import Interrupted
 from ds.training import checkpoint
@@ -62,6 +62,7 @@ JOBS = {
         RuntimeConfig(evaluate_every=3),
     ),
     "turns": (Contest(), replace(QUIET, epochs=3 * QUIET.epochs), RuntimeConfig()),
+    "labelled": (Denoising(), QUIET, RuntimeConfig()),
     "bfloat16": (DenoisingStudent(), replace(QUIET, precision="bfloat16"), RuntimeConfig()),
     "float16": (DenoisingStudent(), replace(QUIET, precision="float16"), RuntimeConfig()),
 }
@@ -70,12 +71,15 @@ JOBS = {
 def make(home: Path, out: Path, name: str, *, sharded: bool, **options) -> Trainer:
     """A run of 6 steps, whose 3 held-out batches are not as many for every process."""
     method, config, runtime = JOBS[name]
-    store = ds.PairStore(home / "store")
+    store, told = ds.PairStore(home / "store"), name == "labelled"
+    rows = Pairs(store, range(HELD_OUT, HELD_OUT + 256)), Pairs(store, range(96))
+    if told:
+        images, labels = digits()
+        rows = Images(images[:256], labels[:256]), Images(images[256:352], labels[256:352])
     return Trainer(
         method,
-        steady(),
-        Pairs(store, range(HELD_OUT, HELD_OUT + 256)),
-        Pairs(store, range(96)),
+        steady(classes=10 if told else 0),
+        *rows,
         out,
         config,
         runtime=replace(runtime, shard=sharded, **options),
@@ -190,7 +194,8 @@ def away(ours: dict, theirs: dict) -> float:
         return torch.cat([w.flatten() for w in weights.values()])
 
     assert ours.keys() == theirs.keys()
-    start, ours, theirs = map(flat, (unet().net.state_dict(), ours, theirs))
+    start = unet(classes=10 if "temb.label.weight" in ours else 0).net.state_dict()
+    start, ours, theirs = map(flat, (start, ours, theirs))
     return ((ours - theirs).norm() / (theirs - start).norm()).item()
 
 

@@ -52,6 +52,7 @@ JOBS = {
     "whole": (QUIET, RuntimeConfig()),
     "cut": (QUIET, RuntimeConfig()),
     "images": (QUIET, RuntimeConfig(accumulate=2)),
+    "labelled": (QUIET, RuntimeConfig(accumulate=2)),
     "clipped": (
         replace(QUIET, grad_clip_norm=0.05),
         RuntimeConfig(accumulate=2, loader="resident"),
@@ -78,13 +79,16 @@ METHODS = {"tangent": Tangent(), "turns": Contest()}
 def make(
     store: ds.PairStore, out: Path, name: str, runtime: RuntimeConfig | None = None
 ) -> Trainer:
-    """The run of a job; "images" is one whose times are random."""
+    """The run of a job; "images" and "labelled" are some whose times are random."""
     config, own = JOBS[name]
-    if name != "images":
+    if name not in ("images", "labelled"):
         method = METHODS.get(name)
         return trainer(store, out, config, init=steady(), method=method, runtime=runtime or own)
-    images = Images(digits()[0][:256])
-    return Trainer(Denoising(), steady(), images, images, out, config, runtime=runtime or own)
+    found, labels = (part[:256] for part in digits())
+    told = name == "labelled"
+    images = Images(found, labels if told else None)
+    start = steady(classes=10 if told else 0)
+    return Trainer(Denoising(), start, images, images, out, config, runtime=runtime or own)
 
 
 def work(home: Path) -> None:
@@ -166,7 +170,7 @@ def moved(home: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "cut"])
 def test_two_processes_learn_what_one_does(home, alone, name):
-    """With accumulation against without, clipping, random times, forward mode and turns."""
+    """With accumulation against without, clipping, labels, random times, forward mode and turns."""
     assert curve(home / name) == pytest.approx(curve(alone[name]), rel=1e-5)
     assert [m["step"] for m in lines(home / name)] == [3, 4, 6, 8, 9, 12, 12]
     away = (weights(home / name) - weights(alone[name])).abs().max()
