@@ -181,7 +181,7 @@ def student_net(teacher: Teacher, config: AbstractNetConfig | None, *conditions:
     return _told_more(teacher.net, replace(cast(Any, own), **changes))
 
 
-def _told_more(net: nn.Module, config: AbstractNetConfig) -> nn.Module:
+def _told_more(net: nn.Module, config: Any) -> nn.Module:
     """Return a network of `config`, which is told more, and makes nothing of that at first."""
     weights = net.weights_for(config) if isinstance(net, MLP) else net.state_dict()
     more = built(config).to(next(net.parameters()))

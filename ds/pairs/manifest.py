@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import ds
 from ds.diffusion.conditions import Conditions
@@ -26,14 +26,17 @@ MOST_SHARDS = 500_000  # whose hashes fit a manifest
 Time = Annotated[float, Between(-1, 3.4e38, "(]")]
 
 
-class About(TypedDict):
-    """The teacher's denoiser; `sha256` covers all of it and the weights."""
-
+class _Denoiser(TypedDict):
     sha256: Sha256
     net: Any
     schedule: Any
     prediction: Any
-    guidance: NotRequired[Any]
+
+
+class About(_Denoiser, total=False):
+    """The teacher's denoiser; `sha256` covers all of it and the weights."""
+
+    guidance: Any
 
 
 @dataclass(frozen=True, kw_only=True)

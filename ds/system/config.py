@@ -22,7 +22,6 @@ from typing import (
     Any,
     Literal,
     NamedTuple,
-    NotRequired,
     Union,
     get_args,
     get_origin,
@@ -200,8 +199,6 @@ def mismatch(value: Any, kind: Any, at: str = "") -> str | None:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return None
-    if origin is NotRequired:
-        return mismatch(value, args[0], at)
     if origin is Annotated:
         broken = (rule for rule in args[1:] if isinstance(rule, Between | Matching))
         return mismatch(value, args[0], at) or next(
