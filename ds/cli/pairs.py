@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
+from torch import Tensor
 
 from ds.cli.verb import (
     MODEL,
@@ -26,9 +27,20 @@ from ds.cli.verb import (
     solve_idle,
     watched,
 )
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
-from ds.diffusion.solvers import Clipped
-from ds.evaluation.solver_search import corrected, fidelity, fidelity_table, frontier, plan_table
+from ds.diffusion.predictions import as_prediction
+from ds.diffusion.solvers import DDIM, Clipped
+from ds.evaluation.merging import Chain, merges_table
+from ds.evaluation.solver_search import (
+    corrected,
+    endpoints,
+    fidelity,
+    fidelity_table,
+    frontier,
+    plan_table,
+)
+from ds.evaluation.spectrum import spectrum
 from ds.models.execution import Execution
 from ds.models.load import load_teacher
 from ds.models.sampler import Sampler, least_memory
@@ -37,7 +49,7 @@ from ds.pairs import archives
 from ds.pairs.generate import estimate, generate_pairs, prepare
 from ds.pairs.storage import place
 from ds.pairs.store import PairStore, check_target, info, to_make
-from ds.system.config import Count
+from ds.system.config import Count, Positive
 from ds.system.cost import check_memory
 from ds.system.distributed import is_first
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
@@ -101,7 +113,11 @@ class MakePairs(Verb):
     pairs: PairsConfig
     solve: SolveConfig
     plan: bool = False  # make no pairs; measure how many network calls they need
-    plan_noises: Count = 16  # number of noise tensors for --plan
+    # make no pairs; say in which order a staged distillation should merge the solver's steps
+    merges: bool = False
+    # how long each merge is trained, for --merges: exp(-2 tau E x^2) of an error is left
+    merge_tau: Positive = 1.0
+    plan_noises: Count = 16  # number of noise tensors for --plan and --merges
     price: Price = 0.0
     machine: Here = field(default_factory=Machine)
 
@@ -132,7 +148,12 @@ class MakePairs(Verb):
         }
 
     def idle(self) -> dict[str, str]:
-        return solve_idle(self.solve) | ({} if self.plan else {"plan-noises": "without --plan"})
+        idle = solve_idle(self.solve)
+        if not self.merges:
+            idle["merge-tau"] = "without --merges"
+        if not self.plan and not self.merges:
+            idle["plan-noises"] = "without --plan or --merges"
+        return idle | ({"merges": "with --plan"} if self.plan else {})
 
     @cached_property
     def maker(self) -> Maker:
@@ -146,27 +167,44 @@ class MakePairs(Verb):
         return self.pairs.count + self.pairs.held_out
 
     def prepare(self) -> Callable[[], None]:
-        if self.plan:
+        if self.plan or self.merges:
             needed = self.plan_noises * least_memory(self.maker.teacher)
             check_memory(f"a plan on {self.plan_noises} noises", needed, self.machine.use())
-            return self._plan
+            return self._plan if self.plan else self._merges
         check_target(self.out, apart=[self.teacher])
         return self.maker.prepare(self.count)
 
     def budget(self) -> str:
-        if self.plan:
+        if self.plan or self.merges:
             return ""
         return f"pairs: {self.maker.estimate(to_make(self.out, self.count))[0]}"
+
+    def _noises(self) -> tuple[Denoiser, Tensor]:
+        """Return the teacher's denoiser and the noise of a plan, on the device."""
+        teacher = self.maker.teacher
+        z = noise(self.pairs.seed, range(self.plan_noises), teacher.shape)
+        return teacher.denoiser, z.to(self.machine.use())
+
+    def _merges(self) -> None:
+        (denoiser, z), teacher, tau = self._noises(), self.maker.teacher, self.merge_tau
+        if teacher.solver != DDIM():
+            log.warning(
+                "merges: the steps are taken for those of plain ddim, not of %s", teacher.solver
+            )
+        variances = spectrum(endpoints(denoiser, z, teacher.grid[0]))
+        prediction = as_prediction(denoiser.prediction)
+        chain = Chain.of(denoiser.schedule, teacher.grid, variances, tau, prediction)
+        say(merges_table(chain, teacher.grid, tau, len(variances)))
 
     def _plan(self) -> None:
         p, teacher, execution = self.pairs, self.maker.teacher, self.maker.execution
         sampler = Sampler(teacher, batch_size=p.batch_size, execution=execution)
         seconds = sampler.seconds_each() / teacher.nfe
-        z = noise(p.seed, range(self.plan_noises), teacher.shape, device=self.machine.use())
+        denoiser, z = self._noises()
         if isinstance(teacher.solver, Clipped):
             log.warning("plan: solvers are compared without clipping, which has no ODE to be near")
-        found = frontier(teacher.denoiser, z, self.solve, progress=watched())
-        found = corrected(found, teacher.denoiser, z)
+        found = frontier(denoiser, z, self.solve, progress=watched())
+        found = corrected(found, denoiser, z)
         say(plan_table(found, seconds, self.count))
         say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
 

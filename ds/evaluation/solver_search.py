@@ -135,6 +135,13 @@ def frontier(
     return Frontier(_mark([first, *rows]), first, len(fine), _rms(check, truth), truth)
 
 
+@torch.no_grad()
+def endpoints(denoiser: Denoiser, z: Tensor, top: float) -> Tensor:
+    """Return where the ODE leads noise z [N, *shape] from time `top`, by up to 200 fine steps."""
+    grid = _fine(200, denoiser.schedule, top)
+    return integrate(denoiser, REFERENCE, grid, denoiser.schedule.prior(z, top))
+
+
 def _fine(n: int, schedule: AbstractSchedule, top: float) -> Grid:
     """Return up to n times from `top` down, on which a reference is computed."""
     above = max(top, 1) if isinstance(schedule, AbstractTable) else top

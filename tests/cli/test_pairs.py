@@ -40,6 +40,20 @@ def test_a_plan_says_how_many_calls_do_and_makes_nothing(home, capsys, monkeypat
     assert tree(home) == before
 
 
+def test_merges_are_planned_from_the_teacher_and_nothing_is_made(home, capsys):
+    before = tree(home)
+    options = ("--merges", "--plan-noises", "3", "--merge-tau", "0.5")
+    assert main(pairs_of(*options)) == 0
+    said = capsys.readouterr().out
+    assert "Merging 5 steps into one, linear-Gaussian case" in said and "tau = 0.5" in said
+    for order in ("all at once", "halving", "from the data", "from the noise", "best for the ODE"):
+        assert sum(line.startswith(order) for line in said.splitlines()) == 1
+    assert "For the ODE: " in said.splitlines()[-1]
+    assert tree(home) == before
+    for words in (("--merges", "--plan"), ("--merge-tau", "2")):
+        assert "has no effect" in refused(capsys, *pairs_of(*words))
+
+
 def test_pairs_are_made_with_a_correction_that_the_store_remembers(home, capsys):
     options = ("--solve.dcw", "0.02", "--pairs.count", "4", "--pairs.held-out", "1")
     assert main(pairs_of("--out", "with", *options)) == 0
