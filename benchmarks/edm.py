@@ -1,8 +1,9 @@
 """One call of EDM's and ADM's networks: plain PyTorch, ours, and the engine, with the same weights.
 
-Random weights, in float32. "plain" is the network as anyone would write it, contiguous, in
-channels_last, and compiled in the better of these formats, on CPUs with frozen weights. "net" is
-our network, "engine" the engine. FLOPs are those of the plain network.
+Random weights, in float32. "plain" is the network as anyone would write it, in channels_last,
+contiguous, and compiled in the better of these formats, on CPUs with frozen weights. The first of
+them comes first, since PyTorch's convolutions of it round most. "net" is our network, "engine" the
+engine. FLOPs are those of the plain network.
 """
 
 import functools
@@ -52,7 +53,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
 
 
 def _sides(net: AbstractUNet, images: int, device: torch.device, size: Size) -> dict[str, Any]:
-    formats = {"plain": torch.contiguous_format, "plain, channels_last": torch.channels_last}
+    formats = {"plain, channels_last": torch.channels_last, "plain": torch.contiguous_format}
     sides: dict[str, Any] = {name: Plain(net, format) for name, format in formats.items()}
     if size == "full":
         last = sides["plain, channels_last"]

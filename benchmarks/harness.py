@@ -126,7 +126,7 @@ def late(build: Callable[[], Callable]) -> Callable:
     A side that cannot be built is then refused, and the others go on.
     """
     built = functools.cache(build)
-    return lambda *args: built()(*args)
+    return lambda *args, **named: built()(*args, **named)
 
 
 def gate(case: Case) -> tuple[dict[str, float], dict[str, str]]:

@@ -21,7 +21,7 @@ from ds import ops
 from ds.engine import Plan, Target
 from ds.engine.calls import Call, Run, Shape
 from ds.engine.convolutions import Conv, UpsampleConv, Winograd
-from ds.engine.plan import time_rows
+from ds.engine.told import Told
 from ds.engine.rewrites import Step
 from ds.nets import UNet
 
@@ -68,7 +68,8 @@ def _case(net: UNet, plan: Plan, target: Target, step: Step, name: str) -> Case:
 
 def given(net: UNet, target: Target, shapes: list[Shape]) -> tuple[tuple[Tensor, ...], ...]:
     """Draw what a call is given: the row of a time and its inputs; and the same in float64."""
-    row = time_rows(net, torch.tensor([500], device=target.device))[0]
+    told = Told(net, torch.float64, folded=True)
+    (row,) = told.finish(told.begin(torch.tensor([500], device=target.device)), {})
     inputs = [
         torch.randn(target.images, *shape, device=target.device)
         .to(target.dtype)

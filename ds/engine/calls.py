@@ -330,6 +330,12 @@ class Smooth(Call):
         kind = Halve if self.how is smoothly_halved else Upsample
         return kind().shapes(*shapes)
 
+    def launches(self, *shapes: Shape) -> tuple[Launch, ...]:
+        # the filter is two means of 2 x 2 pixels and a halving, or a doubling and two means
+        small, large = sorted((values(shapes), values(self.shapes(*shapes))))
+        filters = Launch("mean", 2 * large, 2 * large)
+        return filters, filters, Launch(self.kind, small + large)
+
 
 def times(weight: Tensor, factor: float) -> Tensor:
     """Return factor * weight, rounded once; the weight itself for a factor of 1."""

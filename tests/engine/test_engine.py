@@ -16,8 +16,10 @@ from ds.diffusion.solvers import Heun
 from ds.engine import Engine, Plan, Rewrites, Target, calls
 from ds.methods import DenoisingStudent
 from ds.models.execution import Execution
+from ds.nets.adm import adm_imagenet64
 from ds.nets.blocks import ResBlock
 from ds.nets.fold import fold_attention
+from ds.nets.song import ddpmpp, ncsnpp
 from ds.ops.dispatch.op import triton_kernels
 from ds.training.presets import PRESETS, SOLVERS
 from tests.nets.test_unet import GUIDED, TINY, build, inputs, relative_rms
@@ -234,6 +236,28 @@ def test_a_batch_fills_a_gpu_in_every_layer(preset, full):
     assert plan.full_batch(132) == full
     programs = min(h * w / 128 * c / 128 for c, h, w in plan.shapes.values() if c >= 128)
     assert full * programs == 132
+
+
+@pytest.mark.parametrize(
+    ("config", "gflop"),
+    [(ddpmpp(), 42.0), (ncsnpp(), 42.3), (adm_imagenet64(), 219.3)],
+    ids=["ddpmpp", "ncsnpp", "adm_imagenet64"],
+)
+def test_published_networks_have_plans_without_needless_calls(config, gflop):
+    """On a GPU too, and without any weights; a residual scale costs a pass over 64 pixels."""
+    with torch.device("meta"):
+        net = config.build()
+    direct = Plan.of(net, GPU, replace(Rewrites.good_for(GPU), phase_upsample=False))
+    assert sum(map(direct.flops, direct.steps)) / 1e9 == pytest.approx(gflop, abs=0.1)
+    for target in (CPU, GPU):
+        plan = Plan.of(net, target)
+        assert len(plan.text(target, tflops=989, gbs=3350).splitlines()) >= len(plan.steps) + 3
+        kinds = {step.call.kind for step in plan.steps}
+        assert not kinds & {"add", "addbias", "cat", "scaleshift"}
+        scaled = [step for step in plan.steps if step.call.kind == "scale"]
+        assert [plan.shapes[step.outputs[0]] for step in scaled] == (
+            [] if config.residual_scale == 1 else [(256, 8, 8)]
+        )
 
 
 def test_a_plan_knows_how_much_is_alive_at_once():
