@@ -139,9 +139,11 @@ def ClassifierGuided(
 ) -> Denoiser:
     """Return a denoiser with classifier guidance; see ds.diffusion.guidance.ClassifierGuidance.
 
-    classifier(x_t [N, *shape], t [N]) -> logits [N, K] is a network of noisy samples or a formula,
-    t the schedule's time. Raises ValueError as `Guided` does.
+    classifier(x_t [N, *shape], t [N]) -> logits [N, K] is a network of noisy samples, such as
+    ds.load_classifier reads, or a formula; t is the schedule's time. `classes` says how many it
+    knows, where it does not itself and labels are to be drawn. Raises ValueError as `Guided` does.
     """
+    classes = classes or getattr(getattr(classifier, "config", None), "num_classes", 0)
     return _guided(denoiser, ClassifierGuidance(classifier, scale, interval, classes))
 
 

@@ -15,7 +15,7 @@ from ds.diffusion.schedules import EDM, Linear, LinearBeta, Trig
 from ds.evaluation.metrics import sliced_wasserstein
 from ds.models.execution import Execution
 from ds.models.pretrained import fingerprint
-from ds.nets import MLPConfig
+from ds.nets import ClassifierConfig, MLPConfig
 from ds.nets.base import NO_CLASS
 from ds.system.config import from_json, to_json
 from tests.nets.test_unet import TINY as NET
@@ -310,10 +310,23 @@ def test_every_way_to_run_a_network_runs_a_guided_one(options):
 
 
 def test_a_classifier_guides_pictures_of_an_unlabelled_network_in_the_engine():
-    judge = nn.Sequential(nn.Flatten(), nn.Linear(128, 3))
+    judge = build(
+        ClassifierConfig(
+            image_size=8,
+            in_channels=2,
+            num_classes=3,
+            channels=8,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(4,),
+            norm_groups=4,
+            head_channels=8,
+        )
+    )
     plain = ds.Denoiser(build(NET), LinearBeta())
-    guided = ds.ClassifierGuided(plain, lambda x, t: judge(x), 3.0, classes=3)
+    guided = ds.ClassifierGuided(plain, judge, 100.0)
     teacher, free = (ds.Teacher(d, solvers.DDIM(), grids.uniform(4)) for d in (guided, plain))
+    assert (teacher.takes, teacher.classes) == (("label",), 3)
     engine = ds.Execution(mode="engine")
     found, expected = (
         torch.cat([*ds.Sampler(teacher, batch_size=4, execution=e).batches(0, range(4))])
