@@ -36,24 +36,35 @@ class Convert(Verb):
     # a scheduler_config.json, or its folder, for a file that does not tell its schedule
     scheduler: Path | None = None
     variant: str | None = None  # of the weights of a diffusers directory, such as fp16
+    # what a state dict of consistency_models is, where a teacher and a student look alike
+    kind: Literal["teacher", "student"] | None = None
+    head_channels: Natural = 0  # channels of a head of attention, for state dicts of ADM's codes
+    # order of the channels of q, k and v in state dicts of ADM's codes; new: q, k, v, then heads
+    attention_order: Literal["legacy", "new"] | None = None
+    # whether a network of improved-diffusion is told 1000 * t / steps instead of t
+    rescale_timesteps: bool | None = None
     force: bool = False  # replace the result of an earlier `convert`
     code: Code = None
 
     def idle(self) -> dict[str, str]:
         reason = f"on {self.source}, which records its own"
-        names = ("image-size", "scheduler", "variant")
+        names = [name.replace("_", "-") for name in _TOLD]
         return dict.fromkeys(names, reason) if pretrained.is_ours(self.source) else {}
 
     def prepare(self) -> Callable[[], None]:
         _TARGETS[self.to](self.out, force=self.force, apart=[self.source, self.scheduler])
-        given = {"scheduler": self.scheduler, "variant": self.variant}
-        given["image_size"] = self.image_size or None
-        options = {name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(self, name) for name in _TOLD}
+        options: dict[str, Any] = {
+            k: v for k, v in given.items() if v is not None and (v or v is False)
+        }
         model = load(self.source, types=classes_in(self.code), **options)
         if self.to == "diffusers" and isinstance(model, Student):
             raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):
             raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
+        guided = isinstance(model, Teacher) and model.denoiser.guidance is not None
+        if self.to == "diffusers" and guided:
+            raise ValueError("convert: diffusers keeps no guidance; convert a teacher without it")
         return partial(self._write, model)
 
     def _write(self, model: Any) -> None:  # a Teacher or a Student, as the format needs it
@@ -86,6 +97,11 @@ class Convert(Verb):
         )
 
 
+# What says more of a file than the file does.
+_TOLD = (
+    "image_size", "scheduler", "variant", "kind", "head_channels", "attention_order",
+    "rescale_timesteps",
+)  # fmt: skip
 _TARGETS = {
     "ours": pretrained.target,
     "diffusers": diffusers.target,

@@ -337,3 +337,19 @@ def test_a_consistency_model_is_no_teacher(consistency, tmp_path):
     change(file, {"rho": 5.0})
     with pytest.raises(ValueError, match=r"scheduler_config.json: rho is 5.0; accepted is 7"):
         ds.load_student(tmp_path)
+
+
+def test_a_learned_variance_is_drawn_by_diffusers_as_ddpm_s_own_steps(tmp_path):
+    config = UNetConfig(
+        image_size=8, channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4,
+        attention_resolutions=(), out_channels=6,
+    )  # fmt: skip
+    denoiser = ds.Denoiser(config.build(), LinearBeta(), LearnedVariance(Eps()))
+    to_diffusers(
+        tmp_path, config, denoiser.net.state_dict(), denoiser.schedule, denoiser.prediction
+    )
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    assert ds.load_teacher(tmp_path).denoiser.prediction == LearnedVariance(Eps())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ds
+from ds.cli.__main__ import main
 from ds.diffusion import grids
 from ds.diffusion.predictions import Eps, LearnedVariance, Preconditioned, Score
 from ds.diffusion.schedules import EDM, VP, Cosine
@@ -18,6 +19,7 @@ from ds.models.load import load
 from ds.nets import SongConfig, UNetConfig
 from tests import golden
 from tests.models.snapshots import SOURCE, Call, snapshot, written
+from tests.nets.peers import randomized
 
 
 def relative(made: torch.Tensor, expected: torch.Tensor) -> float:
@@ -264,3 +266,55 @@ def test_numbers_of_numpy_in_a_snapshot_are_plain_numbers(tmp_path):
     path.write_bytes(written(numbers))
     assert pickles.load(path) == [0.5, 0.25, -3, True]
     assert [type(n) for n in pickles.load(path)] == [float, float, int, bool]
+
+
+# Out again.
+
+SMALL = SongConfig(
+    image_size=8, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+    classes=3, augment_channels=9, embedding="fourier", embed_channels=16, encoder="residual",
+    resample_filter=(1, 3, 3, 1),
+)  # fmt: skip
+LEARNED = UNetConfig(
+    image_size=8, channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4,
+    attention_resolutions=(), classes=3, out_channels=6,
+)  # fmt: skip
+TEACHERS = {
+    "NCSN++": (SMALL, EDM(), Preconditioned(0.5), None),
+    "NCSN++, guided": (SMALL, EDM(), Preconditioned(0.5), 2.5),
+    "of the score": (SMALL, EDM(100), Score(), None),
+    "of steps without end": (SMALL, VP(), Eps(), None),
+    "a learned variance, guided": (LEARNED, Cosine(50), LearnedVariance(Eps()), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_of_the_family_comes_back_from_our_directory_as_it_was(tmp_path, name):
+    config, schedule, prediction, scale = TEACHERS[name]
+    denoiser = ds.Denoiser(randomized(config.build()).eval(), schedule, prediction)
+    if scale:
+        denoiser = ds.Guided(denoiser, scale)
+    teacher = ds.Teacher(denoiser, Heun(), grids.karras(3, schedule))
+    teacher.save_pretrained(tmp_path / "t")
+    again = ds.load_teacher(tmp_path / "t")
+    assert again.net.config == config and again.denoiser.guidance == denoiser.guidance
+    cond, z = {"label": torch.tensor([2, 0])}, ds.noise(0, range(2), teacher.shape)
+    assert torch.equal(again.sample(z, cond=cond), teacher.sample(z, cond=cond))
+
+
+def test_diffusers_has_no_class_for_a_song_unet(ddpmpp, tmp_path, capsys):
+    command = ["convert", str(ddpmpp[0]), str(tmp_path / "out"), "--to", "diffusers"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "diffusers has no class for a Song network" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_makes_a_directory_of_a_snapshot(ddpmpp, tmp_path, capsys):
+    assert main(["convert", str(ddpmpp[0]), str(tmp_path / "out")]) == 0
+    again, teacher = ds.load_teacher(tmp_path / "out"), ds.load_teacher(ddpmpp[0])
+    assert again.provenance["format"] == "edm" and again.grid == teacher.grid
+    for a, b in zip(
+        again.net.state_dict().values(), teacher.net.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ds
+from ds.cli.__main__ import main
 from ds.diffusion.predictions import Eps, LearnedVariance, Preconditioned
 from ds.diffusion.schedules import EDM, Cosine, LinearBeta, Table
 from ds.diffusion.solvers import Heun
@@ -214,3 +215,27 @@ def test_a_state_dict_that_is_no_network_of_openai_s_is_refused_in_one_line(
     path, _ = written(name, edit)
     with pytest.raises(ValueError, match=rf"\A{path}: [^\n]*{message}[^\n]*\Z"):
         load(path, **{"attention_order": "new", "head_channels": 16, **options})
+
+
+def test_convert_takes_what_a_state_dict_does_not_tell(adm, tmp_path, capsys):
+    options = ["--head-channels", "32", "--attention-order", "legacy", "--image-size", "32"]
+    assert main(["convert", str(adm[0]), str(tmp_path / "out"), *options]) == 0
+    config = ds.load_teacher(tmp_path / "out").net.config
+    assert (config.image_size, config.head_channels) == (32, 32)
+    again = ["convert", str(tmp_path / "out"), str(tmp_path / "next"), "--head-channels", "16"]
+    assert main(again) == 2
+    assert "--head-channels has no effect" in capsys.readouterr().err
+
+
+def test_convert_makes_a_student_of_a_consistency_model(written, tmp_path, capsys):
+    path, options = written("consistency")[0], ["--kind", "student", "--head-channels", "16"]
+    assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 0
+    assert ds.load_student(tmp_path / "out").method.clip
+
+
+def test_convert_takes_how_the_time_is_told(written, tmp_path, capsys):
+    path = written("improved")[0]
+    for word, scale in (("True", 0.25), ("False", 1.0)):
+        out = tmp_path / word
+        assert main(["convert", str(path), str(out), "--rescale-timesteps", word]) == 0
+        assert ds.load_teacher(out).net.config.frequencies[0] == scale

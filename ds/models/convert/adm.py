@@ -141,7 +141,7 @@ def _of_steps(found: Imported, layout: _Layout, betas: Tensor | None, options: O
     if rescaled is None and (rescaled := layout.is_long and not found.config.classes):
         sentence = (
             "the network is assumed to be told 1000 * t / steps, as in the published networks "
-            "without classes; else pass rescale_timesteps=False, or --no-rescale-timesteps"
+            "without classes; else pass rescale_timesteps=False, or --rescale-timesteps False"
         )
         found = found._replace(assumed=(*found.assumed, sentence))
     if rescaled:

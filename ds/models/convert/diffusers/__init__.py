@@ -1,6 +1,7 @@
 """Directories of diffusers: a UNet2DModel, in a pipeline or alone, and its scheduler."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ds.diffusion.grids import Grid
+from ds.diffusion.predictions import AbstractPrediction
 from ds.diffusion.schedules import AbstractSchedule, LinearBeta
 from ds.diffusion.solvers import AbstractSolver
 from ds.models.convert.diffusers import files, network, scheduler
@@ -17,11 +19,12 @@ from ds.models.convert.diffusers.names import LABEL, spelling
 from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, scheduler_of
 from ds.models.convert.imported import Imported, Options, consistency, fit
 from ds.models.convert.weights import Weights, choose
-from ds.nets.unet import UNetConfig
+from ds.nets.base import AbstractNetConfig
 from ds.system import targets
 from ds.system.files import present, sha256
 from ds.system.staging import replacing_directory, write_json
 
+log = logging.getLogger("ds")
 _WEIGHTS = f"unet/{files.STEM}.safetensors"
 _DECODER = "vqvae"  # where an LDMPipeline has it, of whichever kind it is
 _WRITTEN = {
@@ -88,10 +91,10 @@ def _is_far(scheduler: Path, network: Path) -> bool:
 
 def write(
     path: str | Path,
-    config: UNetConfig,
+    config: AbstractNetConfig,
     weights: Mapping[str, Tensor],
     schedule: AbstractSchedule,
-    prediction: str = "eps",
+    prediction: AbstractPrediction | str = "eps",
     *,
     solver: AbstractSolver | None = None,
     grid: Grid | None = None,
@@ -100,23 +103,28 @@ def write(
 ) -> None:
     """Write a pipeline directory that diffusers' DDIMPipeline loads, or its LDMPipeline.
 
-    The latter has a decoder, whose files `decoder` holds by name. `weights` have our names and are
-    saved as float32. The scheduler clips as `solver` does, and spaces its times as `grid` if that
-    is a grid of ds.grids.uniform. By default it is DDIM with leading times. Raises ValueError for
-    what diffusers has no words for: a network that is no UNet2DModel, a schedule in continuous
-    time, another prediction. It also does for a place that cannot be written to or is taken;
-    `force` replaces what `write` has made.
+    With a learned variance it is a DDPMPipeline. An LDMPipeline has a decoder, whose files
+    `decoder` holds by name. `weights` have our names and are saved as float32. The scheduler clips
+    as `solver` does, and spaces its times as `grid` if that is a grid of ds.grids.uniform. By
+    default it is DDIM with leading times. Raises ValueError for what diffusers has no words for: a
+    network that is no UNet2DModel, a schedule in continuous time, another prediction. It also does
+    for a place that cannot be written to or is taken; `force` replaces what `write` has made.
     """
     path = Path(path)
     where, old = target(path, force=force)
+    config = network.sayable(config, path)
     fields = network.fields_of(config, path)
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
-    parts = {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    steps = scheduler.fields(schedule, prediction, path, solver, grid)
+    kind = steps["_class_name"]
+    parts = {"scheduler": ["diffusers", kind], "unet": ["diffusers", "UNet2DModel"]}
+    if fields["num_class_embeds"]:
+        log.info("%s: diffusers' pipelines tell no label; give class_labels to its unet", path)
     if decoder:
         parts[_DECODER] = ["diffusers", json.loads(decoder[CONFIG])["_class_name"]]
     described = {
-        INDEX: {"_class_name": "LDMPipeline" if decoder else "DDIMPipeline", **parts},
-        f"scheduler/{scheduler.FILE}": scheduler.fields(schedule, prediction, path, solver, grid),
+        INDEX: {"_class_name": "LDMPipeline" if decoder else f"{kind[:4]}Pipeline", **parts},
+        f"scheduler/{scheduler.FILE}": steps,
         f"unet/{CONFIG}": fields,
     }
     spelled = {}

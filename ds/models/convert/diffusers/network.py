@@ -18,6 +18,7 @@ from ds.models.convert.diffusers.fields import (
 )
 from ds.models.convert.diffusers.names import LABEL, spelling
 from ds.models.convert.imported import fit, multiples, naming
+from ds.nets.base import AbstractNetConfig
 from ds.nets.unet import UNetConfig
 
 # What UNet2DModel fills in for fields that a file leaves out.
@@ -240,6 +241,16 @@ def _head(width: int | None, attended: list[int]) -> int | None:
 def _is_resnet(block: str, resampling: str | None) -> bool:
     """Return whether a block resamples by a residual block: the field counts beside attention."""
     return resampling == "resnet" if "Attn" in block else block.startswith("Resnet")
+
+
+def sayable(config: AbstractNetConfig, where: Path) -> UNetConfig:
+    """Return the configuration of a U-Net. Raise ValueError for another, which diffusers lacks."""
+    if not isinstance(config, UNetConfig):
+        name = type(config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"{where}: diffusers has no class for a {name} network; accepted are those of the U-Net"
+        )
+    return config
 
 
 def fields_of(config: UNetConfig, where: Path) -> dict[str, Any]:

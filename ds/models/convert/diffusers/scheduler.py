@@ -300,10 +300,13 @@ def fields(
 ) -> dict[str, Any]:
     """Return the fields of a DDIMScheduler with our schedule, and the clipping of our solver.
 
-    Its spacing is that of the grid, if diffusers has such a one, else leading.
+    With a learned variance it is a DDPMScheduler. Its spacing is that of the grid, if diffusers has
+    such a one, else leading.
     """
     types = {as_prediction(ours): theirs for theirs, ours in _PREDICTIONS.items()}
     prediction = as_prediction(prediction)
+    learned = isinstance(prediction, LearnedVariance)
+    prediction = prediction.prediction if learned else prediction
     if not isinstance(schedule, AbstractTable) or prediction not in types:
         raise ValueError(
             f"{where}: cannot write {schedule} with the prediction {prediction}; accepted are "
@@ -312,8 +315,13 @@ def fields(
     clipped = solver if isinstance(solver, Clipped) else None
     static = clipped is not None and clipped.quantile is None
     spacing, offset = _spaced(schedule, grid or ())
+    # Of diffusers' steps only DDPM's take a network with a learned variance.
+    steps = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    if not learned:
+        last = (clipped.solver if clipped else solver) != DDIMToFirst()
+        steps = {"_class_name": "DDIMScheduler", "set_alpha_to_one": last}
     return {
-        "_class_name": "DDIMScheduler",
+        **steps,
         **_betas(schedule),
         "prediction_type": types[prediction],
         "timestep_spacing": spacing,
