@@ -130,13 +130,18 @@ def labels_of(where: str, labels: int | Sequence[int] | Tensor, count: int, clas
             f"{where}: {list(given.shape)} labels were given for {count} samples; give one a "
             f"sample, or a single one for all"
         )
-    outside = (given < NO_CLASS) | (given >= classes)
+    check_labels(where, given, classes)
+    return given
+
+
+def check_labels(where: str, label: Tensor, classes: int) -> None:
+    """Raise ValueError for the first label that is none of so many classes."""
+    outside = (label < NO_CLASS) | (label >= classes)
     if outside.any():
         raise ValueError(
-            f"{where}: label {given[outside][0].item()} does not exist; the model has classes 0 to "
+            f"{where}: label {label[outside][0].item()} does not exist; the model has classes 0 to "
             f"{classes - 1}; {NO_CLASS} is no class"
         )
-    return given
 
 
 def _as_tensor(where: str, labels: Any) -> Tensor:

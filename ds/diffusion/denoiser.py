@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.conditions import check_labels
 from ds.diffusion.guidance import (
     AbstractGuidance,
     Classifier,
@@ -26,6 +27,7 @@ from ds.diffusion.predictions import (
     time_dtype,
 )
 from ds.diffusion.schedules import AbstractSchedule
+from ds.nets.base import told
 
 
 class Parts(NamedTuple):
@@ -80,7 +82,15 @@ class Denoiser:
         return tuple(cast(Iterable[int], self.net.shape))
 
     def given(self, **cond: Any) -> "Denoiser":
-        """Return the same denoiser with conditions for its network, such as label [N]."""
+        """Return the same denoiser with conditions for its network, such as label [N].
+
+        Raises ValueError for a label on the CPU that does not exist; elsewhere the network's output
+        for it is NaN.
+        """
+        label, classes = cond.get("label"), told(self.net)[1]
+        is_here = isinstance(label, Tensor) and label.device.type == "cpu"
+        if classes and is_here and not torch.compiler.is_compiling():
+            check_labels("denoiser.given", label, classes)
         return replace(self, cond={**self.cond, **cond})
 
     def __call__(self, x_t: Tensor, t: float | Tensor) -> Estimate:

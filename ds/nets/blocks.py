@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds import ops
 from ds.nets.base import AbstractNetConfig
-from ds.nets.embedding import Frequencies, check_conditions, check_frequencies
+from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, check_names
 from ds.system.config import check
 from ds.system.cost import check_memory
 
@@ -104,6 +104,8 @@ class AbstractUNetConfig(AbstractNetConfig):
         """Raise ValueError if memory cannot hold the weights and an image."""
         blocks = 18 * (2 * self.num_res_blocks + 1)
         least = self.temb_channels**2 + blocks * sum(width**2 for width in self.widths)
+        told = self.classes + sum(math.prod(shape) for shape in self.may_take.values())
+        least += self.features * (self.temb_channels + told)
         least = 4 * max(least, self.in_channels * math.prod(self.size))
         check_memory(f"a U-Net of {self.channels} x {self.channel_mult} channels", least)
 
@@ -131,6 +133,7 @@ class AbstractUNetConfig(AbstractNetConfig):
         if any(width < 1 or abs(width - round(width)) > 1e-6 * width for width in exact):
             raise ValueError(f"{where}channels * channel_mult must be whole numbers, not {exact}")
         check_frequencies(where, self.frequencies)
+        check_names(where, self.conditions)
 
 
 class AbstractEncoder(nn.Module, ABC):

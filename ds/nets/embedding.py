@@ -3,9 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds.nets.base import AbstractNetConfig
+from ds.nets.base import NO_CLASS, AbstractNetConfig
 from ds.system.config import Positive
 
 Frequencies = tuple[Positive, Positive]  # the highest and the lowest, in radians a unit of time
@@ -40,8 +40,13 @@ def sinusoids(
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:
-    """Return labels [N] as rows of False with one True, [N, classes]; all False for NO_CLASS."""
-    return label[:, None] == torch.arange(classes, dtype=torch.int64, device=label.device)
+    """Return labels [N] as float32 rows of 0 with one 1, [N, classes]; all 0 for NO_CLASS.
+
+    The row of a label that does not exist is NaN: it is no class, and no question to the device.
+    """
+    row = label[:, None] == torch.arange(classes, dtype=torch.int64, device=label.device)
+    outside = (label < NO_CLASS) | (label >= classes)
+    return row.float().masked_fill(outside[:, None], math.nan)
 
 
 def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images: int) -> None:
@@ -59,6 +64,11 @@ def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images
         )
     for key, value in given.items():
         ends = config.may_take.get(key, ())
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name}: {key} is {value!r}; accepted is a tensor {[images, *ends]}, one row for "
+                f"each image"
+            )
         if value.shape not in ((images, *ends), (1, *ends)):
             raise ValueError(
                 f"{name}: {key} is {[*value.shape]} for {images} images; accepted is "
@@ -68,6 +78,17 @@ def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images
             raise ValueError(f"{name}: label is {value.dtype}; accepted is torch.int64")
         if ends and not value.is_floating_point():
             raise ValueError(f"{name}: {key} is {value.dtype}; accepted is a floating dtype")
+
+
+def check_names(where: str, conditions: tuple[str, ...]) -> None:
+    """Raise ValueError unless numbers that a network is told can be passed under their names."""
+    for i, name in enumerate(conditions):
+        taken = name in ("self", "x", "t", "label", "augment", *conditions[:i])
+        if taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"{where}conditions holds {name!r}, which is taken or no name; accepted are names "
+                f"such as 'h', each once"
+            )
 
 
 def check_frequencies(where: str, frequencies: Frequencies) -> None:

@@ -12,6 +12,7 @@ from ds.nets.embedding import (
     Frequencies,
     check_conditions,
     check_frequencies,
+    check_names,
     one_hot,
     sinusoids,
 )
@@ -36,6 +37,7 @@ class MLPConfig(AbstractNetConfig):
     def __post_init__(self):
         check(self, "MLPConfig: ")
         check_frequencies("MLPConfig: ", self.frequencies)
+        check_names("MLPConfig: ", self.conditions)
 
     @property
     def columns(self) -> dict[str, int]:

@@ -172,8 +172,10 @@ def test_an_impossible_configuration_is_one_clear_error(change, message):
         ({"label": LABELS[:2]}, r"label is \[2\] for 3 images; accepted is \[3\]"),
         ({"label": LABELS[:, None]}, r"label is \[3, 1\] for 3 images; accepted is \[3\]"),
         ({"label": LABELS[0]}, r"label is \[\] for 3 images; accepted is \[3\]"),
+        ({"label": 3}, r"label is 3; accepted is a tensor \[3\], one row for each image"),
+        ({"label": [3, 0, 4]}, r"label is \[3, 0, 4\]; accepted is a tensor \[3\]"),
     ],
-    ids=["none", "y", "more", "float", "int32", "two", "column", "number"],
+    ids=["none", "y", "more", "float", "int32", "two", "column", "0d", "number", "list"],
 )
 def test_wrong_labels_are_one_clear_error(net, x, cond, message):
     with pytest.raises(ValueError, match=f"^UNet: {message}"):
