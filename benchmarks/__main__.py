@@ -29,6 +29,7 @@ from benchmarks.harness import Case
 CASES = (
     "ops",
     "group_norm_silu",
+    "scale_shift",
     "loader",
     "network",
     "edm",

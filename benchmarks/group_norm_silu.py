@@ -20,7 +20,7 @@ from benchmarks.peers import PEERS
 from ds import ops
 from ds.training import presets
 
-Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor]
 DTYPES = (torch.float32, torch.bfloat16)
 GPU_ELEMENTS = 2**26  # of a tensor: 128 MB of bfloat16
 
@@ -65,28 +65,39 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         images = batch(device, size, gpu=many, cpu=16)
         functions, gone = contenders(channels, net.norm_groups, net.norm_eps, dtype, device)
         leaves, grad = draw(images, channels, pixels, dtype, device)
-        shape = f"{str(dtype)[6:]} {[images, channels, pixels, pixels]}"
-        yield Case(
-            f"forward {shape}",
-            {name: Side(functools.partial(_forward, f, leaves)) for name, f in functions.items()},
-            functools.partial(_exact, functions["eager"], leaves, grad, backward=False),
-            bytes=2 * grad.nbytes,
-            dtype=dtype,
-            missing=gone,
-        )
-        yield Case(
-            f"backward {shape}",
-            {
-                name: Side(
-                    functools.partial(_backward, leaves, grad), functools.partial(f, *leaves)
-                )
-                for name, f in functions.items()
-            },
-            functools.partial(_exact, functions["eager"], leaves, grad, backward=True),
-            bytes=3 * grad.nbytes,
-            dtype=dtype,
-            missing=gone,
-        )
+        yield from both_directions(functions, leaves, grad, gone)
+
+
+def both_directions(
+    functions: dict[str, Function],
+    leaves: tuple[Tensor, ...],
+    grad: Tensor,
+    missing: dict[str, str],
+    factor: float = 3.0,
+) -> Iterator[Case]:
+    """Yield a case for the forward and one for the backward pass of functions of the leaves."""
+    shape = f"{str(grad.dtype)[6:]} {list(grad.shape)}"
+    yield Case(
+        f"forward {shape}",
+        {name: Side(functools.partial(_forward, f, leaves)) for name, f in functions.items()},
+        functools.partial(_exact, functions["eager"], leaves, grad, backward=False),
+        bytes=2 * grad.nbytes,
+        dtype=grad.dtype,
+        missing=missing,
+        factor=factor,
+    )
+    yield Case(
+        f"backward {shape}",
+        {
+            name: Side(functools.partial(_backward, leaves, grad), functools.partial(f, *leaves))
+            for name, f in functions.items()
+        },
+        functools.partial(_exact, functions["eager"], leaves, grad, backward=True),
+        bytes=3 * grad.nbytes,
+        dtype=grad.dtype,
+        missing=missing,
+        factor=factor,
+    )
 
 
 def contenders(

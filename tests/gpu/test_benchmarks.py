@@ -18,6 +18,7 @@ CASES = {
     "roofline": ("--only", "norm"),
     "convs": ("--only", "3x3"),
     "group_norm_silu": ("--only", "float32", "--without", "inductor"),
+    "scale_shift": ("--only", "float32", "--without", "inductor"),
     "loader": ("--without", "DALI"),
     "where": ("--without", "diffusers"),
     "teacher_loop": ("--only", r"bfloat16.*\[1,"),
