@@ -44,5 +44,5 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
         torch._dynamo.reset()  # one shape at a time, or it would compile for any shape
         functions = {"eager": eager, "inductor": torch.compile(eager, dynamic=False), "ours": ours}
         leaves = *leaves, scale.requires_grad_(), shift.requires_grad_()
-        # Inductor's sums over pixels are off by six times as much as eager PyTorch's.
-        yield from both_directions(functions, leaves, grad, {}, factor=8.0)
+        # Inductor's sums over pixels are off by up to ten times as much as eager PyTorch's.
+        yield from both_directions(functions, leaves, grad, {}, factor=12.0)

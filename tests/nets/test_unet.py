@@ -445,6 +445,16 @@ def test_recomputing_norms_keeps_less_and_repeats_no_convolution():
     assert kept < 0.85 * all_kept
 
 
+@torch.no_grad()
+def test_a_scale_shift_block_scales_shifts_and_activates_in_its_norm():
+    net = build(GUIDED)
+    blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
+    with Living() as forward:
+        net(*inputs())
+    assert forward.runs[torch.ops.ds.group_norm_silu.default] >= 2 * len(blocks) + 1
+    assert forward.runs[torch.ops.aten.silu.default] == 1 + len(blocks)  # of the time embedding
+
+
 def test_a_network_without_blocks_has_no_norms_to_recompute():
     with pytest.raises(ValueError, match="recompute_norms: Linear has no ResBlock"):
         recompute_norms(nn.Linear(1, 1))
