@@ -49,7 +49,9 @@ class Conditions:
 
     def __post_init__(self):
         if isinstance(self.classes, Iterable):
-            object.__setattr__(self, "classes", tuple(self.classes))
+            found: Any = self.classes
+            plain = found.tolist() if hasattr(found, "tolist") else found  # of an array or a tensor
+            object.__setattr__(self, "classes", tuple(plain))
         if isinstance(self.guidance, list):  # as JSON has it
             object.__setattr__(self, "guidance", tuple(self.guidance))
         check(self, "Conditions: ")
@@ -120,6 +122,8 @@ def labels_of(where: str, labels: int | Sequence[int] | Tensor, count: int, clas
     if not classes:
         raise ValueError(f"{where}: the model has no classes, leave the labels out")
     given = labels if isinstance(labels, Tensor) else _as_tensor(where, labels)
+    if not given.numel():  # an empty list is one of floats
+        given = given.to(torch.int64)
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
         raise ValueError(f"{where}: labels must be whole numbers, not {given.dtype}")
     given = given.to("cpu", torch.int64)

@@ -84,10 +84,12 @@ class Model(ABC):
     def conditions(self, asked: Conditions | None = None) -> Conditions:
         """Return what samples are asked for: `asked`, and any class if it names none.
 
-        Raises ValueError for classes that the model does not have, for a guidance scale that it
-        does not take, and without one that it does.
+        Raises ValueError for what is no Conditions, for classes that the model does not have, for a
+        guidance scale that it does not take, and without one that it does.
         """
-        asked = asked or Conditions()
+        asked = Conditions() if asked is None else asked
+        if not isinstance(asked, Conditions):
+            raise ValueError(f"conditions must be a ds.Conditions or None, not {asked!r}")
         if asked.classes:
             labels_of("conditions", asked.classes, len(asked.classes), self.classes)
         elif self.classes:

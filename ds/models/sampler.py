@@ -79,7 +79,6 @@ class Sampler:
     ):
         require("Sampler", Count | None, batch_size=batch_size)
         require("Sampler", Execution | None, execution=execution)
-        require("Sampler", Conditions | None, conditions=conditions)
         self.conditions = model.conditions(conditions)
         model.net.to(device=device, dtype=dtype)
         self.device = device_of(model.net, device or "cpu")

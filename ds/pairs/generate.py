@@ -131,7 +131,6 @@ def prepare(
     require("generate_pairs", Count | None, batch_size=batch_size)
     require("generate_pairs", Seed, seed=seed)
     require("generate_pairs", Execution | None, execution=execution)
-    require("generate_pairs", Conditions | None, conditions=conditions)
     quantizer = fitting(teacher, quantizer)
     check_memory(  # as rows, as one tensor and as the bytes of a file
         "generate_pairs: a shard",

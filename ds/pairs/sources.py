@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -254,6 +255,8 @@ class Images(AbstractSource):
     """uint8 images [N, H, W, C] in memory, with fresh noise at every draw.
 
     `labels`, int64 [N], are the classes of the images: batches then have the condition "label".
+    With `guidance`, a scale or a range of them, they have "guidance" too, fresh at every draw, for
+    students of teachers that are told it.
     `rows`, int64, are those of the images that are used, all by default. With `flip` each is there
     twice, once as its mirror image.
 
@@ -270,18 +273,20 @@ class Images(AbstractSource):
         seed: int = 0,
         rows: Tensor | None = None,
         flip: bool = False,
+        guidance: float | tuple[float, float] | None = None,
     ):
         self.images, self.seed, self.flip = images, seed, flip
         every = torch.arange(len(images), dtype=torch.int64, device="cpu")
         self.rows = every if rows is None else rows
         self.labels = None if labels is None else _classes(labels, len(images))
+        self._scales = Conditions(guidance=guidance)
 
     @property
     def conditions(self) -> Conditions:
-        """The classes of the images that are used."""
+        """The classes of the images that are used, and the guidance scales."""
         if self.labels is None:
-            return Conditions()
-        return Conditions(tuple(self.labels[self.rows].unique().tolist()))
+            return self._scales
+        return replace(self._scales, classes=tuple(self.labels[self.rows].unique().tolist()))
 
     def __len__(self) -> int:
         return len(self.rows) * (2 if self.flip else 1)
@@ -301,16 +306,17 @@ class Images(AbstractSource):
 
     def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
         if self.labels is None:
-            return _prepared(images, indices, self.seed, draws, Conditions())
+            return _prepared(images, indices, self.seed, draws, self._scales)
         index, label = (column.contiguous() for column in indices.unbind(1))
-        batch = _prepared(images, index, self.seed, draws, Conditions())
-        return batch._replace(cond={"label": label})
+        batch = _prepared(images, index, self.seed, draws, self._scales)
+        return batch._replace(cond={"label": label, **batch.cond})
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
         said = f"{len(self)} images {digest}, seed {self.seed}"
         if self.labels is not None:
             said += f", labels {hashlib.sha256(self.labels.numpy().data).hexdigest()}"
+        said += _said(self._scales)
         if len(self) == len(self.images) and bool((self.rows.diff() == 1).all()):
             return said
         rows = hashlib.sha256(self.rows.numpy().data).hexdigest()

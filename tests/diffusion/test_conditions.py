@@ -1,5 +1,6 @@
 """Conditions: classes and guidance scales as functions of (seed, index)."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
@@ -66,6 +67,12 @@ def test_without_classes_or_scale_nothing_is_drawn():
 
 def test_the_order_of_classes_makes_no_difference():
     assert Conditions((7, 3, 7)) == Conditions([3, 7]) and Conditions((7, 3)).classes == (3, 7)
+
+
+@pytest.mark.parametrize("given", [[7, 3], range(3, 8, 4), np.array([3, 7]), torch.tensor([7, 3])])
+def test_classes_may_be_a_list_a_range_an_array_or_a_tensor(given):
+    assert Conditions(given).classes == (3, 7)
+    assert {type(c) for c in Conditions(given).classes} == {int}
 
 
 @pytest.mark.parametrize(

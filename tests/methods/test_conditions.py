@@ -15,7 +15,7 @@ from ds.diffusion.solvers import DDIM
 from ds.methods import ConsistencyDistillation, DenoisingStudent, Progress, RectifiedFlow
 from ds.methods.base import built, student_net
 from ds.nets import MLPConfig, UNetConfig
-from ds.pairs.sources import Batch, Noise, Pairs
+from ds.pairs.sources import Batch, Images, Noise, Pairs
 from ds.system.signals import Interrupted
 from ds.training.config import TrainConfig
 from ds.training.parallel import Loss
@@ -248,3 +248,27 @@ def test_a_student_trained_from_noise_alone_is_told_the_classes(tmp_path):
     start, rows = started(), Noise(64, (2,), conditions=Conditions((0, 2)))
     Trainer(Watching(t=999, residual=True, gain=-1.0), start, rows, rows, tmp_path, SHORT).fit()
     assert torch.cat(seen).unique().tolist() == [0, 2]
+
+
+def test_consistency_distillation_tells_its_student_the_scale_that_guides_its_teacher(tmp_path):
+    start = started()
+    teacher = replace(start, denoiser=ds.Guided(start.denoiser, None))
+    method, n = ConsistencyDistillation(), 128
+    label = torch.arange(n) % 3
+    points = DATA.sample(1, range(n), label)
+    rows = Images(points, label, guidance=(1.0, 3.0))
+    batch = rows.batch(range(n))
+    assert torch.equal(
+        batch.cond["guidance"], Conditions(guidance=(1.0, 3.0)).draw(0, range(n))["guidance"]
+    )
+    assert torch.equal(batch.cond["label"], label) and rows.conditions.names == (
+        "label",
+        "guidance",
+    )
+    assert rows.fingerprint() != Images(points, label).fingerprint()
+    student = Trainer(method, teacher, rows, rows, tmp_path, SHORT).fit()
+    assert student.config.takes == ("guidance", "label")
+    with pytest.raises(
+        ValueError, match=r"network takes label and guidance, the rows .* bring label;"
+    ):
+        Trainer(method, teacher, Images(points, label), rows, tmp_path / "x", SHORT)

@@ -68,6 +68,10 @@ def test_a_labelled_sample_depends_on_its_seed_and_index_only(batch_size):
     assert torch.equal(few, points(labels=given[:20])[picks])
 
 
+def test_no_indices_have_no_labels():
+    assert [*ds.Sampler(TEACHER).batches(0, [], [])] == []
+
+
 def test_given_labels_take_the_place_of_drawn_ones():
     z = ds.noise(5, range(20), (2,))
     for given in (2, [2] * 20, torch.full((20,), 2)):
@@ -115,6 +119,7 @@ def test_a_label_of_a_sample_made_by_hand_is_checked_too():
             Conditions(guidance=2.0),
             r"teacher takes no guidance scale; leave .* \(2.0\) out",
         ),
+        (TEACHER, {"classes": (1,)}, "conditions must be a ds.Conditions or None, not {'classes'"),
         (student(TOLD), None, "student is told a guidance scale; give one, or a range"),
     ],
 )
