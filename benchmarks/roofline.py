@@ -21,8 +21,8 @@ from ds import ops
 from ds.engine import Plan, Target
 from ds.engine.calls import Call, Run, Shape
 from ds.engine.convolutions import Conv, UpsampleConv, Winograd
-from ds.engine.told import Told
 from ds.engine.rewrites import Step
+from ds.engine.told import Told
 from ds.nets import UNet
 
 
