@@ -20,7 +20,7 @@ from benchmarks.peers import SLOW, compiled
 from benchmarks.plain import Plain
 from ds.engine import Engine
 from ds.nets.adm import adm_imagenet64
-from ds.nets.blocks import AbstractUNet
+from ds.nets.blocks import AbstractUNet, AbstractUNetConfig
 from ds.nets.song import ddpmpp
 
 TIME = 0.7  # that of an EDM network, log(sigma) / 4, and of ADM's near the start
@@ -29,7 +29,8 @@ TIME = 0.7  # that of an EDM network, log(sigma) / 4, and of ADM's near the star
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
     """Yield a case for EDM's CIFAR-10 network and, for work of full size, for ADM's."""
     edm = replace(ddpmpp(), **SMALLER[size])
-    networks = [("EDM CIFAR-10", edm, batch(device, size, gpu=264, cpu=8))]
+    networks: list[tuple[str, AbstractUNetConfig, int]] = []
+    networks.append(("EDM CIFAR-10", edm, batch(device, size, gpu=264, cpu=8)))
     if size == "full":
         networks.append(("ADM ImageNet-64", adm_imagenet64(), batch(device, size, gpu=64, cpu=1)))
     for name, config, images in networks:

@@ -1,6 +1,7 @@
 """A U-Net of ours as anyone would write it in plain PyTorch: the peer of the engine."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ class Plain(nn.Module):
 
     def __init__(self, net: AbstractUNet, memory_format: torch.memory_format):
         super().__init__()
-        self.net = copy.deepcopy(net).to(memory_format=memory_format)
+        copied: Any = copy.deepcopy(net)
+        self.net = copied.to(memory_format=memory_format)
         self.format = memory_format
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
