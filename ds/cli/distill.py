@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import tyro
+from torch import Tensor
 
 import ds
 from ds.cli import environment
@@ -22,10 +23,12 @@ from ds.cli.verb import (
     Price,
     Source,
     Verb,
+    asked,
     check_outputs,
     given,
     home_beside,
     home_of,
+    labels_in,
     method_named,
     methods,
     per_preset,
@@ -36,6 +39,8 @@ from ds.cli.verb import (
     train_idle,
     watched,
 )
+from ds.diffusion.conditions import Conditions
+from ds.diffusion.noise import Draws
 from ds.evaluation.evaluate import evaluate, figures, way
 from ds.methods import AbstractMethod
 from ds.models import pretrained
@@ -44,7 +49,7 @@ from ds.models.model import Model
 from ds.models.pretrained import fingerprint
 from ds.models.teacher import Teacher
 from ds.pairs.quantizer import fitting, row_of
-from ds.pairs.sources import AbstractSource, Generated, Images, Noise, Pairs
+from ds.pairs.sources import AbstractSource, Batch, Generated, Images, Noise, Pairs
 from ds.pairs.store import PairStore, info, is_finished, to_make
 from ds.system import cost, distributed
 from ds.system.config import Count, tag
@@ -64,9 +69,18 @@ class _Unmade(Images):
 
     feeds: ClassVar = "pairs"
 
-    def __init__(self, teacher: Teacher, count: int):
+    def __init__(self, teacher: Teacher, count: int, conditions: Conditions):
         shape, dtype = row_of(teacher.shape, fitting(teacher))
         super().__init__(torch.zeros(1, *shape, dtype=dtype, device="cpu").expand(count, *shape))
+        self._conditions = conditions
+
+    @property
+    def conditions(self) -> Conditions:
+        return self._conditions
+
+    def prepare(self, images: Tensor, indices: Tensor, draws: Draws) -> Batch:
+        batch = super().prepare(images, indices, draws)
+        return batch._replace(cond=self.conditions.draw(0, indices))
 
     def fingerprint(self) -> str:
         return "not made yet"
@@ -187,11 +201,12 @@ class Distill(Verb):
         """Return the options of a teacher's pairs, for a method that is not trained on them."""
         of_stages = any(stage.feeds != "images" for stage in self.method.stages())
         used = {"count", "held_out", "seed"} if of_stages else set()
+        used |= {"classes", "guidance"} if self._feeds == "noise" else {"guidance"}
         pairs = {f.name for f in fields(self.pairs)} - used
         names = [f"pairs.{name}" for name in pairs] + [
             f"solve.{f.name}" for f in fields(self.solve)
         ]
-        names += [*({"held_out"} - used), "precision", "store", "check_store", "online"]
+        names += [*({"held_out", "classes"} - used), "precision", "store", "check_store", "online"]
         reason = f"with --method {self.named}, which is trained on {self._feeds}"
         return {name.replace("_", "-"): reason for name in names}
 
@@ -216,6 +231,9 @@ class Distill(Verb):
         }
         where = f"on {self.store}, which is finished and has"
         idle = {name: f"{where} {value}" for name, value in found.items()}
+        if self.conditions.classes != store.conditions.classes:
+            reason = f"{where} the classes {', '.join(map(str, store.conditions.classes))}"
+            idle |= dict.fromkeys(("pairs.classes", "classes"), reason)
         solver, grid = self.solve.build(self.start.denoiser.schedule, self.start.solver)
         if solver != store.solver:
             idle |= dict.fromkeys(("solve.solver", "solve.clip"), f"{where} {store.solver}")
@@ -226,9 +244,25 @@ class Distill(Verb):
         return idle | ({"precision": idle["pairs.precision"]} if "pairs.precision" in idle else {})
 
     @cached_property
+    def _asked(self) -> tuple[Teacher, Conditions]:
+        teacher, p = load_teacher(self.teacher), self.pairs
+        if p.guidance is not None or self._feeds != "pairs" or not is_finished(self.store):
+            return asked(teacher, p.classes, p.guidance)
+        store = PairStore(self.store)  # which knows how its pairs were guided
+        teacher = replace(teacher, denoiser=store.made_by(teacher).denoiser)
+        scale = store.conditions.guidance
+        named = () if p.classes is None else tuple(labels_in("classes", p.classes, teacher))
+        return teacher, teacher.conditions(Conditions(named, scale))
+
+    @property
     def start(self) -> Teacher:
-        """The teacher as its file has it, on the CPU."""
-        return load_teacher(self.teacher)
+        """The teacher on the CPU as its file has it, but for the guidance that is asked for."""
+        return self._asked[0]
+
+    @property
+    def conditions(self) -> Conditions:
+        """The classes and guidance scales that the teacher is asked for."""
+        return self._asked[1]
 
     @cached_property
     def maker(self) -> Maker:
@@ -236,7 +270,15 @@ class Distill(Verb):
         device, teacher = self.machine.use(), self.start
         if device.type != "cpu":
             teacher = teacher.using(copy.deepcopy(teacher.net).to(device))
-        return Maker(self.solve.on(teacher), self.store, self.pairs, self.price)
+        return Maker(self.solve.on(teacher), self.store, self.pairs, self.price, self.conditions)
+
+    @property
+    def _pictures(self) -> tuple[Images, Images]:
+        """The pictures to train on and to score with, with the classes of the teacher."""
+        names = tuple(self.start.provenance.get("classes", ()))
+        return training_images(
+            "distill", self.images, self.size, classes=self.start.classes, names=names
+        )
 
     @property
     def _feeds(self) -> str:
@@ -276,6 +318,7 @@ class Distill(Verb):
             force=self.force,
             teacher_sha256=fingerprint(self.start.denoiser),
             **self._about_pairs(run),
+            **self._named(),
             steps=run.trainer.steps,
             held_out_loss=run.trainer.best_loss,
             version=ds.__version__,
@@ -288,6 +331,12 @@ class Distill(Verb):
             + (f", held-out loss {loss:.4g}" if loss is not None else "")
         )
 
+    def _named(self) -> dict[str, Any]:
+        """Return the names of the classes, and the guidance scales, if there are any."""
+        names = {"classes": self.start.provenance.get("classes")}
+        known = names | {"guidance": self.conditions.guidance}
+        return {name: value for name, value in known.items() if value}
+
     def _about_pairs(self, run: Stages) -> dict[str, Any]:
         """Return what a student's provenance says of the pairs."""
         if self._feeds != "pairs":
@@ -296,7 +345,7 @@ class Distill(Verb):
         pairs = len(store) - self.pairs.held_out
         if self.online:
             pairs = -(-run.first.steps // seen) * self.pool * self.train.batch_size
-        nfe = store.solver.nfe(store.grid)
+        nfe = store.made_by(self.start).nfe
         return {"pairs_sha256": store.sha256, "pairs": pairs, "teacher_nfe": nfe}
 
     def _run(self, judge: Judge | None, store: PairStore | None) -> Stages:
@@ -320,10 +369,13 @@ class Distill(Verb):
         """Return the rows to train on, the rows held out, and the settings for as many steps."""
         p, train, shape = self.pairs, self.train, self.start.shape
         if self._feeds == "images":
-            return *training_images("distill", self.images, self.size), train
+            return *self._pictures, train
         if self._feeds == "noise":
-            held_out = Noise(p.held_out, shape, seed=p.seed + 1)
-            return Noise(p.count, shape, seed=p.seed), held_out, train
+            both = ((p.count, p.seed), (p.held_out, p.seed + 1))
+            rows, held_out = (
+                Noise(n, shape, seed=seed, conditions=self.conditions) for n, seed in both
+            )
+            return rows, held_out, train
         if self._feeds != "pairs":
             raise ValueError(
                 f"distill: --method {self.named} needs {self._feeds}, which no verb makes"
@@ -331,13 +383,17 @@ class Distill(Verb):
         if store and fingerprint(self.start.denoiser) != store.teacher_sha256:
             raise ValueError(
                 f"{self.store}: was made by another teacher than {self.teacher}; give that one"
+                + (", with the --guidance it had" if self.start.classes else "")
             )
-        held_out = Pairs(store, range(p.held_out)) if store else _Unmade(self.start, p.held_out)
+        held_out = Pairs(store, range(p.held_out)) if store else self._unmade(p.held_out)
         if self.online:
             epochs = train.epochs * (p.count // train.batch_size) / self.pool
             return self._generated(store), held_out, replace(train, epochs=epochs)
         rest = range(p.held_out, len(store)) if store else range(p.count)
-        return Pairs(store, rest) if store else _Unmade(self.start, p.count), held_out, train
+        return Pairs(store, rest) if store else self._unmade(p.count), held_out, train
+
+    def _unmade(self, count: int) -> _Unmade:
+        return _Unmade(self.start, count, self.conditions)
 
     def _opened(self) -> PairStore:
         return PairStore(self.store, check=self.check_store)
@@ -349,8 +405,9 @@ class Distill(Verb):
 
     def _generated(self, store: PairStore | None) -> Generated:
         p, teacher, seed = self.pairs, self.maker.teacher, self.pairs.seed
+        conditions = self.conditions
         if store:
-            teacher, seed = replace(teacher, solver=store.solver, grid=store.grid), store.seed
+            teacher, seed, conditions = store.made_by(teacher), store.seed, store.conditions
         return Generated(
             teacher,
             self.pool * self.train.batch_size,
@@ -359,6 +416,7 @@ class Distill(Verb):
             reuse=self.reuse,
             batch_size=p.batch_size,
             execution=self.maker.execution,
+            conditions=conditions,
         )
 
     def budget(self) -> str:
@@ -371,7 +429,7 @@ class Distill(Verb):
             if stored + passing:
                 line, making = self.maker.estimate(stored + passing)
                 lines.append(f"pairs: {line}" + (f"; {stored:,} are kept" if self.online else ""))
-        rows = _Unmade(self.start, 1) if self._feeds == "pairs" else self._data(None)[1]
+        rows = self._unmade(1) if self._feeds == "pairs" else self._data(None)[1]
         each_row = seconds_per_row(stages[0], self.start, rows, t, self.machine.use())
         learning = len(stages) * steps * t.batch_size * each_row
         each = f"{len(stages)} stages of " if len(stages) > 1 else ""
@@ -390,7 +448,7 @@ class Distill(Verb):
     def _rows(self) -> int:
         """The number of rows in an epoch."""
         if self._feeds == "images":
-            return len(training_images("distill", self.images, self.size)[0])
+            return len(self._pictures[0])
         if self._feeds == "pairs" and not self._lacks_pairs and not self.online:
             return info(self.store)["pairs"] - self.pairs.held_out
         return self.pairs.count
@@ -398,10 +456,13 @@ class Distill(Verb):
     def _judge(self) -> Judge:
         """Return a function that evaluates a model during training."""
         reference, extractor = self.judge.build(self.start, self.machine.use())
-        n = self.judge.count
+        n, scale = self.judge.count, self.judge.guidance
+        if scale is None and isinstance(g := self.conditions.guidance, tuple):
+            scale = f"{g[0]:g}-{g[1]:g}"  # the student is told one
 
         def judge(model: Model) -> dict[str, float]:
-            result = evaluate(model, reference, extractor, n=n)
+            found, conditions = asked(cast(Any, model), self.judge.classes, scale)
+            result = evaluate(found, reference, extractor, n=n, conditions=conditions)
             if is_first():
                 log.info("evaluate: %s", way(result))
             return figures(result)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
-from ds.cli.verb import Code, Here, Model, Verb, loaded, say
-from ds.evaluation.evaluate import check_evaluation, evaluate, image_shape, record, way
+from ds.cli.verb import Classes, Code, Guidance, Here, Model, Verb, asked, loaded, say
+from ds.evaluation.by_class import COLUMNS, rows
+from ds.evaluation.evaluate import CLASSES, check_evaluation, evaluate, image_shape, record, way
 from ds.evaluation.features import (
     DIGITS,
     SIDE,
@@ -24,10 +24,12 @@ from ds.evaluation.features import (
     Pixels,
 )
 from ds.evaluation.references import Moments, read_reference
+from ds.evaluation.report import text_table
 from ds.models import pretrained
 from ds.models.execution import Execution, Mode, Precision
 from ds.models.student import Student
 from ds.models.teacher import Teacher
+from ds.pairs.pictures import Pictures
 from ds.pairs.sources import Pairs
 from ds.pairs.store import PairStore
 from ds.system import targets
@@ -52,6 +54,8 @@ class EvalConfig:
     extractor: Literal["auto", "digits", "pixels", "inception"] = "auto"
     inception_weights: Path | None = None  # a file, for --extractor inception
     count: Count = 4096  # number of images to draw
+    classes: Classes = None
+    guidance: Guidance = None
 
     def __post_init__(self):
         check(self)
@@ -70,7 +74,7 @@ class EvalConfig:
 
     def build(
         self, model: Teacher | Student, device: torch.device
-    ) -> tuple[Tensor | Moments, AbstractExtractor]:
+    ) -> tuple[Pictures | Moments, AbstractExtractor]:
         """Return the reference and the extractor for the pictures of a model.
 
         Raises ValueError if one is not available, or does not fit the pictures.
@@ -142,7 +146,8 @@ class Evaluate(Verb):
         if is_first():
             self._target()
         device = self.machine.use()
-        model = loaded(self.model, device, self.code, self.nfe)
+        plain = loaded(self.model, device, self.code, self.nfe)
+        model, conditions = asked(plain, self.judge.classes, self.judge.guidance)
         held_out = self.store and Pairs(PairStore(self.store), range(self.held_out))
         reference, extractor = self.judge.build(model, device)
         options = {
@@ -151,8 +156,11 @@ class Evaluate(Verb):
             "batch_size": self.batch_size,
             "execution": self._execution(model),
             "held_out": held_out,
+            "conditions": conditions,
         }
-        return partial(self._evaluate, model, reference, extractor, options)
+        return partial(
+            self._evaluate, plain, partial(evaluate, model, reference, extractor, **options)
+        )
 
     def _execution(self, model: Teacher | Student) -> Execution | None:
         """Return how to run the model, if an option says anything about it."""
@@ -160,16 +168,13 @@ class Evaluate(Verb):
             return None
         return Execution.default(model, precision=self.precision, mode=self.mode)
 
-    def _evaluate(
-        self,
-        model: Teacher | Student,
-        reference: Tensor | Moments,
-        extractor: AbstractExtractor,
-        options: dict[str, Any],
-    ) -> None:
-        result = evaluate(model, reference, extractor, **options)
+    def _evaluate(self, model: Teacher | Student, judged: Callable[[], dict[str, Any]]) -> None:
+        result = judged()
         if is_first():
             log.info("evaluate: %s", way(result))
+            if classes := result.get(CLASSES):
+                names = tuple(model.provenance.get("classes", ()))
+                log.info("%s", text_table(COLUMNS, rows(classes, names)))
             say(json.dumps({k: v for k, v in result.items() if k != "protocol"}, indent=2))
             if self.out is not None:
                 write_json(self._target(), result, force=self.force)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,6 +17,7 @@ from ds.cli.verb import (
     Source,
     Store,
     Verb,
+    asked,
     given,
     home_beside,
     home_of,
@@ -27,6 +28,7 @@ from ds.cli.verb import (
     solve_idle,
     watched,
 )
+from ds.diffusion.conditions import Conditions
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import noise
 from ds.diffusion.predictions import as_prediction
@@ -63,6 +65,7 @@ class Maker:
     out: str
     config: PairsConfig
     price: float
+    conditions: Conditions
 
     @property
     def execution(self) -> Execution:
@@ -79,6 +82,7 @@ class Maker:
             "shard_size": c.shard_size,
             "quantizer": c.quantizer,
             "execution": self.execution,
+            "conditions": self.conditions,
         }
         prepare(self.teacher, place(self.out), count, **options)
         return partial(self._make, count, options)
@@ -93,7 +97,9 @@ class Maker:
     def estimate(self, count: int) -> tuple[str, float]:
         """Return the cost of `count` pairs, as a line and in seconds on this device."""
         size, execution = self.config.batch_size, self.execution
-        sampler = Sampler(self.teacher, batch_size=size, execution=execution)
+        sampler = Sampler(
+            self.teacher, batch_size=size, execution=execution, conditions=self.conditions
+        )
         return estimate(sampler, count, self.config.quantizer, self.price)
 
 
@@ -158,8 +164,9 @@ class MakePairs(Verb):
     @cached_property
     def maker(self) -> Maker:
         """The teacher on its device, with the solver that is asked for."""
-        teacher = load_teacher(self.teacher, device=self.machine.use())
-        return Maker(self.solve.on(teacher), self.out, self.pairs, self.price)
+        p, loaded = self.pairs, load_teacher(self.teacher, device=self.machine.use())
+        teacher, conditions = asked(loaded, p.classes, p.guidance)
+        return Maker(self.solve.on(teacher), self.out, p, self.price, conditions)
 
     @property
     def count(self) -> int:
@@ -180,10 +187,11 @@ class MakePairs(Verb):
         return f"pairs: {self.maker.estimate(to_make(self.out, self.count))[0]}"
 
     def _noises(self) -> tuple[Denoiser, Tensor]:
-        """Return the teacher's denoiser and the noise of a plan, on the device."""
-        teacher = self.maker.teacher
-        z = noise(self.pairs.seed, range(self.plan_noises), teacher.shape)
-        return teacher.denoiser, z.to(self.machine.use())
+        """Return the teacher's denoiser, asked as for pairs, and the noise of a plan."""
+        teacher, seed, indices = self.maker.teacher, self.pairs.seed, range(self.plan_noises)
+        z = noise(seed, indices, teacher.shape).to(self.machine.use())
+        cond = self.maker.conditions.draw(seed, indices)
+        return teacher.denoiser.given(**{k: v.to(z.device) for k, v in cond.items()}), z
 
     def _merges(self) -> None:
         (denoiser, z), teacher, tau = self._noises(), self.maker.teacher, self.merge_tau
@@ -198,7 +206,10 @@ class MakePairs(Verb):
 
     def _plan(self) -> None:
         p, teacher, execution = self.pairs, self.maker.teacher, self.maker.execution
-        sampler = Sampler(teacher, batch_size=p.batch_size, execution=execution)
+        conditions = self.maker.conditions
+        sampler = Sampler(
+            teacher, batch_size=p.batch_size, execution=execution, conditions=conditions
+        )
         seconds = sampler.seconds_each() / teacher.nfe
         denoiser, z = self._noises()
         if isinstance(teacher.solver, Clipped):
@@ -206,7 +217,7 @@ class MakePairs(Verb):
         found = frontier(denoiser, z, self.solve, progress=watched())
         found = corrected(found, denoiser, z)
         say(plan_table(found, seconds, self.count))
-        say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises), found))
+        say(fidelity_table(fidelity(teacher, p.seed, self.plan_noises, conditions), found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +247,7 @@ class PairsVerify(Verb):
     def prepare(self) -> Callable[[], None]:
         store, teacher = PairStore(self.store), None
         if self.teacher is not None:
-            teacher = load_teacher(self.teacher, device=self.machine.use())
-            teacher = replace(teacher, solver=store.solver, grid=store.grid)
+            teacher = store.made_by(load_teacher(self.teacher, device=self.machine.use()))
         return partial(self._verify, store, teacher)
 
     def _verify(self, store: PairStore, teacher: Teacher | None) -> None:

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds.cli.verb import Code, Here, Model, Verb, loaded, say
+from ds.cli.verb import (
+    Classes,
+    Code,
+    Guidance,
+    Here,
+    Model,
+    Verb,
+    asked,
+    labels_in,
+    loaded,
+    say,
+)
 from ds.diffusion.noise import noise
 from ds.models.execution import Execution, Precision
 from ds.models.images import ARRAYS, grey_channels, save, target
@@ -67,6 +78,11 @@ class Sample(Verb):
     out: Path = Path("samples.png")
     seed: Seed = 0  # of the noise
     indices: str = "0-63"  # of the noise: numbers and ranges, such as 3,7,100-199
+    classes: Classes = None
+    # the class of each image in order, such as 0-9 or cat,dog, from the first again after the last;
+    # a sheet then has a column for each
+    labels: str | None = None
+    guidance: Guidance = None
     between: Natural = 0  # number of images between one index and the next, on a great circle
     scale: Natural = 0  # enlarge pictures by this factor; 0 enlarges small images only
     nfe: Count | None = None  # network calls of a student; None: as it was saved
@@ -77,8 +93,10 @@ class Sample(Verb):
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
-        array = {"scale": "on an array; it is for pictures"}
-        return array if self.out.suffix in ARRAYS else {}
+        idle = {"scale": "on an array; it is for pictures"} if self.out.suffix in ARRAYS else {}
+        if self.labels is not None:
+            idle["classes"] = "with --labels, which give the class of each image"
+        return idle
 
     def prepare(self) -> Callable[[], None]:
         indices = _indices(self.indices)
@@ -86,10 +104,20 @@ class Sample(Verb):
             raise ValueError("sample: between needs two indices or more, such as --indices 3,7")
         target(self.out, force=self.force, apart=[self.model])
         model = loaded(self.model, self.machine.use(), self.code, self.nfe)
+        classes = None if self.labels is not None else self.classes
+        model, conditions = asked(model, classes, self.guidance)
+        labels = None if self.labels is None else labels_in("labels", self.labels, model)
+        several = {*(labels or conditions.classes)}, conditions.guidance
+        if self.between and (len(several[0]) > 1 or isinstance(several[1], tuple)):
+            raise ValueError(
+                "sample: between needs one class, such as --classes 3, and one guidance scale"
+            )
         self._check_size(indices.count, self._picture(model), size=1 if model.image_shape else 4)
         execution = self.precision and Execution.default(model, precision=self.precision)
-        sampler = Sampler(model, batch_size=self.batch_size, execution=execution)
-        return partial(self._draw, sampler, indices)
+        sampler = Sampler(
+            model, batch_size=self.batch_size, execution=execution, conditions=conditions
+        )
+        return partial(self._draw, sampler, indices, labels)
 
     def _picture(self, model: Teacher | Student) -> tuple[int, ...]:
         """Return the shape of what is written of a sample: of a picture, (C, H, W).
@@ -134,24 +162,26 @@ class Sample(Verb):
     def _scale(self, height: int) -> int:
         return self.scale or max(1, 64 // height)
 
-    def _draw(self, sampler: Sampler, indices: Ranges) -> None:
-        model, columns = sampler.model, self.between + 1 if self.between else None
-        found = self._drawn(sampler, indices)
+    def _draw(self, sampler: Sampler, indices: Ranges, labels: list[int] | None) -> None:
+        model = sampler.model
+        columns = self.between + 1 if self.between else len(labels or ()) or None
+        found = self._drawn(sampler, indices, labels)
         scale = self._scale(found.shape[1])
         save(found, self.out, columns=columns, scale=scale, force=self.force)
         what = "images" if model.image_shape else "samples"
         calls = "1 network call" if model.nfe == 1 else f"{model.nfe} network calls"
         say(f"samples: {self.out}, {len(found)} {what}, {calls} each")
 
-    def _drawn(self, sampler: Sampler, indices: Ranges) -> Tensor:
+    def _drawn(self, sampler: Sampler, indices: Ranges, labels: list[int] | None) -> Tensor:
         """Return uint8 pictures [N, H, W, C]; floats [N, *shape] of what is none, for an array."""
         path, model = None, sampler.model
         if self.between:
             path = great_circle(noise(self.seed, indices, model.shape), self.between)
+        told = labels and [labels[i % len(labels)] for i in range(len(indices))]
         if model.image_shape:
-            return sampler(self.seed, indices) if path is None else sampler.draw(path)
+            return sampler(self.seed, indices, told) if path is None else sampler.draw(path)
         if path is None:
-            parts = sampler.batches(self.seed, indices)
+            parts = sampler.batches(self.seed, indices, told)
         else:
             parts = map(sampler.sample, path.to(sampler.device).split(sampler.batch_size))
         found = torch.cat([x.float().cpu() for x in parts])

@@ -257,12 +257,13 @@ def training_images(
     held_out: int | None = None,
     flip: bool = False,
     classes: int = 0,
+    names: tuple[str, ...] = (),
 ) -> tuple[Images, Images]:
     """Return images to train on, and images to score with: others, but for the digits.
 
     Those to score with are repeated, each time with other noise, to make a few hundred. A network
-    with `classes` is told theirs. Raises ValueError if there are none, and for pictures without
-    classes, or with others, for such a network.
+    with `classes`, perhaps of some `names`, is told theirs. Raises ValueError if there are none,
+    and for pictures without classes, or with others, for such a network.
     """
     if not images or (images in presets.PRESETS and not _comes_along(images)):
         which = f"of {images} come with the library" if images else "are named"
@@ -270,7 +271,7 @@ def training_images(
             f"{verb}: no images {which}; give --images with a folder of pictures, an .npy, .npz or "
             f".tar"
         )
-    found = pictures_at(images, size)
+    found = pictures_at(images, size).named(names)
     labels = _labels(verb, images, found, classes)
     if images == DIGITS:
         return Images(found.images, labels), Images(found.images, labels, seed=1)

@@ -15,18 +15,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Union, cast
+from typing import Annotated, Any, ClassVar, TypeVar, Union, cast
 
 import torch
 import tyro
 
 import ds.methods
 from ds.cli import VERBS
+from ds.diffusion.conditions import Conditions
+from ds.diffusion.denoiser import Guided
 from ds.methods import AbstractMethod
 from ds.models import pretrained
 from ds.models.load import load, load_teacher
 from ds.models.student import Student
 from ds.models.teacher import Teacher
+from ds.nets.base import NO_CLASS
 from ds.system import targets
 from ds.system.config import NotNegative, check, tag, to_json
 from ds.system.distributed import is_first, joined
@@ -42,9 +45,23 @@ Model = Annotated[Source, tyro.conf.Positional]
 Store = Annotated[str, tyro.conf.Positional]  # a directory, or a URL such as s3://bucket/folder
 Price = Annotated[NotNegative, tyro.conf.arg(help="dollars an hour for all devices; 0: unknown")]
 log = logging.getLogger("ds")
+AnyModel = TypeVar("AnyModel", bound=Teacher | Student)
 Here = Annotated[Machine, tyro.conf.arg(name="")]  # --device, not --machine.device
 Code = Annotated[
     Path | None, tyro.conf.arg(help="a .py file with your own method or network, for such a model")
+]
+
+GUIDANCE = (
+    "how far samples are drawn towards their class: 1 is not beyond it, more is more typical and "
+    "less varied; a number, or a range such as 1-4, in which each draws its own"
+)
+Guidance = Annotated[str | None, tyro.conf.arg(help=f"{GUIDANCE}; None: as the model says")]
+Classes = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="classes to ask for, such as 3,7 or 0-9, or their names, or none; each sample draws "
+        "its own of them, by its seed and index; None: all that the model has"
+    ),
 ]
 
 
@@ -177,6 +194,83 @@ def loaded(
         raise ValueError(f"nfe is for students; {path} is a teacher, whose grid has {model.nfe}")
     cast(AbstractMethod, model.method).times(nfe)
     return replace(model, nfe=nfe)
+
+
+def asked(
+    model: AnyModel, classes: str | None, guidance: str | None
+) -> tuple[AnyModel, Conditions]:
+    """Return a model and what it is asked for, from the words of --classes and --guidance.
+
+    A teacher with classes is guided by its own network. Raises ValueError for what the model cannot
+    be asked for.
+    """
+    scale = _scale(guidance)
+    if scale is not None and isinstance(model, Teacher):
+        model, scale = cast(Any, _guided(model, scale)), scale if isinstance(scale, tuple) else None
+    if "guidance" in model.takes and scale is None:
+        learnt = model.provenance.get("guidance")
+        raise ValueError(
+            f"give --guidance: this {model.kind} is told a scale"
+            + (f", and learnt those from {learnt[0]:g} to {learnt[1]:g}" if learnt else "")
+        )
+    named = () if classes is None else tuple(labels_in("classes", classes, model))
+    return model, model.conditions(Conditions(named, scale))
+
+
+def labels_in(option: str, text: str, model: Teacher | Student) -> list[int]:
+    """Return the classes of a model that are listed: "3,7", "0-9", "cat,dog", "none".
+
+    Raises ValueError for classes that it does not have.
+    """
+    if not model.classes:
+        raise ValueError(f"--{option}: this {model.kind} has no classes; leave it out")
+    names, found = [*model.provenance.get("classes", ())], []
+    for part in map(str.strip, text.split(",")):
+        first, dash, last = part.partition("-")
+        if part in names:
+            found.append(names.index(part))
+        elif part == "none":
+            found.append(NO_CLASS)
+        elif not first.isdecimal() or (dash and not last.isdecimal()):
+            known = f"; their names are {', '.join(names[:10])}" if names else ""
+            raise ValueError(f"--{option} {text!r}: {part!r} is no class, such as 3 or 0-9{known}")
+        elif len(last or first) > 9 or int(last or first) >= model.classes:
+            raise ValueError(
+                f"--{option} {text!r}: class {last or first} does not exist; this {model.kind} has "
+                f"classes 0 to {model.classes - 1}"
+            )
+        else:
+            found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError(f"--{option} {text!r} are none")
+    return found
+
+
+def _scale(text: str | None) -> float | tuple[float, float] | None:
+    """Read a number or a range: "1.5", "1-4"."""
+    if text is None:
+        return None
+    number = r"\d+\.?\d*|\.\d+"
+    if both := re.fullmatch(f"({number})-({number})", text.strip()):
+        return float(both[1]), float(both[2])
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--guidance {text!r}: is no number and no range, such as 1.5 or 1-4"
+        ) from None
+
+
+def _guided(teacher: Teacher, scale: float | tuple[float, float]) -> Teacher:
+    """Return a teacher that is guided by a scale, or by that of each sample for a range."""
+    if not teacher.classes:
+        raise ValueError("--guidance: this teacher has no classes to be guided to; leave it out")
+    fixed, denoiser = None if isinstance(scale, tuple) else scale, teacher.denoiser
+    if denoiser.guidance is None:
+        denoiser = Guided(denoiser, fixed)
+    else:
+        denoiser = replace(denoiser, guidance=replace(cast(Any, denoiser.guidance), scale=fixed))
+    return replace(teacher, denoiser=denoiser)
 
 
 def methods() -> dict[str, type[AbstractMethod]]:

@@ -8,6 +8,7 @@ those of pair i are manifest.conditions.draw(seed, [i]).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ds.diffusion.conditions import Conditions
 from ds.diffusion.grids import Grid
+from ds.diffusion.guidance import ClassifierFree
 from ds.diffusion.noise import noise
 from ds.diffusion.solvers import AbstractSolver
 from ds.models.pretrained import fingerprint
@@ -27,7 +29,7 @@ from ds.pairs.quantizer import dequantize, quantize
 from ds.pairs.rows import Rows, as_indices
 from ds.pairs.storage import claim_of, place
 from ds.system import targets
-from ds.system.config import Between, from_json, require
+from ds.system.config import Between, from_json, require, tag
 
 
 class PairStore:
@@ -119,6 +121,17 @@ class PairStore:
         """Return what the teacher was asked for at `indices`, [N] each; see Conditions.draw."""
         index = as_indices("cond", indices, len(self))
         return self.conditions.draw(self.seed, index)
+
+    def made_by(self, teacher: Teacher) -> Teacher:
+        """Return a teacher with the solver, the grid and the guidance that the pairs came from.
+
+        A teacher that is guided already keeps its guidance; that by a classifier is not stored.
+        """
+        about, denoiser = self.manifest.teacher.get("guidance"), teacher.denoiser
+        known = isinstance(about, dict) and about.get("type") == tag(ClassifierFree)
+        if known and denoiser.guidance is None:
+            denoiser = replace(denoiser, guidance=from_json(about))
+        return replace(teacher, denoiser=denoiser, solver=self.solver, grid=self.grid)
 
     def targets(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the images as floats, about [-1, 1], [N, *shape]."""

@@ -210,6 +210,12 @@ class PairsConfig:
     # of the teacher's matrix products; None: bfloat16 on GPUs, float32 on CPUs
     precision: Annotated[Precision | None, arg(aliases=["--precision"])] = None
     mode: Mode | None = None  # what runs the teacher; None: the fastest way its device has
+    # classes that a teacher is asked for, such as 3,7 or 0-9, or their names; each pair draws its
+    # own of them; None: all that it has
+    classes: Annotated[str | None, arg(aliases=["--classes"])] = None
+    # how far a teacher with classes draws towards them: 1 is not beyond them, more is more typical
+    # and less varied; a number, or a range such as 1-4, for a student that is told its scale
+    guidance: Annotated[str | None, arg(aliases=["--guidance"])] = None
 
     def __post_init__(self):
         check(self, "pairs.")
