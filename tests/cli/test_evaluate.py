@@ -103,7 +103,7 @@ def test_the_judge_of_a_training_says_how_it_ran(real, caplog):
     task = replace(
         Distill.of("digits", PRESETS["digits"]()), judge=EvalConfig(reference="a.npy", count=4)
     )
-    task.__dict__["start"] = teacher
+    task.__dict__["_asked"] = teacher, ds.Conditions()
     assert task._judge()(teacher)["frechet_distance"] > 0
     assert caplog.messages[-1].startswith("evaluate: float32, mode eager, on cpu (")
 
