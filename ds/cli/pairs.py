@@ -34,6 +34,7 @@ from ds.diffusion.noise import noise
 from ds.diffusion.predictions import as_prediction
 from ds.diffusion.solvers import DDIM, Clipped
 from ds.evaluation.merging import Chain, merges_table
+from ds.evaluation.references import Moments, read_reference
 from ds.evaluation.solver_search import (
     corrected,
     endpoints,
@@ -44,6 +45,7 @@ from ds.evaluation.solver_search import (
 )
 from ds.evaluation.spectrum import spectrum
 from ds.models.execution import Execution
+from ds.models.images import to_float
 from ds.models.load import load_teacher
 from ds.models.sampler import Sampler, least_memory
 from ds.models.teacher import Teacher
@@ -123,6 +125,8 @@ class MakePairs(Verb):
     merges: bool = False
     # how long each merge is trained, for --merges: exp(-2 tau E x^2) of an error is left
     merge_tau: Positive = 1.0
+    # whose spectrum --merges takes: digits, or a folder or file of pictures; None: the teacher's
+    merge_pictures: str | None = None
     plan_noises: Count = 16  # number of noise tensors for --plan and --merges
     price: Price = 0.0
     machine: Here = field(default_factory=Machine)
@@ -156,9 +160,11 @@ class MakePairs(Verb):
     def idle(self) -> dict[str, str]:
         idle = solve_idle(self.solve)
         if not self.merges:
-            idle["merge-tau"] = "without --merges"
+            idle |= dict.fromkeys(["merge-tau", "merge-pictures"], "without --merges")
         if not self.plan and not self.merges:
             idle["plan-noises"] = "without --plan or --merges"
+        elif self.merge_pictures is not None:
+            idle["plan-noises"] = "with --merge-pictures, which need no samples"
         return idle | ({"merges": "with --plan"} if self.plan else {})
 
     @cached_property
@@ -193,14 +199,31 @@ class MakePairs(Verb):
         cond = self.maker.conditions.draw(seed, indices)
         return teacher.denoiser.given(**{k: v.to(z.device) for k, v in cond.items()}), z
 
+    def _examples(self, teacher: Teacher) -> Tensor:
+        """Return what a plan of merges takes the spectrum of: pictures, or the teacher's samples.
+
+        Raises ValueError for pictures of another shape.
+        """
+        if self.merge_pictures is None:
+            return endpoints(*self._noises(), teacher.grid[0])
+        found = read_reference(self.merge_pictures)
+        if isinstance(found, Moments):
+            raise ValueError(f"{self.merge_pictures}: moments have no spectrum; give pictures")
+        if (samples := to_float(found.images)).shape[1:] != teacher.shape:
+            raise ValueError(
+                f"{self.merge_pictures}: pictures {list(samples.shape[1:])}, the teacher draws "
+                f"{list(teacher.shape)}"
+            )
+        return samples
+
     def _merges(self) -> None:
-        (denoiser, z), teacher, tau = self._noises(), self.maker.teacher, self.merge_tau
+        teacher, tau = self.maker.teacher, self.merge_tau
         if teacher.solver != DDIM():
             log.warning(
                 "merges: the steps are taken for those of plain ddim, not of %s", teacher.solver
             )
-        variances = spectrum(endpoints(denoiser, z, teacher.grid[0]))
-        prediction = as_prediction(denoiser.prediction)
+        samples, denoiser = self._examples(teacher), teacher.denoiser
+        variances, prediction = spectrum(samples), as_prediction(denoiser.prediction)
         chain = Chain.of(denoiser.schedule, teacher.grid, variances, tau, prediction)
         say(merges_table(chain, teacher.grid, tau, len(variances)))
 

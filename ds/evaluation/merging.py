@@ -237,7 +237,7 @@ def merges_table(chain: Chain, grid: Grid, tau: float, modes: int) -> str:
     rows |= {f"{words} for {_GOALS[goal]}": order for goal, (order, _) in found.items()}
     lines = [
         f"Merging {count} steps into one, linear-Gaussian case, from our derivation (note 0035): "
-        f"{modes} modes of the samples'",
+        f"{modes} modes of the",
         f"spectrum; each merge is trained for tau = {tau:g}. Errors are root mean square, per "
         f"number of a sample.",
         f"{'order':38}{'merges':>7}{'stages':>7}{'to the teacher':>16}{'to the ODE':>12}",

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ds.cli.__main__ import main
@@ -50,8 +51,25 @@ def test_merges_are_planned_from_the_teacher_and_nothing_is_made(home, capsys):
         assert sum(line.startswith(order) for line in said.splitlines()) == 1
     assert "For the ODE: " in said.splitlines()[-1]
     assert tree(home) == before
-    for words in (("--merges", "--plan"), ("--merge-tau", "2")):
+    assert main(pairs_of("--merges", "--merge-pictures", "digits")) == 0
+    of_digits = capsys.readouterr().out
+    assert (
+        "Merging 5 steps into one" in of_digits
+        and of_digits.splitlines()[3:] != said.splitlines()[3:]
+    )
+    for words in (
+        ("--merges", "--plan"),
+        ("--merge-tau", "2"),
+        ("--merge-pictures", "digits"),
+        ("--merges", "--merge-pictures", "digits", "--plan-noises", "4"),
+    ):
         assert "has no effect" in refused(capsys, *pairs_of(*words))
+    np.save("wide.npy", np.arange(4 * 16 * 16, dtype=np.uint8).reshape(4, 16, 16, 1))
+    line = refused(capsys, *pairs_of("--merges", "--merge-pictures", "wide.npy"))
+    assert "wide.npy: pictures [1, 16, 16], the teacher draws [1, 8, 8]" in line
+    np.savez("moments.npz", mu=np.zeros(4), sigma=np.eye(4))
+    line = refused(capsys, *pairs_of("--merges", "--merge-pictures", "moments.npz"))
+    assert "moments have no spectrum; give pictures" in line
 
 
 def test_pairs_are_made_with_a_correction_that_the_store_remembers(home, capsys):
