@@ -21,9 +21,9 @@ def to_program(student: Student, path: str | Path, *, force: bool = False) -> No
     """Write a torch.export program (.pt2): noise [N, *shape], float32, to samples, for any N.
 
     Its operations are PyTorch's own, so `torch.export.load(path).module()` needs nothing else. What
-    the student takes is passed by name, module(noise, label=label): label, int64 [N], which is not
-    checked there, and guidance, float32 [N]. Latents are not decoded, which is logged. Raises
-    ValueError if the path cannot be written to or, without `force`, exists.
+    the student takes is passed by name, module(noise, label=label): label, int64 [N], and guidance,
+    float32 [N]. A label that does not exist gives NaN. Latents are not decoded, which is logged.
+    Raises ValueError if the path cannot be written to or, without `force`, exists.
     """
     where = targets.file(path, force=force)
     content = io.BytesIO()  # PyTorch's writer ends the process where a disk is full

@@ -187,6 +187,36 @@ def test_a_student_learns_the_classes_of_the_exact_teacher(store, tmp_path, rows
         assert of_their_class(student) < 0.5
 
 
+def test_a_student_learns_the_scale_that_guides_its_teacher(tmp_path):
+    """It ends nearer to the teacher of the scale that it is told than with another scale.
+
+    Measured, root mean square: 0.25 against 0.32 for scale 1, 0.23 against 0.31 for scale 4.
+    """
+
+    def guided(model: ds.Teacher) -> ds.Teacher:
+        return replace(model, denoiser=ds.Guided(model.denoiser, None))
+
+    teacher, asked = guided(EXACT), Conditions(guidance=(1.0, 4.0))
+    made = ds.generate_pairs(teacher, tmp_path / "s", COUNT + 64, seed=1, conditions=asked)
+    rows, held_out = Pairs(made, range(64, len(made))), Pairs(made, range(64))
+    config = replace(LONG, epochs=240 / 32, check_every=240)
+    trained = run(rows, tmp_path / "r", config, guided(started()), held_out)
+    student = trained.method.result(trained.fit().eval())
+    z, label = ds.noise(9, range(1500), (2,)), torch.arange(1500) % 3
+
+    def end(model: ds.Teacher | ds.Student, scale: float) -> torch.Tensor:
+        return model.sample(z, cond={"label": label, "guidance": torch.full((1500,), scale)})
+
+    def miss(told: float, scale: float) -> float:
+        return float((end(student, told) - end(teacher, scale)).square().mean().sqrt())
+
+    for scale, other in ((1.0, 4.0), (4.0, 1.0)):
+        assert miss(scale, scale) < 0.87 * miss(other, scale), [
+            miss(scale, scale),
+            miss(other, scale),
+        ]
+
+
 def test_a_conditional_run_that_was_interrupted_goes_on_to_the_same_bits(
     store, tmp_path, monkeypatch
 ):
