@@ -97,6 +97,21 @@ def test_with_the_weights_of_a_network_without_conditions_it_is_that_network(x):
     assert torch.equal(found, net(x, TIMES, label=LABELS))
 
 
+@BOTH
+def test_times_and_conditions_have_the_derivatives_of_finite_differences(config, x):
+    net, x, t = drawn(replace(config, conditions=("h",))).double(), x.double(), TIMES.double()
+
+    def out(t, h):
+        return net(x, t, label=LABELS, h=h)
+
+    h, one = t + 0.3, torch.ones_like(t)
+    for along in ((one, 0 * one), (0 * one, one)):
+        _, found = torch.func.jvp(out, (t, h), along)
+        ahead, behind = (out(t + s * along[0], h + s * along[1]) for s in (1e-6, -1e-6))
+        torch.testing.assert_close(found, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-6)
+        assert found.abs().max() > 1e-3
+
+
 def test_on_the_way_up_only_the_last_block_of_a_level_attends():
     net = replace(TINY, num_res_blocks=2).build()
     found = {name for name, layer in net.named_modules() if isinstance(layer, Attention)}
