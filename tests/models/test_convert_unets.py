@@ -144,7 +144,7 @@ def test_a_unet_that_people_train_computes_what_diffusers_does(pair, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in UNETS if "classes" not in name])
+@pytest.mark.parametrize("name", UNETS)
 def test_what_people_train_runs_fused(pair, name):
     _, ours = pair(name)
     x, _, cond, _ = inputs(ours)
