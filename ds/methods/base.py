@@ -80,9 +80,9 @@ class AbstractMethod(ABC):
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         """Return the loss of modules[progress.turn], a scalar: the mean over the rows of a batch.
 
-        What is random about a row comes from `batch.draws`. The loss of a batch is then that of its
-        parts together, however many processes share it. With runtime.compile this becomes one
-        graph, so it holds only what torch.compile can trace.
+        Networks are told `batch.cond`. What is random about a row comes from `batch.draws`. The
+        loss of a batch is then that of its parts together, however many processes share it. With
+        runtime.compile this becomes one graph, so it holds only what torch.compile can trace.
         """
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor | None:
