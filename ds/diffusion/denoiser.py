@@ -88,8 +88,8 @@ class Denoiser:
         for it is NaN.
         """
         label, classes = cond.get("label"), told(self.net)[1]
-        is_here = isinstance(label, Tensor) and label.device.type == "cpu"
-        if classes and is_here and not torch.compiler.is_compiling():
+        looked_at = classes and not torch.compiler.is_compiling()
+        if looked_at and isinstance(label, Tensor) and label.device.type == "cpu":
             check_labels("denoiser.given", label, classes)
         return replace(self, cond={**self.cond, **cond})
 
