@@ -1,5 +1,6 @@
 """What the residual blocks of a network are told of a time and of conditions: rows of columns."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -25,10 +26,15 @@ class Told:
     """
 
     def __init__(self, net: AbstractUNet, dtype: torch.dtype, *, folded: bool):
-        self._net, self._dtype = net, dtype
-        parts = [_projection(block, folded=folded) for block in blocks(net).values()]
+        self._net, self._dtype, self._folded = net, dtype, folded
+
+    @functools.cached_property
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        """The weight and the bias that make a row of an embedding: as large as the blocks' own."""
+        parts = [_projection(block, folded=self._folded) for block in blocks(self._net).values()]
         # Folds are made in float64, so that a row is rounded but once.
-        self._weight, self._bias = (torch.cat(each).to(dtype) for each in zip(*parts, strict=True))
+        weights, biases = zip(*parts, strict=True)
+        return torch.cat(weights).to(self._dtype), torch.cat(biases).to(self._dtype)
 
     @torch.no_grad()
     def begin(self, t: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ class Told:
             hidden = hidden + F.linear(before, layers.dense[0].weight.to(self._dtype))
         temb = self._linear(layers.dense[1], F.silu(hidden))
         temb = temb if after is None else temb + after
-        return F.linear(F.silu(temb), self._weight, self._bias)
+        return F.linear(F.silu(temb), *self._projections)
 
     def _labels(self, cond: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Return what is added before the dense layers, and after them."""
