@@ -1,6 +1,8 @@
 """Stores of class-conditional pairs: labels without a column, and sources that hand them on."""
 
 import io
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ds.system.files import sealed
 from ds.training.batches import Batches
 from tests.pairs.test_archives import members
 from tests.pairs.test_store import COUNT, GAUSSIAN, all_images, contents, make
+from tests.processes import Started
 
 DATA = GaussianMixture()
 TEACHER = DATA.teacher(DDIM(), quadratic(10), conditional=True)
@@ -69,6 +72,28 @@ def test_a_conditional_store_that_was_interrupted_goes_on_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "s", TEACHER)
     assert contents(make(tmp_path / "s", TEACHER).path) == contents(store.path)
+
+
+def write(out: Path) -> int:
+    torch.set_num_threads(1)
+    make(out, TEACHER, 1600)
+    return 0
+
+
+@pytest.mark.slow
+def test_processes_that_come_and_are_killed_make_the_store_that_one_makes(tmp_path):
+    out = tmp_path / "s"
+    first, second = Started(write, out), Started(write, out)
+    while not [*out.glob("images-*.npy")]:
+        time.sleep(0.01)
+    first.kill()
+    third = Started(write, out)
+    for writer in (second, third):
+        _, said = writer.communicate(timeout=120)
+        assert writer.returncode == 0, said
+    first.communicate(timeout=60)
+    alone = make(tmp_path / "alone", TEACHER, 1600)
+    assert contents(out) == contents(alone.path)
 
 
 def test_a_conditional_store_grows(store, tmp_path):
