@@ -36,7 +36,7 @@ class Engine(nn.Module):
 
     The result has the dtype of x. The weights are packed for batches of `images`; on a CPU for as
     many of them as fit its cache, and larger batches are cut. Weights that need no packing are
-    shared with the U-Net, which must not change any more. An engine has no parameters and no
+    shared with the network, which must not change any more. An engine has no parameters and no
     gradient.
 
     `dtype` is by default float32 on CPUs and bfloat16 on GPUs; a float64 network keeps float64. The
