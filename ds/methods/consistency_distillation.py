@@ -59,8 +59,8 @@ class ConsistencyDistillation(AbstractMethod):
 
     def levels(self) -> Grid:
         """Return the noise levels, from sigma_max down to sigma_min. Karras et al. 2022, Eq. 5."""
-        ends = {"top": self.sigma_max, "bottom": self.sigma_min}
-        return grids.karras(self.num_levels, EDM(self.sigma_max), **ends)
+        path, most, least = EDM(self.sigma_max), self.sigma_max, self.sigma_min
+        return grids.karras(self.num_levels, path, top=most, bottom=least)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         student = student_net(teacher, self.student)
