@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,11 @@ from ds.diffusion.predictions import Eps, LearnedVariance, Preconditioned
 from ds.diffusion.schedules import EDM, Cosine, LinearBeta, Table
 from ds.diffusion.solvers import Heun
 from ds.methods import ConsistencyDistillation
+from ds.models.convert import adm as adm_file
+from ds.models.convert.imported import Options, spelled
 from ds.models.load import load
+from ds.nets import UNetConfig
+from ds.nets import adm as published
 from tests import golden
 
 
@@ -133,13 +139,78 @@ def test_labels_are_bound_to_a_teacher_of_classes(written):
     assert x0.shape == data["z"].shape and relative(x0, other) > 1e-3
 
 
+def of_published(config: UNetConfig, flat: bool) -> dict[str, torch.Tensor]:
+    """The state dict of a published network, without numbers; `flat`: as consistency_models."""
+    last = len(config.channel_mult) - 1
+    code = "guided-diffusion" if config.resnet_down else "improved-diffusion"
+    layout = adm_file._Layout(
+        code, last + 1, config.num_res_blocks, config.attention_levels, config.scale_shift
+    )
+    places, found = adm_file._places(layout), {}
+    with torch.device("meta"):
+        own = config.build().state_dict()
+    for name, w in own.items():
+        (key,), _ = spelled(name, w.shape, places, adm_file.PARTS)
+        place, _, end = key.rpartition(".")
+        if place.endswith((".k", ".v")):
+            continue
+        if place.endswith(".q"):
+            key, w = f"{place[:-1]}qkv.{end}", torch.cat([w] * 3)
+            w = w[..., 0] if w.dim() == 4 and not flat else w
+        found[key] = w.T if name == "temb.label.weight" else w
+    return found
+
+
+PUBLISHED = {
+    "guided-diffusion, 64": (published.adm_imagenet64(classes=1000, out_channels=6), "new"),
+    "guided-diffusion, 128": (published.adm_imagenet128(classes=1000), "legacy"),
+    "guided-diffusion, 256": (published.adm_imagenet256(classes=1000), "legacy"),
+    "guided-diffusion, 256, no classes": (published.adm_imagenet256(classes=0), "legacy"),
+    "guided-diffusion, 512": (published.adm_imagenet512(classes=1000), "legacy"),
+    "consistency_models, 64": (published.adm_imagenet64(classes=1000), "new"),
+    "consistency_models, 256": (published.adm_lsun(scale_shift=False, out_channels=None), "new"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_network_needs_no_option(name):
+    """Its configuration, from the shapes alone, is that of its authors' flags."""
+    config, order = PUBLISHED[name]
+    flat = name.startswith("consistency")
+    found, where = of_published(config, flat), Path(name)
+    layout = adm_file._layout(found, where)
+    read, _ = adm_file._config(found, layout, Options(), where)
+    assert read == replace(config, dropout=0.0)
+    assert adm_file._order(layout, read) == order and layout.code == name.split(",")[0]
+
+
+NESTED = {
+    "with its average": lambda s, ema: {"model": s, "ema": ema, "step": 4},
+    "in DataParallel, with its average": lambda s, ema: {
+        "state_dict": {f"module.{k}": w for k, w in s.items()}, "ema": ema,
+    },
+    "of another code": lambda s, ema: {
+        "state_dict": {f"model.diffusion_model.{k}": w for k, w in ema.items()}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", NESTED)
+def test_the_average_of_an_adm_network_is_found_where_trainers_put_it(tmp_path, form):
+    state, _ = golden.openai("guided")
+    torch.save(NESTED[form](state, {k: w + 1 for k, w in state.items()}), tmp_path / "w.pt")
+    net = ds.load_teacher(tmp_path / "w.pt", image_size=16, **OPTIONS["guided"]).net
+    assert torch.equal(net.conv_in.bias, state["input_blocks.0.0.bias"] + 1)
+
+
 # Consistency models.
 
 
 def test_a_file_of_consistency_models_is_a_teacher_or_a_student_as_it_is_asked_for(written, caplog):
+    caplog.set_level("INFO", "ds")
     path, _ = written("consistency")
     teacher = ds.load_teacher(path, head_channels=16)
-    assert "look alike" not in caplog.text
+    assert "look alike" not in caplog.text and "looks the same" in caplog.text
     assert teacher.denoiser.prediction == Preconditioned(0.5, 250.0)
     assert (teacher.denoiser.schedule, teacher.solver, teacher.nfe) == (EDM(), Heun(), 79)
     student = ds.load_student(path, head_channels=16)

@@ -122,6 +122,9 @@ def _of_consistency(found: Imported, options: Options, where: Path) -> Imported:
         found = found._replace(assumed=(*found.assumed, sentence))
     if options.kind == "student":
         return consistency(found)
+    if options.kind == "teacher":
+        sentence = f"{where}: is read as a teacher (edm_*); a consistency model looks the same"
+        found = found._replace(said=(*found.said, sentence))
     schedule = EDM()
     return found._replace(
         schedule=schedule,
@@ -223,7 +226,7 @@ def _config(
             classes=0 if label is None else len(label),
             out_channels=None if outputs == inputs else outputs,
             scale_shift=layout.scale_shift,
-            pad_all_sides=True,
+            pad_all_sides=not layout.by_blocks,
             resnet_down=tuple(range(last)) if layout.by_blocks else (),
             resnet_up=tuple(range(1, last + 1)) if layout.by_blocks else (),
             **heads,
