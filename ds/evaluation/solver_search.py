@@ -162,25 +162,28 @@ def corrected(found: Frontier, denoiser: Denoiser, z: Tensor) -> Frontier:
         return found
     variances, truth, schedule = spectrum(found.truth), found.truth, denoiser.schedule
 
-    def correction(plain: Row) -> Correction:
-        solver, grid = plain.solve.build(schedule)
+    def correction(row: Row) -> Correction:
+        solve = replace(row.solve, dcw=0.0)
+        solver, grid = solve.build(schedule)
 
         def end(strength: float) -> Tensor:
             dcw = DCW(solver, low=strength)
             return integrate(denoiser, dcw, grid, schedule.prior(z, grid[0]))
 
-        gaussian = fitted(variances, grid, schedule, solver)
+        gaussian, none = fitted(variances, grid, schedule, solver), end(0.0)
+        plain = replace(row, solve=solve, error=_rms(none, truth))
         wide = min(max(abs(gaussian) / 2, 0.002), 0.05)
         below, above = (_rms(end(c), truth) ** 2 for c in (-wide, wide))
         low = round(_vertex(wide, below, plain.error**2, above), 4)
-        if (error := _rms(end(low), truth)) >= plain.error:
-            low, error = 0.0, plain.error
-        row = replace(plain, solve=replace(plain.solve, dcw=low), error=error)
-        off = spectrum_error(end(0.0), truth), spectrum_error(end(low), truth)
-        return Correction(plain, row, off, gaussian)
+        if (error := _rms(best := end(low), truth)) >= plain.error:
+            low, error, best = 0.0, plain.error, none
+        off = spectrum_error(none, truth), spectrum_error(best, truth)
+        return Correction(
+            plain, replace(plain, solve=replace(solve, dcw=low), error=error), off, gaussian
+        )
 
-    best = [row for row in found.rows if row.best and row.nfe < found.asked.nfe]
-    return replace(found, corrections=tuple(map(correction, [found.asked, *best])))
+    cheap = [row for row in found.rows if row.best and row.nfe < found.asked.nfe]
+    return replace(found, corrections=tuple(map(correction, [found.asked, *cheap])))
 
 
 def _vertex(wide: float, below: float, middle: float, above: float) -> float:

@@ -137,6 +137,16 @@ def test_a_correction_that_makes_it_worse_is_not_offered(found):
         assert (c.with_dcw.solve.dcw == 0) == (c.with_dcw.error == c.plain.error)
 
 
+def test_the_correction_of_a_corrected_row_is_fitted_anew(found):
+    """A strength that was asked for is not fitted on top of."""
+    asked = SolveConfig(steps=12, dcw=0.05)
+    rows = [
+        corrected(frontier(DENOISER, z(8), one, []), DENOISER, z(8)).corrections[0]
+        for one in (asked, SolveConfig(steps=12))
+    ]
+    assert rows[0] == rows[1] and rows[0].plain.solve.dcw == 0
+
+
 def test_one_noise_has_no_spectrum_to_fit_to(caplog):
     few = frontier(DENOISER, z(1), PAPER, [])
     assert corrected(few, DENOISER, z(1)).corrections == ()
