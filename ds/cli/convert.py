@@ -1,6 +1,5 @@
 """dstudent convert: write a model in another format."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,6 @@ from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.system import targets
 from ds.system.config import Natural
-
-log = logging.getLogger("ds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +76,6 @@ class Convert(Verb):
 
     def _to_diffusers(self, model: Any) -> None:
         denoiser = model.denoiser
-        if denoiser.guidance is not None:
-            log.warning(
-                "convert: diffusers keeps no guidance with a model, so this is left out: %s",
-                denoiser.guidance.about(),
-            )
         to_diffusers(
             self.out,
             model.net.config,

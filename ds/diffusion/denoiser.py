@@ -134,8 +134,16 @@ def Guided(denoiser: Denoiser, scale: float | None, interval: Interval | None = 
 
     Its network takes "label" and knows -1 as no label. A scale of None is that of each row, in the
     condition "guidance". A guided call evaluates the network twice, in one batch. Raises
-    ValueError for a denoiser that is guided already, and for an interval that does not rise.
+    ValueError for a network that says it has no classes, for a denoiser that is guided already, and
+    for an interval that does not rise.
     """
+    net = denoiser.net
+    says = hasattr(net, "takes") or hasattr(getattr(net, "config", None), "takes")
+    if says and "label" not in told(net)[0]:
+        raise ValueError(
+            f"Guided: needs a network with classes, which this {type(net).__name__} does not have; "
+            f"a classifier can guide it, ds.ClassifierGuided"
+        )
     return _guided(denoiser, ClassifierFree(scale, interval))
 
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.conditions import check_labels
 from ds.diffusion.predictions import Level
-from ds.nets.base import NO_CLASS
+from ds.nets.base import NO_CLASS, told
 from ds.system.config import Between, Natural, check, tag, to_json
 
 Cond = Mapping[str, Any]
@@ -115,11 +116,7 @@ class ClassifierFree(AbstractGuidance):
 
     def _parted(self, cond: Cond, x: Tensor, ratio: Level) -> tuple[Cond, Level]:
         """Return the network's conditions, and the scale: a number, or one for each row of x."""
-        if not isinstance(cond.get("label"), Tensor):
-            raise ValueError(
-                "classifier-free guidance needs a label for each sample; give them with "
-                "denoiser.given(label=...), int64 [N]"
-            )
+        _labels(cond, x, "classifier-free")
         scale: Any = self.scale
         if scale is None:
             if "guidance" not in cond:
@@ -134,6 +131,18 @@ class ClassifierFree(AbstractGuidance):
         if isinstance(inside, Tensor):
             return cond, torch.where(inside, scale, 1.0).to(x.dtype)
         return cond, scale if inside else 1
+
+
+def _labels(cond: Cond, x: Tensor, kind: str) -> Tensor:
+    """Return the labels; raise ValueError unless there is one for each sample."""
+    label = cond.get("label")
+    if not isinstance(label, Tensor) or label.shape != (len(x),):
+        found = "none" if label is None else list(getattr(label, "shape", ())) or repr(label)
+        raise ValueError(
+            f"{kind} guidance needs a label for each of {len(x)} samples, not {found}; give them "
+            f"with denoiser.given(label=...), int64 [N]"
+        )
+    return label
 
 
 def _unlabelled(cond: Cond) -> Cond:
@@ -153,7 +162,7 @@ class ClassifierGuidance(AbstractGuidance):
     The classifier is called as classifier(x_t [N, *shape], t [N]) -> logits [N, K] with the times
     of the schedule: a noisy classifier network, or a formula. It is differentiated at every call of
     the network, which costs about twice its forward. The labels are those of the condition "label";
-    the network is told them too if it takes labels.
+    the network is told them too if it takes labels. A row of no class, -1, is not guided.
 
     eps becomes eps - sigma * scale * gradient, and x0 what follows from that, after any clipping.
     ds.solvers.Ancestral moves the mean by variance * scale * gradient. Dhariwal & Nichol 2021,
@@ -174,19 +183,18 @@ class ClassifierGuidance(AbstractGuidance):
         return ("label",)
 
     def out(self, net: nn.Module, x: Tensor, c_noise: Tensor, cond: Cond, ratio: Level) -> Tensor:
-        own = getattr(net, "takes", ())  # of a formula in the place of a network
-        if "label" not in getattr(getattr(net, "config", None), "takes", own):
+        if "label" not in told(net)[0]:
             cond = {name: value for name, value in cond.items() if name != "label"}
         return net(x, c_noise, **cond)
 
     def gradient(self, x: Tensor, t: Tensor, cond: Cond, ratio: Level) -> Tensor | None:
         if not self.scale or (inside := self._inside(ratio)) is False:
             return None
-        label = self._label(cond, x)
+        label = _labels(cond, x, "classifier")
+        self._check_device(x)
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            logits = self.classifier(x, t)
-            share = logits.log_softmax(1).gather(1, label[:, None]).sum()
+            x, t, label = x.detach().clone().requires_grad_(), t.clone(), label.clone()
+            share = self._log_share(self.classifier(x, t), label)
             (slope,) = torch.autograd.grad(share, x)
         slope = self.scale * slope
         return torch.where(inside, slope, 0) if isinstance(inside, Tensor) else slope
@@ -200,21 +208,26 @@ class ClassifierGuidance(AbstractGuidance):
     def net(self) -> nn.Module | None:
         return self.classifier if isinstance(self.classifier, nn.Module) else None
 
-    def _label(self, cond: Cond, x: Tensor) -> Tensor:
-        """Return the labels; raise ValueError without any, or for a classifier elsewhere."""
-        label = cond.get("label")
-        if not isinstance(label, Tensor):
+    def _log_share(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Return the sum of log p(label) over the rows that have a class."""
+        if logits.dim() != 2 or len(logits) != len(label):
             raise ValueError(
-                "classifier guidance needs a label for each sample; give them with "
-                "denoiser.given(label=...), int64 [N]"
+                f"classifier guidance: the classifier must return logits [{len(label)}, K], not "
+                f"{list(logits.shape)}"
             )
+        if label.device.type == "cpu":
+            check_labels("classifier guidance", label, logits.shape[1])
+        share = logits.log_softmax(1).gather(1, label.clamp(min=0)[:, None])[:, 0]
+        return torch.where(label == NO_CLASS, 0, share).sum()
+
+    def _check_device(self, x: Tensor) -> None:
+        """Raise ValueError for a classifier on another device than the samples."""
         where = next((w.device for w in self.net.parameters()), x.device) if self.net else x.device
         if where != x.device:
             raise ValueError(
                 f"classifier guidance: the classifier is on {where}, the samples are on "
                 f"{x.device}; move it with classifier.to({str(x.device)!r})"
             )
-        return label
 
 
 def ratio_of(alpha: Level, sigma: Level) -> Level:

@@ -196,9 +196,10 @@ def test_a_classifier_that_is_a_network_is_told_the_label_s_row_and_trains_nothi
     judge = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 3)).double()
     net = MLPConfig(dim=2, width=8, depth=1, classes=3).build().double()
     x, label = points()
-    denoiser = ds.ClassifierGuided(ds.Denoiser(net, LinearBeta()), lambda x, t: judge(x), 2.0)
+    ours = ds.Denoiser(net, LinearBeta())
+    denoiser = ds.ClassifierGuided(ours, lambda x, t: judge(x * (t / 100)[:, None]), 2.0)
     with torch.inference_mode():
-        inferred = denoiser.given(label=label)(x, 100)
+        inferred = denoiser.given(label=label)(x.clone(), 100)
     assert not inferred.x0.requires_grad
     at = x.clone().requires_grad_()
     judge(at).log_softmax(1)[torch.arange(6), label].sum().backward()
@@ -211,6 +212,30 @@ def test_a_classifier_that_is_a_network_is_told_the_label_s_row_and_trains_nothi
 def test_guidance_without_labels_is_one_clear_line(guided):
     with pytest.raises(ValueError, match=r"needs a label .*denoiser\.given\(label="):
         guided(scale=2.0)(points()[0], 10)
+
+
+@pytest.mark.parametrize("guided", [by_label, by_classifier])
+def test_labels_of_other_samples_are_one_clear_line(guided):
+    x, label = points()
+    with pytest.raises(ValueError, match=r"a label for each of 6 samples, not \[5\]"):
+        guided(scale=2.0).given(label=label[:5])(x, 10)
+
+
+def test_a_classifier_is_asked_for_classes_that_it_has_and_guides_no_row_without_one():
+    x, label = points()
+    free = by_classifier(scale=2.0).given(label=torch.full((6,), NO_CLASS))(x, 10)
+    assert torch.equal(free.x0, DATA.teacher(solvers.DDIM(), (9, 0)).denoiser(x, 10).x0)
+    with pytest.raises(ValueError, match="label 3 does not exist; the model has classes 0 to 2"):
+        by_classifier(scale=2.0).given(label=label + 1)(x, 10)
+    strange = ds.ClassifierGuided(DATA.teacher(solvers.DDIM(), (9, 0)).denoiser, torch.sin, 2.0)
+    with pytest.raises(ValueError, match=r"must return logits \[6, K\], not \[5, 2\]"):
+        guidance = replace(strange.guidance, classifier=lambda x, t: x[:5])
+        replace(strange, guidance=guidance).given(label=label)(x, 10)
+
+
+def test_a_network_without_classes_is_not_guided_by_labels():
+    with pytest.raises(ValueError, match=r"needs a network with classes.*ds\.ClassifierGuided"):
+        ds.Guided(ds.Denoiser(MLPConfig(dim=2).build(), LinearBeta()), 2.0)
 
 
 def test_a_scale_that_nobody_gives_is_one_clear_line():
@@ -239,7 +264,7 @@ def test_what_is_no_guidance_is_refused(change, message):
 
 def test_guidance_is_given_once():
     with pytest.raises(ValueError, match="guided already"):
-        ds.Guided(by_classifier(), 2.0)
+        ds.Guided(by_label(), 2.0)
 
 
 def test_classifier_guidance_from_where_there_is_no_signal_is_refused():
@@ -357,8 +382,8 @@ def test_a_student_of_a_guided_teacher_asks_for_the_label_and_where_it_varies_th
         assert {*modules["student"].config.takes} == takes
 
 
-def test_what_diffusers_cannot_keep_of_guidance_is_said(tmp_path, caplog):
+def test_a_guided_teacher_is_not_written_for_diffusers_which_keeps_no_guidance(tmp_path, capsys):
     guided_pictures().save_pretrained(tmp_path / "t")
     command = ["convert", str(tmp_path / "t"), str(tmp_path / "d"), "--to", "diffusers"]
-    assert main(command) == 0
-    assert "keeps no guidance" in caplog.text and "'scale': 2.5" in caplog.text
+    assert main(command) == 2 and not (tmp_path / "d").exists()
+    assert "diffusers keeps no guidance" in capsys.readouterr().err
