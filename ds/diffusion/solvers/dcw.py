@@ -133,7 +133,8 @@ def _low_band(x: Tensor) -> Tensor:
     if x.dim() != 4 or min(x.shape[2:]) < 2:
         raise ValueError(
             f"DCW: the wavelet form takes pictures [N, C, H, W] of at least 2 x 2, not "
-            f"{list(x.shape)}; the pixel form, wavelet=False, takes samples of any shape"
+            f"{list(x.shape)}; the pixel form, wavelet=False, takes samples of any shape, and "
+            f"captured loops take it alone"
         )
     means = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
     wide = means.repeat_interleave(2, 2).repeat_interleave(2, 3)
