@@ -9,6 +9,7 @@ import torch
 import ds
 from ds.methods import Denoising, DenoisingStudent
 from ds.methods.base import built
+from ds.models import export
 from ds.models.export import to_onnx, to_program
 from ds.nets import MLPConfig, UNetConfig
 
@@ -112,3 +113,13 @@ def test_onnx_says_what_to_install(student, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="pip install onnx onnxscript"):
         to_onnx(student, tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rows", [(), (2,)], ids=["one affine", "by image"])
+def test_the_norm_of_a_program_is_the_op(rows):
+    """As a program has it in place of the op, which an affine of each image would mislead."""
+    x, weight, bias = torch.randn(2, 8, 3, 5), torch.randn(*rows, 8), torch.randn(*rows, 8)
+    arguments = x, weight, bias, 4, 1e-5, True, True, torch.randn(2, 8)
+    expected = torch.ops.ds.group_norm_silu(*arguments)
+    for found, y in zip(export._group_norm_silu(*arguments), expected, strict=True):
+        torch.testing.assert_close(found.view_as(y), y)
