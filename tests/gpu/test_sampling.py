@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,22 @@ def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
     assert on_gpu["protocol"]["device"]["type"] == "cuda"
     assert on_gpu["protocol"]["execution"]["precision"] == "bfloat16"
     assert on_gpu["frechet_distance"] == pytest.approx(on_cpu["frechet_distance"], rel=0.02)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_a_captured_step_is_told_the_label_of_each_image(scale_shift):
+    config, label = replace(CONFIG, classes=3, scale_shift=scale_shift), torch.tensor([2, 0])
+    model = teacher()
+    model = model.using(build(config))
+    truth = model.using(build(config).double()).sample(z().double(), cond={"label": label})
+    model.net.cuda()
+    assert Execution.default(model, precision="float32").mode == "cuda_graph"
+    sampler = ds.Sampler(model, batch_size=2, execution=Execution("float32", "cuda_graph"))
+    for _ in range(2):
+        found = sampler.sample(z().cuda(), cond={"label": label.cuda()})
+        assert relative_rms(found.cpu(), truth) < TOLERANCE["float32"]
+    other = sampler.sample(z().cuda(), cond={"label": label.flip(0).cuda()})
+    assert relative_rms(other.cpu(), truth) > 1e-3
 
 
 @pytest.mark.parametrize("images", [1, 2])
