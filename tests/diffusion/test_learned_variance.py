@@ -13,10 +13,17 @@ from ds.analytic import Gaussian
 from ds.diffusion.schedules import LinearBeta
 from ds.engine import times
 from ds.evaluation.solver_search import frontier
-from ds.methods import ConsistencyDistillation, DenoisingStudent, MeanFlow, RectifiedFlow
+from ds.methods import (
+    ConsistencyDistillation,
+    Denoising,
+    DenoisingStudent,
+    MeanFlow,
+    RectifiedFlow,
+)
 from ds.methods.base import mean_half
 from ds.nets.base import AbstractNetConfig
 from ds.training.presets import SolveConfig
+from tests.nets.test_unet import TINY, build
 
 LEARNED = predictions.LearnedVariance()
 
@@ -131,3 +138,17 @@ def test_a_variance_is_learned_once():
 def test_exact_data_has_no_learned_variance():
     with pytest.raises(ValueError, match="no learned variance"):
         Gaussian().teacher(solvers.DDIM(), (10, 0), prediction=LEARNED)
+
+
+def test_the_mean_half_of_a_u_net_is_what_it_said_of_the_mean():
+    net = build(dataclasses.replace(TINY, out_channels=4)).double()
+    half = mean_half(net)
+    x = ds.noise(0, range(3), net.shape, dtype=torch.float64)
+    t = torch.tensor([999, 0, 37])
+    torch.testing.assert_close(half(x, t), net(x, t)[:, :2], rtol=1e-12, atol=1e-12)
+    assert half.config == TINY and not half.training
+
+
+def test_a_teacher_goes_on_learning_its_prediction_alone():
+    with pytest.raises(ValueError, match="this teacher has LearnedVariance"):
+        Denoising().init(teacher())
