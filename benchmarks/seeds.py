@@ -39,13 +39,13 @@ def main() -> None:
 def compare(runs: Path, seeds: int) -> None:
     """Train and score what is missing in `runs`, and write the figures."""
     teacher, pairs = runs / "teacher", runs / "pairs"
-    _dstudent("teach", "digits", "--out", teacher)
-    _dstudent("pairs", "digits", "--teacher", teacher, "--out", pairs)
+    dstudent("teach", "digits", "--out", teacher)
+    dstudent("pairs", "digits", "--teacher", teacher, "--out", pairs)
     found: dict[str, list[float]] = {name: [] for name in SIDES}
     for seed in range(seeds):
         for name, (start, options) in SIDES.items():
             out = runs / f"{name}-{seed}"
-            _dstudent(
+            dstudent(
                 "distill",
                 "digits",
                 "--teacher",
@@ -59,13 +59,14 @@ def compare(runs: Path, seeds: int) -> None:
                 *options,
                 start=start,
             )
-            _dstudent("evaluate", out)
+            dstudent("evaluate", out)
             found[name].append(read_json(out / "metrics.json")["frechet_distance"])
             print(name, seed, found[name][-1], flush=True)
     write_json(PATH, {"commit": git("rev-parse", "HEAD"), "frechet_distance": found})
 
 
-def _dstudent(*arguments: object, start: list[str] | None = None) -> None:
+def dstudent(*arguments: object, start: list[str] | None = None) -> None:
+    """Run a command; raise CalledProcessError if it fails."""
     command = [*(start or [sys.executable]), "-m", "ds.cli", *map(str, arguments)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

@@ -3,9 +3,9 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, or "peers" (the README's), "projection", "seeds", "starts", or "plots". In
-the docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails when a page is
-not what the JSON says.
+of the case of that name, or "classes", "peers" (the README's), "projection", "seeds", "starts", or
+"plots". In the docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails
+when a page is not what the JSON says.
 """
 
 import json
@@ -22,6 +22,7 @@ from ds.training import presets
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "how-it-works.md",
+    ROOT / "docs" / "own-images.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "training.md",
     ROOT / "ds" / "models" / "sampler.py",
@@ -65,6 +66,7 @@ def filled(page: str) -> str:
 
 def _made(name: str) -> str:
     special = {
+        "classes": classes,
         "peers": peers,
         "projection": projection,
         "plots": plots,
@@ -202,6 +204,19 @@ def seeds() -> str:
     for name, distances in found.items():
         figures = [*distances, statistics.mean(distances), statistics.stdev(distances)]
         lines.append(f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def classes() -> str:
+    """Return how often digits are found in the class they were drawn for, teacher and student."""
+    found = json.loads((RESULTS / "classes.json").read_text())["seeds"]
+    words = ["agreement, teacher", "student", "class kernel distance, teacher", "student"]
+    lines = _head("seed", words)
+    for row in found:
+        sides = [row["teacher"], row["student"]]
+        cells = [f"{side['classifier_agreement']:.1%}" for side in sides]
+        cells += [f"{side['class_kernel_distance']:.0f}" for side in sides]
+        lines.append(f"| {row['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

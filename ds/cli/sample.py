@@ -28,7 +28,7 @@ from ds.cli.verb import (
 from ds.diffusion.noise import noise
 from ds.models.execution import Execution, Precision
 from ds.models.images import ARRAYS, grey_channels, save, target
-from ds.models.interpolate import great_circle
+from ds.models.interpolate import great_circle, nearest
 from ds.models.sampler import Sampler, count
 from ds.models.student import Student
 from ds.models.teacher import Teacher
@@ -83,7 +83,9 @@ class Sample(Verb):
     # a sheet then has a column for each
     labels: str | None = None
     guidance: Guidance = None
-    between: Natural = 0  # number of images between one index and the next, on a great circle
+    # number of images between one index and the next, on a great circle; each has the class of the
+    # nearer
+    between: Natural = 0
     scale: Natural = 0  # enlarge pictures by this factor; 0 enlarges small images only
     nfe: Count | None = None  # network calls of a student; None: as it was saved
     batch_size: Count | None = None  # None: 256, or what fills a GPU
@@ -107,11 +109,8 @@ class Sample(Verb):
         classes = None if self.labels is not None else self.classes
         model, conditions = asked(model, classes, self.guidance)
         labels = None if self.labels is None else labels_in("labels", self.labels, model)
-        several = {*(labels or conditions.classes)}, conditions.guidance
-        if self.between and (len(several[0]) > 1 or isinstance(several[1], tuple)):
-            raise ValueError(
-                "sample: between needs one class, such as --classes 3, and one guidance scale"
-            )
+        if self.between and isinstance(conditions.guidance, tuple):
+            raise ValueError("sample: between needs one --guidance, such as 2, and not a range")
         self._check_size(indices.count, self._picture(model), size=1 if model.image_shape else 4)
         execution = self.precision and Execution.default(model, precision=self.precision)
         sampler = Sampler(
@@ -179,13 +178,32 @@ class Sample(Verb):
             path = great_circle(noise(self.seed, indices, model.shape), self.between)
         told = labels and [labels[i % len(labels)] for i in range(len(indices))]
         if model.image_shape:
-            return sampler(self.seed, indices, told) if path is None else sampler.draw(path)
+            if path is None:
+                return sampler(self.seed, indices, told)
+            return sampler.draw(path, self._along(sampler, indices, told))
         if path is None:
             parts = sampler.batches(self.seed, indices, told)
         else:
-            parts = map(sampler.sample, path.to(sampler.device).split(sampler.batch_size))
+            cond = sampler.conditions.draw(self.seed, range(len(path)))
+            if (along := self._along(sampler, indices, told)) is not None:
+                cond["label"] = along
+            parts = (
+                sampler.sample(
+                    path[rows].to(sampler.device),
+                    cond={name: value[rows].to(sampler.device) for name, value in cond.items()},
+                )
+                for rows in torch.arange(len(path), device="cpu").split(sampler.batch_size)
+            )
         found = torch.cat([x.float().cpu() for x in parts])
         return found if self.out.suffix in ARRAYS else grey_channels(found)
+
+    def _along(self, sampler: Sampler, indices: Ranges, told: list[int] | None) -> Tensor | None:
+        """Return the labels along a path: each image has that of the nearer of its ends."""
+        if not sampler.model.classes:
+            return None
+        drawn = sampler.conditions.draw(self.seed, [*indices])["label"]
+        ends = drawn if told is None else torch.tensor(told, dtype=torch.int64, device="cpu")
+        return nearest(ends, self.between)
 
 
 def _indices(text: str) -> Ranges:

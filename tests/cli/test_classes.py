@@ -9,6 +9,7 @@ from PIL import Image
 
 import ds
 from ds.cli.__main__ import main
+from ds.models.interpolate import great_circle
 from tests.cli.chain import NET
 from tests.cli.test_own import FEW_STEPS, draw, refused_last
 
@@ -154,6 +155,14 @@ def test_the_class_of_each_image_can_be_given_and_a_sheet_has_a_column_for_each(
         assert picture.size == (8 * (3 * 9 + 1),) * 2
 
 
+def test_an_image_between_two_has_the_class_of_the_nearer(at, tmp_path):
+    options = ("--between", "3", "--indices", "5,6", "--labels", "2,0")
+    assert main(["sample", "student", *options, "--out", str(tmp_path / "a.npy")]) == 0
+    path = great_circle(ds.noise(0, [5, 6], (1, 8, 8)), 3)
+    expected = ds.Sampler(ds.load_student("student")).draw(path, [2, 2, 2, 0, 0])
+    assert np.array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
 def test_a_teacher_is_guided_as_far_as_is_asked(at, tmp_path, capsys):
     out, teacher = tmp_path / "a.npy", ds.load_teacher("teacher")
     options = ("--indices", "0-3", "--out", str(out), "--force")
@@ -204,7 +213,7 @@ REFUSED = {
     "sample teacher --guidance much": "--guidance 'much': is no number and no range",
     "sample teacher --guidance 4-1": "from the lower scale to the higher, not (4.0, 1.0)",
     "sample teacher --guidance nan": "scale must be",
-    "sample student --between 3": "between needs one class, such as --classes 3",
+    "sample teacher --between 3 --guidance 1-2": "between needs one --guidance, such as 2",
     "evaluate student --reference pets --classes 7": "class 7 does not exist",
     "pairs --teacher teacher --classes 3 --out new": "class 3 does not exist; this teacher has",
     "distill --teacher teacher --classes 3 --out new": "class 3 does not exist",
