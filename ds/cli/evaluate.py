@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,9 +25,11 @@ from ds.evaluation.features import (
     Pixels,
 )
 from ds.evaluation.references import Moments, read_reference
-from ds.evaluation.report import text_table
+from ds.evaluation.report import text_table, write_page
 from ds.models import pretrained
 from ds.models.execution import Execution, Mode, Precision
+from ds.models.images import save_png, tile
+from ds.models.sampler import Sampler
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.pairs.pictures import Pictures
@@ -131,20 +134,22 @@ class Evaluate(Verb):
     mode: Mode | None = None
     # a JSON file; by default the figures go into metrics.json and the card of a MODEL of ours
     out: Path | None = None
-    force: bool = False  # replace the file --out
+    # an HTML page for people: samples, a column for each class, above a table of its figures
+    page: Path | None = None
+    force: bool = False  # replace the files --out and --page
     code: Code = None
     machine: Here = field(default_factory=Machine)
 
     def idle(self) -> dict[str, str]:
         pairs = {} if self.store else {"held-out": "without --store"}
-        force = (
-            {} if self.out else {"force": "without --out: figures in MODEL give way to new ones"}
-        )
+        reason = "without --out or --page: figures in MODEL give way to new ones"
+        force = {} if self.out or self.page else {"force": reason}
         return self.judge.idle() | pairs | force
 
     def prepare(self) -> Callable[[], None]:
         if is_first():
             self._target()
+            self._page()
         device = self.machine.use()
         plain = loaded(self.model, device, self.code, self.nfe)
         model, conditions = asked(plain, self.judge.classes, self.judge.guidance)
@@ -158,9 +163,15 @@ class Evaluate(Verb):
             "held_out": held_out,
             "conditions": conditions,
         }
-        return partial(
-            self._evaluate, plain, partial(evaluate, model, reference, extractor, **options)
+        judged = partial(evaluate, model, reference, extractor, **options)
+        drawing = partial(
+            Sampler,
+            model,
+            batch_size=self.batch_size,
+            execution=options["execution"],
+            conditions=conditions,
         )
+        return partial(self._evaluate, plain, judged, drawing)
 
     def _execution(self, model: Teacher | Student) -> Execution | None:
         """Return how to run the model, if an option says anything about it."""
@@ -168,7 +179,12 @@ class Evaluate(Verb):
             return None
         return Execution.default(model, precision=self.precision, mode=self.mode)
 
-    def _evaluate(self, model: Teacher | Student, judged: Callable[[], dict[str, Any]]) -> None:
+    def _evaluate(
+        self,
+        model: Teacher | Student,
+        judged: Callable[[], dict[str, Any]],
+        drawing: Callable[[], Sampler],
+    ) -> None:
         result = judged()
         if is_first():
             log.info("evaluate: %s", way(result))
@@ -180,6 +196,44 @@ class Evaluate(Verb):
                 write_json(self._target(), result, force=self.force)
             elif pretrained.is_ours(self.model):
                 record(self.model, model, result)
+            if page := self._page():
+                self._write_page(page, drawing(), result)
+
+    def _write_page(self, page: Path, sampler: Sampler, result: dict[str, Any]) -> None:
+        """Write the page, whose samples have other noise than those that were judged."""
+        asked = sampler.conditions.sheet(80)
+        images = sampler(self.seed + 1, range(asked.count), asked.cond.get("label"))
+        names = tuple(sampler.model.provenance.get("classes", ()))
+        n, around = result["protocol"]["n"], result["protocol"]["reference"].get("n")
+        every = {"images": n, **({"reference": around} if around else {}), **result}
+        table = [rows({"0": every}, ("",))[0]._replace(name="all")]
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / "samples.png"
+            save_png(tile(images, asked.columns), picture, scale=max(1, 64 // images.shape[1]))
+            write_page(
+                page,
+                f"{sampler.model.kind.capitalize()}: {self.model}",
+                f"{sampler.model.nfe} network calls a sample."
+                + (" Each column has one class." if "label" in asked.cond else ""),
+                picture,
+                COLUMNS,
+                table + rows(result.get(CLASSES, {}), names),
+                [
+                    f"Obtained in {way(result)}.",
+                    "A Frechet distance needs more images than features, drawn and real; classes "
+                    "with less have none. Kernel distances are unbiased for few images too.",
+                ],
+                alt="Samples" + ", a column for each class" * ("label" in asked.cond),
+                force=self.force,
+            )
+        say(f"page: {page}")
+
+    def _page(self) -> Path | None:
+        """Return the path for the page, if one is asked for; ValueError if it cannot be written."""
+        if self.page is None:
+            return None
+        read = [self.model, self.store, self.out, *self.judge.files()]
+        return targets.file(self.page, force=self.force, apart=read)
 
     def _target(self) -> Path:
         """Return the path for the figures. Raise ValueError if it cannot be written."""

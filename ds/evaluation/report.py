@@ -73,9 +73,10 @@ def _draw_loss(axis: Any, run: Path) -> None:
 
 def write_page(
     path: Path, title: str, lead: str, picture: Path, columns: tuple[str, ...], rows: list[Row],
-    notes: list[str], *, force: bool = False,
+    notes: list[str], *, alt: str = "Teacher, student and real images side by side",
+    force: bool = False,
 ) -> None:  # fmt: skip
-    """Write one HTML file that needs no other: the picture is inside.
+    """Write one HTML file that needs no other: the picture, which `alt` describes, is inside.
 
     Raises ValueError if the path cannot be written to or, without `force`, exists.
     """
@@ -106,7 +107,7 @@ li {{ font-size: 15px; }}
 </style>
 <h1>{escape(title)}</h1>
 <p>{escape(lead)}</p>
-<img src="data:image/png;base64,{image}" alt="Teacher, student and real images side by side">
+<img src="data:image/png;base64,{image}" alt="{escape(alt)}">
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <ul>{items}</ul>
 </html>

@@ -184,9 +184,13 @@ def test_evaluate_tells_the_figures_of_each_class_by_its_name(at, tmp_path, capl
     assert [*found["classes"]] == ["1", "2"] and found["protocol"]["reference"]["n"] == 20
     assert found["protocol"]["classes"] == {"of": [1, 2], "drawn": "as often as in the reference"}
     assert any("| 1 cat |" in line for line in caplog.messages)
-    options = (*options, "--guidance", "1-2", "--out", str(out), "--force")
+    page = tmp_path / "page.html"
+    options = (*options, "--guidance", "1-2", "--out", str(out), "--force", "--page", str(page))
     assert main(["evaluate", "guided", *options]) == 0
     assert json.loads(out.read_text())["protocol"]["guidance"]["scale"] == [1.0, 2.0]
+    shown = page.read_text()
+    assert all(f"<th>{k} {name}</th>" in shown for k, name in enumerate(FOLDERS))
+    assert "<th>all</th><td>40</td><td>30</td>" in shown and "data:image/png;base64," in shown
 
 
 def test_figures_of_a_model_on_its_way_are_those_of_the_scales_it_learns(at):
