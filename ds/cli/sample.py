@@ -192,7 +192,9 @@ class Sample(Verb):
                     path[rows].to(sampler.device),
                     cond={name: value[rows].to(sampler.device) for name, value in cond.items()},
                 )
-                for rows in torch.arange(len(path), device="cpu").split(sampler.batch_size)
+                for rows in torch.arange(len(path), dtype=torch.int64, device="cpu").split(
+                    sampler.batch_size
+                )
             )
         found = torch.cat([x.float().cpu() for x in parts])
         return found if self.out.suffix in ARRAYS else grey_channels(found)
