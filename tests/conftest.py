@@ -1,6 +1,7 @@
 """Small networks on one thread, and a GPU's tests and kernels where there is one."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker(marker)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_compiler():
+    """Forget after a file what was compiled: networks of all files share a function, and a limit."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ calibrate = functools.cache(harness.calibrate)
 CASES = {
     "ops": (),
     "network": ("--only", "bfloat16"),
+    "edm": (),
     "roofline": ("--only", "norm"),
     "convs": ("--only", "3x3"),
     "group_norm_silu": ("--only", "float32", "--without", "inductor"),
