@@ -190,6 +190,8 @@ def run(func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     kwargs.pop("pin_memory", None)
     low_args, low_kwargs = tree_map(_memory, (args, kwargs))
+    if "flash_attention" in name:  # chosen for the GPU's tensors; the CPU's reads dense rows alone
+        low_args = tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, low_args)
     if name in ("div", "div_") and low_args[0].is_floating_point() and not low_kwargs:
         func, low_args = _reciprocal(func, *args)
     place = target or ours[0].place
