@@ -13,6 +13,7 @@ _DIRECTORY = Path(__file__).resolve().parent / "lib"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _BOOL, _DOUBLE = ctypes.c_bool, ctypes.c_double
 _ENUM, _TEXT = ctypes.c_int, ctypes.c_char_p
+INTERFACE = 2  # of the functions that are declared here; CMakeLists.txt has it too
 # The data types that the CUDA library takes, as csrc/cuda/launch.cuh numbers them.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -125,6 +126,12 @@ def _load(name: str) -> ctypes.CDLL:
     if not path.is_file():
         raise ImportError(f"{path.name} was not built: {build_info(name)['reason']}")
     try:
-        return ctypes.CDLL(str(path))
+        lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"{path.name} does not load: {error}") from error
+    number = getattr(lib, "ds_interface", None)
+    if number is None or number() != INTERFACE:
+        raise ImportError(
+            f"{path.name} belongs to another version of this code (run: pip install .)"
+        )
+    return lib

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -179,6 +181,21 @@ def test_a_library_that_was_not_built_gives_the_recorded_reason(tmp_path, monkey
         _native.cpu_library.__wrapped__()
     with pytest.raises(ImportError, match=r"libds_cuda.so was not built: no compiler for cuda"):
         _native.cuda_library.__wrapped__()
+
+
+@pytest.mark.parametrize("found", [SimpleNamespace(), SimpleNamespace(ds_interface=lambda: 1)])
+def test_a_library_of_another_version_is_not_used(found, tmp_path, monkeypatch):
+    """Its functions would read other arguments than they are given, without a word."""
+    (tmp_path / "libds_cpu.so").touch()
+    monkeypatch.setattr(_native, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda _: found)
+    with pytest.raises(ImportError, match=r"libds_cpu.so belongs to another version of this code"):
+        _native.cpu_library.__wrapped__()
+
+
+def test_the_code_and_the_build_agree_on_the_version_of_the_libraries():
+    build = (Path(__file__).parents[2] / "CMakeLists.txt").read_text()
+    assert f"DS_INTERFACE={_native.INTERFACE})" in build
 
 
 def test_a_library_that_does_not_load_gives_the_loaders_reason(tmp_path, monkeypatch):
