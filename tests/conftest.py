@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_compiler():
-    """Forget after a file what was compiled: networks of all files share a function, and a limit."""
+    """Forget after a file what was compiled: networks of all files share one limit."""
     yield
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()

@@ -9,7 +9,7 @@ static ParallelFor pool = nullptr;
 EXPORT void ds_set_parallel_for(ParallelFor parallel_for) { pool = parallel_for; }
 
 // Tells code of another version that this library is not its own.
-EXPORT int ds_interface() { return DS_INTERFACE; }
+EXPORT int ds_cpu_interface() { return DS_INTERFACE; }
 
 int parallel_for(int64_t count, int64_t grain, RangeFunction function, void* context) {
   if (pool != nullptr) return pool(0, count, grain, function, context);

@@ -6,7 +6,7 @@
 ds::Interpret ds::interpret = ds::kOff;
 
 // Tells code of another version that this library is not its own.
-EXPORT int ds_interface() { return DS_INTERFACE; }
+EXPORT int ds_cuda_interface() { return DS_INTERFACE; }
 
 // Makes the kernels run on the CPU, on memory of the CPU, one thread after another, from the first
 // to the last (1) or from the last to the first (2), or on a GPU again (0): for tests. The order

@@ -129,7 +129,7 @@ def _load(name: str) -> ctypes.CDLL:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"{path.name} does not load: {error}") from error
-    number = getattr(lib, "ds_interface", None)
+    number = getattr(lib, f"ds_{name}_interface", None)
     if number is None or number() != INTERFACE:
         raise ImportError(
             f"{path.name} belongs to another version of this code (run: pip install .)"

@@ -183,7 +183,7 @@ def test_a_library_that_was_not_built_gives_the_recorded_reason(tmp_path, monkey
         _native.cuda_library.__wrapped__()
 
 
-@pytest.mark.parametrize("found", [SimpleNamespace(), SimpleNamespace(ds_interface=lambda: 1)])
+@pytest.mark.parametrize("found", [SimpleNamespace(), SimpleNamespace(ds_cpu_interface=lambda: 1)])
 def test_a_library_of_another_version_is_not_used(found, tmp_path, monkeypatch):
     """Its functions would read other arguments than they are given, without a word."""
     (tmp_path / "libds_cpu.so").touch()
