@@ -30,8 +30,9 @@ def backward(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged
     x, grad = _pixels(merged), _pixels(like(grad, merged))
     w, b, mean, rstd = _contiguous(merged, weight, bias, mean, rstd)
     if silu:
-        scale = w.view(*w.shape[:-1], groups, -1) * rstd[..., None]  # [N, groups, C / groups]
-        shift = b.view(*b.shape[:-1], groups, -1) - mean[..., None] * scale
+        grouped = groups, w.shape[-1] // groups
+        scale = w.unflatten(-1, grouped) * rstd[..., None]  # [N, groups, C / groups]
+        shift = b.unflatten(-1, grouped) - mean[..., None] * scale
         y = torch.addcmul(columns(shift.flatten(1), x), x, columns(scale.flatten(1), x))
         grad = torch.ops.aten.silu_backward(grad, y)
     by_image = weight.dim() == 2
