@@ -1,11 +1,12 @@
 """Methods, one file each: ways to make a network that samples in few calls.
 
-A file of this folder that defines a final subclass of AbstractMethod is a method, and needs no
-mention elsewhere.
+A file of this folder, or of a folder in it, that defines a final subclass of AbstractMethod is a
+method, and needs no mention elsewhere. Its proof is in the file of the same name in proofs/.
 """
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 from types import ModuleType
 from typing import Any
@@ -25,10 +26,15 @@ def defined_in(module: ModuleType) -> list[type[AbstractMethod]]:
     ]
 
 
-for _file in pkgutil.iter_modules(__path__):
-    for _method in defined_in(importlib.import_module(f"{__name__}.{_file.name}")):
-        globals()[_method.__name__] = _method
-        __all__ += [_method.__name__]
+def files() -> list[ModuleType]:
+    """Return the modules of this folder and of the folders in it."""
+    files = pkgutil.walk_packages(__path__, f"{__name__}.")
+    return [importlib.import_module(file.name) for file in files]
+
+
+for _method in itertools.chain.from_iterable(map(defined_in, files())):
+    globals()[_method.__name__] = _method
+    __all__ += [_method.__name__]
 
 
 def __getattr__(name: str) -> Any:

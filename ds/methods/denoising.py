@@ -1,14 +1,12 @@
 """Denoising: how a teacher is trained in the first place."""
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ds.analytic import ExactNet
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser, time_of_each
 from ds.diffusion.grids import Grid
@@ -17,7 +15,8 @@ from ds.diffusion.predictions import Prediction, as_prediction
 from ds.diffusion.schedules import EDM, AbstractTable, LinearBeta
 from ds.diffusion.solvers import DDIM, AbstractSolver, Heun, integrate
 from ds.methods.base import AbstractMethod, Progress
-from ds.methods.proof import NORMAL, Check, Formula, Trial, exact
+from ds.methods.proof import Check, Trial
+from ds.methods.proofs import denoising as proof
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
 from ds.nets.base import NO_CLASS
@@ -133,33 +132,4 @@ class Denoising(AbstractMethod):
         return Trial(bars={35: 0.08})
 
     def identity(self) -> tuple[Check, ...]:
-        """The loss has no slope at the best prediction of normal data, a linear map.
-
-        Four rows with data and noise at plus and minus one deviation have the moments of all.
-        """
-        one = torch.tensor(
-            [[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64, device="cpu"
-        )
-        index = torch.arange(16, dtype=torch.int64, device="cpu").repeat_interleave(4)
-        a, b = (one.repeat(16, 1)[:, i, None].expand(-1, 3) for i in (0, 1))
-        rows = Batch(NORMAL.mean + NORMAL.std * a, b, index, Draws(0, index))
-
-        best = ExactNet(NORMAL, self.schedule, as_prediction(self.prediction))
-        table = isinstance(self.schedule, AbstractTable)
-
-        def slope(gain: float = 1.0, late: float = 0) -> Tensor:
-            off = torch.zeros(2, 3, dtype=torch.float64, device="cpu", requires_grad=True)
-
-            def near(x: Tensor, told: Tensor) -> Tensor:
-                told = (told - late).clamp(min=0 if table else -math.inf)
-                return gain * best(x, told) + off[0] * x + off[1]
-
-            modules = nn.ModuleDict({"student": Formula(near)})
-            loss = self.loss(modules, rows, Progress(0, 1))
-            return torch.autograd.grad(loss, off)[0]
-
-        wrong = {
-            "prediction_too_small": slope(0.9),
-            "time_told_too_late": slope(late=100 if table else 1.0),
-        }
-        return (exact("slope of the loss at the best map", slope(), **wrong),)
+        return proof.identity(self)

@@ -21,7 +21,8 @@ from ds.diffusion.predictions import (
 )
 from ds.diffusion.schedules import MOST, AbstractTable
 from ds.methods.base import AbstractMethod, Progress, student_net
-from ds.methods.proof import NORMAL, Check, Formula, Trial, exact, normal_pairs
+from ds.methods.proof import Check, Trial
+from ds.methods.proofs import denoising_student as proof
 from ds.models.teacher import Teacher
 from ds.pairs.sources import Batch
 from ds.system.config import Between, check
@@ -125,15 +126,7 @@ class DenoisingStudent(AbstractMethod):
         return Trial(bars={1: 0.07}, agreement=0.97)
 
     def identity(self) -> tuple[Check, ...]:
-        """With the way to the ODE's end as the network, the loss of the ODE's pairs vanishes."""
-        pairs, moved = normal_pairs(), normal_pairs().x0.roll(1, 0)
-
-        def loss(pairs: Batch, sign: float = 1.0) -> Tensor:
-            net = Formula(lambda z, t: sign * (z - NORMAL.endpoint(z, 0, 1)))
-            return self.loss(nn.ModuleDict({"student": net}), pairs, Progress(0, 1))
-
-        wrong = {"pairs_shuffled": loss(pairs._replace(x0=moved)), "way_reversed": loss(pairs, -1)}
-        return (exact("loss of the ODE's pairs", loss(pairs), **wrong),)
+        return proof.identity(self)
 
 
 def _form(denoiser: Denoiser) -> Form:

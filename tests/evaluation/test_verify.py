@@ -94,7 +94,7 @@ def test_a_method_on_shuffled_pairs_fails(right, wrong, bar):
 class SelfTaught(ConsistencyDistillation):
     """A consistency model that is its own target."""
 
-    def _error(self, modules, batch, i):
+    def error(self, modules, batch, i):
         f = self.f(modules["student"], batch.x0, modules["teacher"].levels[i], {})
         return f - f.detach()
 

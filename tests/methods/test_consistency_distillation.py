@@ -69,7 +69,7 @@ def test_losses_measure_the_same_error():
     rows, made = batch(), modules()
     i = torch.arange(len(rows.x0)) % (METHOD.num_levels - 1)
     rows = rows._replace(draws=Fixed(i / (METHOD.num_levels - 1) + 1e-9))
-    error = METHOD._error(made, rows, i)
+    error = METHOD.error(made, rows, i)
     width = 0.1 * 3**0.5
     expected = {
         "l1": error.abs().mean(),
@@ -118,9 +118,9 @@ def test_student_and_target_have_the_same_dropout():
     made["teacher"].levels.fill_(1.0)
     rows = batch()
     i = torch.zeros_like(rows.index)
-    assert METHOD._error(modules(), rows, i).abs().max() > 1e-3
+    assert METHOD.error(modules(), rows, i).abs().max() > 1e-3
     method = replace(METHOD, target_decay=0.0)
-    assert torch.equal(method._error(made, rows, i), torch.zeros_like(rows.x0))
+    assert torch.equal(method.error(made, rows, i), torch.zeros_like(rows.x0))
 
 
 def test_no_score_is_given_since_a_network_of_one_value_has_the_loss_0():

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import importlib
 import json
-import pkgutil
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ds
 from ds.diffusion.noise import Draws
-from ds.methods import AbstractMethod, Progress, defined_in
+from ds.methods import AbstractMethod, Progress, defined_in, files
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
@@ -38,9 +36,7 @@ TOTAL = 40  # steps
 
 def found() -> list[type[AbstractMethod]]:
     """The methods that the files of ds/methods define."""
-    names = (info.name for info in pkgutil.iter_modules(ds.methods.__path__))
-    modules = (importlib.import_module(f"ds.methods.{name}") for name in names)
-    return [cls for module in modules for cls in defined_in(module)]
+    return [cls for module in files() for cls in defined_in(module)]
 
 
 # Every stage is a method of its own.
@@ -127,9 +123,9 @@ def test_the_package_has_the_methods_of_its_folder():
         _ = ds.methods.Distilling
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(ds.methods.__path__)])
-def test_a_file_holds_one_method_at_most(name):
-    assert len(defined_in(importlib.import_module(f"ds.methods.{name}"))) <= 1
+@pytest.mark.parametrize("module", files(), ids=lambda module: module.__name__)
+def test_a_file_holds_one_method_at_most(module):
+    assert len(defined_in(module)) <= 1
 
 
 @every_method

@@ -1,10 +1,8 @@
 """Rectified flow and reflow: straight paths from noise to data, which one step can follow."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ds.diffusion import grids
@@ -15,7 +13,8 @@ from ds.diffusion.predictions import Velocity
 from ds.diffusion.schedules import Linear
 from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress, student_net
-from ds.methods.proof import NORMAL, Check, Formula, Trial, exact, normal_pairs
+from ds.methods.proof import Check, Trial
+from ds.methods.proofs import rectified_flow as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
@@ -52,9 +51,9 @@ class RectifiedFlow(AbstractMethod):
         return nn.ModuleDict({"student": student_net(teacher, self.student)})
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
-        return self._error(modules["student"], batch).square().mean()
+        return self.error(modules["student"], batch).square().mean()
 
-    def _error(self, net: nn.Module, batch: Batch) -> Tensor:
+    def error(self, net: nn.Module, batch: Batch) -> Tensor:
         """Return the predicted velocity minus the true one, at random times."""
         t = batch.draws.uniform(_TIMES)
         alpha, sigma = _PATH.gather(t, batch.x0)
@@ -99,50 +98,7 @@ class RectifiedFlow(AbstractMethod):
         return Trial(fitted, bars={1: 0.055, 100: 0.05}, agreement=0.97, controls=wrong)
 
     def measure(self, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
-        """Check, after reflow, how far velocities are from constant. Liu et al. 2022, Eq. 8."""
-        if self.feeds == "images":
-            return ()
-        x, velocities = z, []
-        for t, s in pairwise((*grids.uniform(50, _PATH), _PATH.data)):
-            velocities.append(net(x, x.new_full((len(x),), self.time_scale * t)))
-            x = x + (s - t) * velocities[-1]
-        bend = torch.stack(velocities).var(0, correction=0).flatten(1).sum(1).mean()
-        return (Check("bend of the paths", float(bend), 0.002),)
+        return proof.measure(self, net, z)
 
     def identity(self) -> tuple[Check, ...]:
-        """With straight paths from noise to the ODE's end, loss and any number of steps are exact.
-
-        The control is the velocity of the data's own paths, before reflow.
-        """
-        pairs = normal_pairs()
-        end, z = pairs.x0, pairs.noise
-
-        def straight(x: Tensor, told: Tensor) -> Tensor:
-            t = told[:, None] / self.time_scale
-            start = (x - (1 - t) * NORMAL.mean) / ((1 - t) * NORMAL.std + t)
-            return start - NORMAL.endpoint(start, 0, 1)
-
-        def bent(x: Tensor, told: Tensor) -> Tensor:
-            t = told[:, None] / self.time_scale
-            return (x - NORMAL.x0(x, 1 - t, t)) / t
-
-        def backwards(x: Tensor, told: Tensor) -> Tensor:
-            return straight(x, self.time_scale - told)
-
-        right, wrong = Formula(straight), Formula(bent)
-        own = exact(
-            "error on straight pairs",
-            self._error(right, pairs),
-            pairs_shuffled=self._error(right, pairs._replace(x0=end.roll(1, 0))),
-            time_reversed=self._error(Formula(backwards), pairs),
-            without_reflow=self._error(wrong, pairs),
-        )
-        samples = (
-            exact(
-                f"end of {nfe} steps",
-                self.sample(right, z, nfe=nfe) - end,
-                without_reflow=self.sample(wrong, z, nfe=nfe) - end,
-            )
-            for nfe in (1, 3)
-        )
-        return own, *samples
+        return proof.identity(self)

@@ -1,6 +1,5 @@
 """MeanFlow: learn the average velocity between two times, so that one step covers them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, ClassVar
@@ -13,7 +12,8 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import Linear
 from ds.methods.base import AbstractMethod, Progress, student_net
-from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
+from ds.methods.proof import Check, Trial
+from ds.methods.proofs import mean_flow as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig, MLPConfig
 from ds.pairs.sources import Batch
@@ -60,9 +60,23 @@ class MeanFlow(AbstractMethod):
         t, h = (time.to(batch.x0) for time in self._times(batch.draws))
         alpha, sigma = _PATH.gather(t, batch.x0)
         x = alpha * batch.x0 + sigma * batch.noise
-        error = _error(modules["student"], x, batch.noise - batch.x0, t, h, batch.cond)
+        error = self.error(modules["student"], x, batch.noise - batch.x0, t, h, batch.cond)
         size = error.flatten(1).square().sum(1)
         return (size * (size.detach() + self.offset) ** -self.power).mean()
+
+    def error(
+        self, net: nn.Module, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
+        """Return u minus its target at x [N, *shape] and t [N], where the flow has velocity v."""
+
+        def call(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return net(x, t, h=h, **cond)
+
+        # Along the flow dx = v dt. The other end of the step stays, so h grows as t does.
+        one = torch.ones_like(t)
+        with torch.autocast(x.device.type, enabled=False):
+            u, du = torch.func.jvp(call, (x, t, h), (v, one, one))[:2]
+        return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du).detach()
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # the target moves with the network, so a small loss tells nothing
@@ -106,52 +120,4 @@ class MeanFlow(AbstractMethod):
         )
 
     def identity(self) -> tuple[Check, ...]:
-        """With the average velocity of normal data, u is its own target, and samples are exact."""
-
-        def level(t: Tensor) -> tuple[Tensor, Tensor]:
-            return 1 - t[:, None], t[:, None]
-
-        def u(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-            return (x - NORMAL.flow(x, level(t), level(t - h))) / h[:, None]
-
-        def v(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-            return (x - NORMAL.x0(x, *level(t))) / t[:, None]
-
-        def error(net: Callable[..., Tensor]) -> Tensor:
-            return _error(Formula(net), x, v(x, t, h), t, h, {})
-
-        x, even = NOISE, torch.linspace(0, 1, len(NOISE), dtype=torch.float64, device="cpu")
-        t = 0.2 + 0.75 * even
-        h = t * (0.1 + 0.8 * even.roll(11))
-        end = NORMAL.endpoint(x, 0, 1)
-        own = exact(
-            "u minus its target",
-            error(u),
-            sign_of_derivative_flipped=2 * (u(x, t, h) - v(x, t, h)) - error(u),
-            time_derivative_dropped=error(lambda y, *_, **__: u(y, t, h)),
-            state_derivative_dropped=error(lambda _, s, h: u(x, s, h)),
-        )
-        samples = (
-            exact(
-                f"end of {nfe} steps",
-                self.sample(Formula(u), x, nfe=nfe) - end,
-                velocity_alone=self.sample(Formula(v), x, nfe=nfe) - end,
-            )
-            for nfe in (1, 3)
-        )
-        return own, *samples
-
-
-def _error(
-    net: nn.Module, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: dict[str, Tensor]
-) -> Tensor:
-    """Return u minus its target for x [N, *shape] at times t [N], where the flow has velocity v."""
-
-    def call(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        return net(x, t, h=h, **cond)
-
-    # Along the flow dx = v dt. The other end of the step stays, so h grows as t does.
-    one = torch.ones_like(t)
-    with torch.autocast(x.device.type, enabled=False):
-        u, du = torch.func.jvp(call, (x, t, h), (v, one, one))[:2]
-    return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du).detach()
+        return proof.identity(self)

@@ -16,7 +16,8 @@ from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
 from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.networks import SharedDropout, follow, target_of
-from ds.methods.proof import NOISE, NORMAL, Check, Formula, Trial, exact
+from ds.methods.proof import Check, Trial
+from ds.methods.proofs import consistency_distillation as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
@@ -64,14 +65,18 @@ class ConsistencyDistillation(AbstractMethod):
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         student = student_net(teacher, self.student)
-        modules = {"student": student, "teacher": _Teacher(teacher.denoiser, self.levels())}
+        modules = {"student": student, "teacher": self.on_levels(teacher.denoiser)}
         if self.target_decay:
             modules["target"] = target_of(student)
         return nn.ModuleDict(modules)
 
+    def on_levels(self, denoiser: Denoiser) -> nn.Module:
+        """Return a frozen denoiser on the levels: teacher(x [N, *shape], i [N], cond) -> x0."""
+        return _Teacher(denoiser, self.levels())
+
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         i = (batch.draws.uniform(_LEVELS) * (self.num_levels - 1)).long()
-        error = self._error(modules, batch, i)
+        error = self.error(modules, batch, i)
         if self.loss_type == "l1":
             return error.abs().mean()
         if self.loss_type == "l2":
@@ -82,7 +87,7 @@ class ConsistencyDistillation(AbstractMethod):
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # a network that maps everything to one point has the loss 0
 
-    def _error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
+    def error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
         """Return f at levels i [N] minus its target, f one step of the teacher nearer to data."""
         student, teacher = modules["student"], cast(_Teacher, modules["teacher"])
         target = modules["target"] if self.target_decay else student
@@ -109,11 +114,11 @@ class ConsistencyDistillation(AbstractMethod):
     def f(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Return the sample that x [N, *shape] at noise levels sigma [N] leads to."""
         level = _like(sigma, x)
-        skip, out = self._weights(level)
+        skip, out = self.weights(level)
         told = (self.noise_scale * sigma.log()).to(x.dtype)
         return skip * x + out * net(x / (level**2 + self.sigma_data**2).sqrt(), told, **cond)
 
-    def _weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of x and of the network in f: 1 and 0 at sigma_min."""
         data, above = self.sigma_data, level - self.sigma_min
         return data**2 / (above**2 + data**2), data * above / (level**2 + data**2).sqrt()
@@ -161,50 +166,7 @@ class ConsistencyDistillation(AbstractMethod):
         )
 
     def identity(self) -> tuple[Check, ...]:
-        """With the ODE's own map as f, only the error of the teacher's step remains.
-
-        It falls with the third power of the step for Heun, with the second for Euler.
-        """
-        nearest, most = (1, self.sigma_min), (1, self.sigma_max)
-
-        def network(x: Tensor, told: Tensor) -> Tensor:  # with it, f follows the ODE
-            sigma = (told / self.noise_scale).exp()[:, None]
-            x = x * (sigma**2 + self.sigma_data**2).sqrt()
-            skip, out = self._weights(sigma)
-            return (NORMAL.flow(x, (1, sigma), nearest) - skip * x) / out.clamp(min=1e-15)
-
-        def slope(solver: str, gain: float = 1.0) -> float:
-            """Return the power of the step size with which the error falls."""
-            teacher = Formula(lambda x, t: x + gain * (NORMAL.x0(x, 1, t[:, None]) - x))
-            return math.log2(error(80, solver, teacher) / error(160, solver, teacher))
-
-        def error(steps: int, solver: str, teacher: Any) -> Tensor:
-            method = replace(self, num_levels=steps + 1, solver=solver, target_decay=0.0)
-            denoiser = Denoiser(teacher, EDM(self.sigma_max), "x0")
-            modules = {"student": Formula(network), "teacher": _Teacher(denoiser, method.levels())}
-            i = torch.arange(steps, dtype=torch.int64, device="cpu").repeat_interleave(len(NOISE))
-            z = NOISE.repeat(steps, 1)
-            batch = Batch(NORMAL.endpoint(z, 0, 1), z.flip(0), i, Draws(0, i))
-            return method._error(nn.ModuleDict(modules), batch, i).square().mean().sqrt()
-
-        end = NORMAL.flow(self.sigma_max * NOISE, most, nearest)
-        controls = {
-            "step left out": slope(self.solver, 0.0),
-            "x0 off by 5%": slope(self.solver, 0.95),
-        }
-        if self.solver == "heun":
-            controls["Euler's step"] = slope("euler")
-        order = 3 if self.solver == "heun" else 2
-        return (
-            exact(
-                "end of 1 call",
-                self.sample(Formula(network), NOISE) - end,
-                x0_of_teacher=NORMAL.x0(self.sigma_max * NOISE, *most) - end,
-            ),
-            Check(
-                "order of the step", slope(self.solver), order - 0.1, controls, order, at_least=True
-            ),
-        )
+        return proof.identity(self)
 
 
 class _Teacher(nn.Module):

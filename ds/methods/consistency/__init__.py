@@ -1,0 +1,1 @@
+"""Methods by which all points of a path agree about its end."""
