@@ -1,7 +1,6 @@
 """MeanFlow: learn the average velocity between two times, so that one step covers them."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from ds.diffusion import grids
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
-from ds.diffusion.schedules import Linear
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.flow.path import PATH, jumps, point
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import mean_flow as proof
 from ds.models.teacher import Teacher
@@ -21,8 +20,6 @@ from ds.system.config import Between, NotNegative, Positive, Share, check
 
 # Streams of random numbers: of two times, and of the choice to make them one.
 _ONE, _OTHER, _EQUAL = 0x6B0D27F94E1CA385, 0x2E97B54A08F36DC1, 0x51A3E8D76C4F0B29
-
-_PATH = Linear()
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,8 @@ class MeanFlow(AbstractMethod):
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         t, h = (time.to(batch.x0) for time in self._times(batch.draws))
-        alpha, sigma = _PATH.gather(t, batch.x0)
-        x = alpha * batch.x0 + sigma * batch.noise
-        error = self.error(modules["student"], x, batch.noise - batch.x0, t, h, batch.cond)
+        x, v = point(batch, t), batch.noise - batch.x0
+        error = self.error(modules["student"], x, v, t, h, batch.cond)
         size = error.flatten(1).square().sum(1)
         return (size * (size.detach() + self.offset) ** -self.power).mean()
 
@@ -92,7 +88,7 @@ class MeanFlow(AbstractMethod):
         return t, apart * (t - torch.minimum(one, other))
 
     def times(self, nfe: int) -> Grid:
-        return grids.uniform(nfe, _PATH)
+        return grids.uniform(nfe, PATH)
 
     def sample(
         self,
@@ -103,11 +99,10 @@ class MeanFlow(AbstractMethod):
         cond: dict[str, Tensor] | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        x = z
-        for t, r in pairwise((*self.times(nfe), _PATH.data)):
-            now, h = (x.new_full((len(x),), value) for value in (t, t - r))
-            x = x - (t - r) * net(x, now, h=h, **(cond or {}))
-        return x
+        def u(x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return net(x, t, h=h, **(cond or {}))
+
+        return jumps(u, z, self.times(nfe))
 
     def trial(self) -> Trial:
         high = MLPConfig(conditions=("h",), frequencies=(64.0, 0.5))

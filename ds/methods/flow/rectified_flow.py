@@ -10,9 +10,9 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Velocity
-from ds.diffusion.schedules import Linear
 from ds.diffusion.solvers import DDIM, integrate
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.flow.path import PATH, point
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import rectified_flow as proof
 from ds.models.teacher import Teacher
@@ -21,8 +21,6 @@ from ds.pairs.sources import Batch
 from ds.system.config import Count, Natural, Positive, check
 
 _TIMES = 0x1F4C8A60B35D92E7  # the stream of the times
-
-_PATH = Linear()
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,16 @@ class RectifiedFlow(AbstractMethod):
     def error(self, net: nn.Module, batch: Batch) -> Tensor:
         """Return the predicted velocity minus the true one, at random times."""
         t = batch.draws.uniform(_TIMES)
-        alpha, sigma = _PATH.gather(t, batch.x0)
-        x = alpha * batch.x0 + sigma * batch.noise
+        x = point(batch, t)
         told = (self.time_scale * t).to(x.dtype)
         return net(x, told, **batch.cond) - (batch.noise - batch.x0)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """Return the network with what it was trained to predict."""
-        return Denoiser(net, _PATH, Velocity(self.time_scale))
+        return Denoiser(net, PATH, Velocity(self.time_scale))
 
     def times(self, nfe: int) -> Grid:
-        return tuple(self.time_scale * t for t in grids.uniform(nfe, _PATH))
+        return tuple(self.time_scale * t for t in grids.uniform(nfe, PATH))
 
     def sample(
         self,
@@ -78,10 +75,10 @@ class RectifiedFlow(AbstractMethod):
         draws: Draws | None = None,
     ) -> Tensor:
         denoiser = self.denoiser(net).given(**(cond or {}))
-        return integrate(denoiser, DDIM(), grids.uniform(nfe, _PATH), z)  # here Euler steps
+        return integrate(denoiser, DDIM(), grids.uniform(nfe, PATH), z)  # here Euler steps
 
     def result(self, net: nn.Module) -> Teacher:
-        return Teacher(self.denoiser(net), DDIM(), grids.uniform(self.nfe, _PATH))
+        return Teacher(self.denoiser(net), DDIM(), grids.uniform(self.nfe, PATH))
 
     def stages(self) -> tuple[AbstractMethod, ...]:
         if not self.reflow:

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds.diffusion.schedules import Linear
 from ds.methods.proof import NOISE, NORMAL, Check, Formula, exact
-
-_PATH = Linear()
 
 
 def identity(method: Any) -> tuple[Check, ...]:

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ds.diffusion import grids
-from ds.diffusion.schedules import Linear
+from ds.methods.flow.path import PATH
 from ds.methods.proof import NORMAL, Check, Formula, exact, normal_pairs
-
-_PATH = Linear()
 
 
 def measure(method: Any, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
@@ -18,7 +16,7 @@ def measure(method: Any, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
     if method.feeds == "images":
         return ()
     x, velocities = z, []
-    for t, s in pairwise((*grids.uniform(50, _PATH), _PATH.data)):
+    for t, s in pairwise((*grids.uniform(50, PATH), PATH.data)):
         velocities.append(net(x, x.new_full((len(x),), method.time_scale * t)))
         x = x + (s - t) * velocities[-1]
     bend = torch.stack(velocities).var(0, correction=0).flatten(1).sum(1).mean()
