@@ -14,6 +14,7 @@ from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Prediction, as_prediction
 from ds.diffusion.schedules import EDM, AbstractTable, LinearBeta
 from ds.diffusion.solvers import DDIM, AbstractSolver, Heun, integrate
+from ds.methods import times
 from ds.methods.base import AbstractMethod, Progress
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import denoising as proof
@@ -85,7 +86,7 @@ class Denoising(AbstractMethod):
     def _drawn(self, draws: Draws) -> Tensor:
         """Return the times of a batch, [N]."""
         if isinstance(self.schedule, AbstractTable):
-            return (draws.uniform(_TIMES) * self.schedule.num_steps).long()
+            return times.grid(draws, _TIMES, self.schedule.num_steps)
         mean, deviation = self.log_sigma
         return (mean + deviation * draws.normal(_TIMES, ())).exp().clamp(max=self.schedule.noise)
 

@@ -20,6 +20,7 @@ from ds.diffusion.predictions import (
     as_prediction,
 )
 from ds.diffusion.schedules import MOST, AbstractTable
+from ds.methods import losses
 from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import denoising_student as proof
@@ -102,7 +103,7 @@ class DenoisingStudent(AbstractMethod):
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         error = self.sample(modules["student"], batch.noise, cond=batch.cond) - batch.x0
-        return error.abs().mean() if self.loss_type == "l1" else error.square().mean()
+        return losses.mean(error, self.loss_type)
 
     def times(self, nfe: int) -> Grid:
         if nfe != 1:

@@ -14,6 +14,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
+from ds.methods import losses, times
 from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.networks import SharedDropout, follow, target_of
 from ds.methods.proof import Check, Trial
@@ -75,14 +76,10 @@ class ConsistencyDistillation(AbstractMethod):
         return _Teacher(denoiser, self.levels())
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
-        i = (batch.draws.uniform(_LEVELS) * (self.num_levels - 1)).long()
-        error = self.error(modules, batch, i)
-        if self.loss_type == "l1":
-            return error.abs().mean()
-        if self.loss_type == "l2":
-            return error.square().mean()
-        width = self.huber * error[0].numel() ** 0.5
-        return ((error.flatten(1).square().sum(1) + width**2).sqrt() - width).mean()
+        error = self.error(modules, batch, times.grid(batch.draws, _LEVELS, self.num_levels - 1))
+        if self.loss_type == "huber":
+            return losses.pseudo_huber(error, self.huber * error[0].numel() ** 0.5).mean()
+        return losses.mean(error, self.loss_type)
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # a network that maps everything to one point has the loss 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ds.diffusion import grids
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.methods import losses, times
 from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.flow.path import PATH, jumps, point
 from ds.methods.proof import Check, Trial
@@ -57,8 +58,7 @@ class MeanFlow(AbstractMethod):
         t, h = (time.to(batch.x0) for time in self._times(batch.draws))
         x, v = point(batch, t), batch.noise - batch.x0
         error = self.error(modules["student"], x, v, t, h, batch.cond)
-        size = error.flatten(1).square().sum(1)
-        return (size * (size.detach() + self.offset) ** -self.power).mean()
+        return losses.adaptive(error, self.power, self.offset).mean()
 
     def error(
         self, net: nn.Module, x: Tensor, v: Tensor, t: Tensor, h: Tensor, cond: dict[str, Tensor]
@@ -80,7 +80,7 @@ class MeanFlow(AbstractMethod):
     def _times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return t and h = t - r, [N] each."""
         one, other = (
-            torch.sigmoid(self.time_mean + self.time_std * draws.normal(stream, ()))
+            times.logit_normal(draws, stream, self.time_mean, self.time_std)
             for stream in (_ONE, _OTHER)
         )
         t = torch.maximum(one, other)

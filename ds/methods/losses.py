@@ -1,0 +1,35 @@
+"""Losses of an error [N, *shape]: what a student made minus what it should have made."""
+
+from typing import Literal
+
+from torch import Tensor
+
+
+def mean(error: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
+    """Return the mean over all elements of the sizes of an error, or of their squares."""
+    return error.abs().mean() if kind == "l1" else error.square().mean()
+
+
+def squares(error: Tensor) -> Tensor:
+    """Return the sum of the squares of each row, [N]."""
+    return error.flatten(1).square().sum(1)
+
+
+def pseudo_huber(error: Tensor, width: float) -> Tensor:
+    """Return sqrt(|error|**2 + width**2) - width of each row, [N], its size over all elements.
+
+    It grows as the square of errors far below `width`, and in proportion to those far above. With
+    the width 0 its gradient is nan where an error is 0. Song & Dhariwal 2023, arXiv:2310.14189,
+    section 3.3.
+    """
+    return (squares(error) + width**2).sqrt() - width
+
+
+def adaptive(error: Tensor, power: float, offset: float) -> Tensor:
+    """Return |error|**2 / (|error|**2 + offset)**power of each row, [N].
+
+    The divisor has no gradient: a power of 0 is least squares, and 0.5 about |error|. Geng et al.
+    2025, arXiv:2505.13447, section 4.3.
+    """
+    size = squares(error)
+    return size * (size.detach() + offset) ** -power

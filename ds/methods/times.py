@@ -1,0 +1,31 @@
+"""Densities of random times: each row of a batch has a time of its own, from a stream of draws."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds.diffusion.noise import Draws
+
+
+def grid(draws: Draws, stream: int, count: int) -> Tensor:
+    """Return which of `count` times each row has, int64 [N] from 0 on; all come equally often."""
+    return (draws.uniform(stream) * count).long()
+
+
+def logit_normal(draws: Draws, stream: int, mean: float, std: float) -> Tensor:
+    """Return times from 0 to 1, float32 [N]: sigmoids of normal numbers of this mean and std.
+
+    Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
+    return torch.sigmoid(mean + std * draws.normal(stream, ()))
+
+
+def two_ended(draws: Draws, stream: int, rate: float = 4.0, margin: float = 1e-5) -> Tensor:
+    """Return times that come more often near both ends, float64 [N], `margin` or more from each.
+
+    Their density is proportional to exp(rate * t) + exp(rate * (1 - t)), which is a cosh around the
+    middle. Lee et al. 2024, arXiv:2405.20320, section 4.1.
+    """
+    even = 2 * draws.uniform(stream) - 1
+    return 0.5 + torch.asinh(even * math.sinh(rate * (0.5 - margin))) / rate
