@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ds.methods import AbstractMethod
 from ds.methods.base import built
 from ds.methods.proof import Check, Trial
 from ds.models.teacher import Teacher
-from ds.nets import MLPConfig
+from ds.nets import AbstractNetConfig, MLPConfig
 from ds.pairs.generate import generate_pairs
 from ds.pairs.sources import AbstractSource, Images, Noise, Pairs
 from ds.system.config import Count, Natural, require, to_json
@@ -97,8 +97,9 @@ def verify(
     The identities, `method.identity()`, take milliseconds. The training is that of
     `method.trial()`, by default `Trial()`: each stage, through the Trainer, for `steps` steps if
     given. The networks are held to the bars of their stages, beside an untrained network and,
-    unless `controls` is off, beside networks that are trained with a mistake. The trial sets some
-    fields of the method, to fit points in the plane; the others are verified as they are.
+    unless `controls` is off, beside networks that are trained with a mistake or by another method.
+    The trial sets some fields of the method, to fit points in the plane; the others are verified as
+    they are.
     """
     require("verify", Count | None, steps=steps)
     require("verify", Natural, seed=seed)
@@ -133,39 +134,63 @@ class _Bed:
         return min(ROWS, max(2048, 16 * self.steps))
 
     def checks(self, controls: bool) -> Iterator[Check]:
-        """Train, and yield what the networks of the stages are held to; nothing without bars."""
-        if not self.trial.bars:
+        """Train, and yield what the networks of the stages are held to."""
+        if not self.trial.bars and not self.trial.rows:
             return
-        *earlier, last = self._trained({})
-        untrained = {"untrained": self._untrained()}
-        wrong = {name: self._trained(c)[-1] for name, c in self.trial.controls.items() if controls}
+        *earlier, last = self._trained(self._changed({}))
+        wanted = self.trial.controls if controls else {}
+        wrong = {name: self._trained(self._changed(c))[-1] for name, c in wanted.items()}
+        if not self.trial.rows:
+            yield from self._distances(earlier, last, wrong)
+        right, *others = (self._measured(last, made) for made in (last, *wrong.values()))
+        for check, *mistaken in zip(right, *others, strict=True):
+            if wrong or check.share is None:
+                values = (other.value for other in mistaken)
+                yield check.beside(dict(zip(wrong, values, strict=True)))
+
+    @staticmethod
+    @torch.no_grad()
+    def _measured(last: _Made, made: _Made) -> tuple[Check, ...]:
+        """Measure a network as the last stage does; a control of another kind by its method."""
+        kind = type(last.method)
+        method = last.method if isinstance(made.method, kind) else made.method
+        return kind.measure(method, made.net, _noise())
+
+    def _distances(
+        self, earlier: list[_Made], last: _Made, wrong: dict[str, _Made]
+    ) -> Iterator[Check]:
+        """Yield what compares samples with the mixture."""
+        trial, untrained = self.trial, {"untrained": self._untrained()}
         for number, made in enumerate(earlier, 1):
             for nfe, bar in made.method.trial().bars.items():
                 yield self._distance(f"stage {number}: ", made, nfe, bar, untrained)
-        fewest = min(self.trial.bars)
-        for nfe, bar in self.trial.bars.items():
+        fewest = min(trial.bars)
+        for nfe, bar in trial.bars.items():
             beside = untrained | (wrong if nfe == fewest else {})
             yield self._distance("", last, nfe, bar, beside)
-        if self.trial.agreement:
+        for nfe, share in trial.shares.items() if wrong else ():
+            yield self._distance("beside controls: ", last, nfe, share, wrong, share=share)
+        if trial.agreement:
             yield self._agreement(last, fewest, untrained | wrong)
-        with torch.no_grad():
-            right, *others = (last.method.measure(m.net, _noise()) for m in (last, *wrong.values()))
-        for check, *mistaken in zip(right, *others, strict=True):
-            values = (other.value for other in mistaken)
-            yield check._replace(controls=dict(zip(wrong, values, strict=True)))
+        for name, (wrap, least) in trial.misused.items():
+            made = last._replace(net=wrap(last.net))
+            right = {"used well": last}
+            yield self._distance(f"{name}: ", made, fewest, least, right, at_least=True)
 
     def _distance(
-        self, where: str, made: _Made, nfe: int, bar: float, beside: Mapping[str, _Made]
+        self,
+        where: str,
+        made: _Made,
+        nfe: int,
+        bar: float,
+        beside: Mapping[str, _Made],
+        **kind: Any,
     ) -> Check:
-        """Hold the distance between samples and data to a bar."""
+        """Hold the distance between samples and data to a bar; `kind` is more of the Check."""
         value, *others = (self._far(self._sample(one, nfe)) for one in (made, *beside.values()))
-        return Check(
-            f"{where}distance, {nfe} call{'s' * (nfe > 1)}",
-            value,
-            bar,
-            dict(zip(beside, others, strict=True)),
-            self._far(_exact(0)),
-        )
+        metric = f"{where}distance, {nfe} call{'s' * (nfe > 1)}"
+        check = Check(metric, value, bar, floor=self._far(_exact(0)), **kind)
+        return check.beside(dict(zip(beside, others, strict=True)))
 
     @staticmethod
     def _far(x: Tensor) -> float:
@@ -186,37 +211,53 @@ class _Bed:
         draws = Draws(self.seed, torch.arange(POINTS, dtype=torch.int64, device="cpu"))
         return made.method.sample(made.net, _noise(), nfe=nfe, draws=draws)
 
-    def _start(self, changes: Mapping[str, Any]) -> tuple[AbstractMethod, Teacher]:
-        """Return the method as it is trained, and the teacher that it starts from.
+    def _changed(self, control: Any) -> AbstractMethod:
+        """Return what is trained: the method with the trial's changes and a control's.
+
+        A control may also be another method. A method with a field `student` trains the trial's
+        network, unless the control names one.
+        """
+        other = isinstance(control, AbstractMethod)
+        method: Any = control if other else self.method  # a dataclass, which the abstract is not
+        changes = {} if other else {**self.trial.changes, **control}
+        if hasattr(method, "student"):
+            own = method.student if other else None
+            changes = {"student": own or self._net, **changes}
+        return replace(method, **changes)
+
+    @property
+    def _net(self) -> AbstractNetConfig:
+        return self.trial.net or MLPConfig()
+
+    def _start(self, method: AbstractMethod) -> Teacher:
+        """Return the teacher that a method starts from.
 
         A method with a field `student` distils the exact teacher. Any other one starts from a fresh
         network in the exact one's place.
         """
-        teacher, net = _teacher(), self.trial.net or MLPConfig()
-        method: Any = self.method  # a dataclass, which the abstract one is not
-        if "student" in {field.name for field in fields(method)}:
-            changes = {"student": net, **changes}
-        else:
-            fresh = built(net, self.seed).requires_grad_(False)
-            made = method.result(fresh)  # a teacher that starts from itself, or a student
-            teacher = made if isinstance(made, Teacher) else teacher.using(fresh)
-        return replace(method, **changes), teacher
+        teacher = _teacher()
+        if hasattr(method, "student"):
+            return teacher
+        fresh = built(self._net, self.seed).requires_grad_(False)
+        made = method.result(fresh)  # a teacher that starts from itself, or a student
+        return made if isinstance(made, Teacher) else teacher.using(fresh)
 
     def _untrained(self) -> _Made:
-        method, teacher = self._start(self.trial.changes)
+        method = self._changed({})
+        teacher = self._start(method)
         first = method.stages()[0].on(teacher)
         return _Made(method, first.init(teacher)["student"].eval())
 
-    def _trained(self, changes: Mapping[str, Any]) -> list[_Made]:
-        """Train the method with changes of its fields; return what each stage made."""
-        method, start = self._start({**self.trial.changes, **changes})
+    def _trained(self, method: AbstractMethod) -> list[_Made]:
+        """Train a method; return what each stage made."""
         # Controls that begin with the same stage find it finished.
         name = hashlib.sha256(json.dumps(to_json(method.stages()[0])).encode()).hexdigest()[:16]
         own = {"ema_decay": max(0.0, 1 - 10 / self.steps), "warmup_steps": self.steps // 20}
         train = {**TRAIN, **own, **self.trial.train}
         epochs = self.steps / (self._count // train["batch_size"])
         config = TrainConfig(**train, seed=self.seed, epochs=epochs)
-        stages = Stages(method, start, *self._rows(method), self.out / name, config)
+        start, rows = self._start(method), self._rows(method)
+        stages = Stages(method, start, *rows, self.out / name, config)
         stages.fit()
         return [
             _Made(stage, result.net)
@@ -227,6 +268,9 @@ class _Bed:
         """Return the rows to train the first stage on, and those held out."""
         feeds, seeds = method.stages()[0].feeds, (2 * self.seed + 2, 2 * self.seed + 3)
         sizes = dict(zip(seeds, (self._count, HELD_OUT), strict=True))
+        if self.trial.rows:
+            train, held_out = (self.trial.rows(s, n) for s, n in sizes.items())
+            return train, held_out
         if feeds == "images":
             train, held_out = (Images(DATA.sample(s, range(n)), seed=s) for s, n in sizes.items())
             return train, held_out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ds.analytic import Gaussian
 from ds.diffusion.noise import Draws
 from ds.nets import AbstractNetConfig
-from ds.pairs.sources import Batch
+from ds.pairs.sources import AbstractSource, Batch
 from ds.system.config import Between, Count, Positive, check
 
 EXACT, WRONG = 1e-12, 1e-2  # an identity in float64 holds within EXACT; its controls miss by WRONG
@@ -21,7 +21,8 @@ class Check(NamedTuple):
 
     A control is the same figure of something known to be wrong. It must reach `miss`, by default
     the bar itself: a bar that the controls meet too shows nothing. `floor` is the figure of a
-    perfect result.
+    perfect result. A `share` makes the bar relative: it is that share of the nearest control's
+    figure, and `beside` fills it in.
     """
 
     metric: str
@@ -31,6 +32,12 @@ class Check(NamedTuple):
     floor: float = 0.0
     miss: float | None = None
     at_least: bool = False  # the value must be at least the bar; else at most
+    share: float | None = None
+
+    def beside(self, controls: Mapping[str, float]) -> "Check":
+        """Return the check with these controls, and with its share of the nearest one as bar."""
+        made = self._replace(controls=controls)
+        return made if self.share is None else made._replace(bar=self.share * made.control)
 
     @property
     def control(self) -> float:
@@ -56,17 +63,33 @@ def exact(metric: str, value: Tensor, **controls: Tensor) -> Check:
     return Check(metric, float(value.abs().max()), EXACT, sizes, miss=WRONG)
 
 
+class Misuse(NamedTuple):
+    """A wrong use of a network that is trained well, by which its samples must become bad.
+
+    `wrap` returns the network in this use. Its distance to the data must be at least `least`.
+    """
+
+    wrap: Callable[[nn.Module], nn.Module]
+    least: float
+
+
 @dataclass(frozen=True)
 class Trial:
     """The small training by which ds.verify judges a method, on a mixture of Gaussians.
 
     The student starts as a fresh `net`, by default an MLP, and trains for `steps` steps a stage.
     `changes` are fields of the method that the trial sets, to fit points in the plane. `train`
-    holds fields of ds.TrainConfig. `bars` gives, for a number of network calls, the largest sliced
-    Wasserstein distance to the data; without any, there is no training. `agreement` is the least
-    share of samples, of the fewest calls, that are in the mode where the exact ODE ends. Each of
-    `controls` names changes that make the method wrong: trained in the same way, it must miss the
-    bar of the fewest calls.
+    holds fields of ds.TrainConfig. `rows` makes the rows of a seed and a number, in place of those
+    of the mixture; only `measure` then knows what is right.
+
+    `bars` gives, for a number of network calls, the largest sliced Wasserstein distance to the
+    data. `agreement` is the least share of samples, of the fewest calls, that are in the mode where
+    the exact ODE ends. Without bars and rows there is no training.
+
+    Each of `controls` is trained in the same way, and must miss the bar of the fewest calls. It is
+    a mapping of fields that make the method wrong, or another method, with all its fields. `shares`
+    gives, for a number of calls, the largest distance as a share of the nearest control's. Each of
+    `misused` is the trained network in a wrong use, at the fewest calls.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +98,10 @@ class Trial:
     steps: Count = 2000
     bars: Mapping[Count, Positive] = field(default_factory=lambda: {1: 0.15})
     agreement: Annotated[float, Between(0, 1)] = 0.0
-    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    controls: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[Count, Positive] = field(default_factory=dict)
+    misused: Mapping[str, Misuse] = field(default_factory=dict)
+    rows: Callable[[int, int], AbstractSource] | None = None
 
     def __post_init__(self):
         check(self, "Trial: ")

@@ -18,7 +18,7 @@ from ds.methods import (
     MeanFlow,
     RectifiedFlow,
 )
-from ds.methods.proof import Check, Trial
+from ds.methods.proof import Check, Formula, Misuse, Trial
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
 from ds.pairs.sources import Images
@@ -218,3 +218,91 @@ class Bare(Shuffled):
 def test_a_method_that_declares_nothing_is_trained_all_the_same():
     (check,) = verify(Bare(), steps=20).checks
     assert (check.metric, check.bar) == ("distance, 1 call", Trial().bars[1])
+
+
+SIZE = "mean square of the samples"
+
+
+@dataclass(frozen=True)
+class Still(Shuffled):
+    """A method that leaves the noise as it is."""
+
+    def sample(self, net, z, *, nfe=1, cond=None, draws=None):
+        return z
+
+
+@dataclass(frozen=True)
+class Furnished(Shuffled):
+    """A method with everything that a trial can ask for."""
+
+    def trial(self):
+        return Trial(
+            bars={1: 10.0},
+            controls={"own": {"inner": DenoisingStudent(gain=1.0)}, "another": Still()},
+            shares={1: 0.5},
+            misused={"not called": Misuse(lambda net: Formula(lambda z, t: 0 * z), 0.3)},
+        )
+
+    def measure(self, net, z):
+        return (Check(SIZE, float(self.sample(net, z).square().mean()), share=0.5),)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A distance that is not worth its name, but takes no time."""
+    monkeypatch.setattr(
+        "ds.evaluation.verify.sliced_wasserstein", lambda a, b: float((a - b).std())
+    )
+
+
+def test_a_control_may_be_another_method_and_a_bar_a_share_of_the_controls(quick):
+    found = {check.metric: check for check in verify(Furnished(), steps=10).checks}
+    assert [*found] == [
+        "distance, 1 call",
+        "beside controls: distance, 1 call",
+        "not called: distance, 1 call",
+        SIZE,
+    ]
+    first, share, misused, size = found.values()
+    assert [*first.controls] == ["untrained", "own", "another"]
+    assert [*share.controls] == [*size.controls] == ["own", "another"]
+    for check in (share, size):
+        assert check.bar == 0.5 * min(check.controls.values())
+    assert size.controls["another"] == pytest.approx(1.0, abs=0.01)  # measured with its own sample
+    assert share.controls["another"] == misused.value  # nothing of the network in both
+    assert misused.at_least and misused.bar == 0.3 < misused.value
+    assert misused.controls == {"used well": first.value}
+
+
+def test_what_is_relative_to_controls_is_left_out_without_them(quick):
+    found = verify(Furnished(), steps=10, controls=False).checks
+    assert [c.metric for c in found] == ["distance, 1 call", "not called: distance, 1 call"]
+
+
+@pytest.mark.parametrize(
+    ("value", "controls", "passed"),
+    [(0.4, (1.0, 2.0), True), (0.6, (1.0, 2.0), False), (0.4, (), False), (-1.0, (0.0,), False)],
+)
+def test_a_share_holds_for_every_control_and_shows_nothing_without_one(value, controls, passed):
+    check = Check("figure", value, share=0.5).beside(dict(zip("ab", controls, strict=False)))
+    assert check.passed == passed
+
+
+def rows_of_zeros(seed, count):
+    rows = Images(torch.zeros(count, 2), seed=seed)
+    rows.feeds = "pairs"
+    return rows
+
+
+@dataclass(frozen=True)
+class OnItsOwnRows(Furnished):
+    def trial(self):
+        return Trial(rows=rows_of_zeros, train={"lr": 3e-2})
+
+    def measure(self, net, z):
+        return (Check(SIZE, float(self.sample(net, z).square().mean()), 0.1),)
+
+
+def test_a_trial_may_bring_its_own_rows_which_measure_alone_judges():
+    (check,) = verify(OnItsOwnRows(), steps=60).checks
+    assert check.metric == SIZE and check.passed
