@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds import ops
 from ds.diffusion.noise import Draws
 from ds.engine.run import Engine
+from ds.nets.base import CONTEXT, told
 from ds.nets.embedding import check_conditions
 
 # Relative error that float64 leaves in coefficients found by least squares.
@@ -123,13 +124,16 @@ class Recurrence:
 
         Raises:
             ValueError: the sample is not linear in the noise and the outputs; a stochastic one is
-                not, and a guided one calls its network for more than the sample.
+                not, and a guided one calls its network for more than the sample. Or the network is
+                told an image.
         """
         if model.unguided() is not model:
             raise ValueError(
                 "a loop needs one network call for a sample and step; this model is guided, which "
                 "takes more"
             )
+        if CONTEXT in told(model.net)[0]:
+            raise ValueError("a loop tells its network numbers; this one is told an image, context")
         z = torch.zeros(1, *model.shape, dtype=torch.float64, device="cpu")
         recorder, _ = _recorded(model, z)
         cond, visited = _own_conditions(recorder, model.plain(z)), tuple(recorder.times)
@@ -280,8 +284,7 @@ class Loop:
 
 def _buffers(engine: Engine, images: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a buffer for each condition that a caller gives or may give."""
-    target, config, buffers = engine.target, engine.config, {}
-    shapes = dict.fromkeys(config.takes, ()) | config.may_take
+    target, shapes, buffers = engine.target, engine.config.shapes, {}
     for name in shapes.keys() - own.keys():
         dtype = torch.int64 if name == "label" else target.wide
         buffers[name] = torch.zeros(images, *shapes[name], dtype=dtype, device=target.device)

@@ -37,7 +37,7 @@ class Plan:
         It holds the network's weights, not copies of them. The network is one that `can_run`
         accepts.
         """
-        steps, shapes = walk(net), {INPUT: net.shape}
+        steps, shapes = walk(net), {INPUT: (net.config.inputs, *net.config.size)}
         for call, inputs, outputs in steps:
             found = call.shapes(*(shapes[name] for name in inputs))
             shapes |= dict(zip(outputs, found, strict=True))

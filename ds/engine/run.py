@@ -13,7 +13,8 @@ from ds.engine.plan import RUNS, Plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.told import Told
 from ds.engine.walk import INPUT
-from ds.nets.embedding import check_conditions
+from ds.nets.base import CONTEXT
+from ds.nets.embedding import beside, check_conditions
 
 # Bytes of the largest tensor of a call on a CPU, which takes larger batches a part at a time: about
 # what its last cache keeps until the next call of the plan reads it.
@@ -88,7 +89,8 @@ class Engine(nn.Module):
         check_conditions(self.config, cond, len(x))
         if not len(x):
             return x.new_empty(0, *self.plan.shapes[self.plan.steps[-1].outputs[0]])
-        row, parts = self.row(self._begun(t), _shared(cond)), (x,)
+        x, numbers = beside(x, cond), {k: v for k, v in cond.items() if k != CONTEXT}
+        row, parts = self.row(self._begun(t), _shared(numbers)), (x,)
         if x.device.type == "cpu":
             parts = x.chunk(-(-len(x) // self.target.images))
         rows = [row] * len(parts) if row.dim() == 1 else row.split([len(part) for part in parts])

@@ -45,7 +45,7 @@ class Told:
     def finish(self, begun: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Return the rows [N, columns] of begun times [N, features] or [1, features]."""
         layers, hidden = self._net.temb, begun
-        for name in self._net.config.conditions:
+        for name in self._net.config.numbers:
             hidden = hidden + self._linear(layers.conditions[name], self._features(cond[name]))
         before, after = self._labels(cond)
         if before is not None:

@@ -187,7 +187,9 @@ def _told_more(net: nn.Module, config: Any) -> nn.Module:
     weights = net.weights_for(config) if isinstance(net, MLP) else net.state_dict()
     more = built(config).to(next(net.parameters()))
     new = {name: torch.zeros_like(w) for name, w in more.state_dict().items()}
-    more.load_state_dict({**new, **weights})
+    for name, w in weights.items():
+        new[name][tuple(map(slice, w.shape))] = w  # convolutions of a context have more inputs
+    more.load_state_dict(new)
     return more
 
 

@@ -6,13 +6,15 @@ from typing import Any
 from torch import nn
 
 NO_CLASS = -1  # the label of a sample that has no class
+CONTEXT = "context"  # the one condition that is no number: an image like the one that is denoised
 
 
 class AbstractNetConfig(ABC):
     """A frozen dataclass that rebuilds its network; the network keeps it as `config`.
 
     `conditions` are the names of the numbers, beside the time, that its forward takes for each
-    sample: net(x [N, *shape], t [N], h=[N]). One with `classes` takes `label`, int64 [N], too.
+    sample: net(x [N, *shape], t [N], h=[N]). "context" among them is no number but of the shape of
+    a sample, [N, *shape], and seen beside x. One with `classes` takes `label`, int64 [N], too.
     """
 
     conditions: tuple[str, ...] = ()
@@ -23,6 +25,21 @@ class AbstractNetConfig(ABC):
         """Make the network with freshly drawn weights."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample; () where a configuration does not say, and takes no context."""
+        return ()
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the conditions that are numbers: all but the context."""
+        return tuple(name for name in self.conditions if name != CONTEXT)
+
+    @property
+    def inputs(self) -> int:
+        """The channels of x, with those of the context where there is one."""
+        return self.shape[0] * (1 + (CONTEXT in self.conditions))
+
+    @property
     def takes(self) -> tuple[str, ...]:
         """The names of everything that forward takes beside x and t."""
         return (*self.conditions, *["label"] * (self.classes > 0))
@@ -31,6 +48,12 @@ class AbstractNetConfig(ABC):
     def may_take(self) -> dict[str, tuple[int, ...]]:
         """The names of what forward may be told besides, with the shape of each for a sample."""
         return {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape, for a sample, of all that forward takes or may be told: () of a number."""
+        image = {CONTEXT: self.shape} if CONTEXT in self.conditions else {}
+        return dict.fromkeys(self.takes, ()) | image | self.may_take
 
 
 def told(net: nn.Module) -> tuple[tuple[str, ...], int]:

@@ -16,7 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ds import ops
 from ds.nets.base import AbstractNetConfig
-from ds.nets.embedding import Frequencies, check_conditions, check_frequencies, check_names
+from ds.nets.embedding import (
+    Frequencies,
+    beside,
+    check_conditions,
+    check_frequencies,
+    check_names,
+)
 from ds.system.config import check
 from ds.system.cost import check_memory
 
@@ -81,6 +87,10 @@ class AbstractUNetConfig(AbstractNetConfig):
         """The height and width of an image."""
         size = self.image_size
         return (size, size) if isinstance(size, int) else size
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.in_channels, *self.size)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -150,10 +160,10 @@ class AbstractEncoder(nn.Module, ABC):
         self.config = c = config
         widths, last = c.widths, len(c.widths) - 1
         self.temb = self._told()
-        self.conv_in = Conv3x3(c.in_channels, c.channels)
+        self.conv_in = Conv3x3(c.inputs, c.channels)
 
         self.down = nn.ModuleList()
-        width, aux = c.channels, c.in_channels
+        width, aux = c.channels, c.inputs
         for i, out in enumerate(widths):
             level = Level(c, i, [width] + [out] * (c.num_res_blocks - 1), out)
             if i < last:
@@ -178,9 +188,9 @@ class AbstractEncoder(nn.Module, ABC):
         layers.dense = nn.ModuleList(
             [nn.Linear(c.features, c.temb_channels), nn.Linear(c.temb_channels, c.temb_channels)]
         )
-        if c.conditions:
+        if c.numbers:
             layers.conditions = nn.ModuleDict(
-                {name: nn.Linear(c.features, c.temb_channels, bias=False) for name in c.conditions}
+                {name: nn.Linear(c.features, c.temb_channels, bias=False) for name in c.numbers}
             )
         return layers
 
@@ -195,14 +205,14 @@ class AbstractEncoder(nn.Module, ABC):
         """Return the features of the time and the conditions that every block is told."""
         layers = self.temb
         hidden = layers.dense[0](self.features(t).to(dtype))
-        for name in self.config.conditions:  # together, one layer on the embeddings side by side
+        for name in self.config.numbers:  # together, one layer on the embeddings side by side
             hidden = hidden + layers.conditions[name](self.features(cond[name]).to(dtype))
         return layers.dense[1](F.silu(hidden))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one image, (C, H, W)."""
-        return (self.config.in_channels, *self.config.size)
+        return self.config.shape
 
     def _descend(
         self, x: Tensor, t: Tensor, cond: dict[str, Tensor]
@@ -211,7 +221,7 @@ class AbstractEncoder(nn.Module, ABC):
         check_conditions(self.config, cond, x.shape[0])
         dtype = self.conv_in.weight.dtype
         temb = self._embedded(t, cond, dtype)
-        aux = x.to(dtype, memory_format=torch.channels_last)
+        aux = beside(x.to(dtype), cond).to(memory_format=torch.channels_last)
         h = self.conv_in(aux)
         skips = [h]
         for i, level in enumerate(self.down):
@@ -251,7 +261,7 @@ class AbstractUNet(AbstractEncoder):
         self.norm_out = GroupNorm(c, width, silu=True)
         self.conv_out = Conv3x3(width, c.outputs)
         self._initialise()
-        for name in c.conditions:  # with the weights of a network without conditions, it is that
+        for name in c.numbers:  # with the weights of a network without conditions, it is that
             nn.init.zeros_(self.temb.conditions[name].weight)
         self.to(memory_format=torch.channels_last)
 

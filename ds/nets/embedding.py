@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ds.nets.base import NO_CLASS, AbstractNetConfig
+from ds.nets.base import CONTEXT, NO_CLASS, AbstractNetConfig
 from ds.system.config import Positive
 
 Frequencies = tuple[Positive, Positive]  # the highest and the lowest, in radians a unit of time
@@ -52,10 +52,11 @@ def one_hot(label: Tensor, classes: int) -> Tensor:
 def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images: int) -> None:
     """Raise ValueError unless a network is given what it takes, for so many images or for one.
 
-    Numbers are floating or whole, [N] each; label is int64 [N]; augment is floating [N, A].
+    Numbers are floating or whole, [N] each; label is int64 [N]; augment is floating [N, A], and
+    context floating [N, *shape].
     """
-    name = type(config).__name__.removesuffix("Config")
-    if not {*config.takes} <= given.keys() <= {*config.takes, *config.may_take}:
+    name, shapes = type(config).__name__.removesuffix("Config"), config.shapes
+    if not {*config.takes} <= given.keys() <= shapes.keys():
         may = f", and may take {', '.join(config.may_take)}" if config.may_take else ""
         raise ValueError(
             f"{name}: takes the conditions {', '.join(config.takes) or '(none)'}{may}, not "
@@ -63,7 +64,7 @@ def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images
             f"denoiser.given(...)"
         )
     for key, value in given.items():
-        ends = config.may_take.get(key, ())
+        ends = shapes[key]
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name}: {key} is {value!r}; accepted is a tensor {[images, *ends]}, one row for "
@@ -78,6 +79,13 @@ def check_conditions(config: AbstractNetConfig, given: dict[str, Tensor], images
             raise ValueError(f"{name}: label is {value.dtype}; accepted is torch.int64")
         if ends and not value.is_floating_point():
             raise ValueError(f"{name}: {key} is {value.dtype}; accepted is a floating dtype")
+
+
+def beside(x: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """Return x [N, C, ...] with the context, where one is told, as further channels."""
+    if CONTEXT not in cond:
+        return x
+    return torch.cat([x, cond[CONTEXT].to(x.dtype).expand(x.shape)], 1)
 
 
 def check_names(where: str, conditions: tuple[str, ...]) -> None:

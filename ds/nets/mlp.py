@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.nets.base import AbstractNetConfig
+from ds.nets.base import CONTEXT, AbstractNetConfig
 from ds.nets.embedding import (
     Frequencies,
+    beside,
     check_conditions,
     check_frequencies,
     check_names,
@@ -28,7 +29,8 @@ class MLPConfig(AbstractNetConfig):
     dim: Count = 2
     width: Count = 128  # of each hidden layer
     depth: Annotated[int, Between(1, 256)] = 4  # hidden layers
-    conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
+    # numbers the network is told beside the time, such as h; "context" is another point
+    conditions: tuple[str, ...] = ()
     classes: Natural = 0  # number of classes of labels; 0: no labels
     embedding: Annotated[int, Between(4, 2**16)] = 16  # width of the embedding of a number
     # highest and lowest frequency of the embedding; these suit times from about -2 to 2
@@ -40,11 +42,15 @@ class MLPConfig(AbstractNetConfig):
         check_names("MLPConfig: ", self.conditions)
 
     @property
+    def shape(self) -> tuple[int]:
+        return (self.dim,)
+
+    @property
     def columns(self) -> dict[str, int]:
         """The columns of the first layer, by what they are told, in order."""
         even = self.embedding // 2 * 2
-        numbers = dict.fromkeys(("t", *self.conditions), even)
-        return {"x": self.dim, **numbers, "label": self.classes}
+        numbers = dict.fromkeys(("t", *self.numbers), even)
+        return {"x": self.dim, CONTEXT: self.inputs - self.dim, **numbers, "label": self.classes}
 
     def build(self) -> "MLP":
         return MLP(self)
@@ -53,8 +59,8 @@ class MLPConfig(AbstractNetConfig):
 class MLP(nn.Module):
     """An MLP with SiLU: net(x [N, dim], t [N], **cond) -> [N, dim].
 
-    t and the conditions enter by their embeddings, `label`, int64 [N], by a row of 0 and 1,
-    which is all 0 for NO_CLASS.
+    t and the numbers among the conditions enter by their embeddings, a context [N, dim] as it is,
+    and `label`, int64 [N], by a row of 0 and 1, which is all 0 for NO_CLASS.
     """
 
     def __init__(self, config: MLPConfig):
@@ -68,16 +74,16 @@ class MLP(nn.Module):
     @property
     def shape(self) -> tuple[int]:
         """The shape of one point."""
-        return (self.config.dim,)
+        return self.config.shape
 
     def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c = self.config
         check_conditions(c, cond, x.shape[0])  # len(x) would fix the batch of an export
-        numbers = [t, *(cond[name] for name in c.conditions)]
+        numbers = [t, *(cond[name] for name in c.numbers)]
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:
             told.append(one_hot(cond["label"], c.classes))
-        return self.layers(torch.cat([x, *(part.to(x.dtype) for part in told)], 1))
+        return self.layers(torch.cat([beside(x, cond), *(part.to(x.dtype) for part in told)], 1))
 
     def weights_for(self, config: MLPConfig) -> dict[str, Tensor]:
         """Return the weights with which a network that is told more makes nothing of it."""

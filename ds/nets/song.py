@@ -52,7 +52,8 @@ class SongConfig(AbstractUNetConfig):
     classes: Natural = 0  # classes that the network is told the label of; 0: it takes no label
     # numbers that tell how an image was augmented, 9 in EDM; 0: the network takes none
     augment_channels: Natural = 0
-    conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
+    # numbers the network is told beside the time, such as h; "context" is another image
+    conditions: tuple[str, ...] = ()
     # sines of fixed frequencies, or of random ones that are saved with the weights
     embedding: Literal["positional", "fourier"] = "positional"
     embed_channels: Count | None = None  # numbers that tell the time; None: channels
@@ -180,7 +181,7 @@ class SongUNet(AbstractUNet):
             none = told.new_zeros(1, c.augment_channels)
             told = told + layers.augment(cond.get("augment", none).to(dtype))
         hidden = layers.dense[0](told)
-        for name in c.conditions:
+        for name in c.numbers:
             hidden = hidden + layers.conditions[name](self.features(cond[name]).to(dtype))
         return layers.dense[1](F.silu(hidden))
 

@@ -43,7 +43,8 @@ class UNetConfig(AbstractUNetConfig):
     dropout: Share = 0.0  # dropout rate
     norm_groups: Count = 32  # groups of each GroupNorm
     norm_eps: Positive = 1e-6  # epsilon of each GroupNorm; the 2021 files need 1e-3
-    conditions: tuple[str, ...] = ()  # numbers the network is told beside the time, such as h
+    # numbers the network is told beside the time, such as h; "context" is another image
+    conditions: tuple[str, ...] = ()
     # highest and lowest frequency of the time embedding; use (6, 0.5) for times from 0 to 1
     frequencies: Frequencies = (1.0, 1e-4)
     open_frequencies: bool = False  # the lowest frequency is left out, as in diffusers by default
