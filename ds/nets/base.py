@@ -1,10 +1,17 @@
 """What every network's configuration offers, so that a directory of weights can be read back."""
 
+import re
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from ds.system.arrays import load_tensors
+
+N = TypeVar("N", bound=nn.Module)
 NO_CLASS = -1  # the label of a sample that has no class
 CONTEXT = "context"  # the one condition that is no number: an image like the one that is denoised
 
@@ -67,3 +74,32 @@ def told(net: nn.Module) -> tuple[tuple[str, ...], int]:
         return getattr(net, name, getattr(getattr(net, "config", None), name, otherwise))
 
     return said("takes", ()), said("classes", 0)
+
+
+def filled(net: N, path: str | PathLike, refusal: str, beside: str) -> N:
+    """Return a network with the weights of a file, all of them under the names that they have here.
+
+    Nothing in the file is run. Entries whose whole name matches the pattern `beside` are not read.
+    Raises ValueError for a file that is not a plain dict of tensors, and for a weight that is
+    missing, unknown or of another shape; `refusal` begins the sentence, {} in it being the file.
+    """
+    state = load_tensors(Path(path))
+    if not isinstance(state, Mapping):
+        said = f"it holds a {type(state).__name__}, not named weights"
+        raise ValueError(f"{refusal.format(path)}: {said}")
+    state = {k: v for k, v in state.items() if not re.fullmatch(beside, str(k))}
+    expected = net.state_dict()
+    for key in [*expected, *state]:
+        needed, found = _shape(expected.get(key)), _shape(state.get(key))
+        if needed != found:
+            said = f"{key} is {found} in the file, and must be {needed}"
+            raise ValueError(f"{refusal.format(path)}: {said}")
+    net.load_state_dict(state)
+    return net
+
+
+def _shape(value: Any) -> str:
+    """Return the shape of a state dict's entry as text, or what the entry is instead."""
+    if value is None:
+        return "absent"
+    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -8,17 +8,16 @@ distributes it as `pt_inception-2015-12-05-6726825d.pth` and torch-fidelity, by 
 `weights-inception-2015-12-05-6726825d.pth`.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from os import PathLike
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds.system.arrays import load_tensors
+from ds.nets.base import filled
 
+_COUNTERS = r".*\.num_batches_tracked"
 _average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 _maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 _shrink = partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -107,22 +106,8 @@ class Inception(nn.Module):
         Nothing in the file is run. Raises ValueError for a file that is not a plain dict of
         tensors, and for a weight that is missing, unknown or of another shape.
         """
-        state = load_tensors(Path(path))
-        if not isinstance(state, Mapping):
-            raise ValueError(f"inception: {path} holds a {type(state).__name__}, not named weights")
-        net = cls()
         # Some copies carry the step counters of batch normalization, which inference never reads.
-        state = {k: v for k, v in state.items() if not str(k).endswith(".num_batches_tracked")}
-        expected = net.state_dict()
-        for key in [*expected, *state]:
-            needed, found = _shape(expected.get(key)), _shape(state.get(key))
-            if needed != found:
-                raise ValueError(
-                    f"inception: {path} is not the network of 2015-12-05: {key} is {found} in "
-                    f"the file, and must be {needed}"
-                )
-        net.load_state_dict(state)
-        return net
+        return filled(cls(), path, "inception: {} is not the network of 2015-12-05", _COUNTERS)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features, float32 [N, 2048], of uint8 images [N, H, W, 3].
@@ -219,10 +204,3 @@ def _resize(x: Tensor, dim: int, size: int) -> Tensor:
     weight = (position - low).reshape([-1, *[1] * (x.dim() - 1 - dim)])
     start = x.index_select(dim, low)
     return start + (x.index_select(dim, high) - start) * weight
-
-
-def _shape(value) -> str:
-    """Return the shape of a state dict's entry as text, or what the entry is instead."""
-    if value is None:
-        return "absent"
-    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

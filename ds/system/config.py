@@ -29,6 +29,11 @@ from typing import (
     is_typeddict,
 )
 
+from ds.system.files import sha256
+
+# The metadata of a field that is the path of a file: JSON then holds the file's SHA-256, so that it
+# names what was used on every machine. A configuration that is read back has it for a path.
+BY_CONTENT = {"by_content": True}
 # A file may name the dataclasses of these modules.
 FAMILIES = (
     "ds.diffusion.schedules",
@@ -41,9 +46,12 @@ FAMILIES = (
 
 
 def to_json(value: Any) -> Any:
-    """Return a configuration as nested dicts, lists and plain values."""
+    """Return a configuration as nested dicts, lists and plain values.
+
+    Of a file that a field names BY_CONTENT, this is the SHA-256.
+    """
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _field_json(f, getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": tag(type(value)), **fields}
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]
@@ -52,6 +60,12 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"configuration holds {value!r}, which JSON cannot")
+
+
+def _field_json(field: dataclasses.Field, value: Any) -> Any:
+    if value is None or not field.metadata.get("by_content") or not mismatch(str(value), Sha256):
+        return to_json(value)
+    return sha256(value)
 
 
 def from_json(data: Any, types: Iterable[type] = ()) -> Any:

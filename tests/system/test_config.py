@@ -1,6 +1,7 @@
 """Configurations as JSON, and what a file may not name."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from ds.diffusion.schedules import LinearBeta
 from ds.diffusion.solvers import DDIM
 from ds.nets import UNetConfig
-from ds.system.config import difference, from_json, known, to_json
+from ds.system.config import BY_CONTENT, difference, from_json, known, to_json
 from ds.training.config import TrainConfig
 from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
 
@@ -38,6 +39,20 @@ def test_a_value_without_fields_is_its_type_alone():
 
 def test_paths_become_text():
     assert to_json(Path("a/b")) == "a/b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    file: Path | None = dataclasses.field(default=None, metadata=BY_CONTENT)
+
+
+def test_a_file_that_is_named_by_content_becomes_its_sha256_on_every_machine(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).write_bytes(b"weights")
+        found = to_json(Read(tmp_path / name))
+        assert found == {"type": "read", "file": hashlib.sha256(b"weights").hexdigest()}
+    assert to_json(from_json(found, [Read])) == found  # without the file
+    assert to_json(Read()) == {"type": "read", "file": None}
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1), {1, 2}, object()])
