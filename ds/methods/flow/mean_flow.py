@@ -11,6 +11,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.methods import losses, times
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.derivatives import Way, along
 from ds.methods.flow.path import PATH, jumps, point
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import mean_flow as proof
@@ -45,6 +46,8 @@ class MeanFlow(AbstractMethod):
     # both times are sigmoids of normal numbers with this mean
     time_mean: Annotated[float, Between(-20, 20)] = -2.0
     time_std: Positive = 2.0
+    # of the network: in forward mode, or by central differences, which have an error
+    derivative: Way = "exact"
     # the network to train; else the teacher's, told h too
     student: AbstractNetConfig | None = None
 
@@ -70,9 +73,8 @@ class MeanFlow(AbstractMethod):
 
         # Along the flow dx = v dt. The other end of the step stays, so h grows as t does.
         one = torch.ones_like(t)
-        with torch.autocast(x.device.type, enabled=False):
-            u, du = torch.func.jvp(call, (x, t, h), (v, one, one))[:2]
-        return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du).detach()
+        u, du = along(call, (x, t, h), (v, one, one), net=net, way=self.derivative)
+        return u - (v - h.reshape(-1, *[1] * (x.dim() - 1)) * du)
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # the target moves with the network, so a small loss tells nothing
