@@ -17,6 +17,8 @@ from torch import Tensor
 
 import ds
 from ds.diffusion.conditions import Conditions
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.noise import as_bits, noise
 from ds.evaluation.by_class import agreement, asked_of, by_class, of_classes
 from ds.evaluation.features import AbstractExtractor, Inception
 from ds.evaluation.metrics import (
@@ -29,6 +31,7 @@ from ds.evaluation.metrics import (
 )
 from ds.evaluation.references import Moments, check_images
 from ds.evaluation.statistics import PAIRWISE, Statistics
+from ds.methods.flow.path import PATH, straightness
 from ds.models import pretrained
 from ds.models.execution import Execution
 from ds.models.images import Rounding
@@ -47,6 +50,7 @@ from ds.system.machine import device_name
 from ds.system.staging import write_json
 
 log = logging.getLogger("ds")
+PATHS, STEPS = 128, 32  # of a straightness: as many calls as 4,096 images in one
 MOST = 10_000_000  # images: more of them move no figure
 SECONDS, CLASSES = "seconds_per_1000_images", "classes"
 Figures = dict[str, float]
@@ -105,9 +109,11 @@ def evaluate(
     allow only a Frechet distance. Images of either side may be Pictures, which can have labels.
     `execution` says how the model is run, by default as a Sampler does; the protocol records it.
     With `held_out` pairs, the model's samples for their noise, and their conditions, are
-    compared with the stored ones: "pair_rms" in units of [-1, 1], and "pair_r2". With `out`, the
-    result is also written there as JSON. Processes that torchrun started share the work and return
-    the same figures.
+    compared with the stored ones: "pair_rms" in units of [-1, 1], and "pair_r2". A teacher on the
+    straight path, such as RectifiedFlow makes, has a "straightness", as in
+    `ds.methods.flow.path.straightness`: 0 if its paths are straight. With `out`, the result is also
+    written there as JSON. Processes that torchrun started share the work and return the same
+    figures.
 
     A model with classes is asked for those of the reference, as often as they are there, and
     without its labels for all of its own equally often. `conditions` may name some of them, to
@@ -171,6 +177,7 @@ def evaluate(
         if held_out is not None:
             found |= _pair_error(sampler, held_out)
             drawn["held_out"] = {"n": len(held_out), "fingerprint": held_out.fingerprint()}
+        found |= _straightness(sampler, images_or_model, seed)
     there: Statistics | Moments
     if isinstance(real, Pictures):
         count = len(real.images)
@@ -419,6 +426,24 @@ def _pair_error(sampler: Sampler, pairs: Pairs) -> Figures:
     spread = torch.cat(spreads).sum() - len(pairs) * mean.square().sum()
     rms = math.sqrt(error / (len(pairs) * origin.numel()))
     return {"pair_rms": rms, "pair_r2": float(1 - error / spread)}
+
+
+def _straightness(sampler: Sampler, model: Model, seed: int) -> Figures:
+    """Return how straight the paths of a teacher are that learned the straight path."""
+    if not isinstance(model, Teacher) or model.denoiser.schedule != PATH:
+        return {}
+    total = 0.0
+    for index in as_bits(range(PATHS)).split(sampler.batch_size):
+        drawn = sampler.conditions.draw(seed, index)
+        cond = {name: value.to(sampler.device) for name, value in drawn.items()}
+        z = noise(seed, index, model.shape, device=sampler.device)
+        total += len(z) * straightness(partial(_velocity, model.denoiser.given(**cond)), z, STEPS)
+    return {"straightness": total / PATHS}
+
+
+def _velocity(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
+    found = denoiser(x, t)
+    return found.eps - found.x0
 
 
 def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:

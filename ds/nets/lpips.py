@@ -81,7 +81,7 @@ class LPIPS(nn.Module):
         return found
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        """Return the features of each slice, float32 [N, C, H, W], of norm 1 or 0 at every pixel."""
+        """Return the features of each slice, float32, whose norm is 1 or 0 at every pixel."""
         if min(x.shape[2:]) < LEAST:
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear")
         x, found = (x - self.shift) / self.scale, []

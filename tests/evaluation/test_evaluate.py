@@ -77,6 +77,25 @@ def test_the_pair_error_is_the_distance_to_what_is_stored(pairs):
     assert result["pair_r2"] == pytest.approx(metrics.r2(made, stored), rel=1e-6)
 
 
+@pytest.mark.parametrize("std", [1e-6, 0.4, 2.0])
+def test_the_straightness_of_a_teacher_on_the_straight_path_is_its_integral(std):
+    """Of normal data, x_t is z times the standard deviation there: paths of points are straight."""
+    data = analytic.Gaussian(0.2, std, (1, 4, 4))
+    teacher = data.teacher(DDIM(), grids.uniform(5, ds.schedule.Linear()), ds.schedule.Linear())
+    found, parts = (
+        evaluate(teacher, REFERENCE, Pixels(), n=10, batch_size=size)["straightness"]
+        for size in (128, 50)
+    )
+    t = torch.linspace(1, 0, 33, dtype=torch.float64)
+    velocity = ((1 - t) ** 2 * std**2 + t**2).sqrt().diff() * 32
+    assert found == pytest.approx(16 * velocity.var(correction=0).item(), rel=0.15, abs=1e-6)
+    assert parts == pytest.approx(found, rel=1e-5, abs=1e-9)
+
+
+def test_there_is_no_straightness_on_other_paths(pairs):
+    assert "straightness" not in evaluate(TEACHER, REFERENCE, Pixels(), n=10)
+
+
 def test_the_protocol_says_how_the_figures_were_obtained(pairs):
     result = evaluate(
         TEACHER, REFERENCE, Pixels(), n=8, seed=3, batch_size=5, rounding="floor", held_out=pairs,
