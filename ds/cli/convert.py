@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ds.cli.verb import Code, Model, Verb, classes_in, say
+from ds.cli.verb import Code, Model, Verb, classes_in, in_calls, say
+from ds.diffusion.schedules import AbstractTable
 from ds.models import export, pretrained
 from ds.models.convert import diffusers, to_diffusers
+from ds.models.convert.diffusers import calls
 from ds.models.load import load
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.system import targets
-from ds.system.config import Natural
+from ds.system.config import Count, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,14 @@ class Convert(Verb):
     """Write a teacher or a student in another format.
 
     SOURCE is anything that `dstudent sample` takes. A teacher can become a directory that diffusers
-    loads. A student can become a torch.export program (pt2) or an ONNX model.
+    loads, and so can a student that takes even steps along a straight path, or a single one. Any
+    student can become a torch.export program (pt2) or an ONNX model.
     """
 
     source: Model
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
+    nfe: Count | None = None  # network calls of a student; None: as it was saved
     image_size: Natural = 0  # pixels a side, for a file that does not record them
     # a scheduler_config.json, or its folder, for a file that does not tell its schedule
     scheduler: Path | None = None
@@ -55,8 +59,7 @@ class Convert(Verb):
             k: v for k, v in given.items() if v is not None and (v or v is False)
         }
         model = load(self.source, types=classes_in(self.code), **options)
-        if self.to == "diffusers" and isinstance(model, Student):
-            raise ValueError("convert: diffusers has no pipeline for a student; try --to pt2")
+        model = in_calls(model, self.source, self.nfe)
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):
             raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
         guided = isinstance(model, Teacher) and model.denoiser.guidance is not None
@@ -75,6 +78,9 @@ class Convert(Verb):
         say(f"{model.kind}: {self.out}")
 
     def _to_diffusers(self, model: Any) -> None:
+        if isinstance(model, Student) or not isinstance(model.denoiser.schedule, AbstractTable):
+            calls.write(self.out, model, force=self.force)
+            return
         denoiser = model.denoiser
         to_diffusers(
             self.out,

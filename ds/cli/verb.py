@@ -187,7 +187,14 @@ def loaded(
 
     Raises ValueError for what `load` refuses, and for calls that the student cannot do.
     """
-    model = load(path, device=device, types=classes_in(code))
+    return in_calls(load(path, device=device, types=classes_in(code)), path, nfe)
+
+
+def in_calls(model: Teacher | Student, path: str | Path, nfe: int | None) -> Teacher | Student:
+    """Return a model of a path with the network calls that are asked for; None: its own.
+
+    Raises ValueError for a teacher, and for calls that the student cannot do.
+    """
     if nfe is None:
         return model
     if not isinstance(model, Student):
@@ -279,10 +286,14 @@ def methods() -> dict[str, type[AbstractMethod]]:
 
 
 def method_named(name: str) -> type[AbstractMethod]:
-    """Return the method of a tag, or the one that a file, whose name ends in .py, defines."""
+    """Return the method of a tag, or the one that a file, whose name ends in .py, defines.
+
+    A tag may be written without its underscores, or with hyphens in their place.
+    """
     known = methods()
-    if name in known:
-        return known[name]
+    for own, method in known.items():
+        if re.sub("[-_]", "", name) == own.replace("_", ""):
+            return method
     if not name.endswith(".py"):
         raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}, or a FILE.py")
     found = [cls for cls in classes_in(Path(name)) if _is_method(cls)]

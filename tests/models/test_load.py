@@ -109,11 +109,6 @@ def test_a_teacher_becomes_no_one_step_program(files, tmp_path, capsys, to, mess
     assert message in capsys.readouterr().err
 
 
-def test_a_student_becomes_no_pipeline(files, tmp_path, capsys):
-    assert main(["convert", str(files[1]), str(tmp_path / "out"), "--to", "diffusers"]) == 2
-    assert "no pipeline for a student" in capsys.readouterr().err
-
-
 @dataclass(frozen=True)
 class Halved(DenoisingStudent):
     """A method of one's own."""

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +21,7 @@ from ds.models.convert.diffusers.parts import CONFIG, INDEX, Place, locate, sche
 from ds.models.convert.imported import Imported, Options, consistency, fit
 from ds.models.convert.weights import Weights, choose
 from ds.nets.base import AbstractNetConfig
+from ds.nets.unet import UNetConfig
 from ds.system import targets
 from ds.system.files import present, sha256
 from ds.system.staging import replacing_directory, write_json
@@ -111,19 +113,36 @@ def write(
     for a place that cannot be written to or is taken; `force` replaces what `write` has made.
     """
     path = Path(path)
-    where, old = target(path, force=force)
+    steps = scheduler.fields(schedule, prediction, path, solver, grid)
+    pipeline = "LDMPipeline" if decoder else f"{steps['_class_name'][:4]}Pipeline"
     config = network.sayable(config, path)
+    put(path, config, weights, steps, pipeline, decoder or {}, force=force)
+
+
+def put(
+    path: Path,
+    config: UNetConfig,
+    weights: Mapping[str, Tensor],
+    steps: dict[str, Any],
+    pipeline: str,
+    decoder: Mapping[str, bytes],
+    *,
+    force: bool,
+) -> None:
+    """Write a pipeline with the fields `steps` of its scheduler; see `write`."""
+    where, old = target(path, force=force)
     fields = network.fields_of(config, path)
     weights = fit(config, weights, lambda name, shape: ((name,), shape), path)
-    steps = scheduler.fields(schedule, prediction, path, solver, grid)
-    kind = steps["_class_name"]
-    parts = {"scheduler": ["diffusers", kind], "unet": ["diffusers", "UNet2DModel"]}
+    parts = {
+        "scheduler": ["diffusers", steps["_class_name"]],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
     if fields["num_class_embeds"]:
         log.info("%s: diffusers' pipelines tell no label; give class_labels to its unet", path)
     if decoder:
         parts[_DECODER] = ["diffusers", json.loads(decoder[CONFIG])["_class_name"]]
     described = {
-        INDEX: {"_class_name": "LDMPipeline" if decoder else f"{kind[:4]}Pipeline", **parts},
+        INDEX: {"_class_name": pipeline, **parts},
         f"scheduler/{scheduler.FILE}": steps,
         f"unet/{CONFIG}": fields,
     }
@@ -135,7 +154,7 @@ def write(
         for name, fields in described.items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_json(folder / name, fields)
-        for name, content in (decoder or {}).items():
+        for name, content in decoder.items():
             (folder / _DECODER).mkdir(exist_ok=True)
             (folder / _DECODER / name).write_bytes(content)
         content = save(spelled, metadata={"format": "pt"})

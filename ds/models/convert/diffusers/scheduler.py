@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ds.diffusion import grids
 from ds.diffusion.grids import Grid
-from ds.diffusion.predictions import AbstractPrediction, LearnedVariance, as_prediction
+from ds.diffusion.predictions import AbstractPrediction, LearnedVariance, Velocity, as_prediction
 from ds.diffusion.schedules import (
     AbstractSchedule,
     AbstractTable,
     Cosine,
+    Linear,
     LinearBeta,
     ScaledLinear,
     Sigmoid,
@@ -92,6 +94,17 @@ _CM_DEFAULTS = {
     "num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5,
     "s_noise": 1.0, "rho": 7.0, "clip_denoised": True,
 }  # fmt: skip
+FLOW = "FlowMatchEulerDiscreteScheduler"
+_FLOW_STEPS = 50  # where the file does not tell how many
+# What moves its times or its steps in ways that are not read.
+_FLOW_OFF = (
+    "use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+    "use_beta_sigmas", "stochastic_sampling",
+)  # fmt: skip
+_FLOW_DEFAULTS = {
+    "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": None,
+    **dict.fromkeys(_FLOW_OFF, False),
+}  # fmt: skip
 # Fields that would change what the network is fed, and the values that do not.
 _FIXED = {"use_flow_sigmas": [False], "timestep_type": ["discrete"]}
 
@@ -102,8 +115,8 @@ class Sampling(NamedTuple):
     `grid` is None where the times of diffusers are those that we take by default.
     """
 
-    schedule: AbstractTable
-    prediction: Any  # "eps", "x0" or "v"
+    schedule: AbstractSchedule
+    prediction: Any  # "eps", "x0", "v" or a Velocity
     solver: AbstractSolver
     grid: Grid | None
     facts: dict[str, Any]
@@ -153,13 +166,16 @@ def _found(betas: Tensor) -> AbstractTable:
 
 
 def read(file: Path) -> Sampling:
-    """Read a scheduler's file. Raise ValueError, naming it, for what is not a table of betas."""
+    """Read a scheduler's file. Raise ValueError, naming it, for a path that is not ours."""
     there = load(file, finite=False)  # lambda_min_clipped is -Infinity in many files
     name = there.get("_class_name", "DDIMScheduler")
+    if name == FLOW:
+        return _flow(there, file)
     if not isinstance(name, str) or name not in _CLASSES:
+        tables = ", ".join(c.removesuffix("Scheduler") for c in _CLASSES)
         raise ValueError(
-            f"{file}: _class_name is {name!r}, whose schedule is not read; accepted are those with "
-            f"a table of betas: {', '.join(c.removesuffix('Scheduler') for c in _CLASSES)}"
+            f"{file}: _class_name is {name!r}, whose schedule is not read; accepted are {FLOW} and "
+            f"those with a table of betas: {tables}"
         )
     fields = {**_SCHEDULE, **_STEPS, **_CLASSES[name], **there}
     _check(fields, file)
@@ -180,6 +196,43 @@ def read(file: Path) -> Sampling:
     facts |= {field: there[field] for field in _STEPS if field in there}
     lines = tuple(f"{file}: {line}" for line in said)
     return Sampling(schedule, _PREDICTIONS[fields["prediction_type"]], solver, grid, facts, lines)
+
+
+def _flow(there: dict[str, Any], file: Path) -> Sampling:
+    """Return what the scheduler of a flow on the straight path says: even steps, then shifted."""
+    fields = {**_FLOW_DEFAULTS, **there}
+    check(fields, "num_train_timesteps", whole, "a whole number", file)
+    check(fields, "shift", lambda value: number(value) and value > 0, "a number above 0", file)
+    last = fields["shift_terminal"]
+    check(
+        fields, "shift_terminal", lambda value: value is None or (number(value) and 0 < value < 1),
+        "null or a number between 0 and 1", file,
+    )  # fmt: skip
+    for field in _FLOW_OFF:
+        check(fields, field, one_of([False, None]), "false", file)
+    even = 1 / last if last else 0.0  # the steps that `calls` writes so
+    told = fields["shift"] == 1 and even > 1.5 and abs(even - round(even)) < 1e-6
+    n = round(even) if told else _FLOW_STEPS
+    grid = _flow_grid(n, fields["num_train_timesteps"], fields["shift"], last)
+    said = (
+        f"{file}: its grid has {n} times from {grid[0]:g} to {grid[-1]:g}, which the file "
+        f"{'implies' if told else 'does not tell'}; --solve and grid= choose others"
+    )
+    facts = {"scheduler": FLOW}
+    velocity = Velocity(float(fields["num_train_timesteps"]))
+    return Sampling(Linear(), velocity, DDIM(), grid, facts, (said,))
+
+
+def _flow_grid(n: int, count: int, shift: float, last: float | None) -> Grid:
+    """Return the n times of diffusers, which end at `last`, else near 1 / count."""
+
+    def shifted(t: Any) -> Any:
+        return shift * t / (1 + (shift - 1) * t)
+
+    times = shifted(np.linspace(1, shifted(1 / count), n))
+    if last:
+        times = 1 - (1 - times) * (1 - last) / (1 - times[-1])
+    return (1.0, *times[1:].tolist())
 
 
 def is_of_consistency(file: Path) -> bool:
