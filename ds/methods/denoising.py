@@ -16,11 +16,11 @@ from ds.diffusion.schedules import EDM, AbstractTable, LinearBeta
 from ds.diffusion.solvers import DDIM, AbstractSolver, Heun, integrate
 from ds.methods import times
 from ds.methods.base import AbstractMethod, Progress
+from ds.methods.networks import untold
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import denoising as proof
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
-from ds.nets.base import NO_CLASS
 from ds.pairs.sources import Batch
 from ds.system.config import Positive, Share, check
 
@@ -70,18 +70,9 @@ class Denoising(AbstractMethod):
         t = self._drawn(batch.draws)
         levels = alpha, sigma = self.schedule.gather(t, x0)
         x, c_noise = prediction.inputs(alpha * x0 + sigma * eps, t, *levels)
-        out = modules["student"](x, c_noise, **self._told(batch))
+        cond = untold(batch, _UNTOLD, self.label_dropout)
+        out = modules["student"](x, c_noise, **cond)
         return (out - prediction.target(x0, eps, *levels)).square().mean()
-
-    def _told(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the conditions of a batch, a share of its labels left out.
-
-        Ho & Salimans 2022, arXiv:2207.12598, Algorithm 1.
-        """
-        if "label" not in batch.cond or not self.label_dropout:
-            return batch.cond
-        untold = batch.draws.uniform(_UNTOLD) < self.label_dropout
-        return {**batch.cond, "label": batch.cond["label"].masked_fill(untold, NO_CLASS)}
 
     def _drawn(self, draws: Draws) -> Tensor:
         """Return the times of a batch, [N]."""

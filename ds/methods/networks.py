@@ -5,6 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ds.nets.base import NO_CLASS
+from ds.pairs.sources import Batch
+
 
 def target_of(net: nn.Module) -> nn.Module:
     """Return a copy of a network that does not learn, to be modules["target"]."""
@@ -18,6 +21,20 @@ def follow(target: nn.Module, net: nn.Module, decay: float) -> None:
         slow.lerp_(w, 1 - decay)
     for slow, w in zip(target.buffers(), net.buffers(), strict=True):
         slow.copy_(w)
+
+
+def untold(
+    batch: Batch, stream: int, share: float, where: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the conditions of a batch, a share of its labels left out; only `where` [N], if given.
+
+    Ho & Salimans 2022, arXiv:2207.12598, Algorithm 1.
+    """
+    if "label" not in batch.cond or not share:
+        return batch.cond
+    out = batch.draws.uniform(stream) < share
+    out = out if where is None else out & where
+    return {**batch.cond, "label": batch.cond["label"].masked_fill(out, NO_CLASS)}
 
 
 class SharedDropout:

@@ -20,6 +20,11 @@ def point(batch: Batch, t: Tensor) -> Tensor:
     return alpha * batch.x0 + sigma * batch.noise
 
 
+def rowwise(values: Tensor, x: Tensor) -> Tensor:
+    """Return values [N] in the shape that goes with x [N, *shape]."""
+    return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
 def jumps(u: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, grid: Grid) -> Tensor:
     """Follow average velocities u(x, t [N], h [N]), from t to t - h, from noise to the data."""
     x = z
