@@ -65,6 +65,8 @@ class Convert(Verb):
         guided = isinstance(model, Teacher) and model.denoiser.guidance is not None
         if self.to == "diffusers" and guided:
             raise ValueError("convert: diffusers keeps no guidance; convert a teacher without it")
+        if self.to == "diffusers" and _is_few(model):
+            calls.drawing(model, self.out)
         return partial(self._write, model)
 
     def _write(self, model: Any) -> None:  # a Teacher or a Student, as the format needs it
@@ -78,7 +80,7 @@ class Convert(Verb):
         say(f"{model.kind}: {self.out}")
 
     def _to_diffusers(self, model: Any) -> None:
-        if isinstance(model, Student) or not isinstance(model.denoiser.schedule, AbstractTable):
+        if _is_few(model):
             calls.write(self.out, model, force=self.force)
             return
         denoiser = model.denoiser
@@ -93,6 +95,11 @@ class Convert(Verb):
             decoder=model.decoder and model.decoder.files(),
             force=self.force,
         )
+
+
+def _is_few(model: Teacher | Student) -> bool:
+    """Return whether diffusers is to draw a model in its own calls, and not by a table of betas."""
+    return isinstance(model, Student) or not isinstance(model.denoiser.schedule, AbstractTable)
 
 
 # What says more of a file than the file does.

@@ -145,6 +145,12 @@ def test_a_student_of_four_calls_is_converted_on_the_command_line(tmp_path, caps
     assert "DDPMPipeline.from_pretrained" in caplog.text
     assert "(num_inference_steps=4)" in caplog.text
     assert main([*command, "--nfe", "2", "--force"]) == 0
+    net = student(None).net
+    ds.Student(net, ConsistencyDistillation()).save_pretrained(tmp_path / "other")
+    command = ["convert", str(tmp_path / "other"), str(tmp_path / "new"), "--to", "diffusers"]
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 2
+    assert "no pipeline of diffusers takes this student's steps" in capsys.readouterr().err
 
 
 def test_an_exported_flow_is_read_back_as_the_same_teacher(tmp_path):
