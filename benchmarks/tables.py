@@ -3,9 +3,9 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, or "classes", "peers" (the README's), "projection", "seeds", "starts", or
-"plots". In the docstring of Sampler the marks are ".. table: sampler" and ".. end". A test fails
-when a page is not what the JSON says.
+of the case of that name, or "classes", "flows", "peers" (the README's), "projection", "seeds",
+"starts", or "plots". In the docstring of Sampler the marks are ".. table: sampler" and ".. end". A
+test fails when a page is not what the JSON says.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.flows import CALLS, ENTRIES
 from benchmarks.harness import RESULTS, ROOT, floor
 from ds.engine import Plan, Target
 from ds.training import presets
@@ -67,6 +68,7 @@ def filled(page: str) -> str:
 def _made(name: str) -> str:
     special = {
         "classes": classes,
+        "flows": flows,
         "peers": peers,
         "projection": projection,
         "plots": plots,
@@ -220,6 +222,28 @@ def classes() -> str:
     return "\n".join(lines) + "\n"
 
 
+def flows() -> str:
+    """Return what the methods of the flow family give in few calls, means over seeds."""
+    if not (path := RESULTS / "flows.json").exists():
+        return "Not measured yet: `python -m benchmarks.flows`.\n"
+    found = json.loads(path.read_text())
+    names = dict.fromkeys(row["method"] for row in found["rows"])
+    columns = ["Frechet distance", "recall", "s / 1,000 images"]
+    heads = [f"{column}, {nfe}" for column in columns for nfe in CALLS]
+    lines = _head("network calls", heads)
+    for name in names:
+        rows = [row["figures"] for row in found["rows"] if row["method"] == name]
+        cells = [
+            _spread([row[str(nfe)][figure] for row in rows if str(nfe) in row], digits)
+            for figure, digits in (("frechet_distance", 1), ("recall", 2))
+            for nfe in CALLS
+        ]
+        times = found["seconds"].get(name, {})
+        cells += [f"{times[str(nfe)]:.3f}" if str(nfe) in times else "-" for nfe in CALLS]
+        lines.append(f"| {ENTRIES[name].words} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def starts() -> str:
     """Return where students of teachers of each prediction start, and what they reach."""
     rows = json.loads((RESULTS / "starts.json").read_text())["starts"]
@@ -234,9 +258,12 @@ def starts() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(figures: list[float]) -> str:
-    spread = f" ± {statistics.stdev(figures):.4f}" if len(figures) > 1 else ""
-    return f"{statistics.mean(figures):.4f}{spread}"
+def _spread(figures: list[float], places: int = 4) -> str:
+    """Return the mean and the deviation of figures; of none, a dash."""
+    if not figures:
+        return "-"
+    spread = f" ± {statistics.stdev(figures):.{places}f}" if len(figures) > 1 else ""
+    return f"{statistics.mean(figures):.{places}f}{spread}"
 
 
 def projection() -> str:

@@ -1,0 +1,259 @@
+"""What the methods of the flow family give for equal spending: digits, several seeds.
+
+    python -m benchmarks.flows [--seeds 5] [--only mean_flow ...] [--runs FOLDER]
+
+For each seed every method trains a network and spends BUDGET evaluations of networks on that. An
+evaluation is one call of any network on one row, and counts two where a derivative along the flow
+comes with the value. The calls of targets, predictors and teachers count, those for pairs too, and
+the training of the teacher that a method needs. Backward passes and the check at the end of a run
+do not count, for any method. All start from fresh weights and learn in the same way.
+
+Writes the Frechet distance and the recall in 1, 2 and 4 network calls, and the seconds to draw, to
+results/flows.json. FOLDER keeps what was trained. Another call goes on from there, and makes anew
+what is of another code of the method's file, or of other settings.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, Case, Pace, Side, commit, environment, measure
+from ds.evaluation.evaluate import evaluate, split_floor
+from ds.evaluation.features import Digits
+from ds.methods import AbstractMethod, MeanFlow, RectifiedFlow, Shortcut
+from ds.methods.base import built
+from ds.models.model import Model
+from ds.models.sampler import Sampler
+from ds.models.student import Student
+from ds.models.teacher import Teacher
+from ds.nets import SongConfig, UNetConfig
+from ds.pairs.generate import generate_pairs
+from ds.pairs.sources import AbstractSource, Images, Pairs, digits
+from ds.system.config import to_json
+from ds.system.files import read_json
+from ds.system.staging import write_json
+from ds.training import presets
+from ds.training.config import TrainConfig
+from ds.training.stages import Stages
+from ds.training.trainer import Trainer
+
+PATH, CALLS, BUDGET = RESULTS / "flows.json", (1, 2, 4), 100_000
+DRAWN = 256  # images at a time, where the time to draw is measured
+HELD_OUT = 64  # rows of the check at the end of a run, which chooses nothing
+DEMO = presets.digits()
+TRAIN = replace(DEMO.train, lr=2e-3, check_every=10**9)  # a check at the end
+NET = replace(DEMO.net, channels=16)
+SLOW = replace(NET, frequencies=(6.0, 0.5))  # as methods need that differentiate in time
+FLOW = RectifiedFlow(reflow=0, steps=16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method, the network that it trains, and how; `pairs` for each stage that needs them."""
+
+    words: str
+    method: AbstractMethod
+    net: UNetConfig | SongConfig = NET
+    train: TrainConfig = TRAIN
+    pairs: int = 2048
+    teach: TrainConfig | None = None  # of the teacher in many calls that the method needs
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "denoising_student": Entry(
+        "Denoising Student", DEMO.method, pairs=3072, teach=replace(TRAIN, epochs=16)
+    ),
+    "rectified_flow": Entry("rectified flow", FLOW),
+    "reflow": Entry("rectified flow, a reflow", replace(FLOW, reflow=1)),
+    # In so short a run a target that follows as slowly as the paper's would stay behind.
+    "shortcut": Entry(
+        "shortcut model", Shortcut(target_decay=0.99), replace(NET, conditions=("level",))
+    ),
+    "mean_flow": Entry("MeanFlow", MeanFlow(), replace(SLOW, conditions=("h",))),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flows")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=ENTRIES, default=[*ENTRIES])
+    parser.add_argument("--runs", type=Path, default=Path("runs/flows"))
+    options = parser.parse_args()
+    DEMO.machine.use()
+    for seed in range(options.seeds):
+        for name in options.only:
+            row = judged(name, options.runs / f"{name}-{seed}", seed)
+            print(name, seed, row["figures"], flush=True)
+    write(options.runs)
+
+
+def write(runs: Path) -> None:
+    """Write what is found of all runs, and how long it takes to draw with those of the seed 0."""
+    found = [read_json(file) for file in sorted(runs.glob("*/figures.json"))]
+    order = [*ENTRIES]
+    rows = sorted(found, key=lambda row: (order.index(row["method"]), row["seed"]))
+    first = [row["method"] for row in rows if row["seed"] == 0]
+    write_json(
+        PATH,
+        {
+            "budget": BUDGET,
+            "floor": split_floor(digits()[0], Digits(), first=1500),
+            "environment": environment(DEMO.machine.use()),
+            "seconds": seconds({name: runs / f"{name}-0" for name in first}),
+            "rows": rows,
+        },
+        force=True,
+    )
+
+
+def seconds(folders: Mapping[str, Path]) -> dict[str, dict[int, float]]:
+    """Return how long 1,000 images of finished runs take, by the number of calls, the median."""
+    draw = {
+        f"{name} {nfe}": partial(Sampler(model, batch_size=DRAWN), 0, range(DRAWN))
+        for name, folder in folders.items()
+        for nfe, model in trained(ENTRIES[name], folder, 0)[0].items()
+    }
+    sides = {name: Side(lambda _, draw=draw: draw()) for name, draw in draw.items()}
+    for side in sides.values():
+        side.run(None)  # warms up
+    case = Case("draw", sides, lambda: None)
+    found: dict[str, dict[int, float]] = {name: {} for name in folders}
+    pace = Pace(rounds=9, seconds=0.0, most=300.0)
+    for side, times in measure(case, sides, DEMO.machine.use(), pace).items():
+        name, nfe = side.split()
+        found[name][int(nfe)] = times["median"] / 1e3 / DRAWN
+    return found
+
+
+def judged(name: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Return the figures of a run; train and judge it if its folder has none of this code."""
+    entry, done = ENTRIES[name], folder / "figures.json"
+    made = {"code": code_of(entry), "settings": settings(entry)}
+    if done.exists() and (row := read_json(done)).items() >= made.items():
+        return row
+    _forget_others(folder, made)
+    models, spent = trained(entry, folder, seed, BUDGET)
+    row = {"method": name, "seed": seed, "commit": commit(), "evaluations": spent, **made}
+    row["figures"] = {nfe: _figures(model) for nfe, model in models.items()}
+    write_json(done, row, force=True)
+    return read_json(done)
+
+
+def _forget_others(folder: Path, made: dict[str, str]) -> None:
+    """Remove a folder that another code or other settings began."""
+    begun = folder / "made.json"
+    if folder.exists() and not (begun.exists() and read_json(begun) == made):
+        shutil.rmtree(folder)
+    write_json(begun, made, force=True)
+
+
+def _figures(model: Model) -> dict[str, float]:
+    result = evaluate(model, digits()[0], Digits())
+    return {name: result[name] for name in ("frechet_distance", "recall")}
+
+
+def code_of(entry: Entry) -> str:
+    """Return the SHA-256 of the code of a method's file and of files beside it that it uses.
+
+    Comments and docstrings do not count.
+    """
+    own = inspect.getmodule(type(entry.method))
+    assert own
+    used = {getattr(value, "__module__", None) or "" for value in vars(own).values()}
+    family = {name for name in used if name.startswith("ds.methods.flow.")} | {own.__name__}
+    trees = [ast.parse(inspect.getsource(sys.modules[name])) for name in sorted(family)]
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
+def settings(entry: Entry) -> str:
+    """Return the SHA-256 of what is trained, how, and for how long."""
+    parts = (entry.method, entry.net, entry.train, entry.teach or entry.train)
+    about = [BUDGET, entry.pairs, *map(to_json, parts)]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def trained(
+    entry: Entry, folder: Path, seed: int, budget: float = BUDGET, rows: int | None = None
+) -> tuple[dict[int, Model], float]:
+    """Return what an entry's run makes, by the number of calls, and the evaluations it spent.
+
+    It learns from the first `rows` of the digits, by default from all.
+    """
+    images = digits()[0][:rows]
+    held_out = Images(images[:HELD_OUT], seed=1)
+    sources: tuple[AbstractSource, AbstractSource] = Images(images), held_out
+    start, spent = RectifiedFlow().result(built(entry.net, seed)), 0.0
+    if entry.teach:
+        start, spent = _taught(entry, folder / "teacher", seed, sources)
+        store = generate_pairs(start, folder / "pairs", entry.pairs + HELD_OUT, seed=seed)
+        spent += len(store) * start.nfe
+        sources = Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
+    epochs = (budget - spent - spends(entry, sources[0])) / (
+        spends(entry, sources[0], epochs=1) - spends(entry, sources[0])
+    )
+    train = replace(entry.train, epochs=epochs, seed=seed)
+    run = Stages(entry.method, start, *sources, folder / "run", train, pairs=entry.pairs)
+    models = _by_calls(run.fit(), run.stages[-1])
+    return models, spent + spends(entry, sources[0], epochs)
+
+
+def _taught(
+    entry: Entry, folder: Path, seed: int, sources: tuple[AbstractSource, AbstractSource]
+) -> tuple[Teacher, float]:
+    """Return a teacher in many calls of the demo's kind, and the evaluations of its training."""
+    method, train = DEMO.denoising, replace(entry.teach or TRAIN, seed=seed)
+    denoiser = method.denoiser(built(entry.net, seed))
+    start = Teacher(denoiser, *DEMO.solve.build(method.schedule))
+    run = Trainer(method, start, *sources, folder, train)
+    return start.using(run.fit()), run.steps * train.batch_size
+
+
+def spends(entry: Entry, source: AbstractSource, epochs: float = 0) -> float:
+    """Return the evaluations that the stages of a run spend, and pairs that are made between."""
+    size, total, last = entry.train.batch_size, 0.0, None
+    for stage in entry.method.stages():
+        rows = len(source)
+        if last and stage.feeds == "pairs":
+            rows, calls = entry.pairs, last.result(built(entry.net)).nfe
+            total += (entry.pairs + HELD_OUT) * calls
+        total += round(epochs * (rows // size)) * size * evaluations(stage)
+        last = stage
+    return total
+
+
+def evaluations(stage: AbstractMethod) -> float:
+    """Return how many evaluations a row of a batch takes, the mean over a run."""
+    match stage:
+        case Shortcut():
+            return 1 + 2 / stage.bootstrap_every
+        case MeanFlow():
+            return 2
+        case _:
+            return 1
+
+
+def _by_calls(result: Model, method: AbstractMethod) -> dict[int, Model]:
+    """Return a result as it is drawn in each number of calls that its method can do."""
+    found: dict[int, Model] = {}
+    for nfe in CALLS:
+        try:
+            method.times(nfe)
+        except ValueError:
+            continue
+        found[nfe] = Student(result.net, method, nfe)
+    return found

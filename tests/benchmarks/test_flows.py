@@ -1,0 +1,63 @@
+"""The comparison of the flow family spends what it says, and as much for each method."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from benchmarks import flows
+from ds.engine import Engine
+from ds.nets.blocks import AbstractUNet
+from ds.pairs import generate
+from ds.pairs.sources import Images, digits
+from ds.training.trainer import Trainer
+
+
+class Spy:
+    """Counts the rows that networks are called on, twice where they carry a derivative."""
+
+    def __init__(self, monkeypatch):
+        self.evaluations, self._on = 0, False
+        self._while(monkeypatch, Trainer, "_take")
+        self._while(monkeypatch, generate, "_write_missing")
+
+    def _while(self, monkeypatch, owner, name):
+        """Count during a function, and not in checks and where speed is measured."""
+        function = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            self._on = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._on = False
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def __call__(self, module, args):
+        if self._on and isinstance(module, (AbstractUNet, Engine)):
+            x = args[0]
+            dual = not isinstance(module, Engine) and forward_ad.unpack_dual(x).tangent is not None
+            self.evaluations += len(x) * (1 + dual)
+
+
+@pytest.mark.parametrize("name", flows.ENTRIES)
+def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(flows, "HELD_OUT", 4)
+    entry, rows = flows.ENTRIES[name], 8
+    net: Any = entry.net
+    entry = replace(
+        entry,
+        net=replace(net, channels=8, norm_groups=4, attention_resolutions=()),
+        train=replace(entry.train, batch_size=8),
+        teach=entry.teach and replace(entry.teach, batch_size=8, epochs=1),
+        pairs=rows,
+    )
+    least = flows.spends(entry, Images(digits()[0][:rows])) + 160 * bool(entry.teach)
+    spy = Spy(monkeypatch)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(spy)
+    with hook:
+        _, spent = flows.trained(entry, tmp_path, 0, least + 60, rows)
+    assert spent == spy.evaluations > 0
