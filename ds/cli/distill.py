@@ -56,7 +56,8 @@ from ds.system.config import Count, tag
 from ds.system.distributed import is_first
 from ds.training.batches import check_rows
 from ds.training.config import RuntimeConfig, TrainConfig
-from ds.training.presets import PRESETS, Machine, PairsConfig, Preset, SolveConfig
+from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
+from ds.training.recipes import settings
 from ds.training.stages import Stages
 from ds.training.throughput import seconds_per_row
 
@@ -144,8 +145,8 @@ class Distill(Verb):
         if not teacher:
             return None
         p = preset_of(teacher)
-        if name and name != tag(type(p.method)):
-            p = replace(p, method=_default(name))
+        if name:
+            p = settings("", p, _default(name))
         return cls._at(teacher, home_beside(teacher), "", p)
 
     @classmethod
@@ -166,10 +167,10 @@ class Distill(Verb):
     @classmethod
     def choices(cls, args: list[str]) -> dict[str, Any]:
         forget_pictures()
-        name, preset = given(args, "method")["method"], PRESETS.get(args[0] if args else "")
-        if name is None or (preset and name == tag(type(preset().method))):
+        if (name := given(args, "method")["method"]) is None:
             return per_preset(cls)
-        return per_preset(cls, method=_default(name))
+        method = _default(name)
+        return per_preset(cls, lambda preset, p: settings(preset, p, method))
 
     @classmethod
     def about(cls) -> str:

@@ -148,11 +148,11 @@ def parse(verb: str, args: list[str]) -> Verb:
     return _parse(kinds, args, f"dstudent {verb}", args[0], description=cls.about())
 
 
-def per_preset(cls: Any, **changes: Any) -> dict[str, Any]:
-    """Return the presets as choices of a verb, whose `of` makes it from one with changes."""
+def per_preset(cls: Any, change: Callable[[str, Preset], Preset] | None = None) -> dict[str, Any]:
+    """Return the presets as choices of a verb, whose `of` makes it from one that is changed."""
     kinds = {}
     for name, make in PRESETS.items():
-        default = cls.of(name, replace(make(), **changes))
+        default = cls.of(name, change(name, make()) if change else make())
         line = (make.__doc__ or "").partition("\n")[0]
         kinds[name] = Annotated[cls, tyro.conf.subcommand(name, default=default, description=line)]
     return kinds

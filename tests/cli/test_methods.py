@@ -61,6 +61,12 @@ def test_a_method_by_name_has_its_options():
     )
 
 
+@pytest.mark.parametrize("name", ["mean_flow", "meanflow", "mean-flow"])
+def test_a_method_s_name_may_lack_its_underscores(name):
+    assert method_of("--method", name) == ds.methods.MeanFlow()
+    assert method_of("--method", "denoisingstudent").loss_type == "l1"  # of the preset
+
+
 def test_the_help_lists_the_methods(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--help"])

@@ -201,7 +201,7 @@ def refused():
         "Heun": (ds.Teacher(heun, Heun(), (1.0, 0.5)), "this teacher's steps"),
         "uneven": (ds.Teacher(heun, ds.solvers.DDIM(), (1.0, 0.3)), "this teacher's steps"),
         "latents": (latents, "decodes latents, takes no FlowMatchEulerDiscreteScheduler"),
-        "song": (ds.Student(song, DenoisingStudent()), "no class for a Song network"),
+        "song": (ds.Student(song, DenoisingStudent()), "no class for a SongUNet"),
         "guidance": (told, "is told a guidance scale"),
         "context": (student(MeanFlow(), conditions=("h", "context")), "is told an image"),
         "many calls": (

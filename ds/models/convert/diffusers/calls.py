@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,9 @@ from ds.diffusion import grids
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import LinearBeta
 from ds.models.convert.diffusers import put, scheduler
-from ds.models.convert.diffusers.network import sayable
 from ds.models.model import Model
 from ds.nets.base import CONTEXT
-from ds.nets.unet import UNetConfig
+from ds.nets.unet import UNet, UNetConfig
 
 log = logging.getLogger("ds")
 _TIMES = 1000  # num_train_timesteps, where ours do not say it
@@ -96,7 +95,10 @@ def drawing(model: Model, where: Path) -> Drawing:
     DDIMScheduler has a single call that returns the image. Raises ValueError, naming `where`, for
     other steps, and for a network that no UNet2DModel can be.
     """
-    config = sayable(cast(Any, model.net.config), where)
+    if not isinstance(model.net, UNet):
+        name = type(model.net).__name__
+        raise ValueError(f"{where}: diffusers has no class for a {name}; accepted is a U-Net")
+    config = model.net.config
     if what := _more_than_a_time(model, config):
         raise ValueError(
             f"{where}: the network {what}, for which diffusers has no few-step pipeline"

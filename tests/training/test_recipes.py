@@ -1,0 +1,93 @@
+"""Recipes for CIFAR-10: the numbers that were published, and the networks that they are for."""
+
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import ds
+from ds.cli.__main__ import main
+from ds.cli.verb import method_named, parse
+from ds.nets import AbstractNetConfig, SongConfig, UNetConfig
+from ds.training.presets import PRESETS
+from ds.training.recipes import RECIPES, settings
+
+COLUMNS = "lr, warm-up, batch, EMA, steps, optimizer, decay, clip, dropout, millions of weights"
+# fmt: off
+PUBLISHED = {
+    "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
+    "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
+    "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
+}
+# fmt: on
+
+
+def recipe(name, preset="cifar10"):
+    return settings(preset, PRESETS[preset](), method_named(name)())
+
+
+def network(method):
+    """Return the network that a method, or a method in it, trains, if it names one."""
+    found = [getattr(method, f.name) for f in fields(method)]
+    own = [v for v in found if isinstance(v, AbstractNetConfig) and v.in_channels == 3]
+    inner = [v for v in found if is_dataclass(v) and not isinstance(v, AbstractNetConfig)]
+    return own[0] if own else network(inner[0]) if inner else None
+
+
+@pytest.mark.parametrize("column", range(10), ids=COLUMNS.split(", "))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_numbers_of_a_method_on_cifar10(name, column):
+    p = recipe(name)
+    t, rows = p.train, p.pairs.count if p.method.stages()[0].feeds == "pairs" else 50_000
+    net = network(p.method)
+    with torch.device("meta"):
+        weights = sum(w.numel() for w in net.build().parameters())
+    found = (
+        t.lr,
+        t.warmup_steps,
+        t.batch_size,
+        t.ema_decay,
+        round(t.epochs * (rows // t.batch_size)),
+        t.optimizer,
+        t.weight_decay,
+        t.grad_clip_norm,
+        net.dropout,
+        round(weights / 1e6, 1),
+    )
+    assert found[column] == PUBLISHED[name][column]
+
+
+def test_every_method_of_the_flow_family_has_a_recipe_for_cifar10():
+    family = {
+        name for name in ds.methods.__all__ if ".flow." in getattr(ds.methods, name).__module__
+    }
+    assert family == {type(make(PRESETS["cifar10"]()).method).__name__
+                      for (preset, _), make in RECIPES.items() if preset == "cifar10"}  # fmt: skip
+
+
+def test_mean_flow_s_network_is_told_times_as_published():
+    net = recipe("mean_flow").method.student
+    assert isinstance(net, SongConfig)
+    assert (net.resample_filter, net.embed_channels, net.encoder) == ((1, 3, 3, 1), 256, "standard")
+    assert net.frequencies[0] <= 6 and net.conditions == ("h",)  # times from 0 to 1
+
+
+def test_only_the_preset_that_a_recipe_is_for_changes():
+    assert recipe("mean_flow", "celeba").train == PRESETS["celeba"]().train
+    assert recipe("denoising_student").train == PRESETS["cifar10"]().train
+
+
+def test_a_recipe_is_what_the_command_line_takes_and_a_dry_run_checks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = UNetConfig(channels=4, norm_groups=2, channel_mult=(1,), attention_resolutions=()).build()
+    denoiser = ds.Denoiser(net, ds.schedule.LinearBeta())
+    ds.Teacher(denoiser, ds.solvers.DDIM(), (999,)).save_pretrained("teacher")
+    np.save("images.npy", np.zeros((1100, 32, 32, 3), np.uint8))
+    command = ["distill", "cifar10", "--method", "meanflow", "--train.batch-size", "128"]
+    task = parse(*command[:1], command[1:])
+    assert task.method == recipe("mean_flow").method and task.train.lr == 6e-4
+    monkeypatch.setattr("ds.cli.distill.Distill.budget", lambda self: "")  # trains for a moment
+    monkeypatch.setattr("ds.nets.song.SongConfig.build", lambda self: net)
+    command += ["--teacher", "teacher", "--images", "images.npy", "--dry-run"]
+    assert main(command) == 0
