@@ -29,3 +29,24 @@ def two_ended(draws: Draws, stream: int, rate: float = 4.0, margin: float = 1e-5
     """
     even = 2 * draws.uniform(stream) - 1
     return 0.5 + torch.asinh(even * math.sinh(rate * (0.5 - margin))) / rate
+
+
+def pair(
+    draws: Draws,
+    streams: tuple[int, int, int],
+    equal: float,
+    start: tuple[float, float],
+    end: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return times t and the steps h = t - r that go back from them, float32 [N] each.
+
+    `start` and `end` are the mean and std of logit-normal times. Without `end`, t is the later and
+    r the earlier of two from `start`. With it, r is from `end`, and cut to t where it is later. A
+    share `equal` of the rows has h = 0 besides. Geng et al. 2025, arXiv:2505.13447, section 4.3;
+    `end` is as in the authors' later code.
+    """
+    t = logit_normal(draws, streams[0], *start)
+    r = logit_normal(draws, streams[1], *(end or start))
+    later = t if end else torch.maximum(t, r)
+    apart = draws.uniform(streams[2]) >= equal
+    return later, apart * (later - torch.minimum(t, r))
