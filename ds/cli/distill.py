@@ -57,7 +57,7 @@ from ds.system.distributed import is_first
 from ds.training.batches import check_rows
 from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
-from ds.training.recipes import settings
+from ds.training.presets.recipes import settings
 from ds.training.stages import Stages
 from ds.training.throughput import seconds_per_row
 

@@ -1,6 +1,7 @@
 """Recipes for CIFAR-10: the numbers that were published, and the networks that they are for."""
 
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ds.cli.__main__ import main
 from ds.cli.verb import method_named, parse
 from ds.nets import AbstractNetConfig, SongConfig, UNetConfig
 from ds.training.presets import PRESETS
-from ds.training.recipes import RECIPES, settings
+from ds.training.presets.recipes import RECIPES, settings
 
 COLUMNS = "lr, warm-up, batch, EMA, steps, optimizer, decay, clip, dropout, millions of weights"
 # fmt: off
@@ -23,14 +24,14 @@ PUBLISHED = {
 # fmt: on
 
 
-def recipe(name, preset="cifar10"):
+def recipe(name, preset="cifar10") -> Any:
     return settings(preset, PRESETS[preset](), method_named(name)())
 
 
-def network(method):
+def network(method) -> Any:
     """Return the network that a method, or a method in it, trains, if it names one."""
     found = [getattr(method, f.name) for f in fields(method)]
-    own = [v for v in found if isinstance(v, AbstractNetConfig) and v.in_channels == 3]
+    own = [v for v in found if isinstance(v, SongConfig)]
     inner = [v for v in found if is_dataclass(v) and not isinstance(v, AbstractNetConfig)]
     return own[0] if own else network(inner[0]) if inner else None
 
@@ -85,7 +86,7 @@ def test_a_recipe_is_what_the_command_line_takes_and_a_dry_run_checks(tmp_path, 
     ds.Teacher(denoiser, ds.solvers.DDIM(), (999,)).save_pretrained("teacher")
     np.save("images.npy", np.zeros((1100, 32, 32, 3), np.uint8))
     command = ["distill", "cifar10", "--method", "meanflow", "--train.batch-size", "128"]
-    task = parse(*command[:1], command[1:])
+    task: Any = parse(command[0], command[1:])
     assert task.method == recipe("mean_flow").method and task.train.lr == 6e-4
     monkeypatch.setattr("ds.cli.distill.Distill.budget", lambda self: "")  # trains for a moment
     monkeypatch.setattr("ds.nets.song.SongConfig.build", lambda self: net)
