@@ -23,6 +23,7 @@ from ds.training import presets
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "how-it-works.md",
+    ROOT / "docs" / "methods.md",
     ROOT / "docs" / "own-images.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "training.md",

@@ -21,6 +21,7 @@ from ds.methods import (
     DenoisingStudent,
     MeanFlow,
     RectifiedFlow,
+    Shortcut,
 )
 from ds.models.convert.diffusers import calls, scheduler
 from ds.models.decoder import Decoder
@@ -90,6 +91,8 @@ MODELS = {
     "rectified flow, times from 0 to 1": (flow(4, 1.0, **LOW), FLOW),
     "MeanFlow, 1 call": (student(MeanFlow(), 1, **LOW, conditions=("h",)), FLOW),
     "MeanFlow, 4 calls": (student(MeanFlow(), 4, **LOW, conditions=("h",)), FLOW),
+    "shortcut, 1 call": (student(Shortcut(), 1, conditions=("level",)), FLOW),
+    "shortcut, 4 calls": (student(Shortcut(), 4, conditions=("level",)), FLOW),
     "a method of one's own": (student(Shorter(), 2, **LOW, conditions=("level",)), FLOW),
 }  # fmt: skip
 
