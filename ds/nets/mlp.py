@@ -27,6 +27,7 @@ class MLPConfig(AbstractNetConfig):
     tag: ClassVar[str] = "mlp"
 
     dim: Count = 2
+    out_dim: Count | None = None  # numbers that it returns; None: dim
     width: Count = 128  # of each hidden layer
     depth: Annotated[int, Between(1, 256)] = 4  # hidden layers
     # numbers the network is told beside the time, such as h; "context" is another point
@@ -57,7 +58,7 @@ class MLPConfig(AbstractNetConfig):
 
 
 class MLP(nn.Module):
-    """An MLP with SiLU: net(x [N, dim], t [N], **cond) -> [N, dim].
+    """An MLP with SiLU: net(x [N, dim], t [N], **cond) -> [N, out_dim].
 
     t and the numbers among the conditions enter by their embeddings, a context [N, dim] as it is,
     and `label`, int64 [N], by a row of 0 and 1, which is all 0 for NO_CLASS.
@@ -69,7 +70,7 @@ class MLP(nn.Module):
         layers = [nn.Linear(sum(c.columns.values()), c.width), nn.SiLU()]
         for _ in range(c.depth - 1):
             layers += [nn.Linear(c.width, c.width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(c.width, c.dim))
+        self.layers = nn.Sequential(*layers, nn.Linear(c.width, c.out_dim or c.dim))
 
     @property
     def shape(self) -> tuple[int]:

@@ -144,6 +144,7 @@ TAGS = {
     "denoising",
     "denoising_student",
     "mean_flow",
+    "mix_flow",
     "rectified_flow",
     "shortcut",
     "consistency_distillation",
