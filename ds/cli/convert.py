@@ -32,7 +32,7 @@ class Convert(Verb):
     source: Model
     out: Annotated[Path, tyro.conf.Positional]
     to: Literal["ours", "diffusers", "pt2", "onnx"] = "ours"
-    nfe: Count | None = None  # network calls of a student; None: as it was saved
+    nfe: Count | None = None  # network calls of a student or a flow; None: as saved
     image_size: Natural = 0  # pixels a side, for a file that does not record them
     # a scheduler_config.json, or its folder, for a file that does not tell its schedule
     scheduler: Path | None = None

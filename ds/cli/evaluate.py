@@ -127,7 +127,7 @@ class Evaluate(Verb):
     store: str | None = None  # pairs; the model is also compared with the held-out ones
     held_out: Count = 1024  # number of held-out pairs, the first of the store
     seed: Seed = 1  # of the noise
-    nfe: Count | None = None  # network calls of a student; None: as it was saved
+    nfe: Count | None = None  # network calls of a student or a flow; None: as saved
     batch_size: Count = 256
     precision: Precision | None = None  # None: bfloat16 for U-Nets on GPUs, else float32
     # what runs the network; None: the fastest mode of its device

@@ -87,7 +87,7 @@ class Sample(Verb):
     # nearer
     between: Natural = 0
     scale: Natural = 0  # enlarge pictures by this factor; 0 enlarges small images only
-    nfe: Count | None = None  # network calls of a student; None: as it was saved
+    nfe: Count | None = None  # network calls of a student or a flow; None: as saved
     batch_size: Count | None = None  # None: 256, or what fills a GPU
     precision: Precision | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     force: bool = False  # replace the result of an earlier `sample`

@@ -22,8 +22,10 @@ import tyro
 
 import ds.methods
 from ds.cli import VERBS
+from ds.diffusion import grids
 from ds.diffusion.conditions import Conditions
 from ds.diffusion.denoiser import Guided
+from ds.diffusion.schedules import Linear
 from ds.methods import AbstractMethod
 from ds.models import pretrained
 from ds.models.load import load, load_teacher
@@ -193,12 +195,21 @@ def loaded(
 def in_calls(model: Teacher | Student, path: str | Path, nfe: int | None) -> Teacher | Student:
     """Return a model of a path with the network calls that are asked for; None: its own.
 
-    Raises ValueError for a teacher, and for calls that the student cannot do.
+    A flow on the straight path then takes as many even steps. Raises ValueError for another teacher,
+    and for calls that the model cannot do.
     """
     if nfe is None:
         return model
-    if not isinstance(model, Student):
-        raise ValueError(f"nfe is for students; {path} is a teacher, whose grid has {model.nfe}")
+    if isinstance(model, Teacher):
+        schedule = model.denoiser.schedule
+        even = isinstance(schedule, Linear)
+        flow = replace(model, grid=grids.uniform(nfe, schedule)) if even else model
+        if flow.nfe != nfe:
+            raise ValueError(
+                f"nfe is for students and for flows on the straight path; {path} is a teacher that "
+                f"makes {model.nfe} network calls"
+            )
+        return flow
     cast(AbstractMethod, model.method).times(nfe)
     return replace(model, nfe=nfe)
 

@@ -140,18 +140,21 @@ def test_one_step_of_diffusers_is_the_noise_minus_the_network_to_the_bit(tmp_pat
     assert torch.equal(by_hand(pipeline.unet, pipeline.scheduler, noise, 1), expected)
 
 
-def test_a_student_of_four_calls_is_converted_on_the_command_line(tmp_path, capsys, caplog):
-    student(MeanFlow(), 1, **LOW, conditions=("h",)).save_pretrained(tmp_path / "ours")
+@pytest.mark.parametrize("name", ["MeanFlow, 1 call", "rectified flow, 10 calls"])
+def test_a_model_is_converted_for_four_calls_on_the_command_line(name, tmp_path, capsys, caplog):
+    MODELS[name][0].save_pretrained(tmp_path / "ours")
     command = ["convert", str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "diffusers"]
     with caplog.at_level(logging.INFO):
         assert main([*command, "--nfe", "4"]) == 0
     assert "DDPMPipeline.from_pretrained" in caplog.text
     assert "(num_inference_steps=4)" in caplog.text
     assert main([*command, "--nfe", "2", "--force"]) == 0
+
+
+def test_a_dry_run_tells_that_no_pipeline_takes_a_student_s_steps(tmp_path, capsys):
     net = student(None).net
     ds.Student(net, ConsistencyDistillation()).save_pretrained(tmp_path / "other")
     command = ["convert", str(tmp_path / "other"), str(tmp_path / "new"), "--to", "diffusers"]
-    capsys.readouterr()
     assert main([*command, "--dry-run"]) == 2
     assert "no pipeline of diffusers takes this student's steps" in capsys.readouterr().err
 
