@@ -195,8 +195,8 @@ def loaded(
 def in_calls(model: Teacher | Student, path: str | Path, nfe: int | None) -> Teacher | Student:
     """Return a model of a path with the network calls that are asked for; None: its own.
 
-    A flow on the straight path then takes as many even steps. Raises ValueError for another teacher,
-    and for calls that the model cannot do.
+    A flow on the straight path then takes as many even steps. Raises ValueError for another
+    teacher, and for calls that the model cannot do.
     """
     if nfe is None:
         return model

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from ds.methods import (
     ConsistencyDistillation,
     DenoisingStudent,
     MeanFlow,
+    MixFlow,
     RectifiedFlow,
     Shortcut,
 )
@@ -71,8 +72,8 @@ def student(method, nfe=1, **fields):
     return ds.Student(net, method, nfe)
 
 
-def flow(nfe, time_scale=999.0, **fields):
-    return RectifiedFlow(nfe=nfe, time_scale=time_scale).result(student(None, **fields).net)
+def flow(nfe, time_scale=999.0, kind: Any = RectifiedFlow, **fields):
+    return kind(nfe=nfe, time_scale=time_scale).result(student(None, **fields).net)
 
 
 # What draws, and the pipeline and the scheduler that then draw it.
@@ -91,6 +92,7 @@ MODELS = {
     "rectified flow, times from 0 to 1": (flow(4, 1.0, **LOW), FLOW),
     "MeanFlow, 1 call": (student(MeanFlow(), 1, **LOW, conditions=("h",)), FLOW),
     "MeanFlow, 4 calls": (student(MeanFlow(), 4, **LOW, conditions=("h",)), FLOW),
+    "MixFlow, 4 calls": (flow(4, kind=MixFlow), FLOW),
     "shortcut, 1 call": (student(Shortcut(), 1, conditions=("level",)), FLOW),
     "shortcut, 4 calls": (student(Shortcut(), 4, conditions=("level",)), FLOW),
     "a method of one's own": (student(Shorter(), 2, **LOW, conditions=("level",)), FLOW),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from ds.methods import (
     AbstractMethod,
     MeanFlow,
+    MixFlow,
     RectifiedFlow,
     Shortcut,
 )
@@ -43,6 +44,12 @@ def rectified_flow(p: Preset) -> Preset:
         ema_decay=0.999999,
     )
     return replace(p, method=RectifiedFlow(reflow=0, nfe=100, student=net), train=train)
+
+
+def mix_flow(p: Preset) -> Preset:
+    """DDPM++ of EDM. Nayal et al. 2026, arXiv:2604.09181, and the released settings."""
+    train = TrainConfig(batch_size=128, epochs=_epochs(500_000, 128), betas=_ADAM, ema_decay=0.9999)
+    return replace(p, method=MixFlow(kl_weight=1e-5, student=SongConfig(dropout=0.13)), train=train)
 
 
 def shortcut(p: Preset) -> Preset:
@@ -80,7 +87,7 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         ("cifar10", f.__name__): f
         for f in (
-            rectified_flow, shortcut, mean_flow,
+            rectified_flow, mix_flow, shortcut, mean_flow,
         )
     },
 }  # fmt: skip
