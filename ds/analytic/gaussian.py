@@ -1,7 +1,7 @@
 """Gaussian data, whose denoiser and probability-flow ODE are linear maps."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from ds.diffusion.predictions import Level
 class Gaussian(AbstractData):
     """Independent elements N(mean, std**2): every solver step is an affine map."""
 
-    mean: float = 0.1
-    std: float = 0.15
+    mean: Level = 0.1
+    std: Level = 0.15
     shape: tuple[int, ...] = (1, 8, 8)
 
     def sample(self, seed: int, indices: Iterable[int]) -> Tensor:
@@ -32,6 +32,14 @@ class Gaussian(AbstractData):
     def flow(self, x: Tensor, start: Levels, end: Levels) -> Tensor:
         widening = (self._variance(*end) / self._variance(*start)) ** 0.5
         return end[0] * self.mean + widening * (x - start[0] * self.mean)
+
+    def posterior(self, x: Tensor, alpha: Level, sigma: Level) -> "Gaussian":
+        """Return the distribution of x0 where x_t = alpha * x0 + sigma * eps is x [N, *shape].
+
+        Its mean and its std are tensors, a row for each of x.
+        """
+        std = self.std * sigma / self._variance(alpha, sigma) ** 0.5
+        return replace(self, mean=self.x0(x, alpha, sigma), std=std)
 
     def _variance(self, alpha: Level, sigma: Level) -> Level:
         """Return the variance of x_t."""

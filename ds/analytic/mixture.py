@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,25 @@ class GaussianMixture(AbstractData):
         return (share * self.centres(x)).sum(1) + alpha * self.std**2 / variance * (
             share * away
         ).sum(1)
+
+    def posterior(self, x: Tensor, alpha: float, sigma: float) -> "GaussianMixture":
+        """Return the distribution of x0 where x_t = alpha * x0 + sigma * eps is the point x [D].
+
+        It is a mixture of as many modes, each as narrow as the noise lets it be.
+        """
+        share, away, variance = self._posterior(x[None].double(), alpha, sigma, None)
+        centres = self.centres(away) + alpha * self.std**2 / variance * away[0]
+        means = tuple(map(tuple, centres.tolist()))
+        weights = tuple(share[0, :, 0].tolist())
+        return replace(self, means=means, weights=weights, std=self.std * sigma / variance**0.5)
+
+    @property
+    def total_variance(self) -> float:
+        """The sum of the variances of the coordinates: the trace of the covariance."""
+        means = torch.tensor(self.means, dtype=torch.float64, device="cpu")
+        weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")[:, None]
+        spread = (weights * (means - (weights * means).sum(0)).square()).sum()
+        return float(spread) + self.std**2 * len(self.means[0])
 
     def class_logits(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """Return log p(class | x), [N, classes]: the best classifier of noisy points."""

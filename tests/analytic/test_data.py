@@ -307,6 +307,28 @@ def test_a_flow_moves_at_the_velocity_of_the_denoiser(data):
     torch.testing.assert_close(slope, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize(("alpha", "sigma"), LEVELS[1:])
+@pytest.mark.parametrize("data", [SMALL[0], SMALL[2]], ids=lambda d: type(d).__name__)
+def test_the_posterior_of_the_data_is_that_of_bayes(data, alpha, sigma):
+    """p(x0 | x_t) = p(x0) * p(x_t | x0) / p(x_t)."""
+    like = {"dtype": torch.float64}
+    x, x0 = torch.linspace(-0.9, 0.7, *data.shape, **like), torch.randn(20, *data.shape, **like)
+    of_noise = D.Normal(alpha * x0, torch.tensor(sigma, **like)).log_prob(x).sum(-1)
+    expected = log_density(data, x0, 1, 0) + of_noise - log_density(data, x[None], alpha, sigma)
+    if isinstance(data, Gaussian):
+        found = data.posterior(x[None], alpha, sigma)
+        density = D.Normal(found.mean, torch.tensor(found.std, **like)).log_prob(x0).sum(-1)
+    else:
+        density = log_density(data.posterior(x, alpha, sigma), x0, 1, 0)
+    torch.testing.assert_close(density, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_total_variance_of_a_mixture_is_that_of_its_samples():
+    data = GaussianMixture()
+    found = data.sample(0, range(20_000)).var(0).sum().item()
+    assert data.total_variance == pytest.approx(found, rel=0.02)
+
+
 def test_a_class_is_the_mixture_of_its_modes():
     data, x = GaussianMixture(), noise(3, range(30), (2,), dtype=torch.float64)
     y = torch.arange(30) % 3

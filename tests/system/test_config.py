@@ -145,6 +145,7 @@ TAGS = {
     "denoising_student",
     "mean_flow",
     "mix_flow",
+    "posterior_mean_flow",
     "rectified_flow",
     "shortcut",
     "consistency_distillation",

@@ -1,7 +1,7 @@
 """DDPM's own sampler: each step draws from the posterior of the next state, given x_t and x0."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,28 @@ from ds.diffusion.solvers.base import AbstractSolver, fresh_noise
 from ds.system.config import check
 
 _STREAM = 0x6E84B1D03F9C527A
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x0), s < t: normal about x * x_t + x0 * x0 with the variance `small`.
+
+    `large` is the variance of q(x_t | x_s). Ho et al. 2020, arXiv:2006.11239, Eq. 7, where they are
+    beta-tilde and beta; on any path.
+    """
+
+    x: float
+    x0: float
+    small: float
+    large: float
+
+    @classmethod
+    def between(cls, start: tuple[float, float], end: tuple[float, float]) -> "Posterior":
+        """Return the posterior of a step between two levels, (alpha, sigma) each."""
+        alpha, now, before = end[0], start[1] ** 2, end[1] ** 2
+        kept = start[0] / alpha
+        large = now - kept**2 * before  # the noise from s to t
+        small = large * before / now
+        return cls(kept * before / now, alpha * large / now, small, large)
 
 
 @dataclass(frozen=True)
@@ -53,11 +75,10 @@ class Ancestral(AbstractSolver):
         draws: Draws | None = None,
     ) -> tuple[Tensor, float]:
         known, (alpha, sigma) = denoiser.parts(x, t), denoiser.schedule.at(s)
-        now, before = float(known.sigma) ** 2, sigma**2
-        kept = float(known.alpha) / alpha
-        large = now - kept**2 * before  # the noise from s to t
-        small = large * before / now
-        x = kept * before / now * x + alpha * large / now * known.x0
+        of_x, of_x0, small, large = Posterior.between(
+            (float(known.alpha), float(known.sigma)), (alpha, sigma)
+        )
+        x = of_x * x + of_x0 * known.x0
         # In the step to the data there is no noise, and the smallest variance is the last one's.
         least = small or (large if state is None else state)
         if known.gradient is not None:

@@ -29,7 +29,7 @@ def jumps(u: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, grid: Grid) 
     """Follow average velocities u(x, t [N], h [N]), from t to t - h, from noise to the data."""
     x = z
     for t, r in pairwise((*grid, PATH.data)):
-        now, h = (x.new_full((len(x),), value) for value in (t, t - r))
+        now, h = (x.new_full((x.shape[0],), value) for value in (t, t - r))
         x = x - (t - r) * u(x, now, h)
     return x
 
