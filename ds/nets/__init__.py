@@ -5,6 +5,7 @@ from ds.nets.blocks import recompute_norms
 from ds.nets.classifier import Classifier, ClassifierConfig, adm_classifier
 from ds.nets.fold import fold_attention
 from ds.nets.mlp import MLP, MLPConfig
+from ds.nets.potential import Potential, PotentialConfig
 from ds.nets.song import SongConfig, SongUNet, ddpmpp, ncsnpp
 from ds.nets.unet import UNet, UNetConfig
 
@@ -14,6 +15,8 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "MLPConfig",
+    "Potential",
+    "PotentialConfig",
     "SongConfig",
     "SongUNet",
     "UNet",
