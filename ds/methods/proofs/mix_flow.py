@@ -86,7 +86,8 @@ def _straight(method: Any) -> Check:
 def _gradient(method: Any) -> Check:
     """The predictor's gradient comes through the state and through the target."""
     pairs = normal_pairs()
-    mean, log_var, w = pairs.x0.sin(), pairs.x0.cos(), torch.linspace(0.1, 0.9, 33).to(pairs.x0)
+    w = torch.linspace(0.1, 0.9, len(pairs.x0), dtype=torch.float64, device="cpu")
+    mean, log_var = pairs.x0.sin(), pairs.x0.cos()
     own = torch.cat([mean, log_var], 1).requires_grad_()
     states: list[Tensor] = []
 
