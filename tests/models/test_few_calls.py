@@ -18,6 +18,7 @@ from ds.diffusion.solvers import Heun
 from ds.methods import (
     AbstractMethod,
     ConsistencyDistillation,
+    CRectifiedFlow,
     DenoisingStudent,
     MeanFlow,
     MixFlow,
@@ -27,6 +28,7 @@ from ds.methods import (
 from ds.models.convert.diffusers import calls, scheduler
 from ds.models.decoder import Decoder
 from ds.nets import SongConfig, UNetConfig
+from ds.nets.potential import Potential
 from ds.system.staging import write_json
 from tests.nets.peers import randomized
 
@@ -73,7 +75,8 @@ def student(method, nfe=1, **fields):
 
 
 def flow(nfe, time_scale=999.0, kind: Any = RectifiedFlow, **fields):
-    return kind(nfe=nfe, time_scale=time_scale).result(student(None, **fields).net)
+    net = student(None, **fields).net
+    return kind(nfe=nfe, time_scale=time_scale).result(net)
 
 
 # What draws, and the pipeline and the scheduler that then draw it.
@@ -211,6 +214,7 @@ def refused():
         "latents": (latents, "decodes latents, takes no FlowMatchEulerDiscreteScheduler"),
         "song": (ds.Student(song, DenoisingStudent()), "no class for a SongUNet"),
         "guidance": (told, "is told a guidance scale"),
+        "potential": (CRectifiedFlow().result(Potential(net, "quadratic")), "no class for a Pot"),
         "context": (student(MeanFlow(), conditions=("h", "context")), "is told an image"),
         "many calls": (
             student(MeanFlow(), 40, **LOW, conditions=("h",)), "cannot be told the times of 40",

@@ -19,6 +19,8 @@ from ds.training.presets.recipes import RECIPES, settings
 PUBLISHED = {
     "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
     "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
+    "c_rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
+    "posterior_mean_flow": (6e-4, 10_000, 1024, 0.9995, 800_000, "adam", 0, 0, 0.2, 56.1),
     "mix_flow": (2e-4, 5000, 128, 0.9999, 500_000, "adam", 0, 0, 0.13, 55.7),
     "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
 }

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 from ds.methods import (
     AbstractMethod,
+    CRectifiedFlow,
     MeanFlow,
     MixFlow,
+    PosteriorMeanFlow,
     RectifiedFlow,
     Shortcut,
 )
@@ -23,6 +25,9 @@ from ds.training.presets import Preset
 
 IMAGES = 50_000  # of CIFAR-10's training set
 _ADAM = (0.9, 0.999)
+# DDPM++ as score SDEs have it, and as MeanFlow has it.
+_SCORE_SDE = SongConfig(channel_mult=(1, 2, 2, 2), dropout=0.15)
+_SLOW = SongConfig(dropout=0.2, embed_channels=256, resample_filter=(1, 3, 3, 1), conditions=("h",))
 
 
 def _epochs(steps: int, batch: int, rows: int = IMAGES) -> float:
@@ -35,7 +40,6 @@ def rectified_flow(p: Preset) -> Preset:
 
     A reflow and a distillation of its result have an average of 0.9999 and a dropout of 0.1.
     """
-    net = SongConfig(channel_mult=(1, 2, 2, 2), dropout=0.15)
     train = TrainConfig(
         batch_size=128,
         epochs=_epochs(1_300_000, 128),
@@ -43,7 +47,12 @@ def rectified_flow(p: Preset) -> Preset:
         grad_clip_norm=1.0,
         ema_decay=0.999999,
     )
-    return replace(p, method=RectifiedFlow(reflow=0, nfe=100, student=net), train=train)
+    return replace(p, method=RectifiedFlow(reflow=0, nfe=100, student=_SCORE_SDE), train=train)
+
+
+def c_rectified_flow(p: Preset) -> Preset:
+    """Ours, as 1-RF: the paper has no experiments. Liu 2022, arXiv:2209.14577."""
+    return replace(rectified_flow(p), method=CRectifiedFlow(student=_SCORE_SDE))
 
 
 def mix_flow(p: Preset) -> Preset:
@@ -69,9 +78,6 @@ def shortcut(p: Preset) -> Preset:
 
 def mean_flow(p: Preset) -> Preset:
     """MeanFlow as first published. Geng et al. 2025, arXiv:2505.13447, appendix A."""
-    net = SongConfig(
-        dropout=0.2, embed_channels=256, resample_filter=(1, 3, 3, 1), conditions=("h",)
-    )
     train = TrainConfig(
         batch_size=1024,
         epochs=_epochs(800_000, 1024),
@@ -80,14 +86,25 @@ def mean_flow(p: Preset) -> Preset:
         betas=_ADAM,
         ema_decay=0.9999,
     )
-    return replace(p, method=MeanFlow(student=net), train=train)
+    return replace(p, method=MeanFlow(student=_SLOW), train=train)
+
+
+def posterior_mean_flow(p: Preset) -> Preset:
+    """Ours, as MeanFlow, with the average of Rapakoulias et al. 2026, arXiv:2605.07661."""
+    base = mean_flow(p)
+    net = replace(_SLOW, conditions=("h", "outer", "context"))
+    return replace(
+        base,
+        method=PosteriorMeanFlow(student=net),
+        train=replace(base.train, ema_decay=0.9995),
+    )
 
 
 RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         ("cifar10", f.__name__): f
         for f in (
-            rectified_flow, mix_flow, shortcut, mean_flow,
+            rectified_flow, c_rectified_flow, mix_flow, shortcut, mean_flow, posterior_mean_flow,
         )
     },
 }  # fmt: skip
