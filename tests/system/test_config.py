@@ -145,6 +145,7 @@ TAGS = {
     "denoising",
     "denoising_student",
     "mean_flow",
+    "discrete_mean_flow",
     "mix_flow",
     "posterior_mean_flow",
     "rectified_flow",

@@ -112,8 +112,29 @@ def do_jobs(home: Path) -> None:
             assert (caught.value.number, run.state.step) == (signal.SIGTERM, 7)
         else:
             run.fit()
-            weights = torch.cat([p.flatten() for p in run.state.modules.parameters()])
-            assert len(distributed.gather(weights[None]).unique(dim=0)) == 1
+            assert learnt(run) == 1
+    run = make(ds.PairStore(home / "store"), home / "past", "tangent")
+    wrapped = run._losses
+    run._losses = lambda: {turn: Past(loss) for turn, loss in wrapped().items()}
+    run.fit()
+    assert learnt(run) == 2, "a call past the wrapper of DistributedDataParallel averages nothing"
+
+
+def learnt(run: Trainer) -> int:
+    """Return how many different networks the processes have."""
+    weights = torch.cat([p.flatten() for p in run.state.modules.parameters()])
+    return len(distributed.gather(weights[None]).unique(dim=0))
+
+
+class Past(torch.nn.Module):
+    """The wrong way to a derivative over processes: through the module inside the wrapper."""
+
+    def __init__(self, loss: torch.nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *args):
+        return self.loss.module(*args)
 
 
 class Telling:
