@@ -20,6 +20,7 @@ from ds.methods import (
     ConsistencyDistillation,
     CRectifiedFlow,
     DenoisingStudent,
+    DiscreteMeanFlow,
     MeanFlow,
     MixFlow,
     RectifiedFlow,
@@ -98,6 +99,9 @@ MODELS = {
     "MixFlow, 4 calls": (flow(4, kind=MixFlow), FLOW),
     "shortcut, 1 call": (student(Shortcut(), 1, conditions=("level",)), FLOW),
     "shortcut, 4 calls": (student(Shortcut(), 4, conditions=("level",)), FLOW),
+    "discrete MeanFlow, 2 calls": (
+        student(DiscreteMeanFlow(), 2, **LOW, conditions=("h",)), FLOW,
+    ),
     "a method of one's own": (student(Shorter(), 2, **LOW, conditions=("level",)), FLOW),
 }  # fmt: skip
 
