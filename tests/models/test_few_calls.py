@@ -36,9 +36,14 @@ from tests.nets.peers import randomized
 diffusers = pytest.importorskip("diffusers")
 
 SMALL = {
-    "image_size": 8, "in_channels": 1, "channels": 16, "channel_mult": (1, 2),
-    "num_res_blocks": 1, "attention_resolutions": (4,), "norm_groups": 8,
-}  # fmt: skip
+    "image_size": 8,
+    "in_channels": 1,
+    "channels": 16,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "norm_groups": 8,
+}
 LOW = {"frequencies": (6.0, 0.5)}
 FLOW, TABLE = ("DDPMPipeline", scheduler.FLOW), ("DDIMPipeline", "DDIMScheduler")
 
@@ -85,10 +90,12 @@ MODELS = {
     "Denoising Student, noise minus output": (student(DenoisingStudent(t=999)), FLOW),
     "Denoising Student of 800 steps": (student(DenoisingStudent(t=800)), FLOW),
     "Denoising Student of a v prediction": (
-        student(DenoisingStudent(t=999, residual=False, gain=-1.0)), TABLE,
+        student(DenoisingStudent(t=999, residual=False, gain=-1.0)),
+        TABLE,
     ),
     "Denoising Student of an EDM teacher": (
-        student(DenoisingStudent(t=1.0955, residual=False, gain=0.5)), TABLE,
+        student(DenoisingStudent(t=1.0955, residual=False, gain=0.5)),
+        TABLE,
     ),
     "Denoising Student with a gain": (student(DenoisingStudent(t=999, gain=0.5)), FLOW),
     "rectified flow, 1 call": (flow(1), FLOW),
@@ -100,10 +107,11 @@ MODELS = {
     "shortcut, 1 call": (student(Shortcut(), 1, conditions=("level",)), FLOW),
     "shortcut, 4 calls": (student(Shortcut(), 4, conditions=("level",)), FLOW),
     "discrete MeanFlow, 2 calls": (
-        student(DiscreteMeanFlow(), 2, **LOW, conditions=("h",)), FLOW,
+        student(DiscreteMeanFlow(), 2, **LOW, conditions=("h",)),
+        FLOW,
     ),
     "a method of one's own": (student(Shorter(), 2, **LOW, conditions=("level",)), FLOW),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,8 +215,14 @@ def refused():
     folder = Path("decoder")
     vae.save_pretrained(folder)
     latents = ds.Student(net, DenoisingStudent(), decoder=Decoder.read(folder))
-    song = SongConfig(image_size=8, in_channels=1, channels=16, channel_mult=(1,),
-                      num_res_blocks=1, attention_resolutions=()).build()  # fmt: skip
+    song = SongConfig(
+        image_size=8,
+        in_channels=1,
+        channels=16,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+    ).build()
     told = student(DenoisingStudent(), conditions=("guidance",))
     return {
         "consistency": (ds.Student(net, ConsistencyDistillation()), "this student's steps"),
@@ -221,9 +235,10 @@ def refused():
         "potential": (CRectifiedFlow().result(Potential(net, "quadratic")), "no class for a Pot"),
         "context": (student(MeanFlow(), conditions=("h", "context")), "is told an image"),
         "many calls": (
-            student(MeanFlow(), 40, **LOW, conditions=("h",)), "cannot be told the times of 40",
+            student(MeanFlow(), 40, **LOW, conditions=("h",)),
+            "cannot be told the times of 40",
         ),
-    }  # fmt: skip
+    }
 
 
 def test_what_no_pipeline_draws_is_refused_in_one_line(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from ds.training.presets import PRESETS
 from ds.training.presets.recipes import RECIPES, settings
 
 # lr, warm-up, batch, EMA, steps, optimizer, weight decay, clipping, dropout, millions of weights
-# fmt: off
 PUBLISHED = {
     "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
     "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
@@ -25,7 +24,6 @@ PUBLISHED = {
     "discrete_mean_flow": (6e-4, 1000, 1024, 0.9999, 96_000, "adam", 0, 0, 0.2, 55.9),
     "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
 }
-# fmt: on
 
 
 def recipe(name, preset="cifar10") -> Any:
@@ -66,8 +64,11 @@ def test_every_method_of_the_flow_family_has_a_recipe_for_cifar10():
     family = {
         name for name in ds.methods.__all__ if ".flow." in getattr(ds.methods, name).__module__
     }
-    assert family == {type(make(PRESETS["cifar10"]()).method).__name__
-                      for (preset, _), make in RECIPES.items() if preset == "cifar10"}  # fmt: skip
+    assert family == {
+        type(make(PRESETS["cifar10"]()).method).__name__
+        for (preset, _), make in RECIPES.items()
+        if preset == "cifar10"
+    }
 
 
 def test_mean_flow_s_network_is_told_times_as_published():

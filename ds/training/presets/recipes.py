@@ -118,10 +118,16 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         ("cifar10", f.__name__): f
         for f in (
-            rectified_flow, c_rectified_flow, mix_flow, shortcut, mean_flow, discrete_mean_flow, posterior_mean_flow,
+            rectified_flow,
+            c_rectified_flow,
+            mix_flow,
+            shortcut,
+            mean_flow,
+            discrete_mean_flow,
+            posterior_mean_flow,
         )
     },
-}  # fmt: skip
+}
 
 
 def settings(name: str, preset: Preset, method: AbstractMethod) -> Preset:

@@ -98,13 +98,19 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 _FLOW_STEPS = 50  # where the file does not tell how many
 # What moves its times or its steps in ways that are not read.
 _FLOW_OFF = (
-    "use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
-    "use_beta_sigmas", "stochastic_sampling",
-)  # fmt: skip
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
 _FLOW_DEFAULTS = {
-    "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": None,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": None,
     **dict.fromkeys(_FLOW_OFF, False),
-}  # fmt: skip
+}
 # Fields that would change what the network is fed, and the values that do not.
 _FIXED = {"use_flow_sigmas": [False], "timestep_type": ["discrete"]}
 
@@ -205,9 +211,12 @@ def _flow(there: dict[str, Any], file: Path) -> Sampling:
     check(fields, "shift", lambda value: number(value) and value > 0, "a number above 0", file)
     last = fields["shift_terminal"]
     check(
-        fields, "shift_terminal", lambda value: value is None or (number(value) and 0 < value < 1),
-        "null or a number between 0 and 1", file,
-    )  # fmt: skip
+        fields,
+        "shift_terminal",
+        lambda value: value is None or (number(value) and 0 < value < 1),
+        "null or a number between 0 and 1",
+        file,
+    )
     for field in _FLOW_OFF:
         check(fields, field, one_of([False, None]), "false", file)
     even = 1 / last if last else 0.0  # the steps that `calls` writes so
