@@ -23,6 +23,7 @@ from ds.nets.embedding import (
     check_frequencies,
     check_names,
 )
+from ds.nets.potential import Potential
 from ds.system.config import check
 from ds.system.cost import check_memory
 
@@ -292,8 +293,13 @@ def recompute_norms(net: nn.Module) -> None:
     same to the bit.
 
     Raises:
-        ValueError: the network has no residual blocks.
+        ValueError: the network has no residual blocks, or is differentiated by a Potential.
     """
+    if any(isinstance(layer, Potential) for layer in net.modules()):
+        raise ValueError(
+            "recompute_norms: the derivative that a Potential takes needs what this would free; "
+            "leave it out"
+        )
     blocks = [layer for layer in net.modules() if isinstance(layer, ResBlock)]
     if not blocks:
         raise ValueError(f"recompute_norms: {type(net).__name__} has no ResBlock")

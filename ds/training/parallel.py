@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ds.methods import AbstractMethod, Progress
 from ds.nets.blocks import ResBlock
+from ds.nets.potential import Potential
 from ds.pairs.sources import Batch
 from ds.system import distributed
 from ds.training.config import RuntimeConfig
@@ -99,8 +100,13 @@ def shard(
     travel as `reduce`, if that is given, and end in the dtype of the weights. Buffers are not
     sharded.
 
-    Raises ValueError for a weight of no dimensions.
+    Raises ValueError for a weight of no dimensions, and for a network that differentiates another.
     """
+    if any(isinstance(module, Potential) for module in modules.modules()):
+        raise ValueError(
+            "runtime.shard frees weights that the second derivative of a Potential still needs; "
+            "leave it out, and torchrun shares the rows of a batch"
+        )
     kept = {id(w): w for w in (*modules.parameters(), *modules.buffers())}
     for w in kept.values():
         w.data = w.data.contiguous()  # FSDP asks for it

@@ -52,7 +52,7 @@ class CRectifiedFlow(AbstractMethod):
     rounds: Count = 1  # rounds of training; from the second on, on pairs made by the last
     cost: Cost = "quadratic"  # c: half the square of the distance, or a quarter of its 4th power
     steps: Count = 100  # network calls with which a round makes the pairs of the next
-    nfe: Count = 100  # network calls of the model that is made in the end; few after two rounds
+    nfe: Count = 10  # network calls of the model that is made in the end; fewer after two rounds
     time_scale: Positive = 999.0  # the network is told this times the time, which is 0 to 1
     # the network that the potential is made of; else a copy of the teacher's
     student: AbstractNetConfig | None = None
