@@ -142,18 +142,25 @@ class _Bed:
         wrong = {name: self._trained(self._changed(c))[-1] for name, c in wanted.items()}
         if not self.trial.rows:
             yield from self._distances(earlier, last, wrong)
-        right, *others = (self._measured(last, made) for made in (last, *wrong.values()))
+        for number, made in enumerate(earlier, 1):
+            yield from self._measures(f"stage {number}: ", made, wrong)
+        yield from self._measures("", last, wrong)
+
+    def _measures(self, where: str, made: _Made, wrong: Mapping[str, _Made]) -> Iterator[Check]:
+        """Yield a stage's own figures, with those of the controls unless they bring their own."""
+        right, *others = (self._measured(made, one) for one in (made, *wrong.values()))
         for check, *mistaken in zip(right, *others, strict=True):
-            if wrong or check.share is None:
-                values = (other.value for other in mistaken)
-                yield check.beside(dict(zip(wrong, values, strict=True)))
+            figures = dict(zip(wrong, (other.value for other in mistaken), strict=True))
+            if check.controls or check.share is None or wrong:
+                full = check if check.controls else check.beside(figures)
+                yield full._replace(metric=f"{where}{check.metric}")
 
     @staticmethod
     @torch.no_grad()
-    def _measured(last: _Made, made: _Made) -> tuple[Check, ...]:
-        """Measure a network as the last stage does; a control of another kind by its method."""
-        kind = type(last.method)
-        method = last.method if isinstance(made.method, kind) else made.method
+    def _measured(stage: _Made, made: _Made) -> tuple[Check, ...]:
+        """Measure a network as a stage does; that of a method of another kind by its method."""
+        kind = type(stage.method)
+        method = stage.method if isinstance(made.method, kind) else made.method
         return kind.measure(method, made.net, _noise())
 
     def _distances(

@@ -146,8 +146,8 @@ class AbstractMethod(ABC):
         """Return checks of a trained network, beside the distances that every method is held to.
 
         `z` [N, *shape] is the noise to sample from. ds.verify calls it without gradients, and adds
-        the figures of the trial's controls. A control that is another method comes as `self`, so
-        use what both have.
+        the figures of the trial's controls to checks that have none. A control that is another
+        method comes as `self`, so use what both have.
         """
         return ()
 

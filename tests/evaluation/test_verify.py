@@ -244,12 +244,16 @@ class Furnished(Shuffled):
         )
 
     def measure(self, net, z):
-        return (Check(SIZE, float(self.sample(net, z).square().mean()), share=0.5),)
+        own = Check("with its own control", 0.0, 1.0, {"its own": 2.0})
+        return Check(SIZE, float(self.sample(net, z).square().mean()), share=0.5), own
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A distance that is not worth its name, but takes no time."""
+    """Few points, and a distance that is not worth its name but takes no time."""
+    monkeypatch.setattr("ds.evaluation.verify.POINTS", 64)
+    monkeypatch.setattr("ds.evaluation.verify._noise", lambda: even_noise(64, 2))
+    monkeypatch.setattr("ds.evaluation.verify._exact", lambda seed: even_noise(64, 2, seed))
     monkeypatch.setattr(
         "ds.evaluation.verify.sliced_wasserstein", lambda a, b: float((a - b).std())
     )
@@ -262,21 +266,30 @@ def test_a_control_may_be_another_method_and_a_bar_a_share_of_the_controls(quick
         "beside controls: distance, 1 call",
         "not called: distance, 1 call",
         SIZE,
+        "with its own control",
     ]
-    first, share, misused, size = found.values()
+    first, share, misused, size, own = found.values()
+    assert own.controls == {"its own": 2.0}
     assert [*first.controls] == ["untrained", "own", "another"]
     assert [*share.controls] == [*size.controls] == ["own", "another"]
     for check in (share, size):
         assert check.bar == 0.5 * min(check.controls.values())
-    assert size.controls["another"] == pytest.approx(1.0, abs=0.01)  # measured with its own sample
+    assert size.controls["another"] == pytest.approx(1.0, abs=0.1)  # measured with its own sample
     assert share.controls["another"] == misused.value  # nothing of the network in both
     assert misused.at_least and misused.bar == 0.3 < misused.value
     assert misused.controls == {"used well": first.value}
 
 
+def test_earlier_stages_are_measured_too(quick):
+    method = RectifiedFlow(reflow=2, steps=2)
+    found = [check.metric for check in verify(method, steps=5, controls=False).checks]
+    assert "stage 2: straightness" in found and "straightness" in found
+
+
 def test_what_is_relative_to_controls_is_left_out_without_them(quick):
     found = verify(Furnished(), steps=10, controls=False).checks
-    assert [c.metric for c in found] == ["distance, 1 call", "not called: distance, 1 call"]
+    metrics = ["distance, 1 call", "not called: distance, 1 call", "with its own control"]
+    assert [check.metric for check in found] == metrics
 
 
 @pytest.mark.parametrize(
