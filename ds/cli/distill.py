@@ -1,8 +1,8 @@
 """dstudent distill: train a student by any method, after making the pairs that it lacks."""
 
 import copy
-import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -175,7 +175,7 @@ class Distill(Verb):
     @classmethod
     def about(cls) -> str:
         lines = (
-            f"- {name}: {(inspect.getdoc(kind) or '').partition(chr(10))[0]}"
+            f"- {name}: {(sys.modules[kind.__module__].__doc__ or '').partition(chr(10))[0]}"
             for name, kind in methods().items()
         )
         return "\n".join([super().about(), "", "Methods, for --method:", "", *lines])

@@ -293,7 +293,8 @@ def _guided(teacher: Teacher, scale: float | tuple[float, float]) -> Teacher:
 
 def methods() -> dict[str, type[AbstractMethod]]:
     """Return the methods of the library by tag."""
-    return {tag(cls): cls for cls in vars(ds.methods).values() if _is_method(cls)}
+    found = [cls for cls in vars(ds.methods).values() if _is_method(cls)]
+    return {tag(cls): cls for cls in sorted(found, key=tag)}
 
 
 def method_named(name: str) -> type[AbstractMethod]:
