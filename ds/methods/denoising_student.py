@@ -1,4 +1,4 @@
-"""Denoising Student: the method of the paper."""
+"""Denoising Student: learn what a teacher makes of its noise, in one network call."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""A conditional MeanFlow that draws from p(x0 | x_t), and a stochastic sampler made of such draws.
+"""Conditional MeanFlow posterior sampler (after STMD): draw from p(x0 | x_t), step by step.
 
 After "Stochastic Transition-Map Distillation" (STMD), Rapakoulias et al., arXiv:2605.07661, whose
 code and constants are not public. From what is said of it come the conditional MeanFlow between
