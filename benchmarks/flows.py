@@ -32,6 +32,7 @@ from ds.evaluation.evaluate import evaluate, split_floor
 from ds.evaluation.features import Digits
 from ds.methods import (
     AbstractMethod,
+    DiscreteMeanFlow,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
@@ -89,6 +90,9 @@ ENTRIES: Mapping[str, Entry] = {
         "shortcut model", Shortcut(target_decay=0.99), replace(NET, conditions=("level",))
     ),
     "mean_flow": Entry("MeanFlow", MeanFlow(), replace(SLOW, conditions=("h",))),
+    "discrete_mean_flow": Entry(
+        "discrete MeanFlow", DiscreteMeanFlow(), replace(SLOW, conditions=("h",))
+    ),
     "posterior_mean_flow": Entry(
         "posterior MeanFlow",
         PosteriorMeanFlow(),
@@ -207,9 +211,8 @@ def trained(
         store = generate_pairs(start, folder / "pairs", entry.pairs + HELD_OUT, seed=seed)
         spent += len(store) * start.nfe
         sources = Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
-    epochs = (budget - spent - spends(entry, sources[0])) / (
-        spends(entry, sources[0], epochs=1) - spends(entry, sources[0])
-    )
+    fixed, many = spends(entry, sources[0]), spends(entry, sources[0], epochs=1000)
+    epochs = (budget - spent - fixed) / (many - fixed) * 1000
     train = replace(entry.train, epochs=epochs, seed=seed)
     run = Stages(entry.method, start, *sources, folder / "run", train, pairs=entry.pairs)
     models = _by_calls(run.fit(), run.stages[-1])
@@ -235,20 +238,22 @@ def spends(entry: Entry, source: AbstractSource, epochs: float = 0) -> float:
         if last and stage.feeds == "pairs":
             rows, calls = entry.pairs, last.result(built(entry.net)).nfe
             total += (entry.pairs + HELD_OUT) * calls
-        total += round(epochs * (rows // size)) * size * evaluations(stage)
+        total += size * evaluations(stage, round(epochs * (rows // size)))
         last = stage
     return total
 
 
-def evaluations(stage: AbstractMethod) -> float:
-    """Return how many evaluations a row of a batch takes, the mean over a run."""
+def evaluations(stage: AbstractMethod, steps: int) -> float:
+    """Return how many evaluations a run of so many steps takes for each row of its batches."""
     match stage:
         case Shortcut():
-            return 1 + 2 / stage.bootstrap_every
+            return steps * (1 + 2 / stage.bootstrap_every)
+        case DiscreteMeanFlow():  # one in the first stage, then a step along the flow, or value
+            return 2 * steps + -steps // stage.num_stages  # and derivative
         case MeanFlow() | MixFlow() | PosteriorMeanFlow():
-            return 2
+            return 2 * steps
         case _:
-            return 1
+            return steps
 
 
 def _by_calls(result: Model, method: AbstractMethod) -> dict[int, Model]:
