@@ -108,7 +108,7 @@ class MixFlow(AbstractMethod):
     def trial(self) -> Trial:
         return Trial(
             {"kl_weight": 0.1, "time_scale": 1.0},
-            bars={2: 0.25, 100: 0.07},
+            bars={2: 0.25, 4: 0.1, 8: 0.07, 100: 0.07},
             controls={"plain flow": RectifiedFlow(reflow=0, time_scale=1.0)},
             shares={2: 0.5},
         )
