@@ -10,6 +10,7 @@ from ds.methods.base import built
 from ds.methods.proof import Formula
 from ds.models.export import to_program
 from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.nets import MLPConfig, UNetConfig
 from ds.pairs.sources import Batch
 
@@ -90,12 +91,22 @@ def test_one_outer_step_is_mean_flow_and_takes_no_noise_but_z(net):
 
 
 @torch.no_grad()
-def test_more_outer_steps_are_stochastic_and_need_draws(net):
+def test_more_outer_steps_are_stochastic_and_need_draws(net, tmp_path):
     with pytest.raises(ValueError, match="adds noise at each step; pass draws"):
         METHOD.sample(net, Z, nfe=4)
     a, again, b = (METHOD.sample(net, Z, nfe=4, draws=draws(seed)) for seed in (0, 0, 1))
     assert torch.equal(a, again)
     assert (a - b).abs().amin(1).min() > 1e-3  # of the same z
+    several = Student(net, METHOD, nfe=4)
+    for run in (ds.Sampler(several).sample, lambda z: to_program(several, tmp_path / "x.pt2")):
+        with pytest.raises(ValueError, match="adds noise at each step; pass draws"):
+            run(Z)
+
+
+def test_guidance_of_the_inner_flow_needs_classes(net):
+    teacher = Teacher(ds.Denoiser(net, ds.schedule.LinearBeta()), ds.solvers.DDIM(), (800,))
+    with pytest.raises(ValueError, match=r"guidance 2.0 .* need a network with classes"):
+        PosteriorMeanFlow(flow=MeanFlow(guidance=2.0)).init(teacher)
 
 
 def test_a_network_in_the_inner_flow_is_refused():

@@ -69,7 +69,7 @@ class PosteriorMeanFlow(AbstractMethod):
             )
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
-        return nn.ModuleDict({"student": student_net(teacher, self.student, *TOLD)})
+        return self.flow.init(teacher.using(student_net(teacher, self.student, *TOLD)))
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         draws, shape = batch.draws, batch.x0.shape[1:]
@@ -129,12 +129,11 @@ class PosteriorMeanFlow(AbstractMethod):
         return self.flow.sample(net, z, nfe=calls, cond={**cond, **told})
 
     def trial(self) -> Trial:
-        high = MLPConfig(conditions=TOLD, frequencies=(64.0, 0.5))
         return Trial(
             {"flow": MeanFlow(time_mean=0.0, time_std=1.7)},
             net=MLPConfig(conditions=TOLD),
+            steps=4000,
             bars={4: 0.09},
-            controls={"high frequencies": {"student": high}},
         )
 
     def identity(self) -> tuple[Check, ...]:

@@ -10,7 +10,7 @@ from ds.analytic import Gaussian, GaussianMixture
 from ds.methods.proof import NOISE, NORMAL, Check, Formula, exact
 
 # An outer time and x_t at it, from where each mode of the mixture is possible.
-HALF_WAY, POINT = 0.5, (0.35, 0.1)
+HALF_WAY, POINT = 0.5, (0.2, -0.2)
 
 
 def identity(method: Any) -> tuple[Check, ...]:
