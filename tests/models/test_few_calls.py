@@ -140,12 +140,23 @@ def test_stock_diffusers_draws_what_the_model_draws(name, tmp_path):
 
 
 @torch.no_grad()
-def by_hand(unet, steps, noise, n):
+def by_hand(unet, steps, noise, n, **told):
     x = noise.clone()
     steps.set_timesteps(n)
     for t in steps.timesteps:
-        x = steps.step(unet(x, t).sample, t, x).prev_sample
+        x = steps.step(unet(x, t, **told).sample, t, x).prev_sample
     return x
+
+
+def test_a_student_with_classes_is_told_them_by_its_unet_alone(tmp_path, caplog):
+    model, label = student(MeanFlow(), 2, **LOW, conditions=("h",), classes=3), torch.tensor([2, 0])
+    with caplog.at_level(logging.INFO):
+        calls.write(tmp_path / "pipeline", model)
+    assert "give class_labels to its unet" in caplog.text
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = by_hand(pipeline.unet, pipeline.scheduler, noise, 2, class_labels=label)
+    assert (found - model.sample(noise, cond={"label": label})).abs().max() < 5e-6
 
 
 def test_one_step_of_diffusers_is_the_noise_minus_the_network_to_the_bit(tmp_path):
