@@ -50,7 +50,7 @@ def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tm
     net: Any = entry.net
     entry = replace(
         entry,
-        net=replace(net, channels=8, norm_groups=4, attention_resolutions=()),
+        net=replace(net, channels=8, norm_groups=4, channel_mult=(1,), attention_resolutions=()),
         train=replace(entry.train, batch_size=8),
         teach=entry.teach and replace(entry.teach, batch_size=8, epochs=1),
         pairs=rows,
@@ -59,5 +59,5 @@ def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tm
     spy = Spy(monkeypatch)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(spy)
     with hook:
-        _, spent = flows.trained(entry, tmp_path, 0, least + 60, rows)
+        _, spent = flows.trained(entry, tmp_path, 0, least + 104, rows)
     assert spent == spy.evaluations > 0
