@@ -266,3 +266,7 @@ def _by_calls(result: Model, method: AbstractMethod) -> dict[int, Model]:
             continue
         found[nfe] = Student(result.net, method, nfe)
     return found
+
+
+if __name__ == "__main__":
+    main()
