@@ -20,6 +20,7 @@ from ds.system.config import from_json, to_json
 from ds.training.config import TrainConfig
 from ds.training.parallel import Loss
 from ds.training.trainer import Trainer
+from tests.methods.runs import found as found
 
 SHAPE = (1, 8, 8)
 NET = UNetConfig(
@@ -32,11 +33,6 @@ NET = UNetConfig(
     norm_groups=4,
 )
 TOTAL = 40  # steps
-
-
-def found() -> list[type[AbstractMethod]]:
-    """The methods that the files of ds/methods define."""
-    return [cls for module in files() for cls in defined_in(module)]
 
 
 # Every stage is a method of its own.
