@@ -139,7 +139,7 @@ class Shortcut(AbstractMethod):
 
     def trial(self) -> Trial:
         return Trial(
-            {"steps": 32, "time_scale": 1.0, "target_decay": 0.99},
+            {"steps": 32, "bootstrap_every": 4, "target_decay": 0.98, "time_scale": 1.0},
             MLPConfig(conditions=("level",)),
             steps=4000,
             bars={32: 0.045, 4: 0.07, 2: 0.105, 1: 0.11},
