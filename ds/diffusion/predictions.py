@@ -234,6 +234,48 @@ class LearnedVariance(AbstractPrediction):
         self.prediction.check(schedule)
 
 
+@dataclass(frozen=True)
+class Rescaled(AbstractPrediction):
+    """A network that knows one schedule, on any other: x and the time become those that it knows.
+
+    E[x0 | x_t] depends on x_t / alpha and sigma / alpha alone. The network is asked at the time of
+    `schedule` with this sigma / alpha, and at the nearest one that it knows where there is none:
+    beyond the last noise, and before index 0 of a table. `prediction` is what it returns there.
+
+        Denoiser(net, Linear(), Rescaled(EDM(), Preconditioned()))   EDM as a rectified flow
+        Denoiser(net, EDM(), Rescaled(Linear(), Velocity()))         a rectified flow as EDM
+
+    On the straight line EDM is fed x / (1 - t) and sigma = t / (1 - t), and its velocity is
+    (x - D) / t. Lee et al. 2024, arXiv:2405.20320, section 4.2.
+    """
+
+    schedule: AbstractSchedule
+    prediction: AbstractPrediction
+
+    def __post_init__(self):
+        check(self, "Rescaled: ")
+        self.prediction.check(self.schedule)
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        x, t, *levels = self._there(x, alpha, sigma)
+        return self.prediction.inputs(x, t, *levels)
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        x, _, *levels = self._there(x, alpha, sigma)
+        return self.prediction.estimate(x, out, *levels)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        _, _, *levels = self._there(x0, alpha, sigma)
+        return self.prediction.target(x0, eps, *levels)
+
+    def _there(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor, Level, Level]:
+        """Return x_t, times [N], alpha and sigma on the network's own schedule."""
+        # Trig's last time in float32 is a little more than pi / 2, and its cosine below 0.
+        t = self.schedule.times_of(_each(sigma, x) / _each(alpha, x).clamp(min=0))
+        there = self.schedule.gather(t, x)
+        return x * (_norm(*there) / _norm(alpha, sigma)), t.to(time_dtype(x)), *there
+
+
 def _rotated(x: Tensor, out: Tensor, alpha: Level, sigma: Level, sigma_data: float) -> Estimate:
     """Return the estimate of a preconditioned output, without dividing by alpha or sigma.
 

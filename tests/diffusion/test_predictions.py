@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ds import analytic
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.predictions import (
     X0,
     Eps,
     Preconditioned,
+    Rescaled,
     Score,
     TrigFlow,
     V,
@@ -72,6 +74,30 @@ def test_an_exact_network_means_the_same_under_every_prediction(prediction, sche
         for when in (t, torch.full((len(y),), t, dtype=torch.float64)):
             for part, exact in zip(denoiser(alpha * y, when), truth, strict=True):
                 torch.testing.assert_close(part, exact, rtol=0, atol=1e-9)
+
+
+@every_case
+@pytest.mark.parametrize("path", [Linear(), EDM()], ids=repr)
+def test_a_network_of_one_schedule_means_the_same_on_another_path(prediction, schedule, path):
+    data, (y, _) = analytic.Gaussian(0.3, 0.7, (3,)), draw()
+    net = data.teacher(DDIM(), (schedule.noise,), schedule, prediction).net
+    for lam in LAMS:
+        t = path.time(lam)
+        alpha, sigma = path.at(t)
+        truth = data.x0(y, 1.0, sigma / alpha), data.eps(y, 1.0, sigma / alpha)
+        for when in (t, torch.full((len(y),), t, dtype=torch.float64)):
+            found = Denoiser(net, path, Rescaled(schedule, prediction))(alpha * y, when)
+            for part, exact in zip(found, truth, strict=True):
+                torch.testing.assert_close(part, exact, rtol=0, atol=1e-12)
+
+
+def test_edm_on_the_straight_path_is_fed_x_and_the_time_of_the_paper():
+    t, sd = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), 0.5
+    x = draw(3)[0]
+    sigma, each = t / (1 - t), (1 - t)[:, None]
+    fed, told = Rescaled(EDM(), Preconditioned(sd)).inputs(x, t, each, t[:, None])
+    torch.testing.assert_close(fed, x / each / (sigma[:, None] ** 2 + sd**2).sqrt())
+    torch.testing.assert_close(told, sigma.log() / 4)
 
 
 def test_preconditioning_is_that_of_edm():

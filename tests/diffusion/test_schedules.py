@@ -249,3 +249,18 @@ def test_a_compiled_loss_is_one_graph_that_holds_the_table(t):
 
     assert torch.equal(torch.compile(loss, fullgraph=True, backend=backend)(t), loss(t))
     assert called and torch.cumprod not in called
+
+
+@every_schedule
+def test_times_of_noise_levels_are_the_inverse_of_the_levels(schedule):
+    first = max(schedule.data, 0)
+    t = torch.linspace(first, schedule.noise, 8, dtype=torch.float64)
+    alpha, sigma = schedule.gather(t, t)
+    torch.testing.assert_close(schedule.times_of(sigma / alpha), t, rtol=1e-10, atol=1e-10)
+
+
+@every_schedule
+def test_beyond_its_levels_a_schedule_has_its_last_time(schedule):
+    ratio = torch.tensor([0.0, math.inf], dtype=torch.float64)
+    expected = [max(schedule.data, 0), schedule.noise]
+    assert schedule.times_of(ratio).tolist() == pytest.approx(expected, rel=1e-12)

@@ -30,6 +30,13 @@ class AbstractSchedule(ABC):
         """Return the time at which log(alpha / sigma) is `lam`, the inverse of `lam`."""
 
     @abstractmethod
+    def times_of(self, ratio: Tensor) -> Tensor:
+        """Return the times at which sigma / alpha is `ratio` [N], float64, at most `noise`.
+
+        A table, whose networks know no time before its index 0, has none before that.
+        """
+
+    @abstractmethod
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at times t [N], float64, differentiable in t."""
 

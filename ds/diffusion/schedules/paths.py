@@ -36,6 +36,9 @@ class EDM(AbstractSchedule):
     def time(self, lam: float) -> float:
         return math.exp(-lam)
 
+    def times_of(self, ratio: Tensor) -> Tensor:
+        return wide(ratio).clamp(max=self.noise)
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = wide(t)
         return t.new_ones(t.shape), t
@@ -74,6 +77,11 @@ class VP(AbstractSchedule):
         root = math.sqrt(self.beta_min**2 + 2 * self.beta_d * lost)
         return self.last * 2 * lost / (root + self.beta_min)
 
+    def times_of(self, ratio: Tensor) -> Tensor:
+        lost = wide(ratio).square().log1p().clamp(max=self.beta_d / 2 + self.beta_min)
+        root = (self.beta_min**2 + 2 * self.beta_d * lost).sqrt()
+        return self.last * 2 * lost / (root + self.beta_min)
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         u = wide(t) / self.last
         lost = self.beta_d * u * u / 2 + self.beta_min * u
@@ -97,6 +105,9 @@ class Linear(AbstractSchedule):
     def time(self, lam: float) -> float:
         ratio = math.exp(-abs(lam))  # of the smaller of alpha and sigma to the larger
         return (ratio if lam > 0 else 1.0) / (1.0 + ratio)
+
+    def times_of(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + 1 / wide(ratio))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = wide(t)
@@ -127,6 +138,9 @@ class Trig(AbstractSchedule):
 
     def time(self, lam: float) -> float:
         return math.atan2(math.exp(-lam / 2), self.sigma_data * math.exp(lam / 2))
+
+    def times_of(self, ratio: Tensor) -> Tensor:
+        return (wide(ratio) / self.sigma_data).atan()
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = wide(t)

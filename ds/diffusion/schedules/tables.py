@@ -52,6 +52,13 @@ class AbstractTable(AbstractSchedule):
         times, log_abar = _knots(self)
         return float(np.interp(-np.logaddexp(0, -2 * lam), log_abar[::-1], times[::-1]))
 
+    def times_of(self, ratio: Tensor) -> Tensor:
+        lost = -self._table(ratio.device).log().clamp(min=_LEAST)  # -log alpha-bar, which rises
+        here = wide(ratio).square().log1p().clamp(max=lost[-1])
+        above = torch.searchsorted(lost, here).clamp(1, self.num_steps)
+        start, end = lost[above - 1], lost[above]
+        return (self.data + above - 1 + (here - start) / (end - start)).clamp(min=0)
+
     def nearest(self, lam: np.ndarray) -> list[int]:
         """Return the indices whose log(alpha / sigma) is nearest to each of `lam`."""
         abar = self.alphas_bar().numpy()
