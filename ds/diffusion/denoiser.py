@@ -124,6 +124,12 @@ class Denoiser:
         share = prediction.share(out) if isinstance(prediction, LearnedVariance) else None
         return Parts(x0, eps, alpha, sigma, share, gradient)
 
+    def c_noise(self, t: float) -> float:
+        """Return what the network is told at time t: t itself for "eps", "x0" and "v"."""
+        x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        prediction, levels = as_prediction(self.prediction), self.schedule.at(t)
+        return prediction.inputs(x, time_of_each(x, t), *levels)[1].item()
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what the network should have predicted at times t [N], shaped like x0."""
         return as_prediction(self.prediction).target(x0, eps, *self.schedule.gather(t, x0))

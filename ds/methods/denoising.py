@@ -4,11 +4,10 @@ import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ds.diffusion import grids
-from ds.diffusion.denoiser import Denoiser, time_of_each
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Prediction, as_prediction
@@ -85,9 +84,7 @@ class Denoising(AbstractMethod):
         grid = self._way(nfe)[1]
         if isinstance(self.schedule, AbstractTable):
             return grid
-        x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-        inputs = as_prediction(self.prediction).inputs
-        return tuple(inputs(x, time_of_each(x, t), *self.schedule.at(t))[1].item() for t in grid)
+        return tuple(map(self.denoiser(nn.Identity()).c_noise, grid))
 
     def _way(self, nfe: int) -> tuple[AbstractSolver, Grid]:
         """Return a solver and a grid that take at most nfe calls."""

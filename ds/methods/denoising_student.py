@@ -14,6 +14,7 @@ from ds.diffusion.predictions import (
     Eps,
     LearnedVariance,
     Preconditioned,
+    Rescaled,
     TrigFlow,
     V,
     Velocity,
@@ -139,8 +140,9 @@ def _form(denoiser: Denoiser) -> Form:
     prediction, last = as_prediction(denoiser.prediction), denoiser.schedule.noise
     if isinstance(prediction, LearnedVariance):  # whose student has the first half of the channels
         prediction = prediction.prediction
-    x = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-    told = prediction.inputs(x, time_of_each(x, last), *denoiser.schedule.at(last))[1].item()
+    told = denoiser.c_noise(last)
+    if isinstance(prediction, Rescaled):  # at pure noise, which is as long on every schedule
+        prediction = prediction.prediction
     match prediction:
         case Eps() | Velocity():
             return Form(told, True, -1.0)

@@ -5,8 +5,10 @@ from typing import Literal
 from torch import Tensor
 
 
-def mean(error: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
-    """Return the mean over all elements of the sizes of an error, or of their squares."""
+def mean(error: Tensor, kind: Literal["l1", "l2", "pseudo_huber"]) -> Tensor:
+    """Return the mean over all elements of an error's size or square, or of `relative_huber`."""
+    if kind == "pseudo_huber":
+        return relative_huber(error).mean()
     return error.abs().mean() if kind == "l1" else error.square().mean()
 
 
@@ -23,6 +25,15 @@ def pseudo_huber(error: Tensor, width: float) -> Tensor:
     section 3.3.
     """
     return (squares(error) + width**2).sqrt() - width
+
+
+def relative_huber(error: Tensor, width: float = 0.00054) -> Tensor:
+    """Return the pseudo-Huber loss of each row of D elements, its width `width` * D, over D: [N].
+
+    Lee et al. 2024, arXiv:2405.20320, section 4.2.
+    """
+    size = error[0].numel()
+    return pseudo_huber(error, width * size) / size
 
 
 def adaptive(error: Tensor, power: float, offset: float) -> Tensor:

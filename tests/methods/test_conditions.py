@@ -255,7 +255,7 @@ def test_rows_that_bring_other_conditions_than_the_network_takes_are_refused(
 
 def test_reflow_makes_the_pairs_of_its_next_stage_with_the_same_classes(store, tmp_path):
     rows = Pairs(store, range(HELD_OUT, HELD_OUT + 512))
-    method = RectifiedFlow(feeds="pairs", reflow=1, steps=2)
+    method = RectifiedFlow(feeds="pairs", reflow=2, steps=2)
     config = replace(SHORT, epochs=2 / 8)
     stages = Stages(method, started(), rows, Pairs(store, range(64)), tmp_path, config)
     result = stages.fit()

@@ -66,7 +66,7 @@ class MixFlow(AbstractMethod):
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         mixed, divergence = self.mixed(modules["predictor"], batch, batch.draws.uniform(_MIX))
-        error = self.flow.error(modules["student"], mixed)
+        error = self.flow.errors(modules["student"], mixed)[0]
         return losses.mean(error, "l2") + self.kl_weight * divergence.mean()
 
     def mixed(self, predictor: nn.Module, batch: Batch, w: Tensor) -> tuple[Batch, Tensor]:

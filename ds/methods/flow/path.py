@@ -4,10 +4,17 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds.diffusion import grids
+from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
+from ds.diffusion.predictions import (
+    AbstractPrediction,
+    LearnedVariance,
+    Rescaled,
+    as_prediction,
+)
 from ds.diffusion.schedules import Linear
 from ds.pairs.sources import Batch
 
@@ -23,6 +30,46 @@ def point(batch: Batch, t: Tensor) -> Tensor:
 def rowwise(values: Tensor, x: Tensor) -> Tensor:
     """Return values [N] in the shape that goes with x [N, *shape]."""
     return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def on_path(denoiser: Denoiser) -> AbstractPrediction:
+    """Return what a denoiser of any schedule predicts, as a network on the straight path."""
+    prediction = as_prediction(denoiser.prediction)
+    if isinstance(prediction, LearnedVariance):  # whose student has the first half of the channels
+        prediction = prediction.prediction
+    if denoiser.schedule == PATH or isinstance(prediction, Rescaled):
+        return prediction
+    return Rescaled(denoiser.schedule, prediction)
+
+
+def velocity(
+    net: nn.Module,
+    predicts: AbstractPrediction | float,
+    x: Tensor,
+    t: Tensor,
+    cond: dict[str, Tensor],
+) -> Tensor:
+    """Return the velocity eps - x0 that a network sees in x [N, *shape] at times t [N].
+
+    `predicts` is what it predicts, or, for the velocity itself, the factor of the times it is told.
+    """
+    if isinstance(predicts, AbstractPrediction):
+        x0, eps = Denoiser(net, PATH, predicts, cond)(x, t)
+        return eps - x0
+    return net(x, (predicts * t).to(x.dtype), **cond)
+
+
+def errors(
+    net: nn.Module, predicts: AbstractPrediction | float, batch: Batch, times: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the error of the velocity noise - x0, the image it leads to, and t, at times [N].
+
+    Errors and images have the shape of x0, and t that of one number a row, [N, 1, ...]. `predicts`
+    is that of `velocity`.
+    """
+    x, (_, t) = point(batch, times), PATH.gather(times, batch.x0)
+    v = velocity(net, predicts, x, times, batch.cond)
+    return v - (batch.noise - batch.x0), x - t * v, t
 
 
 def jumps(u: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, grid: Grid) -> Tensor:

@@ -48,12 +48,12 @@ def _divergence(method: Any) -> Check:
 def _plain(method: Any) -> Check:
     """With w = 0 for all rows, the error is that of the plain flow."""
     pairs, net = normal_pairs(), Formula(lambda x, told: x.sin())
-    plain = method.flow.error(net, pairs)
+    plain = method.flow.errors(net, pairs)[0]
 
     def apart(w: float) -> Tensor:
         share = pairs.x0.new_full((len(pairs.x0),), w)
         own = _predicting(pairs.x0.sin(), pairs.x0.cos())
-        return method.flow.error(net, method.mixed(own, pairs, share)[0]) - plain
+        return method.flow.errors(net, method.mixed(own, pairs, share)[0])[0] - plain
 
     return exact("w = 0 is the plain flow", apart(0.0), w_a_half=apart(0.5), w_one=apart(1.0))
 
@@ -71,7 +71,7 @@ def _straight(method: Any) -> Check:
     def error(starts: Tensor = starts, log_var: float = -1e4, w: float = 1.0) -> Tensor:
         own = _predicting(starts, starts.new_full((), log_var))
         mixed = method.mixed(own, pairs, starts.new_full((len(starts),), w))[0]
-        return method.flow.error(Formula(straight), mixed)
+        return method.flow.errors(Formula(straight), mixed)[0]
 
     return exact(
         "error on straight sources",
@@ -97,7 +97,7 @@ def _gradient(method: Any) -> Check:
 
     mixed = method.mixed(Formula(lambda x0, t: own), pairs, w)[0]
     with torch.enable_grad():
-        (found,) = torch.autograd.grad(method.flow.error(Formula(velocity), mixed).sum(), own)
+        (found,) = torch.autograd.grad(method.flow.errors(Formula(velocity), mixed)[0].sum(), own)
     x, t = states
     var, w = log_var.exp(), w[:, None]
     spread = 0.5 * pairs.noise * w * var / (w * var + 1 - w).sqrt()
