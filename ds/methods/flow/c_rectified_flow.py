@@ -28,8 +28,7 @@ class CRectifiedFlow(AbstractMethod):
     Rectified flow lowers every convex cost of a coupling a little, and stops where lines no longer
     cross, such as at a rotation. Among velocities of this form it lowers the one cost E c(noise -
     x0) further, round by round, as far as optimal transport if all goes well, and keeps the
-    marginal distributions. Liu 2022, arXiv:2209.14577, sections 3 and 5. The loss is the
-    Fenchel-Young one,
+    marginal distributions. Liu 2022, arXiv:2209.14577. The loss is the Fenchel-Young one,
 
         c*(grad f) - <grad f, noise - x0> + c(noise - x0),
 
@@ -37,12 +36,11 @@ class CRectifiedFlow(AbstractMethod):
     Our time grows with noise, and so the velocity points to it. For the quadratic cost c* = c, and
     the loss is half the squared error of a gradient field. ds.nets.Potential has both costs.
 
-    The claim that nothing but an optimal coupling stays as it is has a gap: where data come in
-    parts that do not touch, some couplings stay and are not optimal. Hertrich et al. 2025,
-    arXiv:2505.19712, show one of two normal distributions in the plane. Data with full support, as
-    a little noise added to images gives them, are on the safe side. A round learns from what the
-    last one made, so errors add up; replace x0 by its nearest images between rounds where that
-    matters.
+    The paper's claim that only an optimal coupling stays as it is has a gap: where data come in
+    parts that do not touch, others may stay too. Hertrich et al. 2025, arXiv:2505.19712, construct
+    some. Data with full support, as a little noise added to images makes them, are on the safe
+    side. A round learns from what the last one made, so errors add up; pair the noise with real
+    images near x0 between rounds where that matters.
 
     The network is the student's, which a ds.nets.Potential differentiates in x: a call costs about
     three forwards, and training differentiates twice. The engine does not run it.
@@ -52,7 +50,7 @@ class CRectifiedFlow(AbstractMethod):
     rounds: Count = 1  # rounds of training; from the second on, on pairs made by the last
     cost: Cost = "quadratic"  # c: half the square of the distance, or a quarter of its 4th power
     steps: Count = 100  # network calls with which a round makes the pairs of the next
-    nfe: Count = 10  # network calls of the model that is made in the end; fewer after two rounds
+    nfe: Count = 10  # network calls of the model that is made in the end
     time_scale: Positive = 999.0  # the network is told this times the time, which is 0 to 1
     # the network that the potential is made of; else a copy of the teacher's
     student: AbstractNetConfig | None = None
