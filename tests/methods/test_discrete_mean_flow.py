@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ds
 from ds.diffusion.noise import Draws
-from ds.methods import DiscreteMeanFlow, MeanFlow, Progress
+from ds.methods import DiscreteMeanFlow, MeanFlow, Progress, RectifiedFlow
 from ds.methods.proof import Formula
 from ds.nets import MLPConfig
 from ds.pairs.sources import Batch
@@ -81,6 +81,14 @@ def test_the_weight_and_the_guidance_are_those_of_the_last_stage():
         teacher = ds.analytic.GaussianMixture().teacher(ds.solvers.DDIM(), (800,))
         net = MLPConfig(conditions=("h",)).build()
         DiscreteMeanFlow(last=MeanFlow(guidance=2.0)).init(teacher.using(net))
+
+
+def test_it_goes_on_with_the_velocity_of_a_trained_flow():
+    flow = RectifiedFlow(time_scale=1.0).result(replace(MLP, conditions=()).build())
+    net, (x, v, t, h, _) = DiscreteMeanFlow().init(flow)["student"], MeanFlow().rows(None, rows())
+    velocity = flow.denoiser.net(x, t)
+    assert not torch.equal(velocity, v)
+    torch.testing.assert_close(net(x, t, h=h), velocity)
 
 
 def test_a_compiled_run_has_a_graph_for_each_kind_of_stage_and_no_more():

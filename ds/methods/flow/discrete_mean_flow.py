@@ -11,6 +11,7 @@ from ds.diffusion.noise import Draws
 from ds.methods.base import AbstractMethod, Progress
 from ds.methods.flow.mean_flow import MeanFlow
 from ds.methods.flow.path import rowwise
+from ds.methods.flow.rectified_flow import RectifiedFlow
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import discrete_mean_flow as proof
 from ds.models.teacher import Teacher
@@ -24,11 +25,12 @@ class DiscreteMeanFlow(AbstractMethod):
     """Learn average velocities from steps that shrink, then as MeanFlow does.
 
     The run is cut into stages of equal length. The first learns the velocity of the flow, or goes
-    on with a network that has learnt it. Stage i from 1 on takes a step d = h / ratio**i along the
-    flow and holds u to what is left of it: u(x, t, h) = (d * v + h * u(x - d * v, t - d, h - d)) /
-    (d + h), without gradient on the right (Eq. 5). The last stage is MeanFlow, the limit of small
-    steps, and the only one that differentiates the network. The weight of the data in a target
-    falls with d, so too many stages learn little. Hsu & Wood 2026, arXiv:2604.08837.
+    on with a teacher that knows it: one of RectifiedFlow with time_scale 1. Stage i from 1 on takes
+    a step d = h / ratio**i along the flow, and adds what u says of the rest: its target, without
+    gradient, is (d * v + h * u(x - d * v, t - d, h - d)) / (d + h) (Eq. 5). The last stage is
+    MeanFlow, the limit of small steps, and the only one that differentiates the network. The weight
+    of the data in a target falls with d, so too many stages learn little. Hsu & Wood 2026,
+    arXiv:2604.08837.
 
     That the stages are 6 and the ratio is 2 is our choice: the paper's values are not known here.
     """
@@ -107,7 +109,7 @@ class DiscreteMeanFlow(AbstractMethod):
             net=MLPConfig(conditions=("h",)),
             bars={1: 0.15, 2: 0.10},
             steps=4000,
-            controls={"first stage alone": {"num_stages": 2}},
+            controls={"flow alone": RectifiedFlow(reflow=0, time_scale=1.0)},
         )
 
     def identity(self) -> tuple[Check, ...]:
