@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds.methods.networks import SharedDropout
+from ds.system.ambient import tf32
 
 Way = Literal["exact", "central"]
 STEP = 2e-3  # where central differences in float32 err least, by about 1e-4 of the derivative
@@ -29,8 +30,8 @@ def along(
 
     exact     forward mode, through ds.ops as well: one call, about twice as long
     central   (f(x + step * v) - f(x - step * v)) / (2 * step): three calls, for a network that
-              forward mode cannot pass. Its error grows as step**2, that of rounding as 1 / step. A
-              GPU needs TF32 off, which rounds by more than a step changes.
+              forward mode cannot pass. Its error grows as step**2, that of rounding as 1 / step. So
+              TF32 is off in it; but compiled code keeps PyTorch's setting of TF32.
     """
     device = inputs[0].device
     with torch.autocast(device.type, enabled=False):
@@ -42,7 +43,7 @@ def along(
             value = function(*inputs)
         moved = []
         for far in (step, -step):
-            with dropout, torch.no_grad():
+            with dropout, torch.no_grad(), tf32(False):
                 x = (x + far * v for x, v in zip(inputs, tangents, strict=True))
                 moved.append(function(*x))
         return value, (moved[0] - moved[1]) / (2 * step)

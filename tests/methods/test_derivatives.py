@@ -8,6 +8,7 @@ import torch
 
 from ds.methods import MeanFlow, Progress
 from ds.methods.derivatives import along
+from ds.methods.proof import Formula
 from ds.nets import MLPConfig, UNetConfig
 from ds.pairs.sources import Images
 from ds.training.parallel import Loss
@@ -98,6 +99,16 @@ def test_autocast_is_off_inside(way):
     with torch.autocast("cpu", torch.bfloat16):
         found = derivative(net, way=way)
     assert all(map(torch.equal, found, expected))
+
+
+def test_tf32_is_off_in_differences_and_comes_back(monkeypatch):
+    """It rounds by 1e-3, which is as much as a step changes."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+    net = Formula(lambda x: seen.append(torch.backends.cudnn.allow_tf32) or x**2)
+    _, found = along(net, (torch.ones(2, 3),), (torch.ones(2, 3),), net=net, way="central")
+    assert (seen, torch.backends.cudnn.allow_tf32) == ([True, False, False], True)
+    torch.testing.assert_close(found, torch.full((2, 3), 2.0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("way", ["exact", "central"])
