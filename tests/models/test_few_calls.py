@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +104,10 @@ MODELS = {
     "rectified flow, times from 0 to 1": (flow(4, 1.0, **LOW), FLOW),
     "MeanFlow, 1 call": (student(MeanFlow(), 1, **LOW, conditions=("h",)), FLOW),
     "MeanFlow, 4 calls": (student(MeanFlow(), 4, **LOW, conditions=("h",)), FLOW),
+    "rectified flow, 2 distilled steps": (
+        flow(2, kind=partial(RectifiedFlow, feeds="pairs", reflow=0, distil=True)),
+        FLOW,
+    ),
     "MixFlow, 4 calls": (flow(4, kind=MixFlow), FLOW),
     "shortcut, 1 call": (student(Shortcut(), 1, conditions=("level",)), FLOW),
     "shortcut, 4 calls": (student(Shortcut(), 4, conditions=("level",)), FLOW),
@@ -235,9 +240,12 @@ def refused():
         attention_resolutions=(),
     ).build()
     told = student(DenoisingStudent(), conditions=("guidance",))
+    teacher = ds.Teacher(edm, Heun(), ds.grids.karras(3, EDM()))
+    converted = RectifiedFlow(feeds="pairs", converted=True).on(teacher).result(net)
     return {
         "consistency": (ds.Student(net, ConsistencyDistillation()), "this student's steps"),
-        "EDM": (ds.Teacher(edm, Heun(), ds.grids.karras(3, EDM())), "this teacher's steps"),
+        "EDM": (teacher, "this teacher's steps"),
+        "converted": (converted, "this teacher's steps"),
         "Heun": (ds.Teacher(heun, Heun(), (1.0, 0.5)), "this teacher's steps"),
         "uneven": (ds.Teacher(heun, ds.solvers.DDIM(), (1.0, 0.3)), "this teacher's steps"),
         "latents": (latents, "decodes latents, takes no FlowMatchEulerDiscreteScheduler"),

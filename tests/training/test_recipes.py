@@ -18,6 +18,7 @@ from ds.training.presets.recipes import RECIPES, settings
 PUBLISHED = {
     "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
     "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
+    "edm_cifar10 rectified_flow": (2e-4, 5000, 512, 0.9999, 800_000, "adam", 0, 0, 0.13, 55.7),
     "c_rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
     "posterior_mean_flow": (6e-4, 10_000, 1024, 0.9995, 800_000, "adam", 0, 0, 0.2, 56.1),
     "mix_flow": (2e-4, 5000, 128, 0.9999, 500_000, "adam", 0, 0, 0.13, 55.7),
@@ -40,9 +41,10 @@ def network(method) -> Any:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers_of_a_method_on_cifar10(name):
-    p = recipe(name)
+    preset, _, method = name.rpartition(" ")
+    p = recipe(method, preset or "cifar10")
     t, rows = p.train, p.pairs.count if p.method.stages()[0].feeds == "pairs" else 50_000
-    net = network(p.method)
+    net = network(p.method) or p.net
     with torch.device("meta"):
         weights = sum(w.numel() for w in net.build().parameters())
     found = (
@@ -76,6 +78,13 @@ def test_mean_flow_s_network_is_told_times_as_published():
     assert isinstance(net, SongConfig)
     assert (net.resample_filter, net.embed_channels, net.encoder) == ((1, 3, 3, 1), 256, "standard")
     assert net.frequencies[0] <= 6 and net.conditions == ("h",)  # times from 0 to 1
+
+
+def test_two_rectified_flow_pp_reflows_a_million_pairs_of_edm():
+    p = recipe("rectified_flow", "edm_cifar10")
+    (stage,) = p.method.stages()
+    assert (stage.feeds, stage.converted, stage.two_ended) == ("pairs", True, True)
+    assert (p.pairs.count, p.solve.solver, p.solve.steps) == (1_000_000, "heun", 18)
 
 
 def test_only_the_preset_that_a_recipe_is_for_changes():

@@ -51,6 +51,19 @@ def rectified_flow(p: Preset) -> Preset:
     return replace(p, method=RectifiedFlow(reflow=0, nfe=100, student=_SCORE_SDE), train=train)
 
 
+def rectified_flow_again(p: Preset) -> Preset:
+    """2-RF++: reflow of an EDM teacher. Lee et al. 2024, arXiv:2405.20320, and the released code.
+
+    They add LPIPS of the image, which needs a file of weights: --method.lpips FILE.
+    """
+    pairs = replace(p.pairs, count=1_000_000)
+    method = RectifiedFlow(
+        feeds="pairs", reflow=1, converted=True, two_ended=True, loss_type="pseudo_huber"
+    )
+    train = TrainConfig(epochs=_epochs(800_000, 512, pairs.count), betas=_ADAM, ema_decay=0.9999)
+    return replace(p, pairs=pairs, method=method, train=train)
+
+
 def c_rectified_flow(p: Preset) -> Preset:
     """Ours, as 1-RF: the paper has no experiments. Liu 2022, arXiv:2209.14577."""
     return replace(rectified_flow(p), method=CRectifiedFlow(student=_SCORE_SDE))
@@ -127,6 +140,7 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
             posterior_mean_flow,
         )
     },
+    ("edm_cifar10", "rectified_flow"): rectified_flow_again,
 }
 
 
