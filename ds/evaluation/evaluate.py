@@ -17,7 +17,6 @@ from torch import Tensor
 
 import ds
 from ds.diffusion.conditions import Conditions
-from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import as_bits, noise
 from ds.evaluation.by_class import agreement, asked_of, by_class, of_classes
 from ds.evaluation.features import AbstractExtractor, Inception
@@ -437,13 +436,8 @@ def _straightness(sampler: Sampler, model: Model, seed: int) -> Figures:
         drawn = sampler.conditions.draw(seed, index)
         cond = {name: value.to(sampler.device) for name, value in drawn.items()}
         z = noise(seed, index, model.shape, device=sampler.device)
-        total += len(z) * straightness(partial(_velocity, model.denoiser.given(**cond)), z, STEPS)
+        total += len(z) * straightness(model.denoiser.given(**cond), z, STEPS)
     return {"straightness": total / PATHS}
-
-
-def _velocity(denoiser: Denoiser, x: Tensor, t: float) -> Tensor:
-    found = denoiser(x, t)
-    return found.eps - found.x0
 
 
 def _about_drawing(sampler: Sampler, model: Model, seed: int) -> dict[str, Any]:

@@ -82,16 +82,16 @@ def jumps(u: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, grid: Grid) 
 
 
 @torch.no_grad()
-def straightness(velocity: Callable[[Tensor, float], Tensor], z: Tensor, steps: int = 50) -> float:
+def straightness(denoiser: Denoiser, z: Tensor, steps: int = 50) -> float:
     """Return how far paths from noise z [N, *shape] are from straight ones, which have 0.
 
-    velocity(x, t) is that of the flow at time t. The figure is the integral over the time of the
-    mean of |(noise - end) - velocity|**2, along the flow's own paths, in `steps` Euler steps. Liu
-    et al. 2022, arXiv:2209.03003, Eq. 8.
+    The figure is the integral over the time of the mean of |(noise - end) - velocity|**2, along the
+    denoiser's own paths, in `steps` Euler steps. Liu et al. 2022, arXiv:2209.03003, Eq. 8.
     """
     x, mean, spread = z, torch.zeros_like(z), torch.zeros_like(z)
     for k, (t, s) in enumerate(pairwise((*grids.uniform(steps, PATH), PATH.data)), 1):
-        v = velocity(x, t)
+        x0, eps = denoiser(x, t)
+        v = eps - x0
         x = x + (s - t) * v
         # The mean velocity is noise - end. Running sums of squared distances to it lose no digits.
         off = v - mean

@@ -12,13 +12,7 @@ from ds.methods.proof import NORMAL, Check, Formula, exact, normal_pairs
 
 def measure(method: Any, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
     """Check that paths are straighter than those of the plain flow, the control."""
-    denoiser = method.result(net).denoiser
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        found = denoiser(x, t)
-        return found.eps - found.x0
-
-    return (Check("straightness", straightness(velocity, z), share=0.35),)
+    return (Check("straightness", straightness(method.result(net).denoiser, z), share=0.35),)
 
 
 def identity(method: Any) -> tuple[Check, ...]:

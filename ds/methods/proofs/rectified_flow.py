@@ -21,12 +21,7 @@ def measure(method: Any, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
     """
     if method.feeds == "images" or not method.reflow:
         return ()
-
-    def field(x: Tensor, t: float) -> Tensor:
-        predicts = method.prediction or method.time_scale
-        return velocity(net, predicts, x, x.new_full((len(x),), t), {})
-
-    return (Check("straightness", straightness(field, z), 0.002),)
+    return (Check("straightness", straightness(method.denoiser(net), z), 0.002),)
 
 
 def identity(method: Any) -> tuple[Check, ...]:
