@@ -109,7 +109,7 @@ class DiscreteMeanFlow(AbstractMethod):
             net=MLPConfig(conditions=("h",)),
             bars={1: 0.15, 2: 0.10},
             steps=4000,
-            controls={"flow alone": RectifiedFlow(reflow=0, time_scale=1.0)},
+            controls={"flow alone": RectifiedFlow(reflow=0, time_scale=1.0, student=MLPConfig())},
         )
 
     def identity(self) -> tuple[Check, ...]:
