@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ds
+from ds.analytic import GaussianMixture
 from ds.diffusion.noise import Draws
 from ds.methods import MeanFlow, PosteriorMeanFlow, Progress
 from ds.methods.base import built
@@ -101,6 +102,21 @@ def test_more_outer_steps_are_stochastic_and_need_draws(net, tmp_path):
     for run in (ds.Sampler(several).sample, lambda z: to_program(several, tmp_path / "x.pt2")):
         with pytest.raises(ValueError, match="adds noise at each step; pass draws"):
             run(Z)
+
+
+@torch.no_grad()
+def test_exact_draws_have_the_figures_of_the_posterior_and_others_have_not(net):
+    data, z = GaussianMixture(), ds.noise(0, range(2000), (2,))
+
+    def exact(y, s, h, outer, context):
+        t = outer[0].item()
+        truth = data.posterior(context[0] / (1 - t), 1 - t, t) if t < 1 else data
+        return (y - truth.sample(0, range(len(y)))) / h[:, None]
+
+    for check in METHOD.measure(Formula(exact), z):
+        assert check.value < 0.03 and check.controls["x_t ignored"] > 0.1, check
+    for check in METHOD.measure(net, z):
+        assert check.value > 0.1 and check.controls["inner noise fixed"] > 0.1, check
 
 
 def test_guidance_of_the_inner_flow_needs_classes(net):

@@ -21,7 +21,7 @@ from ds.diffusion.solvers.base import fresh_noise
 from ds.methods.base import AbstractMethod, Progress, student_net
 from ds.methods.flow.mean_flow import MeanFlow
 from ds.methods.flow.path import PATH, point
-from ds.methods.proof import Check, Trial
+from ds.methods.proof import Check, Misuse, Trial
 from ds.methods.proofs import posterior_mean_flow as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig, MLPConfig
@@ -134,6 +134,7 @@ class PosteriorMeanFlow(AbstractMethod):
             net=MLPConfig(conditions=TOLD),
             steps=4000,
             bars={4: 0.09},
+            misused={"h zeroed": Misuse(proof.without_h, least=0.2)},
         )
 
     def identity(self) -> tuple[Check, ...]:
