@@ -104,7 +104,7 @@ class CRectifiedFlow(AbstractMethod):
             {"feeds": "pairs", "rounds": 1, "time_scale": 1.0},
             steps=600,
             rows=proof.Rotated,
-            controls={"rectified flow": RectifiedFlow("pairs", reflow=0, time_scale=1.0)},
+            controls={"rectified flow": RectifiedFlow("pairs", time_scale=1.0)},
         )
 
     def measure(self, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
