@@ -59,7 +59,7 @@ from ds.training.config import RuntimeConfig, TrainConfig
 from ds.training.presets import Machine, PairsConfig, Preset, SolveConfig
 from ds.training.presets.recipes import settings
 from ds.training.stages import Stages
-from ds.training.throughput import seconds_per_row
+from ds.training.throughput import price_of_rows
 
 log = logging.getLogger("ds")
 Judge = Callable[[Model], dict[str, float]]
@@ -431,16 +431,15 @@ class Distill(Verb):
                 line, making = self.maker.estimate(stored + passing)
                 lines.append(f"pairs: {line}" + (f"; {stored:,} are kept" if self.online else ""))
         rows = self._unmade(1) if self._feeds == "pairs" else self._data(None)[1]
-        each_row = seconds_per_row(stages[0], self.start, rows, t, self.machine.use())
+        each_row, weights = price_of_rows(stages[0], self.start, rows, t, self.machine.use())
         learning = len(stages) * steps * t.batch_size * each_row
         each = f"{len(stages)} stages of " if len(stages) > 1 else ""
         about = f"{each}{steps:,} steps of {t.batch_size}, about {cost.duration(learning)}"
         devices = distributed.world_size()
         total = (making + learning) / devices
-        saved = 5 * sum(w.nbytes for w in self.start.net.parameters())
         lines += [
             f"train: {about}",
-            f"disk:  {cost.size(saved)} for the checkpoint, beside the pairs",
+            f"disk:  {cost.size(5 * weights)} for the checkpoint, beside the pairs",
             f"total: about {cost.cost(total, self.price)}, on {devices} of this device",
         ]
         return "\n".join(lines)

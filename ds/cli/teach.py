@@ -42,7 +42,7 @@ from ds.system.staging import replacing
 from ds.training import presets
 from ds.training.config import TrainConfig
 from ds.training.presets import Machine, Preset, SolveConfig
-from ds.training.throughput import seconds_per_row
+from ds.training.throughput import price_of_rows
 from ds.training.trainer import Trainer
 
 DIGITS = "digits"
@@ -171,7 +171,7 @@ class Teach(Verb):
         if self.images == DIGITS:
             return ""
         rows, t, start = self._data[0], self.train, self._start()
-        each = seconds_per_row(self.method, start, rows, t, self.machine.use())
+        each, _ = price_of_rows(self.method, start, rows, t, self.machine.use())
         steps = max(1, round(t.epochs * (len(rows) // t.batch_size)))
         weights = sum(w.numel() for w in start.net.parameters())
         took = cost.duration(steps * t.batch_size * each)

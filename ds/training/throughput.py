@@ -63,14 +63,17 @@ class Throughput:
         return used * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def seconds_per_row(
+def price_of_rows(
     method: AbstractMethod,
     start: Teacher,
     rows: AbstractSource,
     config: TrainConfig,
     device: torch.device,
-) -> float:
-    """Measure the training of one row: forward and backward of all turns, no optimiser."""
+) -> tuple[float, int]:
+    """Return the seconds that a row takes, and the bytes of the weights of the network that learns.
+
+    The seconds are measured: forward and backward of all turns, no optimiser.
+    """
     method, config = method.on(start), config.on(device)
     modules = method.init(start).to(device)
     most = max(1, config.batch_size // distributed.world_size())
@@ -86,7 +89,8 @@ def seconds_per_row(
             loss.backward()
             loss.item()  # waits for the device
 
-    return cost.seconds_each(work, most)
+    weights = sum(w.nbytes for w in modules["student"].parameters())
+    return cost.seconds_each(work, most), weights
 
 
 def flop_counter() -> FlopCounterMode:

@@ -10,9 +10,11 @@ import torch
 import ds
 from ds.cli.__main__ import main
 from ds.cli.verb import method_named, parse
-from ds.nets import AbstractNetConfig, SongConfig, UNetConfig
+from ds.nets import AbstractNetConfig, MLPConfig, SongConfig, UNetConfig
+from ds.pairs.sources import Images
 from ds.training.presets import PRESETS
 from ds.training.presets.recipes import RECIPES, settings
+from ds.training.throughput import price_of_rows
 
 # lr, warm-up, batch, EMA, steps, optimizer, weight decay, clipping, dropout, millions of weights
 PUBLISHED = {
@@ -105,3 +107,14 @@ def test_a_recipe_is_what_the_command_line_takes_and_a_dry_run_checks(tmp_path, 
     monkeypatch.setattr("ds.nets.song.SongConfig.build", lambda self: net)
     command += ["--teacher", "teacher", "--images", "images.npy", "--dry-run"]
     assert main(command) == 0
+
+
+def test_the_price_of_a_run_counts_the_network_that_learns():
+    small = MLPConfig().build()
+    start = ds.Teacher(ds.Denoiser(small, ds.schedule.LinearBeta()), ds.solvers.DDIM(), (999,))
+    own = MLPConfig(width=256, conditions=("h",))
+    rows = Images(torch.zeros(8, 2))
+    config = ds.TrainConfig(batch_size=4)
+    method, cpu = ds.methods.MeanFlow(student=own), torch.device("cpu")
+    seconds, weights = price_of_rows(method, start, rows, config, cpu)
+    assert seconds > 0 and weights == sum(w.nbytes for w in own.build().parameters())
