@@ -1,5 +1,6 @@
 """The comparison of the flow family spends what it says, and as much for each method."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from benchmarks import flows
+from benchmarks import flows, tables
 from ds.engine import Engine
 from ds.nets.blocks import AbstractUNet
 from ds.pairs import generate
@@ -61,3 +62,24 @@ def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tm
     with hook:
         _, spent = flows.trained(entry, tmp_path, 0, least + 104, rows)
     assert spent == spy.evaluations > 0
+
+
+def test_the_table_of_the_flow_family_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
+    monkeypatch, tmp_path
+):
+    figures = {"frechet_distance": 30.0, "recall": 0.5}
+    rows = [
+        {"method": name, "figures": {nfe: {**figures, "recall": recall} for nfe in calls}}
+        for name, calls in (("mean_flow", "124"), ("denoising_student", "1"))
+        for recall in (0.25, 0.75)
+    ]
+    seconds = {"mean_flow": {"1": 0.1, "2": 0.2, "4": 0.4}}
+    about = {"real": 8.0, "environment": {"device": "a CPU", "timing": "its time"}}
+    saved = {"rows": rows, "seconds": seconds, **about}
+    (tmp_path / "flows.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.flows()
+    distances, recalls = " | ".join(["30.0 ± 0.0"] * 3), " | ".join(["0.50 ± 0.35"] * 3)
+    assert f"| MeanFlow | {distances} | {recalls} | 0.100 | 0.200 | 0.400 |" in table
+    assert "| Denoising Student | 30.0 ± 0.0 | - | - | 0.50 ± 0.35 | - | - | - | - | - |" in table
+    assert "8.0 from other real ones. a CPU, its time." in table
