@@ -1,6 +1,8 @@
 """The comparison of the flow family spends what it says, and as much for each method."""
 
+import inspect
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +64,17 @@ def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tm
     with hook:
         _, spent = flows.trained(entry, tmp_path, 0, least + 104, rows)
     assert spent == spy.evaluations > 0
+
+
+def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(monkeypatch):
+    entry = flows.ENTRIES["mean_flow"]
+    source, made = inspect.getsource(sys.modules[type(entry.method).__module__]), []
+    for old, new in (("", ""), ('"""', '"""So: '), ("self.guidance", "self.kappa")):
+        assert old in source
+        changed = source.replace(old, new, 1)
+        monkeypatch.setattr(inspect, "getsource", lambda _, changed=changed: changed)
+        made.append(flows.made_of(entry)["code"])
+    assert made[0] == made[1] != made[2]
 
 
 def test_the_table_of_the_flow_family_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
