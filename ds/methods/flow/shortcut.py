@@ -22,6 +22,7 @@ from ds.pairs.sources import Batch
 from ds.system.config import Between, Count, Positive, Share, check
 
 _TIMES, _UNTOLD = 0x4E83B0D9C71F562A, 0x68F1A53D07E2C49B  # streams: times, labels left out
+_GUIDED = ClassifierFree(None)  # made here, since torch.compile cannot trace its checks
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Shortcut(AbstractMethod):
         scale = torch.where(level == self._level(self.steps), self.guidance, 1.0)
         call: Any = partial(self.s, net)
         told = {**cond, "level": level, "guidance": scale}
-        return ClassifierFree(None).out(call, x, t, told, 1.0)
+        return _GUIDED.out(call, x, t, told, 1.0)
 
     def s(self, net: nn.Module, x: Tensor, t: Tensor, *, level: Tensor, **cond: Tensor) -> Tensor:
         """Return the average velocity from x [N, *shape] at t [N] over steps of 2**-level."""
@@ -119,7 +120,7 @@ class Shortcut(AbstractMethod):
         """Return log2(1 / d) for so many steps of size d; raise ValueError if it is no size."""
         if steps > self.steps or steps & (steps - 1):
             raise ValueError(
-                f"Shortcut: takes a power of two of steps, at most {self.steps}, not {steps}"
+                f"Shortcut: takes a power of two up to {self.steps}, not {steps} steps"
             )
         return steps.bit_length() - 1
 
