@@ -119,9 +119,7 @@ class Shortcut(AbstractMethod):
     def _level(self, steps: int) -> int:
         """Return log2(1 / d) for so many steps of size d; raise ValueError if it is no size."""
         if steps > self.steps or steps & (steps - 1):
-            raise ValueError(
-                f"Shortcut: takes a power of two up to {self.steps}, not {steps} steps"
-            )
+            raise ValueError(f"Shortcut: takes a power of two up to {self.steps}, not {steps}")
         return steps.bit_length() - 1
 
     def sample(
