@@ -13,6 +13,7 @@ from ds.methods.proof import Formula
 from ds.models.teacher import Teacher
 from ds.nets import MLPConfig, UNetConfig
 from ds.pairs.sources import Batch
+from ds.training.parallel import Loss
 
 
 def times_of(method: MeanFlow) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +92,14 @@ def test_without_guidance_the_loss_is_the_plain_one_to_the_bit():
         for fields in ({}, {"label_dropout": 0.9}, {"guidance": 2.0})
     )
     assert torch.equal(off, plain) and not torch.equal(on, plain)
+
+
+def test_a_guided_loss_is_one_graph():
+    net = MLPConfig(dim=3, width=8, depth=1, classes=10, conditions=("h",)).build()
+    loss = Loss(MeanFlow(guidance=2.0, kappa=0.1), torch.nn.ModuleDict({"student": net}))
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    given = labelled(torch.arange(32) % 10), Progress(0, 1)
+    assert torch.equal(compiled(*given), loss(*given))
 
 
 def test_guidance_needs_classes():
