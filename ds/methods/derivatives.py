@@ -26,7 +26,8 @@ def along(
 
     The value has a gradient, the derivative has none. `net` is the network that the function calls.
     Autocast is off inside: a derivative is a small difference of large numbers. All calls have the
-    same dropout masks.
+    same dropout masks. Raises ValueError for the exact derivative of a network that recomputes its
+    norms in backward, which PyTorch cannot do.
 
     exact     forward mode, through ds.ops as well: one call, about twice as long
     central   (f(x + step * v) - f(x - step * v)) / (2 * step): three calls, for a network that
@@ -36,6 +37,11 @@ def along(
     device = inputs[0].device
     with torch.autocast(device.type, enabled=False):
         if way == "exact":
+            if any(getattr(module, "recompute", False) for module in net.modules()):
+                raise ValueError(
+                    "recompute_norms: PyTorch recomputes nothing below a derivative in forward mode; "
+                    "leave it out, or set the method's derivative to central"
+                )
             value, derivative = torch.func.jvp(function, inputs, tangents)[:2]
             return value, derivative.detach()
         dropout = SharedDropout(net, device=device)

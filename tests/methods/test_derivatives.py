@@ -9,7 +9,7 @@ import torch
 from ds.methods import MeanFlow, Progress
 from ds.methods.derivatives import along
 from ds.methods.proof import Formula
-from ds.nets import MLPConfig, UNetConfig
+from ds.nets import MLPConfig, UNetConfig, recompute_norms
 from ds.pairs.sources import Images
 from ds.training.parallel import Loss
 
@@ -70,6 +70,14 @@ def test_both_ways_give_the_derivative_to_their_error(config, dtype, way, error)
     found = derivative(net, dtype, way=way)
     assert away(found[0].double(), value) < 1e-6
     assert away(found[1].double(), exact) < error
+
+
+def test_norms_are_recomputed_below_central_differences_alone():
+    net = filled(UNET)
+    recompute_norms(net)
+    derivative(net, way="central")[0].sum().backward()
+    with pytest.raises(ValueError, match="recompute_norms.*leave it out"):
+        derivative(net)
 
 
 def test_central_differences_err_as_the_square_of_their_step():
