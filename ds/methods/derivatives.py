@@ -39,8 +39,8 @@ def along(
         if way == "exact":
             if any(getattr(module, "recompute", False) for module in net.modules()):
                 raise ValueError(
-                    "recompute_norms: PyTorch recomputes nothing below a derivative in forward mode; "
-                    "leave it out, or set the method's derivative to central"
+                    "recompute_norms: PyTorch recomputes nothing below a derivative in forward "
+                    "mode; leave it out, or set the method's derivative to central"
                 )
             value, derivative = torch.func.jvp(function, inputs, tangents)[:2]
             return value, derivative.detach()
