@@ -17,6 +17,7 @@ ROOMS = (
     "training", "evaluation", "cli",
 )  # fmt: skip
 MOST_ENTRIES, MOST_FILES, MOST_LINES = 14, 12, 600
+MOST_METHOD_LINES = 150
 # Longer files, each with the reason why it is one.
 LONG = {}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -86,6 +87,11 @@ def test_a_folder_holds_a_dozen_files(folder):
 def test_a_file_is_read_in_one_sitting(path):
     lines = len((ROOT / path).read_text().splitlines())
     assert (lines > MOST_LINES) == (str(path) in LONG), f"{path}: {lines} lines"
+
+
+@pytest.mark.parametrize("path", [p for p in TREES if p.parts[:2] == ("methods", "flow")], ids=str)
+def test_a_method_is_as_short_as_its_paper_s_box(path):
+    assert len((ROOT / path).read_text().splitlines()) <= MOST_METHOD_LINES
 
 
 @pytest.mark.parametrize("path", [p for p in TREES if part(p) == "ops"], ids=str)

@@ -84,7 +84,8 @@ class MLP(nn.Module):
         told = [sinusoids(number, c.embedding, c.frequencies) for number in numbers]
         if c.classes:
             told.append(one_hot(cond["label"], c.classes))
-        return self.layers(torch.cat([beside(x, cond), *(part.to(x.dtype) for part in told)], 1))
+        rows = [part.to(x.dtype).expand(x.shape[0], -1) for part in told]
+        return self.layers(torch.cat([beside(x, cond), *rows], 1))
 
     def weights_for(self, config: MLPConfig) -> dict[str, Tensor]:
         """Return the weights with which a network that is told more makes nothing of it."""

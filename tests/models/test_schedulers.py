@@ -278,6 +278,7 @@ UNSAID = {"RePaintScheduler": "leading"}  # the spacing of a class that has no f
 
 def test_a_field_that_is_left_out_has_the_default_of_its_class(pipe):
     file = pipe[0] / "scheduler" / scheduler.FILE
+    file.parent.mkdir(exist_ok=True)
     for kind in scheduler._CLASSES:
         file.write_text(json.dumps({"_class_name": kind}))
         found = scheduler.read(file)

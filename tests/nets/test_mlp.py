@@ -52,6 +52,12 @@ def test_an_mlp_makes_points_of_its_own_dtype(dtype):
     assert out.shape == x.shape and out.dtype == dtype and build().shape == (3,)
 
 
+def test_what_is_told_once_is_told_of_every_point():
+    net, (x, t, y) = build(), inputs()
+    once = net(x, t[:1], h=t[1:2], label=y[:1])
+    assert torch.equal(once, net(x, t[:1].expand(5), h=t[1:2].expand(5), label=y[:1].expand(5)))
+
+
 def test_an_mlp_sees_everything_it_is_told():
     net, (x, t, y) = build(), inputs()
     out = net(x, t, h=t, label=y)
