@@ -66,4 +66,4 @@ def test_without_names_every_method_is_verified_as_the_options_say(monkeypatch):
 
 
 def test_a_name_that_no_method_has_is_refused(capsys):
-    assert "no method 'meanflow'; the methods are " in refused(capsys, "verify", "meanflow")
+    assert "no method 'meaning'; the methods are " in refused(capsys, "verify", "meaning")

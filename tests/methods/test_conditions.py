@@ -73,6 +73,7 @@ def test_a_labelled_batch_has_the_loss_of_its_parts_and_its_labels_matter(method
 
 @every_method
 def test_the_loss_of_labelled_batches_is_one_graph(method):
+    torch._dynamo.reset()  # it compiles a function so often and no more
     modules = method.init(started()).train()
     graphs = CompileCounter()
     loss = torch.compile(Loss(method, modules), fullgraph=True, backend=graphs)

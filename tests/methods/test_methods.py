@@ -27,9 +27,9 @@ NET = UNetConfig(
     image_size=8,
     in_channels=1,
     channels=8,
-    channel_mult=(1, 2),
+    channel_mult=(1,),
     num_res_blocks=1,
-    attention_resolutions=(4,),
+    attention_resolutions=(),
     norm_groups=4,
 )
 TOTAL = 40  # steps
@@ -191,6 +191,7 @@ def test_the_loss_leaves_the_global_random_state_alone(method):
 @every_method
 def test_the_loss_is_one_graph_for_all_steps(method):
     """Network, target, randomness and all, under autocast and in training."""
+    torch._dynamo.reset()  # it compiles a function so often and no more
     modules = start(method)[1].train()
     graphs = CompileCounter()
     loss = torch.compile(Loss(method, modules), fullgraph=True, backend=graphs)
@@ -265,13 +266,15 @@ def test_the_result_of_a_stage_samples(method):
 @every_method
 def test_a_method_trains_and_its_run_is_resumed_to_the_same_bits(method, tmp_path):
     teacher, modules = start(method)
+    before = mean_score(method, modules.eval())
+    steps = 8 if before is None else TOTAL  # without a score no number tells what was learnt
     config = TrainConfig(
         batch_size=16,
-        epochs=TOTAL / 4,
+        epochs=steps / 4,
         lr=3e-3,
         warmup_steps=0,
-        log_every=10,
-        check_every=20,
+        log_every=steps // 4,
+        check_every=steps // 2,
         betas=(0.9, 0.99),
         ema_decay=0.5,
     )
@@ -279,9 +282,8 @@ def test_a_method_trains_and_its_run_is_resumed_to_the_same_bits(method, tmp_pat
     student = run.fit()
     moved = bits(run.state.modules["student"])
     assert not same(moved, bits(modules["student"]))
-    scores = [mean_score(method, m.eval()) for m in (modules, run.state.modules)]
-    if scores[0] is not None:  # else no number tells what was learnt
-        assert scores[1] < 0.9 * scores[0]
+    if before is not None:
+        assert mean_score(method, run.state.modules.eval()) < 0.9 * before
     again = Trainer(method, teacher, source(method), source(method), tmp_path, config)
     assert same(again.fit().state_dict(), student.state_dict())
     assert same(bits(again.state.modules["student"]), moved)

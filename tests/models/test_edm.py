@@ -306,7 +306,7 @@ def test_diffusers_has_no_class_for_a_song_unet(ddpmpp, tmp_path, capsys):
     command = ["convert", str(ddpmpp[0]), str(tmp_path / "out"), "--to", "diffusers"]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "diffusers has no class for a Song network" in said and "Traceback" not in said
+    assert "diffusers has no class for a SongUNet" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 
