@@ -16,6 +16,7 @@ from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers.base import fresh_noise
 from ds.methods import losses, times
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.flow.path import rowwise
 from ds.methods.networks import SharedDropout, follow, target_of
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import consistency_distillation as proof
@@ -89,7 +90,7 @@ class ConsistencyDistillation(AbstractMethod):
         student, teacher = modules["student"], cast(_Teacher, modules["teacher"])
         target = modules["target"] if self.target_decay else student
         t, s = teacher.levels[i], teacher.levels[i + 1]
-        x = batch.x0 + _like(t, batch.x0) * batch.noise
+        x = batch.x0 + rowwise(t, batch.x0).to(batch.x0) * batch.noise
         with torch.no_grad():
             nearer = self._step(teacher, x, i, batch.cond)
         dropout = SharedDropout(student, target, device=x.device)
@@ -101,7 +102,7 @@ class ConsistencyDistillation(AbstractMethod):
 
     def _step(self, teacher: Any, x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Follow the ODE dx/dt = (x - x0) / t from level i to the next."""
-        t, s = (_like(teacher.levels[k], x) for k in (i, i + 1))
+        t, s = (rowwise(teacher.levels[k], x).to(x) for k in (i, i + 1))
         slope = (x - teacher(x, i, cond)) / t
         end = x + (s - t) * slope
         if self.solver == "euler":
@@ -110,7 +111,7 @@ class ConsistencyDistillation(AbstractMethod):
 
     def f(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Return the sample that x [N, *shape] at noise levels sigma [N] leads to."""
-        level = _like(sigma, x)
+        level = rowwise(sigma, x).to(x)
         skip, out = self.weights(level)
         told = (self.noise_scale * sigma.log()).to(x.dtype)
         return skip * x + out * net(x / (level**2 + self.sigma_data**2).sqrt(), told, **cond)
@@ -184,8 +185,3 @@ class _Teacher(nn.Module):
         t = self.times[i]
         denoiser = self.denoiser.given(**cond)
         return denoiser(denoiser.schedule.gather(t, x)[0] * x, t).x0
-
-
-def _like(level: Tensor, x: Tensor) -> Tensor:
-    """Return levels [N] in the shape and type that multiplies x [N, *shape]."""
-    return level.reshape(-1, *[1] * (x.dim() - 1)).to(x)
