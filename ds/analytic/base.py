@@ -21,6 +21,7 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.predictions import (
     AbstractPrediction,
+    Bounded,
     Eps,
     LearnedVariance,
     Level,
@@ -139,7 +140,7 @@ class ExactNet(nn.Module):
     def _state(self, x: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t, alpha and sigma, given the inputs that the prediction made of them."""
         p, c = self.prediction, c_noise.reshape(-1, *[1] * (x.dim() - 1))
-        if isinstance(p, Preconditioned):
+        if isinstance(p, Preconditioned | Bounded):
             sigma = (c / p.noise_scale).exp().to(x.dtype)
             return x * (sigma**2 + p.sigma_data**2).sqrt(), sigma.new_ones(sigma.shape), sigma
         if isinstance(p, Score):

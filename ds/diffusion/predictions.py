@@ -159,8 +159,7 @@ class Preconditioned(AbstractPrediction):
         check(self, "Preconditioned: ")
 
     def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
-        noise = _each(sigma, x) / _each(alpha, x)
-        return x / _norm(alpha * self.sigma_data, sigma), self.noise_scale * noise.log()
+        return _unit(x, alpha, sigma, self.sigma_data), self.noise_scale * _log(sigma, alpha, x)
 
     def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
         return _rotated(x, out, alpha, sigma, self.sigma_data)
@@ -168,6 +167,44 @@ class Preconditioned(AbstractPrediction):
     def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
         a = alpha * self.sigma_data
         return (sigma / self.sigma_data * x0 - a * eps) / _norm(a, sigma)
+
+
+@dataclass(frozen=True)
+class Bounded(AbstractPrediction):
+    """EDM's preconditioning, moved so that x0 is x_t / alpha itself, to the bit, at sigma_min.
+
+    A network fed as for `Preconditioned` then has nothing to learn at that noise level, sigma /
+    alpha: so begins a consistency function. There is no target there. Song et al. 2023,
+    arXiv:2303.01469, appendix C.
+    """
+
+    needs_signal: ClassVar[bool] = True
+
+    sigma_data: Positive = 0.5
+    noise_scale: Positive = 0.25
+    sigma_min: Positive = 0.002
+
+    def __post_init__(self):
+        check(self, "Bounded: ")
+
+    def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
+        return _unit(x, alpha, sigma, self.sigma_data), self.noise_scale * _log(sigma, alpha, x)
+
+    def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
+        y, level = x / alpha, sigma / alpha
+        skip, gain = self._weights(level)
+        x0 = skip * y + gain * out
+        return Estimate(x0, (y - x0) / level)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        level = sigma / alpha
+        skip, gain = self._weights(level)
+        return (x0 - skip * (x0 + level * eps)) / gain
+
+    def _weights(self, level: Level) -> tuple[Level, Level]:
+        """Return the weights of x_t / alpha and of the output in x0: 1 and 0 at sigma_min."""
+        data, above = self.sigma_data, level - self.sigma_min
+        return data**2 / (above**2 + data**2), data * above / _norm(level, data)
 
 
 @dataclass(frozen=True)
@@ -186,7 +223,7 @@ class TrigFlow(AbstractPrediction):
 
     def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
         angle = torch.atan2(_each(sigma, x), _each(alpha, x) * self.sigma_data)
-        return x / _norm(alpha * self.sigma_data, sigma), angle
+        return _unit(x, alpha, sigma, self.sigma_data), angle
 
     def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
         return _rotated(x, -out, alpha, sigma, self.sigma_data)
@@ -257,18 +294,18 @@ class Rescaled(AbstractPrediction):
         self.prediction.check(self.schedule)
 
     def inputs(self, x: Tensor, t: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor]:
-        x, t, *levels = self._there(x, alpha, sigma)
+        x, t, *levels = self.there(x, alpha, sigma)
         return self.prediction.inputs(x, t, *levels)
 
     def estimate(self, x: Tensor, out: Tensor, alpha: Level, sigma: Level) -> Estimate:
-        x, _, *levels = self._there(x, alpha, sigma)
+        x, _, *levels = self.there(x, alpha, sigma)
         return self.prediction.estimate(x, out, *levels)
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Level, sigma: Level) -> Tensor:
-        _, _, *levels = self._there(x0, alpha, sigma)
+        _, _, *levels = self.there(x0, alpha, sigma)
         return self.prediction.target(x0, eps, *levels)
 
-    def _there(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor, Level, Level]:
+    def there(self, x: Tensor, alpha: Level, sigma: Level) -> tuple[Tensor, Tensor, Level, Level]:
         """Return x_t, times [N], alpha and sigma on the network's own schedule."""
         # Trig's last time in float32 is a little more than pi / 2, and its cosine below 0.
         t = self.schedule.times_of(_each(sigma, x) / _each(alpha, x).clamp(min=0))
@@ -289,6 +326,16 @@ def _rotated(x: Tensor, out: Tensor, alpha: Level, sigma: Level, sigma_data: flo
 
 def _norm(a: Level, b: Level) -> Level:
     return (a * a + b * b) ** 0.5
+
+
+def _unit(x: Tensor, alpha: Level, sigma: Level, sigma_data: float) -> Tensor:
+    """Return x_t of data of a deviation, scaled to variance 1."""
+    return x / _norm(alpha * sigma_data, sigma)
+
+
+def _log(sigma: Level, alpha: Level, x: Tensor) -> Tensor:
+    """Return log(sigma / alpha) of each sample, [N]."""
+    return (_each(sigma, x) / _each(alpha, x)).log()
 
 
 def _each(level: Level, x: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
-"""What losses and hooks do with networks: targets that follow, and dropout that is shared."""
+"""What losses and hooks do with networks: targets that follow or stay, dropout that is shared."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ds.diffusion.denoiser import Denoiser
+from ds.diffusion.predictions import Estimate, Rescaled, as_prediction
+from ds.diffusion.schedules import AbstractSchedule
 from ds.nets.base import NO_CLASS
 from ds.pairs.sources import Batch
 
@@ -21,6 +25,25 @@ def follow(target: nn.Module, net: nn.Module, decay: float) -> None:
         slow.lerp_(w, 1 - decay)
     for slow, w in zip(target.buffers(), net.buffers(), strict=True):
         slow.copy_(w)
+
+
+class Frozen(nn.Module):
+    """A copy of a teacher that does not learn, seen on a path that need not be its own.
+
+    frozen(x_t [N, *shape], t [N], cond) -> Estimate, with the times and the levels of `path`.
+    """
+
+    def __init__(self, denoiser: Denoiser, path: AbstractSchedule):
+        super().__init__()
+        self.net = copy.deepcopy(denoiser.net).requires_grad_(False)
+        self.denoiser, self.path = replace(denoiser, net=self.net), path
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
+        own = self.denoiser.schedule
+        if own != self.path:
+            rescaled = Rescaled(own, as_prediction(self.denoiser.prediction))
+            x, t, *_ = rescaled.there(x, *self.path.gather(t, x))
+        return self.denoiser.given(**cond)(x, t)
 
 
 def untold(

@@ -9,6 +9,7 @@ from ds import analytic
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.predictions import (
     X0,
+    Bounded,
     Eps,
     Preconditioned,
     Rescaled,
@@ -20,6 +21,7 @@ from ds.diffusion.predictions import (
 )
 from ds.diffusion.schedules import EDM, VP, Linear, LinearBeta, Trig
 from ds.diffusion.solvers import DDIM
+from ds.methods.proof import Formula
 
 SCHEDULES = [LinearBeta(), EDM(), VP(), Linear(), Trig(), Trig(0.5)]
 PREDICTIONS = [
@@ -31,6 +33,8 @@ PREDICTIONS = [
     Velocity(999.0),
     Preconditioned(0.5),
     Preconditioned(0.15, 250.0),
+    Bounded(0.5),
+    Bounded(0.15, 250.0, 0.01),
     TrigFlow(1.0),
     TrigFlow(0.5),
 ]
@@ -153,6 +157,26 @@ def test_trigflow_is_minus_the_preconditioned_output():
         if name == "target":
             theirs = -getattr(Preconditioned(0.5), name)(x0, eps, 0.6, 0.8)
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_level_of_a_bounded_prediction_returns_x_to_the_bit(dtype):
+    net = Formula(lambda x, t: 1e3 * x)
+    for prediction, same in ((Bounded(), True), (Preconditioned(), False)):
+        denoiser, x = Denoiser(net, EDM(), prediction), 100 * draw()[0].to(dtype)
+        for t in (0.002, torch.full((len(x),), 0.002, dtype=torch.float64)):
+            assert torch.equal(denoiser(x, t).x0, x) is same
+        assert not torch.equal(denoiser(x, 0.003).x0, x)
+
+
+def test_far_above_its_smallest_level_a_bounded_prediction_is_edm_s():
+    x, out = draw()
+    for one, other in zip(
+        Bounded().estimate(x, out, 1.0, 80.0),
+        Preconditioned().estimate(x, out, 1.0, 80.0),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_velocity_is_fed_its_scale_of_time():

@@ -26,6 +26,7 @@ from ds.diffusion.solvers import (
     DPMSolverPP,
     DPMSolverPPSinglestep,
     Heun,
+    Renoise,
     SameNoise,
     UniPC,
 )
@@ -51,7 +52,7 @@ SOLVERS = sorted(
     key=lambda cls: cls.__name__,
 )
 EVERY = [
-    *(cls() for cls in SOLVERS if cls not in (Clipped, Ancestral)),
+    *(cls() for cls in SOLVERS if cls not in (Clipped, Ancestral, Renoise)),
     Clipped(UniPC(), limit=1e6),  # beyond what there is to clip
     DPMSolverPP(order=3),
     DPMSolverPPSinglestep(order=3),
@@ -253,6 +254,25 @@ def test_a_sampler_that_goes_back_to_the_first_noise_forgets_an_earlier_error(sc
         first = seen[0] / schedule.at(grid[0])[1]
         off[solver] = float((seen[-1] - (0.3 * alpha + sigma * first)).abs().max())
     assert off[SameNoise()] < 1e-12 and off[DDIM()] > 1e-2
+
+
+@pytest.mark.parametrize("schedule", [EDM(), Trig(0.5), Linear()], ids=repr)
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_renoised_samples_have_the_distribution_of_the_path(schedule, floor):
+    """The network returns one image with the noise of `floor`; the second state is looked at."""
+    index = torch.arange(20_000)
+    z, y = (noise(seed, index, (3,), dtype=torch.float64) for seed in (0, 1))
+    seen = []
+    net = Formula(lambda x, t: seen.append(x) or 0.3 + floor * y)
+    grid = (schedule.noise, schedule.time(0.5))
+    denoiser = Denoiser(net, schedule, "x0")
+    x = schedule.prior(z)
+    solvers.integrate(denoiser, Renoise(floor), grid, x, draws=ds.Draws(0, index))
+    alpha, sigma = schedule.at(grid[1])
+    assert seen[1].mean().item() == pytest.approx(0.3 * alpha, abs=0.01 * sigma)
+    assert seen[1].std().item() == pytest.approx(sigma, rel=0.01)
+    first = torch.corrcoef(torch.stack([seen[1].flatten(), z.flatten()]))[0, 1]
+    assert first.abs() < 0.02, "fresh noise"
 
 
 def test_a_time_between_two_indices_is_a_time_of_a_table():

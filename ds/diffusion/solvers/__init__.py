@@ -7,6 +7,7 @@ from ds.diffusion.solvers.dcw import DCW, bare
 from ds.diffusion.solvers.ddim import DDIM, DDIMToFirst
 from ds.diffusion.solvers.dpm_solver_pp import DPMSolverPP, DPMSolverPPSinglestep
 from ds.diffusion.solvers.heun import Heun
+from ds.diffusion.solvers.renoise import Renoise
 from ds.diffusion.solvers.same_noise import SameNoise
 from ds.diffusion.solvers.unipc import UniPC
 
@@ -20,6 +21,7 @@ __all__ = [
     "DPMSolverPP",
     "DPMSolverPPSinglestep",
     "Heun",
+    "Renoise",
     "SameNoise",
     "UniPC",
     "bare",

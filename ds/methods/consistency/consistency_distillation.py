@@ -1,9 +1,7 @@
 """Consistency distillation: map every point of a teacher's path to the same sample."""
 
-import copy
-import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +10,14 @@ from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
+from ds.diffusion.predictions import Bounded
 from ds.diffusion.schedules import EDM
-from ds.diffusion.solvers.base import fresh_noise
+from ds.diffusion.solvers import Clipped, Renoise, integrate
 from ds.methods import losses, times
 from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.consistency.levels import disagreement, karras, noisy
 from ds.methods.flow.path import rowwise
-from ds.methods.networks import SharedDropout, follow, target_of
+from ds.methods.networks import Frozen, follow, target_of
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import consistency_distillation as proof
 from ds.models.teacher import Teacher
@@ -25,7 +25,7 @@ from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
 from ds.system.config import Between, Count, NotNegative, Positive, Share, check, require
 
-_LEVELS, _FRESH = 0x3C75E1B8924DA60F, 0x74D2806BF5193CEA
+_LEVELS = 0x3C75E1B8924DA60F  # the stream of the levels
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,25 @@ class ConsistencyDistillation(AbstractMethod):
 
     def levels(self) -> Grid:
         """Return the noise levels, from sigma_max down to sigma_min. Karras et al. 2022, Eq. 5."""
-        path, most, least = EDM(self.sigma_max), self.sigma_max, self.sigma_min
-        return grids.karras(self.num_levels, path, top=most, bottom=least)
+        top, bottom = self.sigma_max, self.sigma_min
+        return grids.karras(self.num_levels, self.path, top=top, bottom=bottom)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         student = student_net(teacher, self.student)
-        modules = {"student": student, "teacher": self.on_levels(teacher.denoiser)}
+        modules = {"student": student, "teacher": Frozen(teacher.denoiser, self.path)}
         if self.target_decay:
             modules["target"] = target_of(student)
         return nn.ModuleDict(modules)
 
-    def on_levels(self, denoiser: Denoiser) -> nn.Module:
-        """Return a frozen denoiser on the levels: teacher(x [N, *shape], i [N], cond) -> x0."""
-        return _Teacher(denoiser, self.levels())
+    @property
+    def path(self) -> EDM:
+        """The path of the noise levels."""
+        return EDM(self.sigma_max)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        """Return the consistency function of a network: its x0 is the end of the ODE."""
+        prediction = Bounded(self.sigma_data, self.noise_scale, self.sigma_min)
+        return Denoiser(net, self.path, prediction)
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
         error = self.error(modules, batch, times.grid(batch.draws, _LEVELS, self.num_levels - 1))
@@ -87,46 +93,30 @@ class ConsistencyDistillation(AbstractMethod):
 
     def error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
         """Return f at levels i [N] minus its target, f one step of the teacher nearer to data."""
-        student, teacher = modules["student"], cast(_Teacher, modules["teacher"])
-        target = modules["target"] if self.target_decay else student
-        t, s = teacher.levels[i], teacher.levels[i + 1]
-        x = batch.x0 + rowwise(t, batch.x0).to(batch.x0) * batch.noise
-        with torch.no_grad():
-            nearer = self._step(teacher, x, i, batch.cond)
-        dropout = SharedDropout(student, target, device=x.device)
-        with dropout:
-            f = self.f(student, x, t, batch.cond)
-        with dropout, torch.no_grad():
-            wanted = self.f(target, nearer, s, batch.cond)
-        return f - wanted
+        t, s = (karras(k, self.num_levels, self.sigma_min, self.sigma_max) for k in (i, i + 1))
+        x = noisy(batch, t)
+        nets = modules["student"], modules["target" if self.target_decay else "student"]
+        f, target = (self.denoiser(net).given(**batch.cond) for net in nets)
+        nearer = self.step(modules["teacher"], x, t, s, batch.cond)
+        return disagreement(f, x, t, target, nearer, s)
 
-    def _step(self, teacher: Any, x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Follow the ODE dx/dt = (x - x0) / t from level i to the next."""
-        t, s = (rowwise(teacher.levels[k], x).to(x) for k in (i, i + 1))
-        slope = (x - teacher(x, i, cond)) / t
-        end = x + (s - t) * slope
+    @torch.no_grad()
+    def step(
+        self, teacher: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
+        """Follow the teacher's ODE dx/dt = eps from levels t [N] to s [N]."""
+        h, slope = rowwise(s - t, x).to(x), teacher(x, t, cond).eps
+        end = x + h * slope
         if self.solver == "euler":
             return end
-        return x + (s - t) / 2 * (slope + (end - teacher(end, i + 1, cond)) / s)
-
-    def f(self, net: nn.Module, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Return the sample that x [N, *shape] at noise levels sigma [N] leads to."""
-        level = rowwise(sigma, x).to(x)
-        skip, out = self.weights(level)
-        told = (self.noise_scale * sigma.log()).to(x.dtype)
-        return skip * x + out * net(x / (level**2 + self.sigma_data**2).sqrt(), told, **cond)
-
-    def weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of x and of the network in f: 1 and 0 at sigma_min."""
-        data, above = self.sigma_data, level - self.sigma_min
-        return data**2 / (above**2 + data**2), data * above / (level**2 + data**2).sqrt()
+        return x + h / 2 * (slope + teacher(end, s, cond).eps)
 
     def after_step(self, modules: nn.ModuleDict, progress: Progress) -> None:
         if self.target_decay:
             follow(modules["target"], modules["student"], self.target_decay)
 
     def times(self, nfe: int) -> Grid:
-        return tuple(self.noise_scale * math.log(sigma) for sigma in self._visited(nfe))
+        return tuple(map(self.denoiser(nn.Identity()).c_noise, self._visited(nfe)))
 
     def _visited(self, nfe: int) -> Grid:
         """Return the noise levels at which a sample calls the network, spaced like the others."""
@@ -142,18 +132,9 @@ class ConsistencyDistillation(AbstractMethod):
         cond: dict[str, Tensor] | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        """As in the base class; every call after the first adds noise before it. Algorithm 1."""
-        x = torch.zeros_like(z)
-        for k, sigma in enumerate(self._visited(nfe)):
-            if k == 0:
-                x = sigma * z
-            else:
-                x = x + math.sqrt(sigma**2 - self.sigma_min**2) * fresh_noise(
-                    draws, _FRESH, z, sigma
-                )
-            x = self.f(net, x, z.new_full((len(z),), sigma), cond or {})
-            x = x.clamp(-1, 1) if self.clip else x
-        return x
+        f, solver = self.denoiser(net).given(**(cond or {})), Renoise(self.sigma_min)
+        solver = Clipped(solver) if self.clip else solver
+        return integrate(f, solver, self._visited(nfe), self.path.prior(z), draws=draws)
 
     def trial(self) -> Trial:
         return Trial(
@@ -165,23 +146,3 @@ class ConsistencyDistillation(AbstractMethod):
 
     def identity(self) -> tuple[Check, ...]:
         return proof.identity(self)
-
-
-class _Teacher(nn.Module):
-    """A frozen denoiser on the noise levels of EDM: teacher(x [N, *shape], i [N], cond) -> x0."""
-
-    levels: Tensor
-    times: Tensor
-
-    def __init__(self, denoiser: Denoiser, levels: Grid):
-        super().__init__()
-        self.net = copy.deepcopy(denoiser.net).requires_grad_(False)
-        self.denoiser = replace(denoiser, net=self.net)
-        times = [denoiser.schedule.time(-math.log(sigma)) for sigma in levels]
-        for name, values in (("levels", levels), ("times", times)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
-
-    def forward(self, x: Tensor, i: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        t = self.times[i]
-        denoiser = self.denoiser.given(**cond)
-        return denoiser(denoiser.schedule.gather(t, x)[0] * x, t).x0

@@ -15,7 +15,7 @@ from ds.diffusion.predictions import (
     Rescaled,
     as_prediction,
 )
-from ds.diffusion.schedules import Linear
+from ds.diffusion.schedules import AbstractSchedule, Linear
 from ds.pairs.sources import Batch
 
 PATH = Linear()
@@ -32,12 +32,15 @@ def rowwise(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def on_path(denoiser: Denoiser) -> AbstractPrediction:
-    """Return what a denoiser of any schedule predicts, as a network on the straight path."""
+def on_path(denoiser: Denoiser, path: AbstractSchedule = PATH) -> AbstractPrediction:
+    """Return what a denoiser of any schedule predicts, as a network on the straight path.
+
+    Or on another: EDM's, or TrigFlow's.
+    """
     prediction = as_prediction(denoiser.prediction)
     if isinstance(prediction, LearnedVariance):  # whose student has the first half of the channels
         prediction = prediction.prediction
-    if denoiser.schedule == PATH or isinstance(prediction, Rescaled):
+    if denoiser.schedule == path or isinstance(prediction, Rescaled):
         return prediction
     return Rescaled(denoiser.schedule, prediction)
 

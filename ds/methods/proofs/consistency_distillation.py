@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import EDM
+from ds.methods.networks import Frozen
 from ds.methods.proof import NOISE, NORMAL, Check, Formula, exact
 from ds.pairs.sources import Batch
 
@@ -19,13 +20,15 @@ def identity(method: Any) -> tuple[Check, ...]:
 
     It falls with the third power of the step for Heun, with the second for Euler.
     """
+    prediction = method.denoiser(nn.Identity()).prediction
     nearest, most = (1, method.sigma_min), (1, method.sigma_max)
 
     def network(x: Tensor, told: Tensor) -> Tensor:  # with it, f follows the ODE
         sigma = (told / method.noise_scale).exp()[:, None]
         x = x * (sigma**2 + method.sigma_data**2).sqrt()
-        skip, out = method.weights(sigma)
-        return (NORMAL.flow(x, (1, sigma), nearest) - skip * x) / out.clamp(min=1e-15)
+        end = NORMAL.flow(x, (1, sigma), nearest)
+        out = prediction.target(end, (x - end) / sigma, 1.0, sigma)
+        return torch.where(sigma > method.sigma_min * (1 + 1e-12), out, 0.0)
 
     def slope(solver: str, gain: float = 1.0) -> float:
         """Return the power of the step size with which the error falls."""
@@ -35,7 +38,7 @@ def identity(method: Any) -> tuple[Check, ...]:
     def error(steps: int, solver: str, teacher: Any) -> Tensor:
         coarse = replace(method, num_levels=steps + 1, solver=solver, target_decay=0.0)
         denoiser = Denoiser(teacher, EDM(method.sigma_max), "x0")
-        modules = {"student": Formula(network), "teacher": coarse.on_levels(denoiser)}
+        modules = {"student": Formula(network), "teacher": Frozen(denoiser, method.path)}
         i = torch.arange(steps, dtype=torch.int64, device="cpu").repeat_interleave(len(NOISE))
         z = NOISE.repeat(steps, 1)
         batch = Batch(NORMAL.endpoint(z, 0, 1), z.flip(0), i, Draws(0, i))
