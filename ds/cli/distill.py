@@ -28,6 +28,7 @@ from ds.cli.verb import (
     given,
     home_beside,
     home_of,
+    initials,
     labels_in,
     method_named,
     methods,
@@ -175,13 +176,15 @@ class Distill(Verb):
     @classmethod
     def about(cls) -> str:
         lines = (
-            f"- {name}: {(sys.modules[kind.__module__].__doc__ or '').partition(chr(10))[0]}"
+            f"- {name}{f' ({short})' if (short := initials(name)) else ''}: "
+            f"{(sys.modules[kind.__module__].__doc__ or '').partition(chr(10))[0]}"
             for name, kind in methods().items()
         )
         return "\n".join([super().about(), "", "Methods, for --method:", "", *lines])
 
     def idle(self) -> dict[str, str]:
         r, idle = self.runtime, solve_idle(self.solve) | train_idle(self.train)
+        idle |= self._set_by_the_method()
         if not self.online:
             idle |= dict.fromkeys(("reuse", "pool"), "without --online")
         judge = self.judge.idle()
@@ -197,6 +200,15 @@ class Distill(Verb):
         if r.compile == "no":
             idle["runtime.compile-cache"] = "with --runtime.compile no"
         return idle | (self._made_otherwise() if self._feeds == "pairs" else self._without_pairs())
+
+    def _set_by_the_method(self) -> dict[str, str]:
+        """Return the options of training that every stage of the method sets itself."""
+        first, *rest = (stage.train for stage in self.method.stages())
+        return {
+            f"train.{name.replace('_', '-')}": f"with --method {self.named}, which sets it"
+            for name in first
+            if all(name in other for other in rest)
+        }
 
     def _without_pairs(self) -> dict[str, str]:
         """Return the options of a teacher's pairs, for a method that is not trained on them."""
@@ -423,7 +435,9 @@ class Distill(Verb):
     def budget(self) -> str:
         """Return what the run will cost, from short measurements on this device."""
         t, stages, lines, making = self.train, self.method.stages(), [], 0.0
-        steps = max(1, round(t.epochs * (self._rows // t.batch_size) / len(stages[0].turns)))
+        each = self._rows // t.batch_size
+        taken = [max(1, round(t.of(s).epochs * each / len(s.turns))) for s in stages]
+        steps, every = taken[0], sum(taken)
         if self._feeds == "pairs":
             stored = to_make(self.store, self._stored) if self._lacks_pairs else 0
             passing = -(-steps // self.reuse) * t.batch_size if self.online else 0
@@ -432,9 +446,9 @@ class Distill(Verb):
                 lines.append(f"pairs: {line}" + (f"; {stored:,} are kept" if self.online else ""))
         rows = self._unmade(1) if self._feeds == "pairs" else self._data(None)[1]
         each_row, weights = price_of_rows(stages[0], self.start, rows, t, self.machine.use())
-        learning = len(stages) * steps * t.batch_size * each_row
-        each = f"{len(stages)} stages of " if len(stages) > 1 else ""
-        about = f"{each}{steps:,} steps of {t.batch_size}, about {cost.duration(learning)}"
+        learning = every * t.batch_size * each_row
+        many = f"{len(stages)} stages, " if len(stages) > 1 else ""
+        about = f"{many}{every:,} steps of {t.batch_size}, about {cost.duration(learning)}"
         devices = distributed.world_size()
         total = (making + learning) / devices
         lines += [

@@ -300,11 +300,12 @@ def methods() -> dict[str, type[AbstractMethod]]:
 def method_named(name: str) -> type[AbstractMethod]:
     """Return the method of a tag, or the one that a file, whose name ends in .py, defines.
 
-    A tag may be written without its underscores, or with hyphens in their place.
+    A tag may be written without its underscores, with hyphens in their place, or as its initials
+    where it alone has them.
     """
     known = methods()
     for own, method in known.items():
-        if re.sub("[-_]", "", name) == own.replace("_", ""):
+        if re.sub("[-_]", "", name) == own.replace("_", "") or name == initials(own):
             return method
     if not name.endswith(".py"):
         raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}, or a FILE.py")
@@ -315,6 +316,13 @@ def method_named(name: str) -> type[AbstractMethod]:
             f"derived from ds.methods.AbstractMethod"
         )
     return found[0]
+
+
+def initials(name: str) -> str:
+    """Return the initials of a tag; "" where it is one word, or another method has them."""
+    have = ["".join(word[0] for word in own.split("_")) for own in methods()]
+    short = "".join(word[0] for word in name.split("_"))
+    return short if len(short) > 1 and have.count(short) == 1 else ""
 
 
 def _is_method(value: Any) -> bool:

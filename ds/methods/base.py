@@ -5,6 +5,7 @@ live in the modules that `init` creates. The Trainer calls a method in this orde
 
     for stage in method.stages():             each starts from the result of the last one
         stage = stage.on(teacher)             (by ds.Stages; a Trainer takes the method as it is)
+        config = TrainConfig.of(stage)        with stage.train, and stage.length as many epochs
         modules = stage.init(teacher)
         for step in range(total):
             for turn in stage.turns:          a batch for each turn
@@ -16,6 +17,7 @@ live in the modules that `init` creates. The Trainer calls a method in this orde
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -63,6 +65,19 @@ class AbstractMethod(ABC):
     feeds: ClassVar[Feed]
     turns: ClassVar[tuple[str, ...]] = ("student",)
     coupled: ClassVar[bool] = False
+
+    @property
+    def train(self) -> Mapping[str, Any]:
+        """The settings that a run of this stage must have, as fields of ds.TrainConfig.
+
+        They take the place of those that are given.
+        """
+        return {}
+
+    @property
+    def length(self) -> float:
+        """How many times as long as it is told this stage trains."""
+        return 1
 
     def on(self, teacher: Teacher) -> "AbstractMethod":
         """Return the method with what it takes from a teacher filled in, such as its last time."""

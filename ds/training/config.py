@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
 
+from ds.methods import AbstractMethod
 from ds.system import distributed, targets
 from ds.system.config import (
     Count,
@@ -29,8 +30,9 @@ from ds.training.loader import LoaderKind
 RUN = "run.json"
 # Fields of a TrainConfig that do not move the weights: a run may go on with other values.
 CHANGEABLE = ("epochs", "snapshot_every", "recompute_norms", "log_every", "check_every")
+FALLING = ("cosine", "linear")  # schedules to zero at the end of a run
 LOW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OptimizerKind = Literal["adam", "adamw", "apex_adam", "apex_adamw"]
+OptimizerKind = Literal["adam", "adamw", "radam", "apex_adam", "apex_adamw"]
 log = logging.getLogger("ds")
 
 
@@ -47,9 +49,12 @@ class TrainConfig:
     epochs: Positive = 25  # passes over the rows
     lr: Positive = 2e-4  # learning rate after the warm-up
     warmup_steps: Natural = 5000  # steps in which the learning rate rises from zero
-    lr_schedule: Literal["none", "cosine"] = "none"  # of the learning rate after the warm-up
+    # of the learning rate after the warm-up: cosine and linear fall to zero at the end of the run,
+    # inverse_sqrt falls as 1 / sqrt(step) from the end of the warm-up on
+    lr_schedule: Literal["none", "cosine", "linear", "inverse_sqrt"] = "none"
     betas: tuple[Share, Share] = (0.9, 0.98)  # of Adam
     eps: Positive = 1e-8  # of Adam
+    # radam raises its first steps by itself; the last two are NVIDIA apex's
     optimizer: OptimizerKind = "adam"
     weight_decay: NotNegative = 0.0
     grad_clip_norm: NotNegative = (
@@ -69,6 +74,19 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self, "train.")
+
+    def of(self, method: AbstractMethod) -> "TrainConfig":
+        """Return the settings for a run of a method: its own come first, and its length counts.
+
+        Raises ValueError if it has a setting that it cannot set, or a wrong value of one.
+        """
+        known = [f.name for f in fields(self) if f.name not in ("batch_size", "epochs")]
+        if unknown := sorted({*method.train} - {*known}):
+            raise ValueError(
+                f"{type(method).__name__}: `train` cannot set {unknown[0]}, only "
+                f"{', '.join(known)}; `length` makes a run longer"
+            )
+        return replace(self, epochs=self.epochs * method.length, **method.train)
 
     def on(self, device: torch.device) -> "TrainConfig":
         """Return the same settings with the precision that "auto" means on a device."""
@@ -186,7 +204,7 @@ class RunFile:
         """Write the length and the intervals that the run goes on with, if they are others."""
         there = self._there()
         if found := difference(self.fields, there):
-            falls = self.fields["train"]["lr_schedule"] != "none" and "train.epochs" in found
+            falls = self.fields["train"]["lr_schedule"] in FALLING and "train.epochs" in found
             log.info(
                 "%s: goes on otherwise (%s)%s",
                 self.out,
@@ -204,4 +222,9 @@ class RunFile:
 
 def _fixed(run: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a run cannot change."""
-    return {**run, "train": {k: v for k, v in run["train"].items() if k not in CHANGEABLE}}
+    return {**run, "train": fixed(run["train"])}
+
+
+def fixed(train: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a TrainConfig, as plain values, that a run cannot change."""
+    return {k: v for k, v in train.items() if k not in CHANGEABLE}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,31 +78,39 @@ class Adam(torch.optim.Optimizer):
 def build(
     config: TrainConfig, params: Iterable[nn.Parameter], averages: Sequence[Tensor]
 ) -> torch.optim.Optimizer:
-    """Return Adam or AdamW, ours or NVIDIA apex's, whose steps clip and move the averages too.
+    """Return Adam in a variant, whose steps clip and move the averages too.
 
-    Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Raises
-    ValueError for an apex optimiser if weights are sharded, or if apex is missing or not NVIDIA's.
+    Kingma & Ba 2015, arXiv:1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101; RAdam, by
+    PyTorch: Liu et al. 2020, arXiv:1908.03265. Raises ValueError if weights are sharded, for all
+    but our Adam and AdamW, and for those of apex if it is missing or not NVIDIA's.
     """
     c, kind, max_norm = config, config.optimizer, config.grad_clip_norm or math.inf
     options = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     params = list(params)
-    if not kind.startswith("apex"):
+    if kind in ("adam", "adamw"):
         return Adam(params, averages, decoupled=kind == "adamw", max_norm=max_norm, **options)
     if _sharded(params):
         raise ValueError(f"optimizer {kind}: takes no sharded weights; train.optimizer adam does")
-    if not (status := apex.status()).startswith("NVIDIA's"):
-        raise ValueError(f"optimizer {kind}: apex is {status}; train.optimizer adam needs none")
-    from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
-
-    optimizer = FusedAdam(params, adam_w_mode=kind == "apex_adamw", **options)
+    make = torch.optim.RAdam if kind == "radam" else _apex(kind)
+    optimizer = make(params, **options)
 
     def follow(*_) -> None:
         average(averages, params, optimizer.param_groups[0]["ema_decay"])
 
     if max_norm < math.inf:
         optimizer.register_step_pre_hook(_clip(params, max_norm))
-    optimizer.register_step_post_hook(follow)
+    if averages:
+        optimizer.register_step_post_hook(follow)
     return optimizer
+
+
+def _apex(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return what makes NVIDIA apex's Adam or AdamW."""
+    if not (status := apex.status()).startswith("NVIDIA's"):
+        raise ValueError(f"optimizer {kind}: apex is {status}; train.optimizer adam needs none")
+    from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+
+    return partial(FusedAdam, adam_w_mode=kind == "apex_adamw")
 
 
 def _sharded(params: Sequence[Tensor]) -> bool:

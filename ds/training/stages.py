@@ -14,7 +14,7 @@ from ds.models.teacher import Teacher
 from ds.pairs.generate import generate_pairs
 from ds.pairs.sources import AbstractSource, Noise, Pairs
 from ds.system.config import Count, require, to_json
-from ds.training.config import TrainConfig
+from ds.training.config import TrainConfig, fixed
 from ds.training.trainer import Trainer
 
 _SEED = 0x51E377A900000000  # of the pairs of later stages; no run is likely to use it elsewhere
@@ -25,7 +25,8 @@ class Stages:
     """Train the stages of a method one after the other, each in a directory that can be resumed.
 
     The first stage is an ordinary run in `out`. Stage k, from 2 on, is a run in `out`/stage-k with
-    the same config and a fresh optimiser, and starts from the result of stage k - 1. What it is
+    a fresh optimiser, and starts from the result of stage k - 1. Its config is the one that is
+    given, with what the stage must have in its place (`stage.train`, `stage.length`). What it is
     trained on depends on what it feeds:
 
         pairs     pairs that this result makes, in the store `out`/stage-k-pairs: `pairs` of them,
@@ -75,7 +76,9 @@ class Stages:
         """The SHA-256, in hexadecimal, of what makes these runs others than any."""
         if len(self.stages) == 1:
             return self.first.identity
-        about = [to_json(self.method), self.first.identity, self.pairs]
+        later = (self.config.of(stage).on(self.first.device) for stage in self.stages[1:])
+        settings = [fixed(to_json(config)) for config in later]
+        about = [to_json(self.method), self.first.identity, self.pairs, settings]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def check(self) -> None:

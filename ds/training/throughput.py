@@ -74,7 +74,7 @@ def price_of_rows(
 
     The seconds are measured: forward and backward of all turns, no optimiser.
     """
-    method, config = method.on(start), config.on(device)
+    method, config = method.on(start), config.of(method).on(device)
     modules = method.init(start).to(device)
     most = max(1, config.batch_size // distributed.world_size())
     whole = rows.batch([i % len(rows) for i in range(most)], device=device)

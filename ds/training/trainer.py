@@ -56,6 +56,8 @@ class Trainer:
     learning rate that falls to zero follows the new length from there on. With a constant one, the
     weights are those of a run that was as long from its start, to the bit.
 
+    The settings that the method must have, `method.train`, take the place of those of `config`.
+
     Raises ValueError if the method needs another kind of source, or the student other conditions
     than the rows bring, if `out` holds another run, if norms are to be recomputed that the student
     does not have, if a batch cannot be cut into equal parts, or if `device`, or a single process,
@@ -79,7 +81,7 @@ class Trainer:
     ):
         self.method, self.held_out, self.out = method, held_out, Path(out)
         self.device, self.runtime = torch.device(device), runtime or RuntimeConfig()
-        self.config = config = config.on(self.device)
+        self.config = config = config.of(method).on(self.device)
         self.evaluate, self.shape, self.decoder = evaluate, start.shape, start.decoder
         self.progress = progress and distributed.is_first()
         self._check_arguments(source)
@@ -332,12 +334,17 @@ class Trainer:
             yield
 
     def _lr(self) -> float:
-        """Rise linearly over the warm-up, then stay or fall to zero along half a cosine."""
+        """Rise linearly over the warm-up, then stay or fall as the schedule says."""
         c, step = self.config, self.state.step
-        rise = min(1.0, (step + 1) / max(c.warmup_steps, 1))
+        begun = (step + 1) / max(c.warmup_steps, 1)
         after = max(0, step - c.warmup_steps) / max(self.steps - c.warmup_steps, 1)
-        fall = 0.5 * (1 + math.cos(math.pi * after)) if c.lr_schedule == "cosine" else 1.0
-        return c.lr * rise * fall
+        fall = {
+            "none": 1.0,
+            "cosine": 0.5 * (1 + math.cos(math.pi * after)),
+            "linear": 1 - after,
+            "inverse_sqrt": max(1.0, begun) ** -0.5,
+        }
+        return c.lr * min(1.0, begun) * fall[c.lr_schedule]
 
     def _log(self, bar: tqdm) -> None:
         """Log the mean losses since the last log, and what was measured meanwhile."""

@@ -1,6 +1,7 @@
 """dstudent distill --method: by name, from a file, and on what each method needs."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,14 @@ def test_a_method_s_name_may_lack_its_underscores(name):
     assert method_of("--method", "denoisingstudent").loss_type == "l1"  # of the preset
 
 
+def test_a_method_s_initials_will_do_where_it_alone_has_them():
+    assert type(method_of("--method", "cd")) is ds.methods.ConsistencyDistillation
+    assert type(method_of("--method", "dmf")) is ds.methods.DiscreteMeanFlow
+    for name in ("mf", "s"):  # two have them; a word has none
+        with pytest.raises(ValueError, match=f"no method '{name}'; the methods are "):
+            method_of("--method", name)
+
+
 def test_the_help_lists_the_methods(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
@@ -74,7 +83,8 @@ def test_the_help_lists_the_methods(capsys):
     for name in ds.methods.__all__:
         cls = getattr(ds.methods, name)
         if issubclass(cls, ds.methods.AbstractMethod) and cls is not ds.methods.AbstractMethod:
-            assert f"- {tag(cls)}: " in said
+            assert re.search(rf"^- {tag(cls)}( \(\w+\))?: ", said, re.MULTILINE)
+    assert "- consistency_distillation (cd): " in said and "- mean_flow: " in said
 
 
 def test_a_method_of_a_file_is_trained_and_its_student_is_used(home, capsys):
@@ -98,6 +108,52 @@ def test_a_method_of_a_file_is_trained_and_its_student_is_used(home, capsys):
         capsys, "sample", "new", *code, "--nfe", "3", "--out", "3.npy"
     )
     assert tree(home) == before
+
+
+STAGES = (
+    OWN
+    + """
+    last: bool = False
+
+    @property
+    def train(self):
+        return {"ema_decay": 0.0, **({"lr_schedule": "linear"} if self.last else {})}
+
+    @property
+    def length(self):
+        return 0.5 if self.last else 1.0
+
+    def stages(self):
+        return replace(self, last=False), replace(self, last=True)
+
+    def result(self, net):
+        made = Denoiser(net, Linear(), "x0")
+        return super().result(net) if self.last else Teacher(made, DDIM(), (1.0,))
+"""
+).replace(
+    "import torch\n",
+    """from dataclasses import replace
+import torch
+from ds import Denoiser, Teacher
+from ds.diffusion.schedules import Linear
+from ds.diffusion.solvers import DDIM
+""",
+    1,
+)
+
+
+def test_what_the_stages_of_a_method_set_is_done_and_what_all_set_is_no_option(
+    home, capsys, caplog
+):
+    Path("own.py").write_text(STAGES)
+    line = refused(capsys, *distill_of("--method", "own.py", "--train.ema-decay", "0.9"))
+    assert "--train.ema-decay has no effect with --method own.py, which sets it" in line
+    few = ("--pairs.count", "128", "--train.lr-schedule", "cosine")
+    assert main(distill_of("--method", "own.py", *few)) == 0
+    assert "train: 2 stages, 9 steps of 64, about " in caplog.text
+    found = [json.loads(Path(f"new-run{part}/run.json").read_text()) for part in ("", "/stage-2")]
+    assert [run["train"]["ema_decay"] for run in found] == [0.0, 0.0]
+    assert [run["train"]["lr_schedule"] for run in found] == ["cosine", "linear"]
 
 
 def test_a_method_that_needs_images_takes_those_of_the_preset(home, capsys):

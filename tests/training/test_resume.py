@@ -211,15 +211,20 @@ def test_a_log_at_another_interval_is_the_mean_since_the_last_one(store, tmp_pat
     assert losses[15] == pytest.approx(losses[12], rel=0.2)
 
 
-def test_a_cosine_follows_the_new_length_and_says_so(store, tmp_path, caplog):
-    config = replace(SHORT, lr_schedule="cosine")
+@pytest.mark.parametrize(
+    ("schedule", "share"), [("cosine", (1 + math.cos(math.pi * 18 / 24)) / 2), ("linear", 6 / 24)]
+)
+def test_a_falling_rate_follows_the_new_length_and_says_so(
+    store, tmp_path, caplog, schedule, share
+):
+    config = replace(SHORT, lr_schedule=schedule)
     trainer(store, tmp_path, config).fit()
     run = trainer(store, tmp_path, replace(config, epochs=3))
     with caplog.at_level("INFO", logger="ds"):
         run.fit()
     assert "(train.epochs: 3, not 1.5); the learning rate falls along the new length" in caplog.text
     rates = {m["step"]: m["lr"] for m in lines(tmp_path) if "lr" in m}
-    assert rates[18] == pytest.approx(SHORT.lr * (1 + math.cos(math.pi * 18 / 24)) / 2)
+    assert rates[18] == pytest.approx(SHORT.lr * share)
 
 
 @pytest.mark.parametrize(

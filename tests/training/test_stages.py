@@ -10,11 +10,13 @@ from torch import nn
 import ds
 from ds.methods import DenoisingStudent
 from ds.pairs.sources import Pairs
+from ds.system.config import to_json
+from ds.system.files import read_sealed
 from ds.system.signals import Interrupted
 from ds.training.config import RuntimeConfig
 from ds.training.stages import Stages
 from ds.training.trainer import Trainer
-from tests.training.runs import SHORT, affine, started, stop_at, trainer
+from tests.training.runs import SHORT, affine, lines, started, stop_at, trainer
 from tests.training.runs import store as store
 
 COUNT, HELD_OUT = 128, 32
@@ -49,6 +51,19 @@ class Ending(Rounds):
 
     def result(self, net: nn.Module):
         return ds.Student(net, self)
+
+
+@dataclass(frozen=True)
+class Set(Rounds):
+    """Rounds of which the second sets a few things of its run, and takes half as long."""
+
+    @property
+    def train(self):
+        return {"ema_decay": 0.0, "lr": 1e-3, "lr_schedule": "linear"} if self.number else {}
+
+    @property
+    def length(self):
+        return 0.5 if self.number else 1.0
 
 
 def run(store, out, method=Rounds(), **options) -> Stages:
@@ -112,6 +127,42 @@ def test_stages_that_are_interrupted_go_on_to_the_same_bits(store, tmp_path, mon
     monkeypatch.setattr(Trainer, "_advance", noted)
     assert bits(run(store, tmp_path / "cut").fit()) == whole
     assert taken == [*range(7, 12), *range(6)] if step == 7 else [5]
+
+
+def test_a_stage_has_the_settings_and_the_length_that_it_sets(store, tmp_path):
+    """Only there, and run.json says what was done; the run of the whole method is another one."""
+    stages = run(store, tmp_path, Set())
+    stages.fit()
+    asked = to_json(SHORT.on(torch.device("cpu")))
+    first, second = (read_sealed(tmp_path / part / "run.json") for part in ("", "stage-2"))
+    assert first["train"] == asked
+    own = {"ema_decay": 0.0, "lr": 1e-3, "lr_schedule": "linear", "epochs": SHORT.epochs / 2}
+    assert second["train"] == asked | own
+    assert (stages.first.steps, stages.trainer.steps) == (12, 3)
+    rates = [line["lr"] for line in lines(tmp_path / "stage-2") if "lr" in line]
+    assert rates == pytest.approx([1e-3 * (1 - 3 / 3)], abs=1e-12)
+    now, ema = stages.trainer.state.modules["student"], stages.trainer.averages.ema
+    assert torch.equal(now.get_parameter("gain"), ema.get_parameter("gain"))
+
+
+def test_what_a_later_stage_sets_makes_another_run(store, tmp_path, monkeypatch):
+    here = run(store, tmp_path, Set()).identity
+    monkeypatch.setattr(Set, "train", property(lambda self: {}))
+    assert run(store, tmp_path, Set()).identity != here
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"rate": 1.0}, "Set: `train` cannot set rate, only lr, "),
+        ({"epochs": 9.0}, "Set: `train` cannot set epochs, only .*; `length` makes a run longer"),
+        ({"lr": -1.0}, r"train\.lr must be"),
+    ],
+)
+def test_a_setting_that_a_stage_cannot_have_is_named(store, tmp_path, monkeypatch, train, said):
+    monkeypatch.setattr(Set, "train", property(lambda self: train))
+    with pytest.raises(ValueError, match=said):
+        run(store, tmp_path, Set())
 
 
 def test_a_stage_can_feed_on_noise(store, tmp_path):

@@ -98,6 +98,8 @@ def test_training_leaves_the_teacher_as_it_is(store, tmp_path):
         ("none", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 11: 1.0}),
         # half a cosine over the 8 steps after the warm-up of 4
         ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 6: (1 + math.sqrt(0.5)) / 2, 8: 0.5, 12: 0.0}),
+        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 6: 0.75, 8: 0.5, 11: 0.125, 12: 0.0}),
+        ("inverse_sqrt", {0: 0.25, 3: 1.0, 4: math.sqrt(0.8), 7: math.sqrt(0.5), 15: 0.5}),
     ],
 )
 def test_the_learning_rate_rises_linearly_and_then_decays(store, tmp_path, decay, expected):
@@ -370,7 +372,7 @@ def _after_every_step(method: AbstractMethod, act):
     return Acting()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "apex_adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam", "apex_adamw"])
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_step_is_clipping_then_torch_optim_then_the_average(
     store, tmp_path, monkeypatch, optimizer, precision
@@ -396,7 +398,8 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
     run = trainer(store, tmp_path / "run", c, init=unet())
     theirs = copy.deepcopy(run.state.modules["student"])
     ema = copy.deepcopy(theirs)
-    cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+    known = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+    cls = known.get(optimizer, torch.optim.AdamW)
     expected = cls(theirs.parameters(), betas=c.betas, weight_decay=c.weight_decay)
     norms = []
 
@@ -415,6 +418,32 @@ def test_a_step_is_clipping_then_torch_optim_then_the_average(
     for a, b in ((run.state.modules["student"], theirs), (run.averages.ema, ema)):
         for p, other in zip(a.parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
+
+
+def test_radam_s_first_steps_are_its_formula(store, tmp_path):
+    """With a constant gradient g: lr g while its variance is unknown, then r_t lr sign(g)."""
+
+    class Steep(DenoisingStudent):
+        def loss(self, modules, batch, progress):
+            return 3 * modules["student"].gain + 0 * modules["student"].shift
+
+    c = replace(SHORT, optimizer="radam")
+    run = trainer(store, tmp_path, c, method=Steep())
+    run.fit()
+    most, expected = 2 / (1 - 0.98) - 1, 0.0
+    for t in range(1, 13):
+        rho = most - 2 * t * 0.98**t / (1 - 0.98**t)
+        r = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)
+        expected -= c.lr * (math.sqrt(r) if rho > 5 else 3)
+    assert run.state.modules["student"].gain.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_an_average_with_the_decay_zero_is_the_network_itself(store, tmp_path, optimizer):
+    run = trainer(store, tmp_path, replace(SHORT, ema_decay=0.0, optimizer=optimizer), init=unet())
+    run.fit()
+    now, ema = (net.state_dict() for net in (run.state.modules["student"], run.averages.ema))
+    assert all(torch.equal(w, ema[name]) for name, w in now.items())
 
 
 def test_a_weight_without_a_gradient_is_stepped_with_zeros(store, tmp_path):

@@ -1,7 +1,7 @@
 """Turns: modules that take optimiser steps one after the other, each with its own state."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -81,14 +81,16 @@ def test_every_turn_has_a_batch_of_its_own_and_the_log_its_mean_loss(store, tmp_
         assert line[name] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_a_run_with_turns_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
-    whole = trainer(store, tmp_path / "whole", method=Contest())
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_a_run_with_turns_resumes_to_the_same_bits(store, tmp_path, monkeypatch, optimizer):
+    config = replace(SHORT, optimizer=optimizer)
+    whole = trainer(store, tmp_path / "whole", config, method=Contest())
     whole.fit()
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Interrupted, match="at step 2 of 4"):
-            trainer(store, tmp_path / "cut", method=Contest()).fit()
-    resumed = trainer(store, tmp_path / "cut", method=Contest())
+            trainer(store, tmp_path / "cut", config, method=Contest()).fit()
+    resumed = trainer(store, tmp_path / "cut", config, method=Contest())
     resumed.fit()
     assert_same_bits(whole, resumed)
     for turn, optimizer in whole.state.optimizers.items():
