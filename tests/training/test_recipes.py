@@ -1,6 +1,6 @@
 """Recipes for CIFAR-10: the numbers that were published, and the networks that they are for."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,12 @@ def test_mean_flow_s_network_is_told_times_as_published():
     assert isinstance(net, SongConfig)
     assert (net.resample_filter, net.embed_channels, net.encoder) == ((1, 3, 3, 1), 256, "standard")
     assert net.frequencies[0] <= 6 and net.conditions == ("h",)  # times from 0 to 1
+
+
+def test_a_reflow_after_1_rf_has_an_average_of_its_own():
+    p = recipe("rectified_flow")
+    first, again, last = replace(p.method, reflow=1, distil=True).stages()
+    assert [p.train.of(s).ema_decay for s in (first, again, last)] == [0.999999, 0.9999, 0.9999]
 
 
 def test_two_rectified_flow_pp_reflows_a_million_pairs_of_edm():

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
-from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import AbstractPrediction, Velocity
 from ds.diffusion.solvers import DDIM, SameNoise, integrate
@@ -21,7 +20,7 @@ from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.nets.lpips import LPIPS
 from ds.pairs.sources import Batch
-from ds.system.config import BY_CONTENT, Count, Natural, Positive, check
+from ds.system.config import BY_CONTENT, Count, Natural, Positive, Share, check
 
 _SOLVERS = {"euler": DDIM(), "same_noise": SameNoise()}
 _TIMES = 0x1F4C8A60B35D92E7  # the stream of the times
@@ -35,15 +34,13 @@ class RectifiedFlow(AbstractMethod):
     trains on pairs of noise and what the last stage made of it. Their lines hardly cross, so paths
     are straight, and one Euler step follows. Liu et al. 2022, arXiv:2209.03003, Eq. 1, Algorithm 1.
 
-    A last stage may distil k steps, at the times j / k alone. With k = 1 it is DenoisingStudent. It
-    starts at pure noise, the authors' code at .001, with .1 % of the image in the input.
-
-    2-RF++ (arXiv:2405.20320) reflows a `converted` EDM teacher with `two_ended`, pseudo_huber and
-    lpips. A teacher of the noise converts too, but near the noise its errors grow by 1 / alpha.
+    A last stage may distil k steps, at the times j / k alone. With k = 1 it is DenoisingStudent.
+    2-RF++, arXiv:2405.20320, reflows a `converted` EDM teacher: `two_ended`, pseudo_huber, lpips.
     """
 
     feeds: Literal["images", "pairs"] = "images"  # "pairs": straighten the teacher that is given
     reflow: Natural = 1  # rounds of training on pairs made by the model before
+    reflow_ema: Share = 0.0  # on pairs, in place of train.ema_decay; 0: as that says
     distil: bool = False  # learn at last to take each of the nfe steps in a call of its own
     steps: Count = 100  # network calls with which a stage makes the pairs of the next
     nfe: Count = 1  # network calls of the model that is made in the end
@@ -68,6 +65,10 @@ class RectifiedFlow(AbstractMethod):
             raise ValueError("RectifiedFlow: converts a teacher; use method.on(teacher)")
         lpips = {"lpips": LPIPS.load(self.lpips)} if self.lpips and self.feeds == "pairs" else {}
         return nn.ModuleDict({"student": student_net(teacher, self.student), **lpips})
+
+    @property
+    def train(self) -> dict[str, float]:
+        return {"ema_decay": self.reflow_ema} if self.feeds == "pairs" and self.reflow_ema else {}
 
     @property
     def _last(self) -> bool:  # the stage that distils
@@ -101,10 +102,10 @@ class RectifiedFlow(AbstractMethod):
         """Return the network with what it was trained to predict."""
         return Denoiser(net, PATH, self.prediction or Velocity(self.time_scale))
 
-    def times(self, nfe: int) -> Grid:
+    def times(self, nfe: int) -> grids.Grid:
         return tuple(map(self.denoiser(nn.Identity()).c_noise, self._grid(nfe)))
 
-    def _grid(self, nfe: int) -> Grid:
+    def _grid(self, nfe: int) -> grids.Grid:
         grid = grids.uniform(nfe, PATH)
         if self._last and self.nfe % nfe:
             raise ValueError(f"RectifiedFlow: {self.nfe} distilled steps do not make {nfe} calls")
@@ -139,8 +140,7 @@ class RectifiedFlow(AbstractMethod):
             return Trial(fitted, bars={100: 0.05})
         if self.feeds == "pairs":
             return Trial(fitted, bars={1: 0.05} if self._last else bars, agreement=0.97)
-        bent = {"reflow": 0, "distil": False, "nfe": self.steps}
-        fitted["distil"] = True
+        fitted["distil"], bent = True, {"reflow": 0, "distil": False, "nfe": self.steps}
         return Trial(fitted, bars={1: 0.05}, agreement=0.97, controls={"before reflow": bent})
 
     def measure(self, net: nn.Module, z: Tensor) -> tuple[Check, ...]:
