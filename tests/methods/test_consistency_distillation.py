@@ -51,47 +51,12 @@ def batch(count=64):
     return Batch(x0, z, index, Draws(0, index))
 
 
-def test_f_returns_what_it_is_given_at_the_smallest_level():
-    x = 100 * batch().x0
-    smallest = torch.full((len(x),), METHOD.sigma_min, dtype=torch.float64)
-    f = METHOD.denoiser(Linearly())
-    assert torch.equal(f(x, smallest).x0, x)
-    assert not torch.equal(f(x, 2 * smallest).x0, x)
-
-
 @pytest.mark.parametrize("schedule", [Linear(), Trig(), LinearBeta()], ids=repr)
 def test_a_teacher_teaches_the_same_on_every_schedule(schedule):
     rows, start = batch(), Progress(0, 1)
     own = METHOD.loss(modules(), rows, start)
     assert own > 1e-3
     torch.testing.assert_close(METHOD.loss(modules(schedule=schedule), rows, start), own)
-
-
-def test_losses_measure_the_same_error():
-    rows, made = batch(), modules()
-    i = torch.arange(len(rows.x0)) % (METHOD.num_levels - 1)
-    rows = rows._replace(draws=Fixed(i / (METHOD.num_levels - 1) + 1e-9))
-    error = METHOD.error(made, rows, i)
-    width = 0.1 * 3**0.5
-    expected = {
-        "l1": error.abs().mean(),
-        "l2": error.square().mean(),
-        # The norm is that of a whole row.
-        "huber": ((error.square().sum(1) + width**2).sqrt() - width).mean(),
-    }
-    for name, value in expected.items():
-        method = replace(METHOD, loss_type=name, huber=0.1)
-        torch.testing.assert_close(method.loss(made, rows, Progress(0, 1)), value)
-
-
-class Fixed:
-    """Draws whose uniform numbers are given."""
-
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def uniform(self, stream):
-        return self.numbers
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -121,7 +86,8 @@ def test_student_and_target_have_the_same_dropout():
     student = method.denoiser(made["student"])
     x, t = rows.x0, torch.full((len(rows.x0),), 2.0, dtype=torch.float64)
     assert (student(x, t).x0 - student(x, t).x0).abs().max() > 1e-3
-    assert method.error(made, rows, torch.zeros_like(rows.index)).abs().max() < 1e-6
+    f, target = method.ends(made, rows, torch.zeros_like(rows.index))
+    assert (f - target).abs().max() < 1e-6
 
 
 def test_no_score_is_given_since_a_network_of_one_value_has_the_loss_0():

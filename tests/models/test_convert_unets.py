@@ -324,9 +324,7 @@ def test_a_consistency_model_draws_what_its_pipeline_does(consistency, calls, mo
     expected = pipeline(
         3, class_labels=label, latents=z, output_type="pt", return_dict=False, **times
     )[0]
-    monkeypatch.setattr(
-        "ds.methods.consistency.consistency_distillation.fresh_noise", lambda *args: again
-    )
+    monkeypatch.setattr("ds.diffusion.solvers.renoise.fresh_noise", lambda *args: again)
     made = replace(student, nfe=calls).sample(z, cond={"label": label})
     assert distance(made / 2 + 0.5, expected) < 1e-5
 

@@ -156,6 +156,7 @@ TAGS = {
     "c_rectified_flow",
     "shortcut",
     "consistency_distillation",
+    "consistency_training",
 }
 
 

@@ -1,29 +1,37 @@
 """Consistency distillation: map every point of a teacher's path to the same sample."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ds.diffusion import grids
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Bounded
 from ds.diffusion.schedules import EDM
-from ds.diffusion.solvers import Clipped, Renoise, integrate
-from ds.methods import losses, times
+from ds.methods import times
 from ds.methods.base import AbstractMethod, Progress, student_net
-from ds.methods.consistency.levels import disagreement, karras, noisy
+from ds.methods.consistency.levels import (
+    check_levels,
+    distance,
+    ends,
+    karras,
+    noisy,
+    sampled,
+    visited,
+)
 from ds.methods.flow.path import rowwise
 from ds.methods.networks import Frozen, follow, target_of
 from ds.methods.proof import Check, Trial
 from ds.methods.proofs import consistency_distillation as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
+from ds.nets.lpips import LPIPS
 from ds.pairs.sources import Batch
-from ds.system.config import Between, Count, NotNegative, Positive, Share, check, require
+from ds.system.config import BY_CONTENT, Between, Natural, NotNegative, Positive, Share, check
 
 _LEVELS = 0x3C75E1B8924DA60F  # the stream of the levels
 
@@ -47,29 +55,27 @@ class ConsistencyDistillation(AbstractMethod):
     solver: Literal["heun", "euler"] = "heun"  # of the step along the teacher's ODE
     loss_type: Literal["l1", "l2", "huber"] = "l2"
     huber: NotNegative = 5.4e-4  # width of the Huber loss, times the root of the elements of a row
+    # weights of LPIPS, which then is the loss
+    lpips: Path | None = field(default=None, metadata=BY_CONTENT)
     # of the average of the student that makes the targets; 0: the student itself, no gradient
     target_decay: Share = 0.0
+    # levels at which a sample of so many calls calls the network, as 0, 22; else evenly spaced
+    indices: tuple[Natural, ...] = ()
     clip: bool = False  # every sample is clipped to [-1, 1], also before noise is added to it again
     student: AbstractNetConfig | None = None  # the network to train; else a copy of the teacher's
 
     def __post_init__(self):
         check(self, "ConsistencyDistillation: ")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"ConsistencyDistillation: sigma_min ({self.sigma_min}) must be below sigma_max "
-                f"({self.sigma_max})"
-            )
-
-    def levels(self) -> Grid:
-        """Return the noise levels, from sigma_max down to sigma_min. Karras et al. 2022, Eq. 5."""
-        top, bottom = self.sigma_max, self.sigma_min
-        return grids.karras(self.num_levels, self.path, top=top, bottom=bottom)
+        levels = self.indices, self.num_levels, self.sigma_min, self.sigma_max
+        check_levels("ConsistencyDistillation", *levels)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         student = student_net(teacher, self.student)
         modules = {"student": student, "teacher": Frozen(teacher.denoiser, self.path)}
         if self.target_decay:
             modules["target"] = target_of(student)
+        if self.lpips:
+            modules["lpips"] = LPIPS.load(self.lpips)
         return nn.ModuleDict(modules)
 
     @property
@@ -83,28 +89,27 @@ class ConsistencyDistillation(AbstractMethod):
         return Denoiser(net, self.path, prediction)
 
     def loss(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> Tensor:
-        error = self.error(modules, batch, times.grid(batch.draws, _LEVELS, self.num_levels - 1))
-        if self.loss_type == "huber":
-            return losses.pseudo_huber(error, self.huber * error[0].numel() ** 0.5).mean()
-        return losses.mean(error, self.loss_type)
+        pair = self.ends(modules, batch, times.grid(batch.draws, _LEVELS, self.num_levels - 1))
+        lpips = modules["lpips"] if self.lpips else None
+        return distance(*pair, self.loss_type, self.huber, lpips)
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # a network that maps everything to one point has the loss 0
 
-    def error(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> Tensor:
-        """Return f at levels i [N] minus its target, f one step of the teacher nearer to data."""
+    def ends(self, modules: nn.ModuleDict, batch: Batch, i: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f at levels i [N], and its target, f one step of the teacher nearer to data."""
         t, s = (karras(k, self.num_levels, self.sigma_min, self.sigma_max) for k in (i, i + 1))
         x = noisy(batch, t)
         nets = modules["student"], modules["target" if self.target_decay else "student"]
         f, target = (self.denoiser(net).given(**batch.cond) for net in nets)
         nearer = self.step(modules["teacher"], x, t, s, batch.cond)
-        return disagreement(f, x, t, target, nearer, s)
+        return ends(f, x, t, target, nearer, s)
 
     @torch.no_grad()
     def step(
         self, teacher: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: dict[str, Tensor]
     ) -> Tensor:
-        """Follow the teacher's ODE dx/dt = eps from levels t [N] to s [N]."""
+        """Follow the teacher's ODE dx/dt = eps from levels t [N] to s [N]. Eq. 6."""
         h, slope = rowwise(s - t, x).to(x), teacher(x, t, cond).eps
         end = x + h * slope
         if self.solver == "euler":
@@ -113,15 +118,13 @@ class ConsistencyDistillation(AbstractMethod):
 
     def after_step(self, modules: nn.ModuleDict, progress: Progress) -> None:
         if self.target_decay:
-            follow(modules["target"], modules["student"], self.target_decay)
+            follow(modules["target"], modules["student"], self.target_decay)  # Eq. 8
 
     def times(self, nfe: int) -> Grid:
         return tuple(map(self.denoiser(nn.Identity()).c_noise, self._visited(nfe)))
 
     def _visited(self, nfe: int) -> Grid:
-        """Return the noise levels at which a sample calls the network, spaced like the others."""
-        require("ConsistencyDistillation", Count, nfe=nfe)
-        return replace(self, num_levels=nfe + 1).levels()[:-1]
+        return visited(nfe, self.indices, self.num_levels, self.sigma_min, self.sigma_max)
 
     def sample(
         self,
@@ -132,9 +135,8 @@ class ConsistencyDistillation(AbstractMethod):
         cond: dict[str, Tensor] | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
-        f, solver = self.denoiser(net).given(**(cond or {})), Renoise(self.sigma_min)
-        solver = Clipped(solver) if self.clip else solver
-        return integrate(f, solver, self._visited(nfe), self.path.prior(z), draws=draws)
+        f = self.denoiser(net).given(**(cond or {}))
+        return sampled(f, self._visited(nfe), z, draws, floor=self.sigma_min, clip=self.clip)
 
     def trial(self) -> Trial:
         return Trial(

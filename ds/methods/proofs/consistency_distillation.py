@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import Draws
-from ds.diffusion.schedules import EDM
+from ds.methods.consistency.levels import RHO
 from ds.methods.networks import Frozen
-from ds.methods.proof import NOISE, NORMAL, Check, Formula, exact
+from ds.methods.proof import NOISE, NORMAL, WRONG, Check, Formula, exact
 from ds.pairs.sources import Batch
+
+STEPS = 160
 
 
 def identity(method: Any) -> tuple[Check, ...]:
@@ -20,45 +22,80 @@ def identity(method: Any) -> tuple[Check, ...]:
 
     It falls with the third power of the step for Heun, with the second for Euler.
     """
-    prediction = method.denoiser(nn.Identity()).prediction
-    nearest, most = (1, method.sigma_min), (1, method.sigma_max)
-
-    def network(x: Tensor, told: Tensor) -> Tensor:  # with it, f follows the ODE
-        sigma = (told / method.noise_scale).exp()[:, None]
-        x = x * (sigma**2 + method.sigma_data**2).sqrt()
-        end = NORMAL.flow(x, (1, sigma), nearest)
-        out = prediction.target(end, (x - end) / sigma, 1.0, sigma)
-        return torch.where(sigma > method.sigma_min * (1 + 1e-12), out, 0.0)
 
     def slope(solver: str, gain: float = 1.0) -> float:
         """Return the power of the step size with which the error falls."""
-        teacher = Formula(lambda x, t: x + gain * (NORMAL.x0(x, 1, t[:, None]) - x))
-        return math.log2(error(80, solver, teacher) / error(160, solver, teacher))
+        half = STEPS // 2
+        return math.log2(error(half, solver, gain) / error(STEPS, solver, gain))
 
-    def error(steps: int, solver: str, teacher: Any) -> Tensor:
-        coarse = replace(method, num_levels=steps + 1, solver=solver, target_decay=0.0)
-        denoiser = Denoiser(teacher, EDM(method.sigma_max), "x0")
-        modules = {"student": Formula(network), "teacher": Frozen(denoiser, method.path)}
+    def error(steps: int, solver: str, gain: float = 1.0, late: int = 0) -> float:
+        """Return the error with a gain on the teacher's slope and `late` steps in the target."""
+        coarse: Any = replace(method, num_levels=steps + 1, solver=solver, target_decay=0.5)
+        teacher = Formula(lambda x, t: x + gain * (NORMAL.x0(x, 1, t[:, None]) - x))
         i = torch.arange(steps, dtype=torch.int64, device="cpu").repeat_interleave(len(NOISE))
         z = NOISE.repeat(steps, 1)
         batch = Batch(NORMAL.endpoint(z, 0, 1), z.flip(0), i, Draws(0, i))
-        return coarse.error(nn.ModuleDict(modules), batch, i).square().mean().sqrt()
+        modules = {
+            "student": follows(method),
+            "target": follows(method, late / steps),
+            "teacher": Frozen(Denoiser(teacher, method.path, "x0"), method.path),
+        }
+        f, target = coarse.ends(nn.ModuleDict(modules), batch, i)
+        return float((f - target).square().mean().sqrt())
 
-    end = NORMAL.flow(method.sigma_max * NOISE, most, nearest)
-    controls = {
-        "step left out": slope(method.solver, 0.0),
-        "x0 off by 5%": slope(method.solver, 0.95),
-    }
-    if method.solver == "heun":
-        controls["Euler's step"] = slope("euler")
-    order = 3 if method.solver == "heun" else 2
+    order, others = (3, {"Euler's step": "euler"}) if method.solver == "heun" else (2, {})
+    mistakes = {"step left out": 0.0, "step backwards": -1.0, "x0 off by 5%": 0.95}
+    own = method.solver
     return (
-        exact(
-            "end of 1 call",
-            method.sample(Formula(network), NOISE) - end,
-            x0_of_teacher=NORMAL.x0(method.sigma_max * NOISE, *most) - end,
+        end_of_a_call(method),
+        Check(
+            "order of the step",
+            slope(own),
+            order - 0.1,
+            {name: slope(own, gain) for name, gain in mistakes.items()}
+            | {name: slope(solver) for name, solver in others.items()},
+            order,
+            at_least=True,
         ),
         Check(
-            "order of the step", slope(method.solver), order - 0.1, controls, order, at_least=True
+            f"error in {STEPS} steps",
+            error(STEPS, own),
+            1e-4 if order == 3 else 1e-3,
+            {
+                "step left out": error(STEPS, own, 0.0),
+                "step backwards": error(STEPS, own, -1.0),
+                "target of the next level": error(STEPS, own, late=1),
+            },
+            miss=WRONG,
         ),
     )
+
+
+def end_of_a_call(method: Any) -> Check:
+    """With the ODE's own map as f, a sample is where the ODE ends."""
+    start, levels = method.sigma_max * NOISE, ((1, method.sigma_max), (1, method.sigma_min))
+    end = NORMAL.flow(start, *levels)
+    return exact(
+        "end of 1 call",
+        method.sample(follows(method), NOISE) - end,
+        x0_of_teacher=NORMAL.x0(start, *levels[0]) - end,
+    )
+
+
+def follows(method: Any, late: float = 0.0) -> nn.Module:
+    """Return a network with which f follows the ODE of NORMAL to sigma_min.
+
+    It takes a level for one that is later by `late`, a share of all steps.
+    """
+    prediction, least = method.denoiser(nn.Identity()).prediction, method.sigma_min
+    step = late * (method.sigma_max ** (1 / RHO) - least ** (1 / RHO))
+
+    def network(x: Tensor, told: Tensor) -> Tensor:
+        sigma = (told / method.noise_scale).exp()[:, None]
+        x = x * (sigma**2 + method.sigma_data**2).sqrt()
+        taken = (sigma ** (1 / RHO) - step).clamp(min=0) ** RHO
+        end = NORMAL.flow(x, (1, taken.clamp(min=least)), (1, least))
+        out = prediction.target(end, (x - end) / sigma, 1.0, sigma)
+        return torch.where(sigma > least * (1 + 1e-12), out, 0.0)  # any at the smallest level
+
+    return Formula(network)
