@@ -44,3 +44,12 @@ def adaptive(error: Tensor, power: float, offset: float) -> Tensor:
     """
     size = squares(error)
     return size * (size.detach() + offset) ** -power
+
+
+def truncated_snr(error: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the larger of the mean squared errors of x0 and of the noise, of each row, [N].
+
+    `error` is that of x0. That of the noise is alpha / sigma times as large, so the weight is the
+    SNR, at least 1. Salimans & Ho 2022, arXiv:2202.00512, Eq. 9.
+    """
+    return ((alpha / sigma).clamp(min=1) * error).square().flatten(1).mean(1)

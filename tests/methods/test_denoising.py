@@ -9,6 +9,7 @@ from torch import nn
 import ds
 from ds.diffusion.noise import Draws
 from ds.methods import Denoising, Progress
+from ds.methods.proof import NOISE, Formula
 from ds.pairs.sources import Batch, Images, digits
 from tests.methods.test_methods import SHAPE, Counting, starts
 
@@ -135,3 +136,30 @@ def test_it_does_not_train_a_teacher_on_another_schedule_than_its_own():
     for method in (Denoising(ds.schedule.Cosine()), Denoising(prediction="v")):
         with pytest.raises(ValueError, match="give Denoising the same"):
             method.init(teacher)
+
+
+ARC = Denoising(ds.schedule.Trig(), "x0", snr_weight=True)
+
+
+def test_the_teacher_of_progressive_distillation_learns_the_larger_error_of_x0_and_noise():
+    """At even times of the arc; each row has the worse of its two means over the elements."""
+    told = []
+    net = Formula(lambda x, t: told.append(t) or torch.sin(3 * x))
+    index = torch.arange(10_000)
+    batch = Batch(NOISE.repeat(304, 1)[:10_000], torch.cos(index)[:, None], index, Draws(0, index))
+    found = ARC.loss({"student": net}, batch, START)
+    alpha, sigma = ARC.schedule.gather(told[0], batch.x0)
+    x = alpha * batch.x0 + sigma * batch.noise
+    made = torch.sin(3 * x)
+    eps = (x - alpha * made) / sigma
+    both = ((made - batch.x0).square().mean(1), (eps - batch.noise).square().mean(1))
+    torch.testing.assert_close(found, torch.maximum(*both).mean())
+    counts = torch.histc(told[0], 10, 0, math.pi / 2).double()
+    assert (counts - 1000).square().sum() / 1000 < 27.9
+    assert ARC.result(net).nfe == 20
+
+
+@pytest.mark.parametrize("prediction", ["eps", "preconditioned"])
+def test_a_prediction_that_is_divided_by_alpha_is_refused_where_alpha_falls_to_0(prediction):
+    with pytest.raises(ValueError, match="alpha is 0; predict x0 or v"):
+        Denoising(ds.schedule.Trig(), prediction)

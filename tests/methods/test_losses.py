@@ -7,6 +7,8 @@ from ds.methods import losses
 
 ERROR = torch.tensor([[[3.0, 0.0], [0.0, -4.0]], [[0.0, 0.1], [0.0, 0.0]]], dtype=torch.float64)
 
+LEVELS = torch.tensor([[[[0.6]], [[0.9]]], [[[0.8]], [[0.3]]]], dtype=torch.float64)
+
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
@@ -18,6 +20,7 @@ ERROR = torch.tensor([[[3.0, 0.0], [0.0, -4.0]], [[0.0, 0.1], [0.0, 0.0]]], dtyp
         (losses.pseudo_huber(ERROR, 2.0), [29**0.5 - 2, 4.01**0.5 - 2]),
         (losses.pseudo_huber(ERROR, 0.0), [5, 0.1]),
         (losses.adaptive(ERROR, 0.0, 1e-3), [25, 0.01]),
+        (losses.truncated_snr(ERROR, *LEVELS), [25 / 4, 0.01 / 4 * 9]),  # of x0, of the noise
         (losses.adaptive(ERROR, 0.5, 1e-3), [25 / 25.001**0.5, 0.01 / 0.011**0.5]),
     ],
 )

@@ -20,6 +20,7 @@ from ds.system.config import from_json, to_json
 from ds.training.config import TrainConfig
 from ds.training.parallel import Loss
 from ds.training.trainer import Trainer
+from tests.methods.runs import RUNS
 from tests.methods.runs import found as found
 
 SHAPE = (1, 8, 8)
@@ -36,11 +37,7 @@ TOTAL = 40  # steps
 
 
 # Every stage is a method of its own.
-every_method = pytest.mark.parametrize(
-    "method",
-    [stage for cls in found() for stage in cls().stages()],
-    ids=lambda method: f"{type(method).__name__}-{method.feeds}",
-)
+every_method = pytest.mark.parametrize("method", RUNS.values(), ids=RUNS)
 
 
 class Counting(nn.Module):

@@ -11,7 +11,8 @@ from ds.methods.proof import Check, exact
 from tests.methods.test_methods import found
 
 EDM = Denoising(ds.schedule.EDM(), "preconditioned")  # the same loss on another path
-METHODS = [*(cls() for cls in found()), EDM]
+ARC = Denoising(ds.schedule.Trig(), "x0", snr_weight=True)  # for progressive distillation
+METHODS = [*(cls() for cls in found()), EDM, ARC]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)

@@ -152,6 +152,7 @@ TAGS = {
     "discrete_mean_flow",
     "mix_flow",
     "posterior_mean_flow",
+    "progressive_distillation",
     "rectified_flow",
     "c_rectified_flow",
     "shortcut",

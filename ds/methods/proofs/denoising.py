@@ -30,19 +30,23 @@ def identity(method: Any) -> tuple[Check, ...]:
     best = ExactNet(NORMAL, method.schedule, as_prediction(method.prediction))
     table = isinstance(method.schedule, AbstractTable)
 
-    def slope(gain: float = 1.0, late: float = 0) -> Tensor:
-        off = torch.zeros(2, 3, dtype=torch.float64, device="cpu", requires_grad=True)
+    def loss(off: Tensor, gain: float = 1.0, late: float = 0) -> Tensor:
 
         def near(x: Tensor, told: Tensor) -> Tensor:
             told = (told - late).clamp(min=0 if table else -math.inf)
             return gain * best(x, told) + off[0] * x + off[1]
 
         modules = nn.ModuleDict({"student": Formula(near)})
-        loss = method.loss(modules, rows, Progress(0, 1))
-        return torch.autograd.grad(loss, off)[0]
+        return method.loss(modules, rows, Progress(0, 1))
+
+    off = torch.zeros(2, 3, dtype=torch.float64, device="cpu", requires_grad=True)
+    unit = loss(off.detach(), 0.9).clamp(min=1)  # a weight of the SNR makes all slopes large
+
+    def slope(*mistake: float) -> Tensor:
+        return torch.autograd.grad(loss(off, *mistake), off)[0] / unit
 
     wrong = {
         "prediction_too_small": slope(0.9),
-        "time_told_too_late": slope(late=100 if table else 1.0),
+        "time_told_too_late": slope(1.0, 100 if table else 1.0),
     }
     return (exact("slope of the loss at the best map", slope(), **wrong),)
