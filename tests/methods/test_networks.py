@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from ds.methods.networks import SharedDropout, follow, target_of
+import ds
+from ds.analytic import GaussianMixture
+from ds.methods.consistency.levels import disagreement
+from ds.methods.networks import Frozen, SharedDropout, follow, target_of
 
 CPU = torch.device("cpu")
 
@@ -67,6 +70,67 @@ def test_a_loss_with_the_context_and_no_dropout_is_one_graph():
 
     assert torch.compile(loss, fullgraph=True, backend=graphs)(torch.randn(4, 8)).isfinite()
     assert graphs.frame_count == 1
+
+
+def denoiser(student: nn.Module) -> ds.Denoiser:
+    return ds.Denoiser(Untimed(student), ds.schedule.EDM(80.0), "x0")
+
+
+class Untimed(nn.Module):
+    """A network that is told no time."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
+
+
+def test_a_stop_gradient_target_is_the_network_itself_and_its_gradient_goes_one_way():
+    """The gradient is that towards a constant, with the masks of the student at p = .5."""
+    student, x = net(), torch.randn(16, 8)
+    student.pop(2)  # a norm of the batch
+    y, levels = x + 0.1, torch.full((16,), 2.0)
+    f = denoiser(student)
+    torch.manual_seed(0)
+    assert disagreement(f, x, levels, f, x, levels).abs().max() == 0  # the same masks
+    torch.manual_seed(0)
+    disagreement(f, x, levels, f, y, levels).square().sum().backward()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        wanted = student(y)
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad((student(x) - wanted).square().sum(), student[0].weight)
+    assert torch.equal(student[0].weight.grad, expected)
+
+
+@pytest.mark.parametrize("path", [ds.schedule.EDM(80.0), ds.schedule.Trig(0.5)])
+def test_a_frozen_teacher_is_the_same_denoiser_on_every_path(path):
+    """Its x0 is that of the data there, though its own schedule is a table of DDPM's."""
+    data = GaussianMixture()
+    teacher = data.teacher(ds.solvers.DDIM(), ds.grids.quadratic(4)).denoiser
+    frozen = Frozen(teacher, path)
+    t = path.times_of(torch.tensor([0.05, 0.5, 4.0], dtype=torch.float64))
+    alpha, sigma = (w[:, None] for w in path.gather(t, torch.zeros(3, dtype=torch.float64))[:2])
+    x0, z = data.sample(0, range(3)).double(), ds.noise(1, range(3), (2,)).double()
+    found = frozen(alpha * x0 + sigma * z, t, {})
+    for i in range(3):
+        exact = data.x0(alpha[i] * x0[i : i + 1] + sigma[i] * z[i : i + 1], *path.at(t[i].item()))
+        torch.testing.assert_close(found.x0[i : i + 1], exact, rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_teacher_is_a_copy_that_does_not_learn():
+    teacher = denoiser(net())
+    frozen = Frozen(teacher, teacher.schedule)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    x, t = torch.randn(4, 8), torch.ones(4)
+    frozen.eval()
+    before = frozen(x, t, {}).x0
+    with torch.no_grad():
+        teacher.net.net[0].weight.add_(1)
+    assert torch.equal(frozen(x, t, {}).x0, before)
+    assert teacher.net.net[0].weight.requires_grad
 
 
 def test_a_target_follows_its_network_and_does_not_learn():

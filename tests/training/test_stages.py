@@ -9,6 +9,7 @@ from torch import nn
 
 import ds
 from ds.methods import DenoisingStudent
+from ds.methods.networks import Frozen
 from ds.pairs.sources import Pairs
 from ds.system.config import to_json
 from ds.system.files import read_sealed
@@ -163,6 +164,22 @@ def test_a_setting_that_a_stage_cannot_have_is_named(store, tmp_path, monkeypatc
     monkeypatch.setattr(Set, "train", property(lambda self: train))
     with pytest.raises(ValueError, match=said):
         run(store, tmp_path, Set())
+
+
+def test_the_last_stage_is_a_target_that_stays(store, tmp_path):
+    """A stage that keeps what it started from has the last one's result, to its end."""
+
+    class Keeping(Rounds):
+        def init(self, teacher):
+            modules = super().init(teacher)
+            modules["teacher"] = Frozen(teacher.denoiser, teacher.denoiser.schedule)
+            return modules
+
+    stages = run(store, tmp_path, Keeping())
+    student = stages.fit()
+    kept = stages.trainer.state.modules["teacher"].get_parameter("net.gain")
+    assert torch.equal(kept, stages.results[0].net.get_parameter("gain"))
+    assert not torch.equal(kept, student.net.get_parameter("gain"))
 
 
 def test_a_stage_can_feed_on_noise(store, tmp_path):
