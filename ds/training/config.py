@@ -60,6 +60,8 @@ class TrainConfig:
     grad_clip_norm: NotNegative = (
         0.0  # scale gradients down to this norm; 0 leaves them as they are
     )
+    # of the networks that learn, and of their targets; None: as they were built or trained before
+    dropout: Share | None = None
     ema_decay: Share = 0.995  # of the averaged weights, at every step
     # above 0: replace ema_decay by a power-function average over a share of the run
     ema_gamma: NotNegative = 0.0

@@ -146,6 +146,8 @@ class Trainer:
         modules = self.method.init(start).to(self.device)
         for name, module in modules.items():
             module.train(name == "target" or any(p.requires_grad for p in module.parameters()))
+            if module.training and self.config.dropout is not None:
+                _set_dropout(module, self.config.dropout, name)
         if self.config.recompute_norms:
             recompute_norms(modules["student"])
         return modules
@@ -481,6 +483,18 @@ class Trainer:
 
     def _held_out_batch(self, rows: range) -> Batch:
         return self.held_out.batch(rows, seed=self.config.seed, device=self.device)
+
+
+def _set_dropout(net: nn.Module, share: float, name: str) -> None:
+    """Give a network another dropout. Raise ValueError if a student has none to give it to."""
+    found = [module for module in net.modules() if isinstance(module, nn.Dropout)]
+    if share and not found and name == "student":
+        raise ValueError(
+            f"train.dropout must be 0 or left out, not {share}: the student's "
+            f"{type(net).__name__} has no dropout"
+        )
+    for module in found:
+        module.p = share
 
 
 def _check_conditions(student: nn.Module, brought: Conditions) -> None:

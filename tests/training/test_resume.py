@@ -122,6 +122,19 @@ def test_norms_that_are_not_there_cannot_be_recomputed(store, tmp_path):
         trainer(store, tmp_path, replace(SHORT, recompute_norms=True))
 
 
+def test_dropout_is_that_of_the_run_where_it_sets_one(store, tmp_path):
+    """A copy of a teacher learns with another dropout than its own, and the teacher keeps that."""
+    start = unet()
+    run = trainer(store, tmp_path / "run", replace(SHORT, dropout=0.4), init=start)
+    student, teacher = (
+        {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)}
+        for net in (run.state.modules["student"], start.net)
+    )
+    assert (student, teacher) == ({0.4}, {0.2})
+    with pytest.raises(ValueError, match=r"train\.dropout must be 0 .* Affine has no dropout"):
+        trainer(store, tmp_path / "none", replace(SHORT, dropout=0.4))
+
+
 def test_dropout_is_on_while_training(store, tmp_path):
     """Without it the resumption with dropout above would say nothing."""
     run = trainer(store, tmp_path, init=unet())
@@ -294,6 +307,7 @@ def test_the_identity_of_a_run_is_what_makes_it_another_one(store, tmp_path):
         "optimizer": "adamw",
         "weight_decay": 0.1,
         "grad_clip_norm": 1.0,
+        "dropout": 0.0,
         "ema_decay": 0.6,
         "ema_gamma": 1.0,
         "shuffle_window": 64,
