@@ -158,6 +158,7 @@ TAGS = {
     "shortcut",
     "consistency_distillation",
     "consistency_training",
+    "easy_consistency_tuning",
 }
 
 
