@@ -26,7 +26,7 @@ from ds.methods.consistency.levels import (
 from ds.methods.flow.path import rowwise
 from ds.methods.networks import Frozen, follow, target_of
 from ds.methods.proof import Check, Trial
-from ds.methods.proofs import consistency_distillation as proof
+from ds.methods.proofs.consistency import consistency_distillation as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.nets.lpips import LPIPS

@@ -24,7 +24,7 @@ from ds.methods.consistency.levels import (
 )
 from ds.methods.networks import follow, target_of
 from ds.methods.proof import Check, Trial
-from ds.methods.proofs import consistency_training as proof
+from ds.methods.proofs.consistency import consistency_training as proof
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig
 from ds.nets.lpips import LPIPS

@@ -19,7 +19,7 @@ from ds.methods.consistency.levels import ends, noisy, sampled
 from ds.methods.flow.path import on_path, rowwise
 from ds.methods.networks import Frozen
 from ds.methods.proof import Check, Trial
-from ds.methods.proofs import easy_consistency_tuning as proof
+from ds.methods.proofs.consistency import easy_consistency_tuning as proof
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.nets import AbstractNetConfig

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ds.diffusion.noise import Draws
 from ds.methods.consistency.levels import ends, karras
 from ds.methods.proof import NOISE, NORMAL, Check, exact
-from ds.methods.proofs.consistency_distillation import end_of_a_call, follows
+from ds.methods.proofs.consistency.consistency_distillation import end_of_a_call, follows
 from ds.pairs.sources import Batch
 
 LEVELS = 6
