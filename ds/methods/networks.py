@@ -10,6 +10,7 @@ from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.predictions import Estimate, Rescaled, as_prediction
 from ds.diffusion.schedules import AbstractSchedule
 from ds.nets.base import NO_CLASS
+from ds.nets.embedding import sinusoids
 from ds.pairs.sources import Batch
 
 
@@ -44,6 +45,22 @@ class Frozen(nn.Module):
             rescaled = Rescaled(own, as_prediction(self.denoiser.prediction))
             x, t, *_ = rescaled.there(x, *self.path.gather(t, x))
         return self.denoiser.given(**cond)(x, t)
+
+
+class Weight(nn.Module):
+    """The learned weight of a loss by its time: weight(t [N]) -> w, float32 [N], at first 0.
+
+    The loss exp(w) * error - w is least where exp(w) is 1 / error, so every time comes to count as
+    much as any other. t is an angle of ds.schedule.Trig. Lu & Song 2024, arXiv:2410.11081, Eq. 8.
+    """
+
+    def __init__(self, channels: int = 32):
+        super().__init__()
+        self.gains = nn.Parameter(torch.zeros(channels, dtype=torch.float32, device="cpu"))
+
+    def forward(self, t: Tensor) -> Tensor:
+        told = (t.tan().log() / 4).float()
+        return (sinusoids(told, len(self.gains), (6.0, 0.5)) * self.gains).sum(1)
 
 
 def untold(

@@ -159,6 +159,7 @@ TAGS = {
     "consistency_distillation",
     "consistency_training",
     "easy_consistency_tuning",
+    "simplified_consistency_model",
 }
 
 
