@@ -8,7 +8,7 @@ import torch
 from ds.analytic import Gaussian
 from ds.diffusion import grids
 from ds.diffusion.predictions import Preconditioned
-from ds.diffusion.schedules import EDM, Linear, LinearBeta
+from ds.diffusion.schedules import EDM, Linear, LinearBeta, Trig
 from ds.diffusion.solvers import DDIM, Ancestral, Clipped, Heun
 from ds.methods import Denoising
 from ds.training.presets import PRESETS, SolveConfig
@@ -91,6 +91,7 @@ def test_an_epoch_has_the_paper_s_number_of_steps(name, steps, total):
         ("lsun_church", (3, 256)),
         ("edm_cifar10", (3, 32)),
         ("edm_cifar10_conditional", (3, 32)),
+        ("progressive_cifar10", (3, 32)),
         ("imagenet64", (3, 64)),
     ],
 )
@@ -133,6 +134,26 @@ def test_the_numbers_of_edm(name):
     assert t.warmup_steps * batch / 1e6 == pytest.approx(warmup, rel=1e-3)
     assert math.log(0.5, t.ema_decay) * batch / 1e6 == pytest.approx(half_life, rel=1e-2)
     assert p.denoising == Denoising(EDM(), "preconditioned", label_dropout=0.0)
+
+
+def test_the_numbers_of_progressive_distillation_and_of_its_teacher():
+    """Salimans & Ho 2022, and the released settings: cifar_base and cifar_distill."""
+    p = PRESETS["progressive_cifar10"]()
+    net, t = p.net, p.teach
+    assert (net.channels, net.channel_mult, net.num_res_blocks) == (256, (1, 1, 1), 3)
+    assert (net.attention_resolutions, net.dropout, net.temb_channels) == ((16, 8), 0.2, 1024)
+    assert (t.batch_size, t.lr, t.warmup_steps, t.ema_decay) == (128, 2e-4, 1000, 0.9999)
+    assert (t.optimizer, t.weight_decay, t.grad_clip_norm) == ("adamw", 1e-3, 1.0)
+    assert p.denoising == Denoising(Trig(), "x0", snr_weight=True)
+    told = torch.tensor(Trig().noise) * net.frequencies[0]
+    assert told.item() == pytest.approx(1000) and net.frequencies[1] == 1e-4 * net.frequencies[0]
+    stages = p.method.stages()
+    assert [stage.nfe for stage in stages] == [2**k for k in range(12, -1, -1)]
+    for stage in stages:
+        own = p.train.of(stage)
+        assert (own.lr, own.lr_schedule, own.warmup_steps) == (5e-5, "linear", 0)
+        assert (own.ema_decay, own.dropout, own.weight_decay, own.grad_clip_norm) == (0, 0, 0, 1)
+        assert round(own.epochs * (50_000 // own.batch_size)) == 50_000
 
 
 @pytest.mark.parametrize("name", EDMS)

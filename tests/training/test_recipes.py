@@ -1,4 +1,4 @@
-"""Recipes for CIFAR-10: the numbers that were published, and the networks that they are for."""
+"""Recipes: the numbers that were published, and the networks that they are for."""
 
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -12,21 +12,36 @@ from ds.cli.__main__ import main
 from ds.cli.verb import method_named, parse
 from ds.nets import AbstractNetConfig, MLPConfig, SongConfig, UNetConfig
 from ds.pairs.sources import Images
+from ds.system.config import tag
 from ds.training.presets import PRESETS
 from ds.training.presets.recipes import RECIPES, settings
 from ds.training.throughput import price_of_rows
 
 # lr, warm-up, batch, EMA, steps, optimizer, weight decay, clipping, dropout, millions of weights
 PUBLISHED = {
-    "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
-    "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
-    "edm_cifar10 rectified_flow": (2e-4, 5000, 512, 0.9999, 800_000, "adam", 0, 0, 0.13, 55.7),
-    "c_rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
-    "posterior_mean_flow": (6e-4, 10_000, 1024, 0.9995, 800_000, "adam", 0, 0, 0.2, 56.1),
-    "mix_flow": (2e-4, 5000, 128, 0.9999, 500_000, "adam", 0, 0, 0.13, 55.7),
-    "discrete_mean_flow": (6e-4, 1000, 1024, 0.9999, 96_000, "adam", 0, 0, 0.2, 55.9),
-    "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
+    "cifar10": {
+        "rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
+        "mean_flow": (6e-4, 10_000, 1024, 0.9999, 800_000, "adam", 0, 0, 0.2, 55.9),
+        "c_rectified_flow": (2e-4, 5000, 128, 0.999999, 1_300_000, "adam", 0, 1, 0.15, 61.8),
+        "posterior_mean_flow": (6e-4, 10_000, 1024, 0.9995, 800_000, "adam", 0, 0, 0.2, 56.1),
+        "mix_flow": (2e-4, 5000, 128, 0.9999, 500_000, "adam", 0, 0, 0.13, 55.7),
+        "discrete_mean_flow": (6e-4, 1000, 1024, 0.9999, 96_000, "adam", 0, 0, 0.2, 55.9),
+        "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
+        "consistency_training": (4e-4, 0, 512, 0.9999, 800_000, "radam", 0, 0, 0, 56.4),
+        "progressive_distillation": (5e-5, 0, 128, 0, 50_000, "adam", 0, 1, 0, 35.7),
+    },
+    "edm_cifar10": {
+        "rectified_flow": (2e-4, 5000, 512, 0.9999, 800_000, "adam", 0, 0, 0.13, 55.7),
+        "consistency_distillation": (4e-4, 0, 512, 0.9999, 800_000, "radam", 0, 0, 0, 55.7),
+        "easy_consistency_tuning": (1e-4, 0, 128, 0.9999, 200_000, "radam", 0, 0, 0.2, 55.7),
+    },
+    "imagenet64": {
+        "consistency_distillation": (8e-6, 0, 2048, 0.999943, 600_000, "radam", 0, 0, 0, 295.9),
+        "consistency_training": (1e-4, 0, 2048, 0.999943, 800_000, "radam", 0, 0, 0, 295.9),
+        "easy_consistency_tuning": (1e-3, 2000, 128, 0.9999, 200_000, "adam", 0, 0, 0, 295.9),
+    },
 }
+ROWS = {"imagenet64": 1_281_167}
 
 
 def recipe(name, preset="cifar10") -> Any:
@@ -41,11 +56,14 @@ def network(method) -> Any:
     return own[0] if own else network(inner[0]) if inner else None
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_numbers_of_a_method_on_cifar10(name):
-    preset, _, method = name.rpartition(" ")
-    p = recipe(method, preset or "cifar10")
-    t, rows = p.train, p.pairs.count if p.method.stages()[0].feeds == "pairs" else 50_000
+@pytest.mark.parametrize(
+    ("preset", "name"), [(p, name) for p in PUBLISHED for name in PUBLISHED[p]]
+)
+def test_the_published_numbers_of_a_method(preset, name):
+    p = recipe(name, preset)
+    first = p.method.stages()[0]
+    t, rows = p.train.of(first), ROWS.get(preset, 50_000)
+    rows = p.pairs.count if first.feeds == "pairs" else rows
     net = network(p.method) or p.net
     with torch.device("meta"):
         weights = sum(w.numel() for w in net.build().parameters())
@@ -58,21 +76,28 @@ def test_the_published_numbers_of_a_method_on_cifar10(name):
         t.optimizer,
         t.weight_decay,
         t.grad_clip_norm,
-        net.dropout,
+        net.dropout if t.dropout is None else t.dropout,
         round(weights / 1e6, 1),
     )
-    assert found == PUBLISHED[name]
+    assert found == PUBLISHED[preset][name]
 
 
-def test_every_method_of_the_flow_family_has_a_recipe_for_cifar10():
-    family = {
-        name for name in ds.methods.__all__ if ".flow." in getattr(ds.methods, name).__module__
-    }
-    assert family == {
-        type(make(PRESETS["cifar10"]()).method).__name__
-        for (preset, _), make in RECIPES.items()
-        if preset == "cifar10"
-    }
+@pytest.mark.parametrize(
+    ("family", "preset"), [("flow", "cifar10"), ("consistency", "edm_cifar10")]
+)
+def test_every_method_of_a_family_has_a_recipe(family, preset):
+    for name in ds.methods.__all__:
+        cls = getattr(ds.methods, name)
+        if f".{family}." in cls.__module__:
+            p = RECIPES[preset, tag(cls)](PRESETS[preset]())
+            assert type(p.method) is cls
+            assert p.train.betas[0] == 0.9 and p.net == PRESETS[preset]().net
+
+
+@pytest.mark.parametrize("name", ["consistency_training"])
+def test_a_network_of_its_own_is_told_the_classes_of_its_teacher(name):
+    assert network(recipe(name, "edm_cifar10_conditional").method).classes == 10
+    assert network(recipe(name, "edm_cifar10").method).classes == 0
 
 
 def test_mean_flow_s_network_is_told_times_as_published():

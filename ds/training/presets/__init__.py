@@ -4,6 +4,7 @@ The paper's settings are those of its 2021 code, `get_settings` and `create_data
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ds.diffusion import grids
-from ds.diffusion.schedules import EDM, MOST, AbstractSchedule, AbstractTable
+from ds.diffusion.schedules import EDM, MOST, AbstractSchedule, AbstractTable, Trig
 from ds.diffusion.solvers import (
     DCW,
     DDIM,
@@ -27,7 +28,7 @@ from ds.diffusion.solvers import (
     bare,
 )
 from ds.diffusion.solvers.dcw import Strength
-from ds.methods import AbstractMethod, Denoising, DenoisingStudent
+from ds.methods import AbstractMethod, Denoising, DenoisingStudent, ProgressiveDistillation
 from ds.models.execution import Mode, Precision
 from ds.models.teacher import Teacher
 from ds.nets import SongConfig, UNetConfig
@@ -314,6 +315,54 @@ def edm_cifar10_conditional() -> Preset:
     return replace(base, net=replace(base.net, classes=10))
 
 
+def progressive_cifar10() -> Preset:
+    """CIFAR-10, 32 x 32, with progressive distillation and its teacher, which predicts x0.
+
+    Salimans & Ho 2022, arXiv:2202.00512, and the released settings. How long the teacher is trained
+    is ours; the student's settings are those of a recipe.
+    """
+    base = cifar10()
+    net = UNetConfig(
+        channels=256,
+        channel_mult=(1, 1, 1),
+        num_res_blocks=3,
+        attention_resolutions=(16, 8),
+        dropout=0.2,
+        scale_shift=True,
+        resnet_down=(0, 1),
+        resnet_up=(1, 2),
+        frequencies=(1000 / math.atan(math.inf), 0.1 / math.atan(math.inf)),  # times end at pi / 2
+    )
+    teach = TrainConfig(
+        batch_size=128,
+        epochs=800_000 / 390,
+        warmup_steps=1000,
+        betas=(0.9, 0.999),
+        optimizer="adamw",
+        weight_decay=1e-3,
+        grad_clip_norm=1.0,
+        ema_decay=0.9999,
+    )
+    train = TrainConfig(
+        batch_size=128,
+        epochs=50_000 / 390,
+        lr=5e-5,
+        warmup_steps=0,
+        betas=(0.9, 0.999),
+        grad_clip_norm=1.0,
+        dropout=0.0,
+    )
+    return replace(
+        base,
+        net=net,
+        solve=SolveConfig(grid="uniform", steps=50),
+        method=ProgressiveDistillation(start_steps=8192),
+        train=train,
+        denoising=Denoising(Trig(), "x0", snr_weight=True),
+        teach=teach,
+    )
+
+
 def imagenet64() -> Preset:
     """ImageNet, 64 x 64, with ADM's network trained as EDM does: Heun in 79 network calls.
 
@@ -461,6 +510,6 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     f.__name__: f
     for f in (
         digits, cifar10, celeba, lsun_bedroom, lsun_church, edm_cifar10, edm_cifar10_conditional,
-        imagenet64,
+        progressive_cifar10, imagenet64,
     )
 }  # fmt: skip

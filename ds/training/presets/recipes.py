@@ -1,9 +1,9 @@
-"""Recipes: how a method was trained on CIFAR-10 where it was published.
+"""Recipes: how a method was trained on CIFAR-10, or ImageNet 64 x 64, where it was published.
 
 A preset has the settings of its teacher and of its own method. `settings` gives those of another
 method. A recipe says whose numbers they are, and what is ours. None has been trained here at this
-size yet. What no recipe does: turn and scale images as EDM does, and read a second average of the
-weights.
+size yet. What no recipe does: turn, scale and mirror images, load the weights of LPIPS, and read a
+second average of the weights.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,11 @@ from dataclasses import replace
 
 from ds.methods import (
     AbstractMethod,
+    ConsistencyDistillation,
+    ConsistencyTraining,
     CRectifiedFlow,
     DiscreteMeanFlow,
+    EasyConsistencyTuning,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
@@ -20,11 +23,13 @@ from ds.methods import (
     Shortcut,
 )
 from ds.nets import SongConfig
+from ds.nets.adm import adm_imagenet64
+from ds.nets.song import ncsnpp
 from ds.system.config import tag
 from ds.training.config import TrainConfig
-from ds.training.presets import Preset
+from ds.training.presets import Preset, progressive_cifar10
 
-IMAGES = 50_000  # of CIFAR-10's training set
+IMAGES, IMAGENET = 50_000, 1_281_167  # of the training sets of CIFAR-10 and ImageNet
 _ADAM = (0.9, 0.999)
 # DDPM++ as score SDEs have it, and as MeanFlow has it.
 _SCORE_SDE = SongConfig(channel_mult=(1, 2, 2, 2), dropout=0.15)
@@ -129,6 +134,113 @@ def posterior_mean_flow(p: Preset) -> Preset:
     )
 
 
+def consistency_distillation(p: Preset) -> Preset:
+    """CD with Heun's step and L2. Song et al. 2023, arXiv:2303.01469, and the released JAX code.
+
+    Their teacher is an NCSN++, and their best figure is with LPIPS: --method.lpips FILE. With L1
+    they have a learning rate of 2e-4. The target is the student itself, whatever the loss.
+    """
+    return replace(p, method=ConsistencyDistillation(), train=_radam(800_000, 512, 4e-4, 0.9999))
+
+
+def consistency_distillation_64(p: Preset) -> Preset:
+    """CD on ImageNet, as the released PyTorch code. Its network is told 1000 times as much.
+
+    Ours is a copy of a teacher that is told what EDM's is. Their loss is LPIPS.
+    """
+    method = ConsistencyDistillation(num_levels=40, target_decay=0.95, indices=(0, 22), clip=True)
+    return replace(p, method=method, train=_radam(600_000, 2048, 8e-6, 0.999943, IMAGENET))
+
+
+def consistency_training(p: Preset) -> Preset:
+    """CT from scratch. Song et al. 2023, arXiv:2303.01469, and the released JAX code.
+
+    They stopped at 740,000 steps. Their loss is LPIPS: --method.lpips FILE.
+    """
+    method = ConsistencyTraining(student=_ncsnpp(p))
+    return replace(p, method=method, train=_radam(800_000, 512, 4e-4, 0.9999))
+
+
+def consistency_training_64(p: Preset) -> Preset:
+    """CT on ImageNet, as the released PyTorch code, whose command starts from EDM's weights.
+
+    Ours starts from scratch, as the paper says. Their loss is LPIPS.
+    """
+    method = ConsistencyTraining(
+        end_steps=200,
+        target_decay=0.95,
+        noise_scale=250.0,
+        indices=(0, 106),
+        clip=True,
+        student=adm_imagenet64(dropout=0.0),
+    )
+    return replace(p, method=method, train=_radam(800_000, 2048, 1e-4, 0.999943, IMAGENET))
+
+
+def easy_consistency_tuning(p: Preset) -> Preset:
+    """ECT from a teacher of EDM. Geng et al. 2024, arXiv:2406.14548, and the released settings.
+
+    They also give 100,000 and 400,000 steps. Their run of an hour: --method.ratio 256
+    --method.num-stages 1 --train.ema-decay 0.9993 --train.epochs 20.5.
+    """
+    train = _radam(200_000, 128, 1e-4, 0.9999, dropout=0.2)
+    return replace(p, method=EasyConsistencyTuning(), train=train)
+
+
+def easy_consistency_tuning_64(p: Preset) -> Preset:
+    """ECT on ImageNet. Theirs starts from EDM2-S, whose network is not here: its numbers, ours.
+
+    The batch, the number of steps and the average are ours too.
+    """
+    method = EasyConsistencyTuning(
+        ratio=4.0,
+        most=0.9961,
+        log_sigma=(-0.8, 1.6),
+        width=0.06,
+        weight="output",
+        mid=(1.526,),
+    )
+    train = replace(
+        _radam(200_000, 128, 1e-3, 0.9999, IMAGENET),
+        optimizer="adam",
+        betas=(0.9, 0.99),
+        lr_schedule="inverse_sqrt",
+        warmup_steps=2000,
+    )
+    return replace(p, method=method, train=train)
+
+
+def progressive_distillation(p: Preset) -> Preset:
+    """From 8192 steps to 1, as the preset progressive_cifar10, whose teacher predicts x0.
+
+    Each of the 13 stages has 50,000 steps; the paper doubles the last ones: --method.last-length 2.
+    """
+    made = progressive_cifar10()
+    return replace(p, method=made.method, train=made.train)
+
+
+def _ncsnpp(p: Preset) -> SongConfig:
+    """Return the network that consistency models train from scratch, without dropout of its own."""
+    return ncsnpp(augment_channels=0, dropout=0.0, classes=p.net.classes)
+
+
+def _radam(
+    steps: int, batch: int, lr: float, ema: float, rows: int = IMAGES, dropout: float = 0.0
+) -> TrainConfig:
+    """Return what consistency models are trained with: RAdam at a constant rate, at once."""
+    return TrainConfig(
+        batch_size=batch,
+        epochs=_epochs(steps, batch, rows),
+        lr=lr,
+        warmup_steps=0,
+        betas=_ADAM,
+        optimizer="radam",
+        ema_decay=ema,
+        dropout=dropout,
+    )
+
+
+_EDM = "edm_cifar10", "edm_cifar10_conditional"
 RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         ("cifar10", f.__name__): f
@@ -143,6 +255,20 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
         )
     },
     ("edm_cifar10", "rectified_flow"): rectified_flow_again,
+    **{
+        (preset, f.__name__): f
+        for preset in _EDM
+        for f in (consistency_distillation, easy_consistency_tuning)
+    },
+    **{
+        (preset, f.__name__): f
+        for preset in ("cifar10", *_EDM)
+        for f in (consistency_training, progressive_distillation)
+    },
+    **{
+        ("imagenet64", f.__name__.removesuffix("_64")): f
+        for f in (consistency_distillation_64, consistency_training_64, easy_consistency_tuning_64)
+    },
 }
 
 
