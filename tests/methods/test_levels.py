@@ -11,8 +11,11 @@ import ds
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Bounded
 from ds.methods import ConsistencyDistillation, ConsistencyTraining, Progress
+from ds.methods.base import built
 from ds.methods.consistency.levels import karras
 from ds.methods.proof import Formula
+from ds.models.export import to_program
+from ds.nets import MLPConfig
 from ds.nets.lpips import LPIPS
 from ds.pairs.sources import Batch
 from tests.methods.runs import found
@@ -109,6 +112,15 @@ def test_a_sample_calls_the_network_at_the_given_levels(name, clip):
     assert fresh.mean().abs() < 0.2 and fresh.std().item() == pytest.approx(1, rel=0.1)
     assert torch.corrcoef(torch.stack([fresh.flatten(), z.flatten()]))[0, 1].abs() < 0.2
     assert len(method.times(3)) == 3, "other numbers of calls are evenly spaced"
+
+
+def test_a_consistency_model_is_exported(tmp_path):
+    net = built(MLPConfig(dim=3, width=8, depth=1))
+    student = ds.Student(net, ConsistencyTraining(clip=True))
+    to_program(student, tmp_path / "student.pt2")
+    z = ds.noise(0, INDEX, (3,))
+    made = torch.export.load(tmp_path / "student.pt2").module()(z)
+    torch.testing.assert_close(made, student.sample(z))
 
 
 @each

@@ -57,9 +57,9 @@ class ConsistencyTraining(AbstractMethod):
     noise_scale: Positive = 0.25  # the network is told this times log(sigma)
     loss_type: Literal["l1", "l2", "huber"] = "l2"
     huber: NotNegative = 5.4e-4  # width of the Huber loss, times the root of the elements of a row
-    # weights of LPIPS, which then is the loss
+    # a file of LPIPS weights; the loss then is LPIPS alone, of images
     lpips: Path | None = field(default=None, metadata=BY_CONTENT)
-    # levels at which a sample of so many calls calls the network, as 0, 106; else evenly spaced
+    # the levels of a sample of as many calls, such as 0, 106; other numbers have even ones
     indices: tuple[Natural, ...] = ()
     clip: bool = False  # every sample is clipped to [-1, 1], also before noise is added to it again
     student: AbstractNetConfig | None = None  # the network to train; else a copy of the teacher's

@@ -88,7 +88,9 @@ def visited(nfe: int, indices: tuple[int, ...], count: int, least: float, most: 
     return tuple(levels[i] for i in (indices if given else range(nfe)))
 
 
-def check_levels(name: str, indices: tuple[int, ...], count: int, least: float, most: float):
+def check_levels(
+    name: str, indices: tuple[int, ...], count: int, least: float, most: float
+) -> None:
     """Raise ValueError, with the name of a method, for levels that do not fit each other."""
     if least >= most:
         raise ValueError(f"{name}: sigma_min ({least}) must be below sigma_max ({most})")
