@@ -12,7 +12,7 @@ from ds.cli.__main__ import main
 from ds.cli.distill import Distill
 from ds.cli.pairs import MakePairs
 from ds.cli.teach import Teach
-from ds.cli.verb import Verb, parse
+from ds.cli.verb import Verb, methods, parse
 from ds.training import presets
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,11 @@ def commands(code: str) -> list[str]:
     """Return the commands of a block, without their comments."""
     lines = code.replace("\\\n", " ").splitlines()
     return [command for line in lines if (command := line.partition(" #")[0].strip())]
+
+
+def test_the_page_of_methods_has_a_row_for_each():
+    rows = re.findall(r"^\| \[`(\w+)`\]", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    assert {*methods()} <= {*rows} and len(rows) == len({*rows})
 
 
 def test_the_page_of_one_s_own_images_makes_a_student(tmp_path, monkeypatch):
