@@ -114,6 +114,18 @@ def test_a_sample_calls_the_network_at_the_given_levels(name, clip):
     assert len(method.times(3)) == 3, "other numbers of calls are evenly spaced"
 
 
+@each
+def test_a_copy_of_a_network_that_is_told_other_noise_levels_is_refused(method):
+    """OpenAI's networks are told 1000 * log(sigma) / 4, those of JAX and EDM a thousandth of it."""
+    net, config = built(MLPConfig(dim=3, width=8, depth=1)), MLPConfig(dim=3, width=16)
+    denoiser = ds.Denoiser(net, ds.schedule.EDM(), ds.predictions.Preconditioned(0.5, 250.0))
+    teacher = replace(TEACHER, denoiser=denoiser)
+    with pytest.raises(ValueError, match=r"told 250 \* log.*told 0.25 \* log.*noise_scale to 250"):
+        method.init(teacher)
+    for right in (replace(method, noise_scale=250.0), replace(method, student=config)):
+        assert right.init(teacher)["student"].config.width in (8, 16)
+
+
 def test_a_consistency_model_is_exported(tmp_path):
     net = built(MLPConfig(dim=3, width=8, depth=1))
     student = ds.Student(net, ConsistencyTraining(clip=True))

@@ -13,7 +13,7 @@ from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Bounded
 from ds.diffusion.schedules import EDM
 from ds.methods import times
-from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.base import AbstractMethod, Progress
 from ds.methods.consistency.levels import (
     check_levels,
     distance,
@@ -21,6 +21,7 @@ from ds.methods.consistency.levels import (
     karras,
     noisy,
     sampled,
+    start,
     visited,
 )
 from ds.methods.flow.path import rowwise
@@ -70,7 +71,7 @@ class ConsistencyDistillation(AbstractMethod):
         check_levels("ConsistencyDistillation", *levels)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
-        student = student_net(teacher, self.student)
+        student = start(teacher, self.student, self.noise_scale)
         modules = {"student": student, "teacher": Frozen(teacher.denoiser, self.path)}
         if self.target_decay:
             modules["target"] = target_of(student)

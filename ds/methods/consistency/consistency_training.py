@@ -12,7 +12,7 @@ from ds.diffusion.grids import Grid
 from ds.diffusion.noise import Draws
 from ds.diffusion.predictions import Bounded
 from ds.diffusion.schedules import EDM
-from ds.methods.base import AbstractMethod, Progress, student_net
+from ds.methods.base import AbstractMethod, Progress
 from ds.methods.consistency.levels import (
     check_levels,
     distance,
@@ -20,6 +20,7 @@ from ds.methods.consistency.levels import (
     karras,
     noisy,
     sampled,
+    start,
     visited,
 )
 from ds.methods.networks import follow, target_of
@@ -75,7 +76,7 @@ class ConsistencyTraining(AbstractMethod):
         check_levels("ConsistencyTraining", *levels)
 
     def init(self, teacher: Teacher) -> nn.ModuleDict:
-        student = student_net(teacher, self.student)
+        student = start(teacher, self.student, self.noise_scale)
         lpips = {"lpips": LPIPS.load(self.lpips)} if self.lpips else {}
         return nn.ModuleDict({"student": student, "target": target_of(student), **lpips})
 

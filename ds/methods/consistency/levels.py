@@ -12,8 +12,11 @@ from ds.diffusion.noise import Draws
 from ds.diffusion.schedules import EDM
 from ds.diffusion.solvers import Clipped, Renoise, integrate
 from ds.methods import losses
+from ds.methods.base import student_net
 from ds.methods.flow.path import rowwise
 from ds.methods.networks import SharedDropout
+from ds.models.teacher import Teacher
+from ds.nets import AbstractNetConfig
 from ds.pairs.sources import Batch
 from ds.system.config import Count, require
 
@@ -29,6 +32,20 @@ def karras(i: Tensor, count: Tensor | int, least: float, most: float) -> Tensor:
     start, end = most ** (1 / RHO), least ** (1 / RHO)
     level = (start + i.double() / (count - 1) * (end - start)) ** RHO
     return torch.where(i == count - 1, least, level.clamp(max=most))
+
+
+def start(teacher: Teacher, config: AbstractNetConfig | None, noise_scale: float) -> nn.Module:
+    """Return the network to train, as `student_net` does. It is told noise_scale * log(sigma).
+
+    Raises ValueError for a copy of a network that knows another multiple of it.
+    """
+    known = getattr(teacher.denoiser.prediction, "noise_scale", noise_scale)
+    if config is None and known != noise_scale:
+        raise ValueError(
+            f"the teacher's network is told {known:g} * log(sigma), its copy would be told "
+            f"{noise_scale:g} * log(sigma); set noise_scale to {known:g}, or name a student"
+        )
+    return student_net(teacher, config)
 
 
 def noisy(batch: Batch, sigma: Tensor) -> Tensor:
