@@ -3,7 +3,7 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, or "classes", "flows", "peers" (the README's), "projection", "seeds",
+of the case of that name, or "classes", "methods", "peers" (the README's), "projection", "seeds",
 "starts", or "plots". In the docstring of Sampler the marks are ".. table: sampler" and ".. end". A
 test fails when a page is not what the JSON says.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.flows import CALLS, ENTRIES
 from benchmarks.harness import RESULTS, ROOT, floor
+from benchmarks.methods import CALLS, ENTRIES
 from ds.engine import Plan, Target
 from ds.training import presets
 
@@ -69,7 +69,7 @@ def filled(page: str) -> str:
 def _made(name: str) -> str:
     special = {
         "classes": classes,
-        "flows": flows,
+        "methods": methods,
         "peers": peers,
         "projection": projection,
         "plots": plots,
@@ -223,10 +223,10 @@ def classes() -> str:
     return "\n".join(lines) + "\n"
 
 
-def flows() -> str:
-    """Return what the methods of the flow family give in few calls, means over seeds."""
-    if not (path := RESULTS / "flows.json").exists():
-        return "Not measured yet: `python -m benchmarks.flows`.\n"
+def methods() -> str:
+    """Return what the methods give in few calls, means over seeds."""
+    if not (path := RESULTS / "methods.json").exists():
+        return "Not measured yet: `python -m benchmarks.methods`.\n"
     found = json.loads(path.read_text())
     names = dict.fromkeys(row["method"] for row in found["rows"])
     columns = ["Frechet distance", "recall", "s / 1,000 images"]

@@ -1,18 +1,22 @@
-"""What the methods of the flow family give for equal spending: digits, several seeds.
+"""What the methods give for equal spending: digits, several seeds.
 
-    python -m benchmarks.flows [--seeds 5] [--only mean_flow ...] [--runs FOLDER]
+    python -m benchmarks.methods [--seeds 5] [--only mean_flow ...] [--runs FOLDER]
 
-For each seed every method trains a network and spends BUDGET evaluations of networks on that. An
-evaluation is one call of any network on one row, and counts two where a derivative along the flow
-comes with the value. The calls of targets, predictors and teachers count, those for pairs too, and
-the training of the teacher that a method needs. Backward passes and the check at the end of a run
-do not count, for any method. All start from fresh weights and learn in the same way. c-rectified
-flow is left out: it lowers a cost of transport, not the number of calls, and digits come in parts
-that do not touch, where its claim has a gap.
+For each seed every method trains a network and spends its budget, BUDGET evaluations of networks,
+on that. An evaluation is one call of any network on one row, and counts two where a derivative
+along the flow comes with the value. The calls of targets, critics, predictors and teachers count,
+those for pairs too, and the training of the teacher that a method needs. Backward passes and the
+check at the end of a run do not count, for any method. All start from fresh weights and learn in
+the same way. c-rectified flow is left out: it lowers a cost of transport, not the number of calls,
+and digits come in parts that do not touch, where its claim has a gap.
+
+Some methods have a second entry, with what `make demo` spends on Denoising Student and with its
+network.
 
 Writes the Frechet distance and the recall in 1, 2 and 4 network calls, and the seconds to draw, to
-results/flows.json. FOLDER keeps what was trained. Another call goes on from there, and makes anew
-what is of another code of the method's file, or of other settings.
+results/methods.json, after every run. What is there already is kept, and made anew where it is of
+other code of the method, or of other settings. FOLDER keeps what was trained, and a run that was
+stopped goes on there.
 """
 
 import argparse
@@ -22,21 +26,27 @@ import inspect
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, Case, Pace, Side, commit, environment, measure
+from ds.diffusion.schedules import EDM, Trig
 from ds.evaluation.evaluate import evaluate, split_floor
 from ds.evaluation.features import Digits
 from ds.methods import (
     AbstractMethod,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    Denoising,
     DiscreteMeanFlow,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
+    ProgressiveDistillation,
     RectifiedFlow,
     Shortcut,
 )
@@ -56,13 +66,19 @@ from ds.training.config import TrainConfig
 from ds.training.stages import Stages
 from ds.training.trainer import Trainer
 
-PATH, CALLS, BUDGET = RESULTS / "flows.json", (1, 2, 4), 100_000
+PATH, CALLS, BUDGET = RESULTS / "methods.json", (1, 2, 4), 100_000
+MINUTES = 3.0  # of a run whose time is not known
+# Whose code decides whether a run is of the same method, where the method uses it.
+FAMILIES = ("ds.methods.flow.", "ds.methods.consistency.")
 DRAWN = 256  # images at a time, where the time to draw is measured
 HELD_OUT = 64  # rows of the check at the end of a run, which chooses nothing
 DEMO = presets.digits()
 TRAIN = replace(DEMO.train, lr=2e-3, check_every=10**9)  # a check at the end
 NET = replace(DEMO.net, channels=16)
 SLOW = replace(NET, frequencies=(6.0, 0.5))  # as methods need that differentiate in time
+FAST = replace(NET, frequencies=(40.0, 0.5))  # for the times of an arc, which are up to pi / 2
+TEACH = replace(TRAIN, epochs=16)
+SPREAD = 0.75  # deviation of the digits
 FLOW = RectifiedFlow(reflow=0, steps=8)
 
 
@@ -76,12 +92,12 @@ class Entry:
     train: TrainConfig = TRAIN
     pairs: int = 2048
     teach: TrainConfig | None = None  # of the teacher in many calls that the method needs
+    teacher: Denoising = DEMO.denoising  # which it is
+    budget: int = BUDGET
 
 
 ENTRIES: Mapping[str, Entry] = {
-    "denoising_student": Entry(
-        "Denoising Student", DEMO.method, pairs=3072, teach=replace(TRAIN, epochs=16)
-    ),
+    "denoising_student": Entry("Denoising Student", DEMO.method, pairs=3072, teach=TEACH),
     "rectified_flow": Entry("rectified flow", FLOW),
     "reflow": Entry("... and a reflow", replace(FLOW, reflow=1)),
     "distil": Entry("... and distilled", replace(FLOW, reflow=1, distil=True), pairs=1536),
@@ -102,38 +118,68 @@ ENTRIES: Mapping[str, Entry] = {
         PosteriorMeanFlow(),
         replace(SLOW, conditions=("h", "outer", "context")),
     ),
+    "progressive_distillation": Entry(
+        "progressive distillation",
+        ProgressiveDistillation(start_steps=8),
+        FAST,
+        replace(TRAIN, lr=1e-3, warmup_steps=0),
+        teach=TEACH,
+        teacher=Denoising(Trig(), "x0", snr_weight=True),
+    ),
+    "consistency_distillation": Entry(
+        "consistency distillation",
+        ConsistencyDistillation(sigma_data=SPREAD),
+        teach=TEACH,
+        teacher=Denoising(EDM(), "preconditioned"),
+    ),
+    "consistency_training": Entry(
+        "consistency training", ConsistencyTraining(sigma_data=SPREAD, end_steps=20)
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.flows")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=ENTRIES, default=[*ENTRIES])
-    parser.add_argument("--runs", type=Path, default=Path("runs/flows"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
     DEMO.machine.use()
-    for seed in range(options.seeds):
-        for name in options.only:
-            row = judged(name, options.runs / f"{name}-{seed}", seed)
-            print(name, seed, row["figures"], flush=True)
-    write(options.runs)
+    rows = kept()
+    asked = [(name, seed) for seed in range(options.seeds) for name in options.only]
+    missing = [one for one in asked if one not in rows]
+    known = {(row["method"]): row["minutes"] for row in rows.values() if "minutes" in row}
+    about = sum(known.get(name, MINUTES) for name, _ in missing)
+    print(f"{len(missing)} of {len(asked)} runs to make, about {about:.0f} minutes", flush=True)
+    for name, seed in missing:
+        row = judged(name, options.runs / f"{name}-{seed}", seed)
+        rows[name, seed] = row
+        print(name, seed, f"{row['minutes']:.1f} minutes", row["figures"], flush=True)
+        write(rows, options.runs)
 
 
-def write(runs: Path) -> None:
+def kept() -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the rows that are written, by method and seed: those of this code and settings."""
+    rows = read_json(PATH)["rows"] if PATH.exists() else []
+    known = [row for row in rows if row["method"] in ENTRIES]
+    return {
+        (row["method"], row["seed"]): row
+        for row in known
+        if row.items() >= made_of(ENTRIES[row["method"]]).items()
+    }
+
+
+def write(rows: Mapping[tuple[str, int], dict[str, Any]], runs: Path) -> None:
     """Write what is found of runs, and how long it takes to draw with those of the seed 0."""
-    rows = [
-        row
-        for name, entry in ENTRIES.items()
-        for file in sorted(runs.glob(f"{name}-*/figures.json"))
-        if (row := read_json(file)).items() >= made_of(entry).items()
-    ]
-    first = [row["method"] for row in rows if row["seed"] == 0]
+    ordered = sorted(rows, key=lambda one: ([*ENTRIES].index(one[0]), one[1]))
+    before = read_json(PATH)["seconds"] if PATH.exists() else {}
+    drawn = {name: runs / f"{name}-0" for name, seed in ordered if not seed}
+    new = {name: folder for name, folder in drawn.items() if name not in before and folder.exists()}
     saved = {
-        "budget": BUDGET,
         "environment": environment(DEMO.machine.use()),
         "real": split_floor(digits()[0], Digits(), first=1500),
-        "seconds": seconds({name: runs / f"{name}-0" for name in first}),
-        "rows": rows,
+        "seconds": {**before, **seconds(new)},
+        "rows": [rows[one] for one in ordered],
     }
     write_json(PATH, saved, force=True)
 
@@ -165,9 +211,12 @@ def judged(name: str, folder: Path, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     write_json(begun, made, force=True)
     if not done.exists():
+        begin = time.process_time()
         models, spent = trained(entry, folder, seed)
+        minutes = (time.process_time() - begin) / 60
         figures = {nfe: _figures(model) for nfe, model in models.items()}
-        row = {"method": name, "seed": seed, "commit": commit(), "evaluations": spent, **made}
+        about = {"commit": commit(), "evaluations": spent, "minutes": round(minutes, 2)}
+        row = {"method": name, "seed": seed, **about, **made}
         write_json(done, {**row, "figures": figures})
     return read_json(done)
 
@@ -178,26 +227,67 @@ def _figures(model: Model) -> dict[str, float]:
 
 
 def made_of(entry: Entry) -> dict[str, str]:
-    """Return the SHA-256 of the code of a method, and of what is trained, how and for how long.
-
-    The code is that of its file and of the files beside it that it uses.
-    """
-    own = type(entry.method).__module__
-    used = {getattr(value, "__module__", None) or "" for value in vars(sys.modules[own]).values()}
-    family = {name for name in used if name.startswith("ds.methods.flow.")} | {own}
-    parts = (entry.method, entry.net, entry.train, entry.teach or entry.train)
-    settings = json.dumps([BUDGET, entry.pairs, *map(to_json, parts)], sort_keys=True)
-    texts = {"code": "".join(map(code_of, sorted(family))), "settings": settings}
+    """Return the SHA-256 of the code of a method, and of what is trained, how and for how long."""
+    taught = [entry.teach, entry.teacher] if entry.teach else []
+    parts = (entry.method, entry.net, entry.train, *taught)
+    settings = json.dumps([entry.budget, entry.pairs, *map(stated, parts)], sort_keys=True)
+    texts = {"code": code_of(type(entry.method)), "settings": settings}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
-def code_of(module: str) -> str:
-    """Return the code of a module without what trains nothing: comments, docstrings, proofs."""
+def stated(value: Any) -> dict[str, Any]:
+    """Return the fields of a value that are not the defaults, so that a new field moves nothing."""
+    found = {f.name: to_json(getattr(value, f.name)) for f in fields(value) if not _usual(value, f)}
+    return {"type": type(value).__name__, **found}
+
+
+def _usual(value: Any, field: Field) -> bool:
+    made = field.default if field.default_factory is MISSING else field.default_factory()
+    return made == getattr(value, field.name)
+
+
+def code_of(method: type) -> str:
+    """Return the code of a method's file, and of what it uses of other files in FAMILIES."""
+    found: dict[tuple[str, str], str] = {}
+    _gather(method.__module__, None, found)
+    return "".join(found[name] for name in sorted(found))
+
+
+def _gather(module: str, names: set[str] | None, found: dict[tuple[str, str], str]) -> None:
+    """Add the code of what a module defines under `names`, or of all, and of what these use."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
-    for node in ast.walk(tree):
+    for node in ast.walk(tree):  # without what trains nothing: docstrings, proofs
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             node.body = [part for part in node.body if not _trains_nothing(part)]
-    return ast.dump(tree)
+    others = {
+        alias.asname or alias.name: (str(node.module), alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(FAMILIES)
+        for alias in node.names
+    }
+    defined = {name: node for node in tree.body for name in _defines(node)}
+    for name in defined if names is None else names & defined.keys():
+        if (module, name) in found:
+            continue
+        found[module, name] = ast.dump(defined[name])
+        used = {part.id for part in ast.walk(defined[name]) if isinstance(part, ast.Name)}
+        _gather(module, used, found)
+        for other in used & others.keys():
+            origin, there = others[other]
+            _gather(origin, {there}, found)
+
+
+def _defines(node: ast.stmt) -> list[str]:
+    match node:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [
+                part.id for to in targets for part in ast.walk(to) if isinstance(part, ast.Name)
+            ]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
 
 
 def _trains_nothing(part: ast.stmt) -> bool:
@@ -206,7 +296,7 @@ def _trains_nothing(part: ast.stmt) -> bool:
 
 
 def trained(
-    entry: Entry, folder: Path, seed: int, budget: float = BUDGET, rows: int | None = None
+    entry: Entry, folder: Path, seed: int, budget: float | None = None, rows: int | None = None
 ) -> tuple[dict[int, Model], float]:
     """Return what an entry's run makes, by the number of calls, and the evaluations it spent.
 
@@ -218,14 +308,16 @@ def trained(
     start, spent = RectifiedFlow().result(built(entry.net, seed)), 0.0
     if entry.teach:
         start, spent = _taught(entry, folder / "teacher", seed, sources)
+    if entry.method.feeds == "pairs":
         store = generate_pairs(start, folder / "pairs", entry.pairs + HELD_OUT, seed=seed)
         spent += len(store) * start.nfe
         sources = Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
     fixed, many = spends(entry, sources[0]), spends(entry, sources[0], epochs=1000)
-    epochs = (budget - spent - fixed) / (many - fixed) * 1000
+    epochs = ((budget or entry.budget) - spent - fixed) / (many - fixed) * 1000
     train = replace(entry.train, epochs=epochs, seed=seed)
     run = Stages(entry.method, start, *sources, folder / "run", train, pairs=entry.pairs)
-    models = _by_calls(run.fit(), run.stages[-1])
+    run.fit()
+    models = _by_calls(run)
     return models, spent + spends(entry, sources[0], epochs)
 
 
@@ -233,7 +325,7 @@ def _taught(
     entry: Entry, folder: Path, seed: int, sources: tuple[AbstractSource, AbstractSource]
 ) -> tuple[Teacher, float]:
     """Return a teacher in many calls of the demo's kind, and the evaluations of its training."""
-    method, train = DEMO.denoising, replace(entry.teach or TRAIN, seed=seed)
+    method, train = entry.teacher, replace(entry.teach or TRAIN, seed=seed)
     denoiser = method.denoiser(built(entry.net, seed))
     start = Teacher(denoiser, *DEMO.solve.build(method.schedule))
     run = Trainer(method, start, *sources, folder, train)
@@ -248,7 +340,7 @@ def spends(entry: Entry, source: AbstractSource, epochs: float = 0) -> float:
         if last and stage.feeds == "pairs":
             rows, calls = entry.pairs, last.result(built(entry.net)).nfe
             total += (entry.pairs + HELD_OUT) * calls
-        total += size * evaluations(stage, round(epochs * (rows // size)))
+        total += size * evaluations(stage, round(epochs * stage.length * (rows // size)))
         last = stage
     return total
 
@@ -262,20 +354,32 @@ def evaluations(stage: AbstractMethod, steps: int) -> float:
             return 2 * steps + -steps // stage.num_stages  # and derivative
         case MeanFlow() | MixFlow() | PosteriorMeanFlow():
             return 2 * steps
+        case ProgressiveDistillation():  # two calls of the teacher
+            return 3 * steps
+        case ConsistencyDistillation():
+            return (4 if stage.solver == "heun" else 3) * steps
+        case ConsistencyTraining():
+            return 2 * steps
         case _:
             return steps
 
 
-def _by_calls(result: Model, method: AbstractMethod) -> dict[int, Model]:
-    """Return a result as it is drawn in each number of calls that its method can do."""
+def _by_calls(run: Stages) -> dict[int, Model]:
+    """Return a result as it is drawn in each number of calls that its method can do.
+
+    Progressive distillation has a result of its own for each, those of the last stages.
+    """
+    halved = isinstance(run.method, ProgressiveDistillation)
+    stages = [*zip(run.stages, run.results, strict=True)][0 if halved else -1 :]
     found: dict[int, Model] = {}
-    for nfe in CALLS:
-        try:
-            method.times(nfe)
-        except ValueError:
-            continue
-        found[nfe] = Student(result.net, method, nfe)
-    return found
+    for stage, result in stages:
+        for nfe in CALLS:
+            try:
+                stage.times(nfe)
+            except ValueError:
+                continue
+            found[nfe] = Student(result.net, stage, nfe)
+    return dict(sorted(found.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The comparison of the flow family spends what it says, and as much for each method."""
+"""The comparison of methods spends what it says, and as much for each method."""
 
 import inspect
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from benchmarks import flows, tables
+from benchmarks import methods, tables
 from ds.engine import Engine
 from ds.nets.blocks import AbstractUNet
 from ds.pairs import generate
@@ -46,10 +46,10 @@ class Spy:
             self.evaluations += len(x) * (1 + dual)
 
 
-@pytest.mark.parametrize("name", flows.ENTRIES)
+@pytest.mark.parametrize("name", methods.ENTRIES)
 def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(flows, "HELD_OUT", 4)
-    entry, rows = flows.ENTRIES[name], 8
+    monkeypatch.setattr(methods, "HELD_OUT", 4)
+    entry, rows = methods.ENTRIES[name], 8
     net: Any = entry.net
     entry = replace(
         entry,
@@ -58,26 +58,40 @@ def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tm
         teach=entry.teach and replace(entry.teach, batch_size=8, epochs=1),
         pairs=rows,
     )
-    least = flows.spends(entry, Images(digits()[0][:rows])) + 160 * bool(entry.teach)
+    least = methods.spends(entry, Images(digits()[0][:rows])) + 160 * bool(entry.teach)
     spy = Spy(monkeypatch)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(spy)
     with hook:
-        _, spent = flows.trained(entry, tmp_path, 0, least + 104, rows)
+        _, spent = methods.trained(entry, tmp_path, 0, least + 104, rows)
     assert spent == spy.evaluations > 0
 
 
-def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(monkeypatch):
-    entry = flows.ENTRIES["mean_flow"]
-    source, made = inspect.getsource(sys.modules[type(entry.method).__module__]), []
-    for old, new in (("", ""), ('"""', '"""So: '), ("self.guidance", "self.kappa")):
-        assert old in source
-        changed = source.replace(old, new, 1)
-        monkeypatch.setattr(inspect, "getsource", lambda _, changed=changed: changed)
-        made.append(flows.made_of(entry)["code"])
-    assert made[0] == made[1] != made[2]
+@pytest.mark.parametrize(
+    ("changed", "old", "new", "anew"),
+    [
+        ("ds.methods.flow.mean_flow", '"""', '"""So: ', False),
+        ("ds.methods.flow.mean_flow", "self.guidance", "self.kappa", True),
+        # of what it uses of other files, and of what it does not
+        ("ds.methods.flow.path", "x - (t - r) * u", "x + (t - r) * u", True),
+        ("ds.methods.flow.path", "v = eps - x0", "v = x0 - eps", False),
+    ],
+)
+def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(
+    changed, old, new, anew, monkeypatch
+):
+    entry, read = methods.ENTRIES["mean_flow"], inspect.getsource
+    before = methods.made_of(entry)
+    assert old in read(sys.modules[changed])
+
+    def altered(module):
+        source = read(module)
+        return source.replace(old, new, 1) if module.__name__ == changed else source
+
+    monkeypatch.setattr(inspect, "getsource", altered)
+    assert (methods.made_of(entry) != before) is anew
 
 
-def test_the_table_of_the_flow_family_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
+def test_the_table_of_methods_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
     monkeypatch, tmp_path
 ):
     figures = {"frechet_distance": 30.0, "recall": 0.5}
@@ -89,9 +103,9 @@ def test_the_table_of_the_flow_family_has_means_of_seeds_and_dashes_for_calls_th
     seconds = {"mean_flow": {"1": 0.1, "2": 0.2, "4": 0.4}}
     about = {"real": 8.0, "environment": {"device": "a CPU", "timing": "its time"}}
     saved = {"rows": rows, "seconds": seconds, **about}
-    (tmp_path / "flows.json").write_text(json.dumps(saved))
+    (tmp_path / "methods.json").write_text(json.dumps(saved))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    table = tables.flows()
+    table = tables.methods()
     distances, recalls = " | ".join(["30.0 ± 0.0"] * 3), " | ".join(["0.50 ± 0.35"] * 3)
     assert f"| MeanFlow | {distances} | {recalls} | 0.100 | 0.200 | 0.400 |" in table
     assert "| Denoising Student | 30.0 ± 0.0 | - | - | 0.50 ± 0.35 | - | - | - | - | - |" in table
