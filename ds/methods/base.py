@@ -58,8 +58,8 @@ class AbstractMethod(ABC):
     `turns` names the modules that take an optimiser step, in order, in each step of the run. A name
     may come more than once. Trainable modules that it does not name learn with "student".
 
-    The loss of a `coupled` method mixes the rows of a batch. Its runs then depend on how batches
-    are cut, so the Trainer refuses to cut them.
+    The loss of a `coupled` method mixes the rows of a batch. It takes those of other processes from
+    ds.system.distributed.everyone, and the Trainer refuses to cut the rows of a process.
     """
 
     feeds: ClassVar[Feed]

@@ -75,12 +75,12 @@ class LPIPS(nn.Module):
                 f"{list(a.shape)} and {list(b.shape)}"
             )
         found = a.new_zeros(len(a), dtype=torch.float32)
-        for k, (f, g) in enumerate(zip(self._features(a), self._features(b), strict=True)):
+        for k, (f, g) in enumerate(zip(self.features(a), self.features(b), strict=True)):
             weights = self.get_submodule(f"lin{k}.model.1").weight
             found = found + ((f - g).square() * weights[0]).sum(1).mean((1, 2))
         return found
 
-    def _features(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         """Return the features of each slice, float32, whose norm is 1 or 0 at every pixel."""
         if min(x.shape[2:]) < LEAST:
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear")

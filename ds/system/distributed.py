@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_alone = False
 
 
 @contextmanager
@@ -29,6 +30,17 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process count as the only one for a while: it waits for no other."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def is_first() -> bool:
     """Return whether this process is the one that writes files and messages."""
     return rank() == 0
@@ -36,12 +48,12 @@ def is_first() -> bool:
 
 def rank() -> int:
     """Return the number of this process, 0 of 1 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
     """Return how many processes share the work."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def share(n: int) -> range:
@@ -85,3 +97,16 @@ def broadcast(compute: Callable[[], T]) -> T:
     box: list[Any] = [compute() if is_first() else None]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def everyone(rows: Tensor) -> Tensor:
+    """Return the rows [N, ...] of all processes in order of rank, on their device, no gradient.
+
+    All processes call this together, each with as many rows.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

@@ -135,7 +135,7 @@ class RuntimeConfig:
     def check(self, batch_size: int, device: torch.device, *, coupled: bool = False) -> None:
         """Raise ValueError if these processes cannot share a batch so on this device.
 
-        The batches of a `coupled` loss cannot be cut at all.
+        The rows that a process has of a `coupled` loss cannot be cut.
         """
         world = distributed.world_size()
         if self.reduce == "bfloat16" and device.type != "cuda":
@@ -148,10 +148,10 @@ class RuntimeConfig:
             raise ValueError(
                 f"train.batch_size ({batch_size}) must be a multiple of {parts}: {said}"
             )
-        if coupled and parts > 1:
+        if coupled and self.accumulate > 1:
             raise ValueError(
-                f"the loss mixes the rows of a batch, which cannot be cut into {parts} parts "
-                f"({said}); use one process and runtime.accumulate 1"
+                f"the loss mixes the rows of a batch, which cannot be cut into {self.accumulate} "
+                f"parts; use runtime.accumulate 1"
             )
 
 
