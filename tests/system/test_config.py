@@ -153,6 +153,7 @@ TAGS = {
     "mix_flow",
     "posterior_mean_flow",
     "progressive_distillation",
+    "drifting",
     "rectified_flow",
     "c_rectified_flow",
     "shortcut",
