@@ -138,19 +138,22 @@ class _Bed:
         if not self.trial.bars and not self.trial.rows:
             return
         *earlier, last = self._trained(self._changed({}))
-        wanted = self.trial.controls if controls else {}
-        wrong = {name: self._trained(self._changed(c))[-1] for name, c in wanted.items()}
+        wrong, rivals = (
+            {name: self._trained(self._changed(c))[-1] for name, c in wanted.items() if controls}
+            for wanted in (self.trial.controls, self.trial.rivals)
+        )
         if not self.trial.rows:
             yield from self._distances(earlier, last, wrong)
         for number, made in enumerate(earlier, 1):
-            yield from self._measures(f"stage {number}: ", made, wrong)
-        yield from self._measures("", last, wrong)
+            yield from self._measures(f"stage {number}: ", made, wrong | rivals)
+        yield from self._measures("", last, wrong | rivals)
 
     def _measures(self, where: str, made: _Made, wrong: Mapping[str, _Made]) -> Iterator[Check]:
         """Yield a stage's own figures, with those of the controls unless they bring their own."""
         right, *others = (self._measured(made, one) for one in (made, *wrong.values()))
         for check, *mistaken in zip(right, *others, strict=True):
-            figures = dict(zip(wrong, (other.value for other in mistaken), strict=True))
+            found = zip(wrong, (other.value for other in mistaken), strict=True)
+            figures = {k: value for k, value in found if k in (check.against or wrong)}
             if check.controls or check.share is None or wrong:
                 full = check if check.controls else check.beside(figures)
                 yield full._replace(metric=f"{where}{check.metric}")
@@ -196,17 +199,18 @@ class _Bed:
         """Hold the distance between samples and data to a bar; `kind` is more of the Check."""
         value, *others = (self._far(self._sample(one, nfe)) for one in (made, *beside.values()))
         metric = f"{where}distance, {nfe} call{'s' * (nfe > 1)}"
-        check = Check(metric, value, bar, floor=self._far(_exact(0)), **kind)
+        check = Check(metric, value, bar, floor=self._far(_exact(0, self.trial.data)), **kind)
         return check.beside(dict(zip(beside, others, strict=True)))
 
-    @staticmethod
-    def _far(x: Tensor) -> float:
-        return sliced_wasserstein(x, _exact(1)) if x.isfinite().all() else float("inf")
+    def _far(self, x: Tensor) -> float:
+        exact = _exact(1, self.trial.data)
+        return sliced_wasserstein(x, exact) if x.isfinite().all() else float("inf")
 
     def _agreement(self, made: _Made, nfe: int, beside: Mapping[str, _Made]) -> Check:
         """Hold the share of samples in the mode where the exact ODE ends to a bar."""
+        ends = _exact(0, self.trial.data)
         value, *others = (
-            mode_agreement(self._sample(one, nfe).nan_to_num(), _exact(0), DATA.centres(_exact(0)))
+            mode_agreement(self._sample(one, nfe).nan_to_num(), ends, self.trial.data.centres(ends))
             for one in (made, *beside.values())
         )
         controls = dict(zip(beside, others, strict=True))
@@ -236,13 +240,18 @@ class _Bed:
     def _net(self) -> AbstractNetConfig:
         return self.trial.net or MLPConfig()
 
+    @property
+    def _teacher(self) -> Teacher:
+        """The exact teacher."""
+        return self.trial.data.teacher(DDIM(), grids.quadratic(100))
+
     def _start(self, method: AbstractMethod) -> Teacher:
         """Return the teacher that a method starts from.
 
         A method with a field `student` distils the exact teacher. Any other one starts from a fresh
         network in the exact one's place.
         """
-        teacher = _teacher()
+        teacher = self._teacher
         if hasattr(method, "student"):
             return teacher
         fresh = built(self._net, self.seed).requires_grad_(False)
@@ -261,7 +270,9 @@ class _Bed:
         name = hashlib.sha256(json.dumps(to_json(method.stages()[0])).encode()).hexdigest()[:16]
         own = {"ema_decay": max(0.0, 1 - 10 / self.steps), "warmup_steps": self.steps // 20}
         train = {**TRAIN, **own, **self.trial.train}
-        epochs = self.steps / (self._count // train["batch_size"])
+        # A step takes a batch for every turn.
+        batches = self.steps * len(method.stages()[0].turns)
+        epochs = batches / (self._count // train["batch_size"])
         config = TrainConfig(**train, seed=self.seed, epochs=epochs)
         start, rows = self._start(method), self._rows(method)
         stages = Stages(method, start, *rows, self.out / name, config)
@@ -274,27 +285,27 @@ class _Bed:
     def _rows(self, method: AbstractMethod) -> tuple[AbstractSource, AbstractSource]:
         """Return the rows to train the first stage on, and those held out."""
         feeds, seeds = method.stages()[0].feeds, (2 * self.seed + 2, 2 * self.seed + 3)
+        data = self.trial.data
         sizes = dict(zip(seeds, (self._count, HELD_OUT), strict=True))
         if self.trial.rows:
             train, held_out = (self.trial.rows(s, n) for s, n in sizes.items())
             return train, held_out
         if feeds == "images":
-            train, held_out = (Images(DATA.sample(s, range(n)), seed=s) for s, n in sizes.items())
+            train, held_out = (Images(data.sample(s, range(n)), seed=s) for s, n in sizes.items())
             return train, held_out
         if feeds == "noise":
-            train, held_out = (Noise(n, DATA.shape, seed=s) for s, n in sizes.items())
+            train, held_out = (Noise(n, data.shape, seed=s) for s, n in sizes.items())
             return train, held_out
         if feeds != "pairs":
             raise ValueError(f"verify: has no {feeds}, on which {type(method).__name__} feeds")
         store = generate_pairs(
-            _teacher(), self.out / "pairs", sum(sizes.values()), seed=seeds[0], quantizer="float32"
+            self._teacher,
+            self.out / "pairs",
+            sum(sizes.values()),
+            seed=seeds[0],
+            quantizer="float32",
         )
         return Pairs(store, range(HELD_OUT, len(store))), Pairs(store, range(HELD_OUT))
-
-
-def _teacher() -> Teacher:
-    """Return the exact teacher."""
-    return DATA.teacher(DDIM(), grids.quadratic(100))
 
 
 @cache
@@ -303,12 +314,12 @@ def _noise() -> Tensor:
 
 
 @cache
-def _exact(seed: int) -> Tensor:
+def _exact(seed: int, data: GaussianMixture = DATA) -> Tensor:
     """Return where the exact ODE ends from evenly spread noise: an exact sample of the data.
 
     Seed 0 is that of _noise. The ends are within 0.001 of GaussianMixture.flow, in a thirtieth of
     its time.
     """
     path = EDM(1000.0)
-    teacher = DATA.teacher(DPMSolverPP(order=3), grids.karras(128, path), path)
+    teacher = data.teacher(DPMSolverPP(order=3), grids.karras(128, path), path)
     return teacher.sample(even_noise(POINTS, *DATA.shape, seed))

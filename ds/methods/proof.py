@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds.analytic import Gaussian
+from ds.analytic import Gaussian, GaussianMixture
 from ds.diffusion.noise import Draws
 from ds.nets import AbstractNetConfig
 from ds.pairs.sources import AbstractSource, Batch
@@ -22,7 +22,8 @@ class Check(NamedTuple):
     A control is the same figure of something known to be wrong. It must reach `miss`, by default
     the bar itself: a bar that the controls meet too shows nothing. `floor` is the figure of a
     perfect result. A `share` makes the bar relative: it is that share of the nearest control's
-    figure, and `beside` fills it in.
+    figure, and `beside` fills it in. A check of `measure` is held beside the trial's networks that
+    `against` names; by default beside all.
     """
 
     metric: str
@@ -33,6 +34,7 @@ class Check(NamedTuple):
     miss: float | None = None
     at_least: bool = False  # the value must be at least the bar; else at most
     share: float | None = None
+    against: tuple[str, ...] = ()
 
     def beside(self, controls: Mapping[str, float]) -> "Check":
         """Return the check with these controls, and with its share of the nearest one as bar."""
@@ -79,15 +81,16 @@ class Trial:
 
     The student starts as a fresh `net`, by default an MLP, and trains for `steps` steps a stage.
     `changes` are fields of the method that the trial sets, to fit points in the plane. `train`
-    holds fields of ds.TrainConfig. `rows` makes the rows of a seed and a number, in place of those
-    of the mixture; only `measure` then knows what is right.
+    holds fields of ds.TrainConfig, and `data` is the mixture. `rows` makes the rows of a seed and a
+    number, in place of those of the mixture; only `measure` then knows what is right.
 
     `bars` gives, for a number of network calls, the largest sliced Wasserstein distance to the
     data. `agreement` is the least share of samples, of the fewest calls, that are in the mode where
     the exact ODE ends. Without bars and rows there is no training.
 
     Each of `controls` is trained in the same way, and must miss the bar of the fewest calls. It is
-    a mapping of fields that make the method wrong, or another method, with all its fields. `shares`
+    a mapping of fields that make the method wrong, or another method, with all its fields. `rivals`
+    are such too, but may be as near: only figures of `measure` are compared with theirs. `shares`
     gives, for a number of calls, the largest distance as a share of the nearest control's. Each of
     `misused` is the trained network in a wrong use, at the fewest calls.
     """
@@ -99,8 +102,10 @@ class Trial:
     bars: Mapping[Count, Positive] = field(default_factory=lambda: {1: 0.15})
     agreement: Annotated[float, Between(0, 1)] = 0.0
     controls: Mapping[str, Any] = field(default_factory=dict)
+    rivals: Mapping[str, Any] = field(default_factory=dict)
     shares: Mapping[Count, Positive] = field(default_factory=dict)
     misused: Mapping[str, Misuse] = field(default_factory=dict)
+    data: GaussianMixture = field(default_factory=GaussianMixture)
     rows: Callable[[int, int], AbstractSource] | None = None
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
 from ds.pairs.sources import Images
 from ds.system.config import from_json, to_json
+from ds.training.trainer import Trainer
 
 SHORT = 250  # steps; the bars of the methods are made for 2000
 MADE = {}
@@ -266,7 +267,7 @@ def quick(monkeypatch):
     """Few points, and a distance that is not worth its name but takes no time."""
     monkeypatch.setattr("ds.evaluation.verify.POINTS", 64)
     monkeypatch.setattr("ds.evaluation.verify._noise", lambda: even_noise(64, 2))
-    monkeypatch.setattr("ds.evaluation.verify._exact", lambda seed: even_noise(64, 2, seed))
+    monkeypatch.setattr("ds.evaluation.verify._exact", lambda seed, _: even_noise(64, 2, seed))
     monkeypatch.setattr(
         "ds.evaluation.verify.sliced_wasserstein", lambda a, b: float((a - b).std())
     )
@@ -291,6 +292,60 @@ def test_a_control_may_be_another_method_and_a_bar_a_share_of_the_controls(quick
     assert share.controls["another"] == misused.value  # nothing of the network in both
     assert misused.at_least and misused.bar == 0.3 < misused.value
     assert misused.controls == {"used well": first.value}
+
+
+@dataclass(frozen=True)
+class Rivalled(Shuffled):
+    """A method with a rival that samples as well, on a mixture of its own."""
+
+    def trial(self):
+        own, data = {"inner": DenoisingStudent(gain=1.0)}, replace(DATA, std=0.5)
+        return Trial(bars={1: 10.0}, controls={"own": own}, rivals={"rival": Still()}, data=data)
+
+    def measure(self, net, z):
+        size = float(self.sample(net, z).square().mean())
+        about = {"all": (), "one": ("own",), "other": ("rival",)}
+        return tuple(Check(name, size, 9.0, against=names) for name, names in about.items())
+
+
+def test_a_rival_need_not_miss_the_bar_and_a_check_names_whom_it_is_held_against(quick):
+    found = {check.metric: check for check in verify(Rivalled(), steps=5).checks}
+    assert [*found["distance, 1 call"].controls] == ["untrained", "own"]
+    controls = {name: [*found[name].controls] for name in ("all", "one", "other")}
+    assert controls == {"all": ["own", "rival"], "one": ["own"], "other": ["rival"]}
+
+
+def test_a_trial_may_have_a_mixture_of_its_own(quick, monkeypatch):
+    seen = []
+
+    def exact(seed, data):
+        seen.append(data)
+        return even_noise(64, 2, seed)
+
+    monkeypatch.setattr("ds.evaluation.verify._exact", exact)
+    verify(Rivalled(), steps=5, controls=False)
+    assert {*seen} == {replace(DATA, std=0.5)}
+
+
+@dataclass(frozen=True)
+class Alternating(Shuffled):
+    """A method that takes two turns in a step."""
+
+    turns: ClassVar = ("student", "student")
+
+
+def test_a_trial_takes_its_steps_however_many_turns_each_has(quick, monkeypatch):
+    taken = []
+    fit = Trainer.fit
+
+    def counted(self):
+        taken.append(self.steps)
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", counted)
+    for method in (Shuffled(), Alternating()):
+        verify(method, steps=7, controls=False)
+    assert taken == [7, 7]
 
 
 def test_earlier_stages_are_measured_too(quick):
