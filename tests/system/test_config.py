@@ -160,6 +160,7 @@ TAGS = {
     "consistency_distillation",
     "consistency_training",
     "easy_consistency_tuning",
+    "regularized_consistency_model",
     "simplified_consistency_model",
 }
 
