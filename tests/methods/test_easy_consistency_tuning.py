@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import ds
 from ds.diffusion.noise import Draws
@@ -20,17 +21,18 @@ from ds.models.teacher import Teacher
 from ds.nets import MLPConfig
 from ds.pairs.sources import Batch, Images
 from ds.training.config import TrainConfig
+from ds.training.parallel import Loss
 from ds.training.stages import Stages
 from tests.methods.test_methods import starts
 
 METHOD, TOTAL = EasyConsistencyTuning(), 80  # steps: ten for each stage
 TRUNCATED = EasyConsistencyTuning(truncate=1.0, mid=(1.0,))
-NET = MLPConfig(dim=3, width=8, depth=1)
+NET, CUTS = MLPConfig(dim=3, width=8, depth=1), range(0, 64, 16)
 
 
-def rows(count: int = 64, elements: int = 3) -> Batch:
-    index = torch.arange(count)
-    x0, noise = (ds.noise(seed, index, (elements,)) for seed in (1, 2))
+def rows(count: int = 64, first: int = 0) -> Batch:
+    index = torch.arange(first, first + count)
+    x0, noise = (ds.noise(seed, index, (3,)) for seed in (1, 2))
     return Batch(x0, noise, index, Draws(0, index))
 
 
@@ -217,6 +219,17 @@ def test_a_truncated_run_starts_from_the_function_that_the_first_run_made(tmp_pa
     assert all(not torch.equal(a, b) for a, b in moved)
     assert result.method.times(2)[1] == 0.25 * math.log(1.0)
     assert min(result.method._grid(4)) > 1
+
+
+def test_the_second_run_is_one_graph_and_does_not_depend_on_how_a_batch_is_cut():
+    _, second = TRUNCATED.stages()
+    frozen = Frozen(ds.Denoiser(net(), EDM(), Preconditioned()), EDM())
+    modules, graphs = nn.ModuleDict({"student": net(), "teacher": frozen}), CompileCounter()
+    loss, progress = Loss(second, modules), Progress(60, TOTAL)
+    whole, *parts = (loss(rows(n, i), progress) for n, i in ((64, 0), *((16, i) for i in CUTS)))
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    assert torch.equal(torch.compile(loss, fullgraph=True, backend=graphs)(rows(), progress), whole)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize(
