@@ -29,12 +29,14 @@ PUBLISHED = {
         "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
         "consistency_training": (4e-4, 0, 512, 0.9999, 800_000, "radam", 0, 0, 0, 56.4),
         "progressive_distillation": (5e-5, 0, 128, 0, 50_000, "adam", 0, 1, 0, 35.7),
+        "drifting": (2e-4, 5000, 1024, 0.999, 100_000, "adamw", 0.01, 2, 0, 35.7),
     },
     "edm_cifar10": {
         "rectified_flow": (2e-4, 5000, 512, 0.9999, 800_000, "adam", 0, 0, 0.13, 55.7),
         "consistency_distillation": (4e-4, 0, 512, 0.9999, 800_000, "radam", 0, 0, 0, 55.7),
         "easy_consistency_tuning": (1e-4, 0, 128, 0.9999, 200_000, "radam", 0, 0, 0.2, 55.7),
         "simplified_consistency_model": (1e-4, 0, 512, 0.99929, 400_000, "radam", 0, 0, 0.2, 55.7),
+        "regularized_consistency_model": (1e-4, 0, 512, 0.99929, 500_000, "radam", 0, 0, 0.2, 55.7),
     },
     "imagenet64": {
         "consistency_distillation": (8e-6, 0, 2048, 0.999943, 600_000, "radam", 0, 0, 0, 295.9),

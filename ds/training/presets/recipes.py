@@ -15,11 +15,13 @@ from ds.methods import (
     ConsistencyTraining,
     CRectifiedFlow,
     DiscreteMeanFlow,
+    Drifting,
     EasyConsistencyTuning,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
     RectifiedFlow,
+    RegularizedConsistencyModel,
     Shortcut,
     SimplifiedConsistencyModel,
 )
@@ -221,6 +223,35 @@ def simplified_consistency_model(p: Preset) -> Preset:
     return replace(p, method=SimplifiedConsistencyModel(converted=True), train=train)
 
 
+def regularized_consistency_model(p: Preset) -> Preset:
+    """Ours: the paper, arXiv:2510.08431, has large models alone. sCM's optimiser, and their times.
+
+    100,000 steps of the student take five batches each, four of them for the critic. They have a
+    smaller learning rate for the critic, where ours has the student's.
+    """
+    scm = SimplifiedConsistencyModel(converted=True, log_sigma=(-0.8, 1.6), warmup=1000)
+    method = RegularizedConsistencyModel(consistency=scm)
+    train = replace(_radam(500_000, 512, 1e-4, 0.99929, dropout=0.2), betas=(0.9, 0.99))
+    return replace(p, method=method, train=train)
+
+
+def drifting(p: Preset) -> Preset:
+    """Ours: the paper, arXiv:2602.04770, has ImageNet in latents. Its optimiser and its average.
+
+    They compare features. --method.features FILE compares those of LPIPS, beside pixels.
+    """
+    train = TrainConfig(
+        batch_size=1024,
+        epochs=_epochs(100_000, 1024),
+        betas=(0.9, 0.95),
+        optimizer="adamw",
+        weight_decay=0.01,
+        grad_clip_norm=2.0,
+        ema_decay=0.999,
+    )
+    return replace(p, method=Drifting(memory=4096), train=train)
+
+
 def progressive_distillation(p: Preset) -> Preset:
     """From 8192 steps to 1, as the preset progressive_cifar10, whose teacher predicts x0.
 
@@ -269,12 +300,17 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         (preset, f.__name__): f
         for preset in _EDM
-        for f in (consistency_distillation, easy_consistency_tuning, simplified_consistency_model)
+        for f in (
+            consistency_distillation,
+            easy_consistency_tuning,
+            simplified_consistency_model,
+            regularized_consistency_model,
+        )
     },
     **{
         (preset, f.__name__): f
         for preset in ("cifar10", *_EDM)
-        for f in (consistency_training, progressive_distillation)
+        for f in (consistency_training, progressive_distillation, drifting)
     },
     **{
         ("imagenet64", f.__name__.removesuffix("_64")): f
