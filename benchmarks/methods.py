@@ -43,12 +43,14 @@ from ds.methods import (
     ConsistencyTraining,
     Denoising,
     DiscreteMeanFlow,
+    EasyConsistencyTuning,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
     ProgressiveDistillation,
     RectifiedFlow,
     Shortcut,
+    SimplifiedConsistencyModel,
 )
 from ds.methods.base import built
 from ds.models.model import Model
@@ -67,6 +69,8 @@ from ds.training.stages import Stages
 from ds.training.trainer import Trainer
 
 PATH, CALLS, BUDGET = RESULTS / "methods.json", (1, 2, 4), 100_000
+# `make demo`: 40 epochs of a teacher, 12 calls for each of 12,800 pairs, and 7 epochs of a student.
+DEMO_BUDGET = 40 * 28 * 64 + 12 * 12_800 + 7 * 12_288
 MINUTES = 3.0  # of a run whose time is not known
 # Whose code decides whether a run is of the same method, where the method uses it.
 FAMILIES = ("ds.methods.flow.", "ds.methods.consistency.")
@@ -79,6 +83,7 @@ SLOW = replace(NET, frequencies=(6.0, 0.5))  # as methods need that differentiat
 FAST = replace(NET, frequencies=(40.0, 0.5))  # for the times of an arc, which are up to pi / 2
 TEACH = replace(TRAIN, epochs=16)
 SPREAD = 0.75  # deviation of the digits
+LEVELS = Denoising(EDM(), "preconditioned")  # a teacher of EDM's noise levels
 FLOW = RectifiedFlow(reflow=0, steps=8)
 
 
@@ -129,11 +134,43 @@ ENTRIES: Mapping[str, Entry] = {
     "consistency_distillation": Entry(
         "consistency distillation",
         ConsistencyDistillation(sigma_data=SPREAD),
+        SLOW,
         teach=TEACH,
-        teacher=Denoising(EDM(), "preconditioned"),
+        teacher=LEVELS,
     ),
     "consistency_training": Entry(
-        "consistency training", ConsistencyTraining(sigma_data=SPREAD, end_steps=20)
+        "consistency training", ConsistencyTraining(sigma_data=SPREAD, end_steps=20), SLOW
+    ),
+    "easy_consistency_tuning": Entry(
+        "easy consistency tuning (ECT)",
+        EasyConsistencyTuning(num_stages=4),
+        SLOW,
+        teach=TEACH,
+        teacher=LEVELS,
+    ),
+    "scd": Entry(
+        "sCM, of a teacher (sCD)",
+        SimplifiedConsistencyModel(sigma_data=SPREAD, warmup=100, converted=True),
+        SLOW,
+        teach=TEACH,
+        teacher=LEVELS,
+    ),
+    "sct": Entry(
+        "sCM, of data (sCT)",
+        SimplifiedConsistencyModel(flow="data", sigma_data=SPREAD, warmup=100),
+        SLOW,
+    ),
+    "denoising_student_demo": Entry(
+        "Denoising Student",
+        DEMO.method,
+        DEMO.net,
+        DEMO.train,
+        pairs=DEMO.pairs.count,
+        teach=DEMO.teach,
+        budget=DEMO_BUDGET,
+    ),
+    "mean_flow_demo": Entry(
+        "MeanFlow", MeanFlow(), replace(SLOW, channels=32, conditions=("h",)), budget=DEMO_BUDGET
     ),
 }
 
@@ -358,8 +395,10 @@ def evaluations(stage: AbstractMethod, steps: int) -> float:
             return 3 * steps
         case ConsistencyDistillation():
             return (4 if stage.solver == "heun" else 3) * steps
-        case ConsistencyTraining():
+        case ConsistencyTraining() | EasyConsistencyTuning():
             return 2 * steps
+        case SimplifiedConsistencyModel():
+            return (3 if stage.flow == "teacher" else 2) * steps
         case _:
             return steps
 

@@ -3,20 +3,21 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, or "classes", "methods", "peers" (the README's), "projection", "seeds",
-"starts", or "plots". In the docstring of Sampler the marks are ".. table: sampler" and ".. end". A
-test fails when a page is not what the JSON says.
+of the case of that name, or "classes", "methods", "methods_demo", "peers" (the README's), "plots",
+"projection", "seeds" or "starts". In the docstring of Sampler the marks are ".. table: sampler" and
+".. end". A test fails when a page is not what the JSON says.
 """
 
 import json
 import re
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.harness import RESULTS, ROOT, floor
-from benchmarks.methods import CALLS, ENTRIES
+from benchmarks.methods import BUDGET, CALLS, DEMO_BUDGET, ENTRIES
 from ds.engine import Plan, Target
 from ds.training import presets
 
@@ -70,6 +71,7 @@ def _made(name: str) -> str:
     special = {
         "classes": classes,
         "methods": methods,
+        "methods_demo": partial(methods, DEMO_BUDGET),
         "peers": peers,
         "projection": projection,
         "plots": plots,
@@ -223,12 +225,14 @@ def classes() -> str:
     return "\n".join(lines) + "\n"
 
 
-def methods() -> str:
-    """Return what the methods give in few calls, means over seeds."""
-    if not (path := RESULTS / "methods.json").exists():
-        return "Not measured yet: `python -m benchmarks.methods`.\n"
-    found = json.loads(path.read_text())
+def methods(budget: int = BUDGET) -> str:
+    """Return what the methods give in few calls for a budget, means over seeds."""
+    path = RESULTS / "methods.json"
+    found = json.loads(path.read_text()) if path.exists() else {"rows": []}
     names = dict.fromkeys(row["method"] for row in found["rows"])
+    names = [name for name in names if ENTRIES[name].budget == budget]
+    if not names:
+        return "Not measured yet: `python -m benchmarks.methods`.\n"
     columns = ["Frechet distance", "recall", "s / 1,000 images"]
     heads = [f"{column}, 1" if nfe == 1 else str(nfe) for column in columns for nfe in CALLS]
     lines = _head("network calls", heads)
