@@ -43,12 +43,14 @@ from ds.methods import (
     ConsistencyTraining,
     Denoising,
     DiscreteMeanFlow,
+    Drifting,
     EasyConsistencyTuning,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
     ProgressiveDistillation,
     RectifiedFlow,
+    RegularizedConsistencyModel,
     Shortcut,
     SimplifiedConsistencyModel,
 )
@@ -84,6 +86,7 @@ FAST = replace(NET, frequencies=(40.0, 0.5))  # for the times of an arc, which a
 TEACH = replace(TRAIN, epochs=16)
 SPREAD = 0.75  # deviation of the digits
 LEVELS = Denoising(EDM(), "preconditioned")  # a teacher of EDM's noise levels
+SCD = SimplifiedConsistencyModel(sigma_data=SPREAD, warmup=100, converted=True)
 FLOW = RectifiedFlow(reflow=0, steps=8)
 
 
@@ -150,7 +153,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "scd": Entry(
         "sCM, of a teacher (sCD)",
-        SimplifiedConsistencyModel(sigma_data=SPREAD, warmup=100, converted=True),
+        SCD,
         SLOW,
         teach=TEACH,
         teacher=LEVELS,
@@ -160,6 +163,17 @@ ENTRIES: Mapping[str, Entry] = {
         SimplifiedConsistencyModel(flow="data", sigma_data=SPREAD, warmup=100),
         SLOW,
     ),
+    "regularized_consistency_model": Entry(
+        "rCM",
+        RegularizedConsistencyModel(
+            SCD, consistency_weight=10.0, rollout=1, critic_turns=1, critic_log_sigma=(-1.0, 1.4)
+        ),
+        SLOW,
+        teach=TEACH,
+        teacher=LEVELS,
+    ),
+    # As many rows at once as leave enough steps.
+    "drifting": Entry("drifting", Drifting(), train=replace(TRAIN, batch_size=256)),
     "denoising_student_demo": Entry(
         "Denoising Student",
         DEMO.method,
@@ -377,7 +391,8 @@ def spends(entry: Entry, source: AbstractSource, epochs: float = 0) -> float:
         if last and stage.feeds == "pairs":
             rows, calls = entry.pairs, last.result(built(entry.net)).nfe
             total += (entry.pairs + HELD_OUT) * calls
-        total += size * evaluations(stage, round(epochs * stage.length * (rows // size)))
+        passes = epochs * stage.length / len(stage.turns)
+        total += size * evaluations(stage, round(passes * (rows // size)))
         last = stage
     return total
 
@@ -399,6 +414,8 @@ def evaluations(stage: AbstractMethod, steps: int) -> float:
             return 2 * steps
         case SimplifiedConsistencyModel():
             return (3 if stage.flow == "teacher" else 2) * steps
+        case RegularizedConsistencyModel(rollout=1):
+            return (6 + 2 * stage.critic_turns) * steps
         case _:
             return steps
 
