@@ -29,6 +29,15 @@ def log_normal(draws: Draws, stream: int, mean: float, std: float) -> Tensor:
     return (mean + std * draws.normal(stream, ())).exp()
 
 
+def cut_log_normal(
+    draws: Draws, stream: int, mean: float, std: float, least: float, most: float
+) -> Tensor:
+    """Return noise levels of the density of `log_normal` from `least` to `most`, float64 [N]."""
+    start, end = (math.erf((math.log(x) - mean) / (std * 2**0.5)) for x in (least, most))
+    normal = torch.erfinv(start + (end - start) * draws.uniform(stream))
+    return (mean + std * 2**0.5 * normal).exp().clamp(least, most)
+
+
 def late(draws: Draws, stream: int, start: float, end: float, width: float = 0.02) -> Tensor:
     """Return noise levels from `start` to `end`, float64 [N], that come more often near the start.
 

@@ -33,6 +33,12 @@ def log_normal(t):
     return stats.norm.cdf(np.log(t / (1 - t)), -1.1, 2.0)
 
 
+def cut(t):
+    """That of log(level) / log(80) where log(level) is normal, cut to levels from 1 to 80."""
+    start, inside, end = (stats.norm.cdf(np.log(x), -1.1, 2.0) for x in (1.0, 80.0**t, 80.0))
+    return (inside - start) / (end - start)
+
+
 def student(t):
     """That of log(level) / log(80) for Student's distribution, cut to levels from 1 to 80."""
     below = stats.t(0.01, scale=0.2).cdf
@@ -46,6 +52,10 @@ DENSITIES = {
     "logit-normal": (lambda: times.logit_normal(DRAWS, STREAM, -0.4, 1.0), normal(-0.4, 1.0)),
     "two-ended": (lambda: times.two_ended(DRAWS, STREAM), cosh(4.0)),
     "log-normal": (lambda: LEVELS / (1 + LEVELS), log_normal),
+    "cut": (
+        lambda: times.cut_log_normal(DRAWS, STREAM, -1.1, 2.0, 1.0, 80.0).log() / math.log(80),
+        cut,
+    ),
     "late": (lambda: times.late(DRAWS, STREAM, 1.0, 80.0).log() / math.log(80), student),
     "steeper": (lambda: times.two_ended(DRAWS, STREAM, 8.0), cosh(8.0)),
 }
@@ -83,6 +93,7 @@ def test_times_do_not_depend_on_how_rows_are_cut():
         lambda draws: times.two_ended(draws, STREAM),
         lambda draws: times.log_normal(draws, STREAM, -1.1, 2.0),
         lambda draws: times.late(draws, STREAM, 1.0, 80.0),
+        lambda draws: times.cut_log_normal(draws, STREAM, -1.1, 2.0, 0.1, 1.0),
     ):
         torch.testing.assert_close(draw(part), draw(DRAWS)[100:200])  # but for its last bit
 

@@ -159,6 +159,7 @@ TAGS = {
     "shortcut",
     "consistency_distillation",
     "consistency_training",
+    "improved_consistency_training",
     "easy_consistency_tuning",
     "regularized_consistency_model",
     "simplified_consistency_model",

@@ -48,6 +48,13 @@ def start(teacher: Teacher, config: AbstractNetConfig | None, noise_scale: float
     return student_net(teacher, config)
 
 
+def index(sigma: Tensor, count: Tensor | int, least: float, most: float) -> Tensor:
+    """Return the i of which sigma [N] lies between levels i and i + 1 of `karras`, int64 [N]."""
+    start, end = most ** (1 / RHO), least ** (1 / RHO)
+    i = (sigma ** (1 / RHO) - start) / (end - start) * (count - 1)
+    return i.floor().clamp(min=0).clamp(max=count - 2).long()
+
+
 def noisy(batch: Batch, sigma: Tensor) -> Tensor:
     """Return x0 + sigma * noise of every row, at noise levels sigma [N]."""
     return batch.x0 + rowwise(sigma, batch.x0).to(batch.x0) * batch.noise

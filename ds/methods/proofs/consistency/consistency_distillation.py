@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds.analytic import Gaussian
 from ds.diffusion.denoiser import Denoiser
 from ds.diffusion.noise import Draws
 from ds.methods.consistency.levels import RHO
@@ -82,8 +83,8 @@ def end_of_a_call(method: Any) -> Check:
     )
 
 
-def follows(method: Any, late: float = 0.0) -> nn.Module:
-    """Return a network with which f follows the ODE of NORMAL to sigma_min.
+def follows(method: Any, late: float = 0.0, data: Gaussian = NORMAL) -> nn.Module:
+    """Return a network with which f follows the ODE of normal data to sigma_min.
 
     It takes a level for one that is later by `late`, a share of all steps.
     """
@@ -94,7 +95,7 @@ def follows(method: Any, late: float = 0.0) -> nn.Module:
         sigma = (told / method.noise_scale).exp()[:, None]
         x = x * (sigma**2 + method.sigma_data**2).sqrt()
         taken = (sigma ** (1 / RHO) - step).clamp(min=0) ** RHO
-        end = NORMAL.flow(x, (1, taken.clamp(min=least)), (1, least))
+        end = data.flow(x, (1, taken.clamp(min=least)), (1, least))
         out = prediction.target(end, (x - end) / sigma, 1.0, sigma)
         return torch.where(sigma > least * (1 + 1e-12), out, 0.0)  # any at the smallest level
 
