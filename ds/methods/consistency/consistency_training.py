@@ -139,8 +139,8 @@ class ConsistencyTraining(AbstractMethod):
     def trial(self) -> Trial:
         return Trial(
             {"sigma_data": 0.95, "end_steps": 20},
-            bars={1: 0.35, 2: 0.35},
-            agreement=0.85,
+            bars={1: 0.30, 2: 0.27},
+            agreement=0.88,
             controls={"as many levels as for images": {"end_steps": 150}},
         )
 
