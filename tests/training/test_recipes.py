@@ -1,5 +1,6 @@
 """Recipes: the numbers that were published, and the networks that they are for."""
 
+import math
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ PUBLISHED = {
         "discrete_mean_flow": (6e-4, 1000, 1024, 0.9999, 96_000, "adam", 0, 0, 0.2, 55.9),
         "shortcut": (1e-4, 5000, 128, 0.999, 400_000, "adamw", 0.1, 0, 0.13, 55.8),
         "consistency_training": (4e-4, 0, 512, 0.9999, 800_000, "radam", 0, 0, 0, 56.4),
+        "improved_consistency_training": (1e-4, 0, 1024, 0.99993, 4e5, "radam", 0, 0, 0.3, 56.4),
         "progressive_distillation": (5e-5, 0, 128, 0, 50_000, "adam", 0, 1, 0, 35.7),
         "drifting": (2e-4, 5000, 1024, 0.999, 100_000, "adamw", 0.01, 2, 0, 35.7),
     },
@@ -97,7 +99,16 @@ def test_every_method_of_a_family_has_a_recipe(family, preset):
             assert p.train.betas[0] == 0.9 and p.net == PRESETS[preset]().net
 
 
-@pytest.mark.parametrize("name", ["consistency_training"])
+def test_the_frequencies_of_ict_have_the_published_scale():
+    """Those of NCSN++ have the scale 16 for log(sigma) / 4; the paper's 0.02 for the same."""
+    method = recipe("improved_consistency_training").method
+    told = method.denoiser(torch.nn.Identity()).c_noise(80.0)
+    net = method.student
+    assert (net.embedding, net.encoder) == ("fourier", "residual")
+    assert 16 * told == pytest.approx(0.02 * math.log(80) / 4)
+
+
+@pytest.mark.parametrize("name", ["consistency_training", "improved_consistency_training"])
 def test_a_network_of_its_own_is_told_the_classes_of_its_teacher(name):
     assert network(recipe(name, "edm_cifar10_conditional").method).classes == 10
     assert network(recipe(name, "edm_cifar10").method).classes == 0

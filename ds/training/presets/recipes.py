@@ -17,6 +17,7 @@ from ds.methods import (
     DiscreteMeanFlow,
     Drifting,
     EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
@@ -180,6 +181,15 @@ def consistency_training_64(p: Preset) -> Preset:
     return replace(p, method=method, train=_radam(800_000, 2048, 1e-4, 0.999943, IMAGENET))
 
 
+def improved_consistency_training(p: Preset) -> Preset:
+    """iCT from scratch. Song & Dhariwal 2023, arXiv:2310.14189; there is no official code.
+
+    The network is NCSN++, and its random frequencies have the paper's scale, 0.02.
+    """
+    method = ImprovedConsistencyTraining(noise_scale=0.25 * 0.02 / 16, student=_ncsnpp(p))
+    return replace(p, method=method, train=_radam(400_000, 1024, 1e-4, 0.99993, dropout=0.3))
+
+
 def easy_consistency_tuning(p: Preset) -> Preset:
     """ECT from a teacher of EDM. Geng et al. 2024, arXiv:2406.14548, and the released settings.
 
@@ -310,7 +320,12 @@ RECIPES: dict[tuple[str, str], Callable[[Preset], Preset]] = {
     **{
         (preset, f.__name__): f
         for preset in ("cifar10", *_EDM)
-        for f in (consistency_training, progressive_distillation, drifting)
+        for f in (
+            consistency_training,
+            improved_consistency_training,
+            progressive_distillation,
+            drifting,
+        )
     },
     **{
         ("imagenet64", f.__name__.removesuffix("_64")): f
