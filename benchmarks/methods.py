@@ -136,7 +136,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "consistency_distillation": Entry(
         "consistency distillation",
-        ConsistencyDistillation(sigma_data=SPREAD),
+        ConsistencyDistillation(),
         SLOW,
         teach=TEACH,
         teacher=LEVELS,

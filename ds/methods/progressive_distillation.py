@@ -156,7 +156,7 @@ class ProgressiveDistillation(AbstractMethod):
             {"start_steps": 32 * self.nfe},
             bars={self.nfe: 0.10},
             agreement=0.93,
-            controls={"not distilled": Denoising(Trig(), "x0", snr_weight=True)},
+            controls={"not distilled": Denoising(Trig(), "x0")},
         )
 
     def identity(self) -> tuple[Check, ...]:
