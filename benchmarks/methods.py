@@ -45,6 +45,7 @@ from ds.methods import (
     DiscreteMeanFlow,
     Drifting,
     EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
     MeanFlow,
     MixFlow,
     PosteriorMeanFlow,
@@ -143,6 +144,11 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "consistency_training": Entry(
         "consistency training", ConsistencyTraining(sigma_data=SPREAD, end_steps=20), SLOW
+    ),
+    "improved_consistency_training": Entry(
+        "improved consistency training (iCT)",
+        ImprovedConsistencyTraining(end_steps=80, sigma_data=SPREAD, huber=0.03),
+        SLOW,
     ),
     "easy_consistency_tuning": Entry(
         "easy consistency tuning (ECT)",
@@ -410,7 +416,7 @@ def evaluations(stage: AbstractMethod, steps: int) -> float:
             return 3 * steps
         case ConsistencyDistillation():
             return (4 if stage.solver == "heun" else 3) * steps
-        case ConsistencyTraining() | EasyConsistencyTuning():
+        case ConsistencyTraining() | ImprovedConsistencyTraining() | EasyConsistencyTuning():
             return 2 * steps
         case SimplifiedConsistencyModel():
             return (3 if stage.flow == "teacher" else 2) * steps
