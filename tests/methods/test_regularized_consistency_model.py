@@ -155,3 +155,17 @@ def test_a_critic_that_begins_as_the_teacher_moves_nothing():
 def test_what_has_no_meaning_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         RCM(**fields)
+
+
+@pytest.mark.parametrize(("away", "off", "least"), [(0.0, 0.0, 0.0), (0.5, 1.0, 0.0)])
+def test_samples_that_leave_the_modes_or_all_share_one_show_in_the_figures(away, off, least):
+    """All samples are one point, near the first mode of six."""
+    there = torch.tensor(ds.analytic.GaussianMixture().means[0]) + away
+
+    def net(u, t):
+        cos, sin = t.cos()[:, None], t.sin()[:, None]
+        return (cos * u - there / 0.5) / sin
+
+    found = RCM().measure(Formula(net), ds.noise(0, range(64), (2,)))
+    assert [check.value for check in found] == pytest.approx([off, least])
+    assert [check.against for check in found] == [("sCM alone",), ("DMD alone",)]

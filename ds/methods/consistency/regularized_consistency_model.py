@@ -169,7 +169,7 @@ class RegularizedConsistencyModel(AbstractMethod):
             changes,
             bars={1: 0.15},
             agreement=0.9,
-            steps=500,
+            steps=400,
             controls={"DMD alone": {"consistency_weight": 0.0}},
             rivals={"sCM alone": {"score_weight": 0.0}},
             data=GaussianMixture(weights=rare),
