@@ -27,6 +27,7 @@ from ds.nets.blocks import ResBlock
 from ds.nets.potential import Potential
 from ds.pairs.sources import Batch
 from ds.system import distributed
+from ds.system.files import first_line
 from ds.training.config import RuntimeConfig
 
 
@@ -54,6 +55,21 @@ def compiled(loss: Loss, runtime: RuntimeConfig) -> None:
     mode = "reduce-overhead" if runtime.compile == "cuda_graphs" else None
     for part in blocks(loss) if runtime.shard else [loss]:
         part.compile(fullgraph=runtime.compile != "auto", mode=mode)
+
+
+@contextmanager
+def as_one_graph(runtime: RuntimeConfig) -> Iterator[None]:
+    """Raise ValueError in one line where a loss cannot be the one graph that a run asks for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "Unsupported":  # of torch._dynamo, which is slow to import
+            raise
+        raise ValueError(
+            f"runtime.compile {runtime.compile}: the loss cannot be one graph, as where two "
+            f"forwards share their dropout; use auto or no, or train.dropout 0 "
+            f"({first_line(error)})"
+        ) from None
 
 
 def replicated(loss: Loss, learns: Iterable[nn.Parameter], runtime: RuntimeConfig) -> nn.Module:

@@ -322,7 +322,8 @@ class Trainer:
             batch = self.batches.source.prepare(images, indices, draws._replace(index=index))
             with parallel.unreduced(loss, i < count - 1):
                 part = distributed.rank() * count + i
-                with self._seeded(number, part), self.config.autocast(self.device):
+                seeded, one = self._seeded(number, part), parallel.as_one_graph(self.runtime)
+                with seeded, self.config.autocast(self.device), one:
                     found = loss(batch, self._progress(turn)) / count
                 state.scaler.scale(found).backward()
             state.losses[turn] += found.detach()

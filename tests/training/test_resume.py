@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ds.methods import Denoising, DenoisingStudent, Progress
+from ds.methods.networks import SharedDropout
 from ds.pairs.sources import Images, digits
 from ds.system.files import read_sealed
 from ds.system.signals import Interrupted
@@ -62,6 +63,17 @@ def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
     resumed = compiled("cut")
     resumed.fit()
     assert_same_bits(whole, resumed)
+
+
+def test_a_loss_that_shares_dropout_is_no_one_graph_and_says_so(store, tmp_path):
+    class Sharing(DenoisingStudent):
+        def loss(self, modules, batch, progress):
+            with SharedDropout(modules["student"], device=batch.noise.device):
+                return super().loss(modules, batch, progress)
+
+    options = {"init": unet(), "method": Sharing(), "runtime": RuntimeConfig(compile="yes")}
+    with pytest.raises(ValueError, match=r"compile yes: the loss .* share .* train\.dropout 0"):
+        trainer(store, tmp_path / "run", **options).fit()
 
 
 @pytest.mark.parametrize("make", [affine, unet], ids=["affine", "unet with dropout"])
