@@ -12,13 +12,14 @@ from ds.diffusion.predictions import Preconditioned, Rescaled
 from ds.diffusion.schedules import EDM
 from ds.methods import Progress
 from ds.methods import SimplifiedConsistencyModel as SCM
+from ds.methods.base import built
 from ds.methods.networks import Weight
 from ds.methods.proof import NOISE, NORMAL, Formula
 from ds.methods.proofs.consistency.simplified_consistency_model import angles, velocity
 from ds.nets import MLPConfig
 from ds.pairs.sources import Batch
 
-METHOD = SCM(normalize=False)
+METHOD = SCM(normalize=False, learned_weight=False)
 NET = MLPConfig(dim=3, width=16, depth=2)
 END = Progress(50, 100)
 DATA = ds.analytic.Gaussian(mean=0.3, std=0.5, shape=(3,))
@@ -121,9 +122,30 @@ def test_the_warm_up_rises_in_its_steps_and_no_run_ends_in_it(warmup, step, tota
     assert torch.equal(found, torch.full_like(found, ramp))
 
 
-def test_only_distillation_keeps_a_teacher():
-    assert {*made()[1]} == {"student", "weight", "teacher"}
-    assert {*made(flow="data")[1]} == {"student", "weight"}
+@pytest.mark.parametrize(
+    ("fields", "others"),
+    [
+        ({}, {"weight", "teacher"}),
+        ({"flow": "data"}, {"weight"}),
+        ({"learned_weight": False}, {"teacher"}),
+    ],
+)
+def test_only_distillation_keeps_a_teacher_and_only_a_learned_weight_learns(fields, others):
+    method = SCM(student=NET, **fields)
+    modules = method.init(teacher())
+    assert {*modules} == {"student", *others}
+    assert method.loss(modules, batch(), END).isfinite()
+
+
+def test_the_loss_with_a_learned_weight_is_that_of_equation_8():
+    method, modules = made(learned_weight=True)
+    plain = replace(method, learned_weight=False).loss(modules, batch(1), END)
+    assert torch.equal(method.loss(modules, batch(1), END), plain)
+    with torch.no_grad():
+        modules["weight"].gains.normal_(generator=torch.Generator().manual_seed(0))
+    w = modules["weight"](method.rows(modules, batch(1))[1])
+    found = method.loss(modules, batch(1), END)
+    torch.testing.assert_close(found, (w.exp() * plain - w).mean())
 
 
 def test_a_converted_edm_begins_as_the_teacher_itself():
@@ -136,6 +158,20 @@ def test_a_converted_edm_begins_as_the_teacher_itself():
     x0, eps = method.denoiser(start.net)(x, angles())
     own = start.denoiser(x / angles().cos()[:, None], sigma)
     torch.testing.assert_close((x0, eps), (*own,))
+
+
+@pytest.mark.parametrize("level", [1e-3, 1.0, 79.0, 700.0])
+def test_the_derivative_of_a_network_that_is_told_log_sigma_stays_small_near_the_noise(level):
+    """cos(t) * sin(t) makes up for the growth of d log(sigma) / dt, in float32 too."""
+    method = SCM(prediction=Rescaled(EDM(800.0), Preconditioned()))
+    t = method.path.times_of(torch.full((len(NOISE),), level, dtype=torch.float64))
+    net = built(NET)
+    found = [
+        method.velocity(net.to(x.dtype), x, t, method.slope(x.flip(0), x, t), {})[1]
+        for x in (NOISE.float(), NOISE)
+    ]
+    assert found[1].abs().max() < 1
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max()
 
 
 @pytest.mark.parametrize(("nfe", "grid"), [(1, (1.0,)), (2, (1.0, 1.1)), (4, (1, 0.75, 0.5, 0.25))])

@@ -52,6 +52,7 @@ class SimplifiedConsistencyModel(AbstractMethod):
     # mean and standard deviation of log(sigma_data * tan(t)), the noise level
     log_sigma: tuple[Annotated[float, Between(-20, 20)], Positive] = (-1.0, 1.4)
     normalize: bool = True  # replace g by g / (rms of g + 0.1), row by row
+    learned_weight: bool = True  # learn how much each time counts; else all count alike
     warmup: Natural = 10_000  # steps in which the second half of g rises from 0
     sigma_max: Positive = 80.0  # noise level where sampling begins
     second: Annotated[float, Between(0.0, 1.5, "()")] = 1.1  # t of the second of two calls
@@ -76,10 +77,10 @@ class SimplifiedConsistencyModel(AbstractMethod):
     def init(self, teacher: Teacher) -> nn.ModuleDict:
         if self.on(teacher) != self:
             raise ValueError("SimplifiedConsistencyModel: converts; use method.on(teacher)")
-        modules = {"student": student_net(teacher, self.student), "weight": Weight()}
-        if self.flow == "teacher":
-            modules["teacher"] = Frozen(teacher.denoiser, self.path)
-        return nn.ModuleDict(modules)
+        weight = {"weight": Weight()} if self.learned_weight else {}
+        distils = self.flow == "teacher"
+        frozen = {"teacher": Frozen(teacher.denoiser, self.path)} if distils else {}
+        return nn.ModuleDict({"student": student_net(teacher, self.student), **weight, **frozen})
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         """Return the consistency function of a network: its x0 is the end of the flow."""
@@ -91,9 +92,8 @@ class SimplifiedConsistencyModel(AbstractMethod):
         g = self.tangent(F.detach(), dF, x, t, slope, self.ramp(progress, t))
         if self.normalize:
             g = g / (rowwise(losses.squares(g) / g[0].numel(), g).sqrt() + 0.1)
-        # F - (F + g), where only the first F has a gradient.
-        size = losses.squares(F - F.detach() - g) / g[0].numel()
-        w = modules["weight"](t)
+        size = losses.squares(F - F.detach() - g) / g[0].numel()  # F moves to F + g as it is now
+        w = modules["weight"](t) if self.learned_weight else torch.zeros_like(size)
         return (w.exp() * size - w).mean()  # Eq. 8
 
     def rows(self, modules: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,10 +141,10 @@ class SimplifiedConsistencyModel(AbstractMethod):
     def ramp(self, progress: Progress, t: Tensor) -> Tensor:
         """Return how far the warm-up is, from 0 to 1, for every row, [N]."""
         steps = min(self.warmup, progress.total // 2)
-        if not steps:
-            return torch.ones_like(t)
-        done = torch.full_like(t, progress.step)  # a tensor: one graph for all steps
-        return (done / steps).clamp(max=1)
+        done = torch.full_like(
+            t, progress.step if steps else 1
+        )  # a tensor: one graph for all steps
+        return (done / max(steps, 1)).clamp(max=1)
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
         return None  # the loss is |g| whatever the network, so it tells nothing
@@ -172,7 +172,7 @@ class SimplifiedConsistencyModel(AbstractMethod):
         return integrate(f, Renoise(), grid, self.path.prior(z, grid[0]), draws=draws)
 
     def trial(self) -> Trial:
-        fitted = {"sigma_data": 0.95, "normalize": False, "warmup": 500}
+        fitted = {"sigma_data": 0.95, "warmup": 500, "normalize": False, "learned_weight": False}
         wrong = {"high frequencies": {"student": MLPConfig(frequencies=(64.0, 0.5))}}
         return Trial(fitted, steps=3000, bars={1: 0.08}, agreement=0.97, controls=wrong)
 
