@@ -20,7 +20,6 @@ from ds.pairs.sources import Batch
 from ds.system import distributed
 from ds.system.config import BY_CONTENT, Between, Natural, Positive, check
 
-# of the kernels, as shares of the mean distance
 _BANDWIDTHS = {"laplace": (0.02, 0.05, 0.2), "gaussian": (0.05, 0.15, 0.5)}
 
 
@@ -33,12 +32,13 @@ class Drifting(AbstractMethod):
 
         force(x)  =  sum a(x, z) * sum a(x, y) y  -  sum a(x, y) * sum a(x, z) z
 
-    laplace    a = sqrt(softmax over y and z * softmax over x) of -|x - y| / tau. The forces of
-               each tau are scaled to the root mean square 1, and summed. Deng et al. 2026,
-               arXiv:2602.04770, Algorithm 2 and Eqs. 20 to 26.
-    gaussian   a = softmax of -|x - y|**2 / (2 tau**2), over y and z apart. The force is then
-               tau**2 times the difference of the scores of data and samples, both smoothed by
-               tau. Lai et al. 2026, arXiv:2603.07514.
+    The kernel "laplace" is that of practice: a = sqrt(softmax over y and z * softmax over x) of
+    -|x - y| / tau. The forces of each tau are scaled to the root mean square 1, and summed. Deng et
+    al. 2026, arXiv:2602.04770, Algorithm 2 and Eqs. 20 to 26.
+
+    The kernel "gaussian" is that of theory: a = softmax of -|x - y|**2 / (2 * tau**2), over y and z
+    apart. The force is then tau**2 times the difference of the scores of data and samples, both
+    smoothed by tau. Lai et al. 2026, arXiv:2603.07514.
 
     A sample does not push itself. Rows with labels meet rows of their class alone. Rows are divided
     by S, the mean distance over the root of the dimension, and the loss is |x / S - sg(x / S +
@@ -54,10 +54,11 @@ class Drifting(AbstractMethod):
     coupled: ClassVar = True
 
     kernel: Kernel = "laplace"
-    # of the kernels, as shares of the mean distance; None: 0.02, 0.05 and 0.2 for laplace, 0.05,
+    # each tau, as a share of the mean distance of rows; None: 0.02, 0.05 and 0.2 for laplace, 0.05,
     # 0.15 and 0.5 for gaussian
     bandwidths: tuple[Positive, ...] | None = None
-    # 2 adds real rows of every class to those that push, as many as samples; 1: none
+    # scale of the guidance that is learnt: real rows of every class push too, with guidance - 1
+    # times the weight of the samples; 1: none
     guidance: Annotated[float, Between(1, 1000)] = 1.0
     memory: Natural = 0  # real rows to keep, the batch's among them; at least a batch; 0: none
     # LPIPS weights, whose features are compared beside pixels
@@ -67,6 +68,13 @@ class Drifting(AbstractMethod):
 
     def __post_init__(self):
         check(self, "Drifting: ")
+        if self.bandwidths == ():
+            raise ValueError("Drifting: bandwidths is empty; give one or more, or None")
+        if self.generator.loss_type != "l2":
+            raise ValueError(
+                f"Drifting: generator.loss_type is {self.generator.loss_type}, which is not used; "
+                f"leave it out"
+            )
 
     def on(self, teacher: Teacher) -> "Drifting":
         return replace(self, generator=self.generator.on(teacher))
@@ -146,10 +154,11 @@ class Drifting(AbstractMethod):
         return self.generator.sample(net, z, nfe=nfe, cond=cond)
 
     def trial(self) -> Trial:
+        laplace = self.kernel == "laplace"
         return Trial(
             train={"batch_size": 256},
-            steps=3000,
-            bars={1: 0.09 if self.kernel == "gaussian" else 0.12},
+            steps=1500 if laplace else 3000,
+            bars={1: 0.12 if laplace else 0.09},
             controls={"bandwidths much too wide": {"bandwidths": (5.0,)}},
         )
 

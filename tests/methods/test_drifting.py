@@ -10,7 +10,7 @@ import ds
 from ds.analytic import GaussianMixture
 from ds.diffusion.noise import Draws
 from ds.evaluation.metrics import sliced_wasserstein
-from ds.methods import Drifting, Progress
+from ds.methods import DenoisingStudent, Drifting, Progress
 from ds.methods.neighbours import EMPTY, Memory, force
 from ds.methods.proof import Formula
 from ds.methods.proofs import drifting as proof
@@ -95,6 +95,19 @@ def test_bandwidths_are_those_of_the_kernel_unless_given():
         assert not torch.equal(loss(kernel=kernel), loss(kernel=kernel, bandwidths=own[:2]))
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bandwidths": ()}, "bandwidths is empty; give one or more"),
+        ({"generator": DenoisingStudent(loss_type="l1")}, "loss_type is l1, which is not used"),
+        ({"guidance": 0.5}, "guidance"),
+    ],
+)
+def test_fields_that_would_do_nothing_are_refused(fields, words):
+    with pytest.raises(ValueError, match=f"Drifting: .*{words}"):
+        Drifting(**fields)
+
+
 def test_the_memory_holds_the_last_rows_and_a_step_that_is_taken_again_leaves_the_same():
     memory, seen = Memory(8, (2,)), [rows(3, 3 * step) for step in range(4)]
     for step in (0, 1, 1, 2, 3, 3):
@@ -136,7 +149,7 @@ def test_a_run_with_a_memory_is_resumed_to_the_same_bits(tmp_path):
         return trainer
 
     whole, cut = run("whole", 2), run("cut", 1)
-    half = cut.state.modules["memory"].x0.clone()
+    half = cut.state.modules.state_dict()["memory.x0"].clone()
     cut = run("cut", 2)
     found, wanted = (r.state.modules.state_dict() for r in (cut, whole))
     assert not torch.equal(found["memory.x0"], half)
