@@ -66,7 +66,7 @@ class EasyConsistencyTuning(AbstractMethod):
     edge: Annotated[float, Between(0, 1, "()")] = 0.25  # share of its rows that are at that level
     edge_weight: NotNegative = 0.1  # of the mean loss of these, beside that of the others
     second: bool = False  # be that second run: the teacher is a consistency function
-    prediction: AbstractPrediction | None = None  # of the student; None: the teacher's
+    prediction: AbstractPrediction | None = None  # None: a copy has its teacher's, others EDM's
     student: AbstractNetConfig | None = None  # a fresh network to train; else the teacher's
 
     def __post_init__(self):
