@@ -14,6 +14,7 @@ from ds.methods.base import Progress
 from ds.methods.consistency.levels import disagreement, noisy
 from ds.methods.proof import NOISE, NORMAL, Check, Formula, exact
 from ds.methods.proofs.consistency.consistency_distillation import end_of_a_call, follows
+from ds.methods.proofs.consistency.consistency_training import LEVELS, on_average
 from ds.nets import MLPConfig
 from ds.nets.embedding import sinusoids
 from ds.pairs.sources import Batch
@@ -58,7 +59,7 @@ def elementwise(error: Tensor, width: float) -> Tensor:
 
 def identity(method: Any) -> tuple[Check, ...]:
     """Of a single image, f is exact for every row; and each part of the method is what it is."""
-    facts = end_of_a_call, of_one_image, boundary, inputs, outputs, features
+    facts = end_of_a_call, of_one_image, of_normal_data, boundary, inputs, outputs, features
     return tuple(of(method) for of in (*facts, whole_rows, weight, density, curriculum))
 
 
@@ -79,6 +80,19 @@ def of_one_image(method: Any) -> Check:
         target_of_the_next_level=disagreement(f, x, t, f, noisy(batch, s), next_s),
         other_noise_in_the_target=disagreement(f, x, t, f, noisy(other, s), s),
     )
+
+
+def of_normal_data(method: Any) -> Check:
+    """The error is on average that of Euler's step, as of consistency training."""
+
+    def error(student: nn.Module, target: nn.Module, batch: Batch, i: Tensor) -> Tensor:
+        t, s = (method.levels(k, torch.full_like(STEPS, LEVELS - 1)) for k in (i, i + 1))
+        if target is student:
+            return method.error(student, batch, t, s)
+        f, wrong = map(method.denoiser, (student, target))
+        return disagreement(f, noisy(batch, t), t, wrong, noisy(batch, s), s)
+
+    return on_average(method, error)
 
 
 def boundary(method: Any) -> Check:
