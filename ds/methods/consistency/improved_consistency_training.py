@@ -148,7 +148,7 @@ class ImprovedConsistencyTraining(AbstractMethod):
         return Trial(
             fitted,
             bars={1: 0.20, 2: 0.11},
-            agreement=0.92,
+            agreement=0.935,
             controls={"c_in without the root": proof.without_root(replace(self, **fitted))},
         )
 
