@@ -209,7 +209,7 @@ def curriculum(method: Any) -> Check:
 
     def off(late: int) -> Tensor:
         steps = torch.stack([method.steps(Progress(max(k - late, 0), 800)) for k in moments])
-        return steps - torch.tensor([10.0 * 2 ** (k // 100) for k in moments], dtype=steps.dtype)
+        return steps - steps.new_tensor([10.0 * 2 ** (k // 100) for k in moments])
 
     return exact("steps between levels, less 10 * 2**k", off(0), one_step_late=off(1))
 
