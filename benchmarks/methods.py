@@ -74,7 +74,7 @@ from ds.training.trainer import Trainer
 PATH, CALLS, BUDGET = RESULTS / "methods.json", (1, 2, 4), 100_000
 # `make demo`: 40 epochs of a teacher, 12 calls for each of 12,800 pairs, and 7 epochs of a student.
 DEMO_BUDGET = 40 * 28 * 64 + 12 * 12_800 + 7 * 12_288
-MINUTES = 2.0  # of a run whose time is not known
+MINUTES = 2.0  # of a run of BUDGET whose time is not known
 # Whose code decides whether a run is of the same method, where the method uses it.
 FAMILIES = ("ds.methods.flow.", "ds.methods.consistency.")
 DRAWN = 256  # images at a time, where the time to draw is measured
@@ -206,8 +206,9 @@ def main() -> None:
     rows = kept()
     asked = [(name, seed) for seed in range(options.seeds) for name in options.only]
     missing = [one for one in asked if one not in rows]
-    known = {(row["method"]): row["minutes"] for row in rows.values() if "minutes" in row}
-    about = sum(known.get(name, MINUTES) for name, _ in missing)
+    known = {row["method"]: row["minutes"] for row in rows.values() if "minutes" in row}
+    guess = {name: MINUTES * entry.budget / BUDGET for name, entry in ENTRIES.items()}
+    about = sum((guess | known)[name] for name, _ in missing)
     print(f"{len(missing)} of {len(asked)} runs to make, about {about:.0f} minutes", flush=True)
     for name, seed in missing:
         row = judged(name, options.runs / f"{name}-{seed}", seed)
