@@ -148,7 +148,7 @@ def _end(method: Any) -> Check:
     def end(x: Tensor, sigma: Tensor) -> Tensor:
         return NORMAL.flow(x, (1, sigma), (1, 0))
 
-    wanted = end(EDM().noise * NOISE, torch.tensor(EDM().noise))
+    wanted = end(EDM().noise * NOISE, NOISE.new_tensor(EDM().noise))
     return exact(
         "end of 1 call",
         method.sample(_net(method, end), NOISE) - wanted,
