@@ -245,6 +245,8 @@ def write(rows: Mapping[tuple[str, int], dict[str, Any]], runs: Path) -> None:
 
 def seconds(folders: Mapping[str, Path]) -> dict[str, dict[int, float]]:
     """Return how long 1,000 images of finished runs take, by the number of calls, the median."""
+    if not folders:
+        return {}
     draw = {
         f"{name} {nfe}": partial(Sampler(model, batch_size=DRAWN), 0, range(DRAWN))
         for name, folder in folders.items()
