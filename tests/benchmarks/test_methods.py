@@ -103,6 +103,21 @@ def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(
     assert (methods.made_of(entry) != before) is anew
 
 
+def test_a_row_of_a_later_seed_is_written_beside_the_times_that_were_measured(
+    monkeypatch, tmp_path
+):
+    path, seconds = tmp_path / "methods.json", {"mean_flow": {"1": 0.1}}
+    path.write_text(json.dumps({"rows": [], "seconds": seconds}))
+    monkeypatch.setattr(methods, "PATH", path)
+    monkeypatch.setattr(methods, "split_floor", lambda *_, **__: 8.0)
+    (tmp_path / "mean_flow-0").mkdir()
+    rows = {("mean_flow", seed): {"method": "mean_flow", "seed": seed} for seed in (1, 0)}
+    methods.write(rows, tmp_path)
+    written = json.loads(path.read_text())
+    assert [row["seed"] for row in written["rows"]] == [0, 1]
+    assert written["seconds"] == seconds
+
+
 def test_the_table_of_methods_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
     monkeypatch, tmp_path
 ):
