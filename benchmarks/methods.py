@@ -220,9 +220,8 @@ def main() -> None:
     print(f"{len(missing)} of {len(asked)} runs to make, about {about:.0f} minutes", flush=True)
     for name, seed in missing:
         row = judged(name, options.runs / f"{name}-{seed}", seed)
-        rows[name, seed] = row
         print(name, seed, f"{row['minutes']:.1f} minutes", row["figures"], flush=True)
-        write(rows, options.runs)
+        write(kept() | {(name, seed): row}, options.runs)  # others may have written since
 
 
 def kept() -> dict[tuple[str, int], dict[str, Any]]:
