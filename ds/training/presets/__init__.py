@@ -331,7 +331,7 @@ def progressive_cifar10() -> Preset:
         scale_shift=True,
         resnet_down=(0, 1),
         resnet_up=(1, 2),
-        frequencies=(1000 / math.atan(math.inf), 0.1 / math.atan(math.inf)),  # times end at pi / 2
+        frequencies=(1000 / (math.pi / 2), 0.1 / (math.pi / 2)),  # times end at pi / 2
     )
     teach = TrainConfig(
         batch_size=128,
