@@ -97,9 +97,11 @@ def test_a_number_of_another_kind_or_out_of_its_bounds_is_refused_by_name(cls, n
     if kind is int:
         bad += [1.5, 1.0, 2**63 if name != "seed" else 2**64, 2**70]
     bad += [-0.5 if kind is float and b.least >= 0 else b.least - 1 for b in bounds]
+    before, hint = getattr(usual(cls), name), _hints(cls)[name]
+    if before is None and tuple in map(get_origin, get_args(hint)):
+        before = ()
     for value in bad:
-        many = isinstance(getattr(usual(cls), name), tuple)
-        set_to = (value,) * max(1, len(getattr(usual(cls), name))) if many else value
+        set_to = (value,) * max(1, len(before)) if isinstance(before, tuple) else value
         with pytest.raises(ValueError, match=rf"{name}|order") as found:
             dataclasses.replace(usual(cls), **{name: set_to})
         assert "\n" not in str(found.value), value
