@@ -192,7 +192,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "consistency_distillation_demo": Entry(
         "consistency distillation",
-        ConsistencyDistillation(sigma_data=SPREAD),
+        ConsistencyDistillation(),
         replace(SLOW, channels=32),
         teach=DEMO.teach,
         teacher=LEVELS,
