@@ -190,14 +190,6 @@ ENTRIES: Mapping[str, Entry] = {
         teach=DEMO.teach,
         budget=DEMO_BUDGET,
     ),
-    "consistency_distillation_demo": Entry(
-        "consistency distillation",
-        ConsistencyDistillation(),
-        replace(SLOW, channels=32),
-        teach=DEMO.teach,
-        teacher=LEVELS,
-        budget=DEMO_BUDGET,
-    ),
     "mean_flow_demo": Entry(
         "MeanFlow", MeanFlow(), replace(SLOW, channels=32, conditions=("h",)), budget=DEMO_BUDGET
     ),
