@@ -17,7 +17,10 @@ ROOMS = (
     "training", "evaluation", "cli",
 )  # fmt: skip
 MOST_ENTRIES, MOST_FILES, MOST_LINES = 14, 12, 600
-MOST_METHOD_LINES = 150
+# Of a method, by its folder, or by its file outside of one.
+METHOD_LINES = {
+    "flow": 150, "consistency": 180, "progressive_distillation.py": 180, "drifting.py": 180,
+}  # fmt: skip
 # Longer files, each with the reason why it is one.
 LONG = {}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -89,9 +92,11 @@ def test_a_file_is_read_in_one_sitting(path):
     assert (lines > MOST_LINES) == (str(path) in LONG), f"{path}: {lines} lines"
 
 
-@pytest.mark.parametrize("path", [p for p in TREES if p.parts[:2] == ("methods", "flow")], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in TREES if part(p) == "methods" and p.parts[1] in METHOD_LINES], ids=str
+)
 def test_a_method_is_as_short_as_its_paper_s_box(path):
-    assert len((ROOT / path).read_text().splitlines()) <= MOST_METHOD_LINES
+    assert len((ROOT / path).read_text().splitlines()) <= METHOD_LINES[path.parts[1]]
 
 
 @pytest.mark.parametrize("path", [p for p in TREES if part(p) == "ops"], ids=str)
