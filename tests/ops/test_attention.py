@@ -80,6 +80,42 @@ def test_sdpa_on_a_cpu_takes_bfloat16_without_a_gradient_only():
             ds.ops.attention(*(v.requires_grad_() for v in values))
 
 
+in_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this processor has no products of bfloat16",
+)
+
+
+@in_bfloat16
+@pytest.mark.parametrize("images", [1, 3])
+def test_two_products_are_as_exact_as_plain_pytorch_in_bfloat16(images):
+    """And the default, for heads of this size, whatever the batch and the layout."""
+    values = [x.transpose(1, 2) for x in inputs((3, 128, 2, 128), torch.bfloat16)]
+    with ds.ops.use_backend("products"):
+        y = ds.ops.attention(*(x[:images] for x in values))
+    assert torch.equal(y, ds.ops.attention(*values)[:images])
+    exact = plain(*(x.double() for x in values))[:images]
+    assert y.shape == (images, 2, 128, 128)
+    assert_close("y", exact, y, plain(*values)[:images])
+
+
+@in_bfloat16
+@pytest.mark.parametrize(
+    ("shape", "dtype", "gradient", "message"),
+    [
+        ((1, 1, 128, 128), torch.float32, False, "bfloat16 without a gradient"),
+        ((1, 1, 128, 128), torch.bfloat16, True, "bfloat16 without a gradient"),
+        ((1, 1, 257, 128), torch.bfloat16, False, "up to 256 tokens"),
+        ((1, 1, 127, 128), torch.bfloat16, False, "heads of 16384 numbers or more"),
+    ],
+)
+def test_two_products_take_what_they_are_faster_for(shape, dtype, gradient, message):
+    values = [x.requires_grad_(gradient) for x in inputs(shape, dtype)]
+    with ds.ops.use_backend("products"), pytest.raises(RuntimeError, match=message):
+        ds.ops.attention(*values)
+    assert ds.ops.attention(*values).shape == shape  # by another
+
+
 @backends
 @settings(max_examples=30, deadline=None)
 @given(
