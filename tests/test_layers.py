@@ -144,6 +144,19 @@ def test_help_imports_no_torch():
     assert run(code).stdout.endswith("False\n")
 
 
+def test_a_first_image_imports_no_compiler_and_nothing_that_trains(tmp_path):
+    code = f"""
+import sys, ds.cli.sample
+net = ds.nets.UNetConfig(image_size=4, in_channels=1, channels=4, channel_mult=(1,),
+                         num_res_blocks=1, attention_resolutions=(), norm_groups=2).build()
+ds.Student(net, ds.methods.DenoisingStudent()).save_pretrained({str(tmp_path / "net")!r})
+ds.Sampler(ds.load_student({str(tmp_path / "net")!r}))(0, [0])
+heavy = "torch._dynamo torch._inductor torch.distributed.checkpoint triton sympy scipy torchvision"
+print({{*heavy.split()}} & {{*sys.modules}})
+"""
+    assert run(code).stdout == "set()\n"
+
+
 @pytest.mark.parametrize("name", [n for n in ds.__all__ if n != "__version__"])
 def test_a_public_name_has_a_docstring(name):
     value = getattr(ds, name)

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 
@@ -24,8 +24,10 @@ from ds.system.config import (
 )
 from ds.system.files import present, read_sealed, sealed
 from ds.system.staging import write_json
-from ds.training.checkpoint import Checkpoint
 from ds.training.loader import LoaderKind
+
+if TYPE_CHECKING:  # it imports torch.distributed.checkpoint, which is slow, and options need none
+    from ds.training.checkpoint import Checkpoint
 
 RUN = "run.json"
 # Fields of a TrainConfig that do not move the weights: a run may go on with other values.
@@ -169,7 +171,7 @@ class RunFields(TypedDict):
 class RunFile:
     """run.json in the directory of a run: what is run, so that nothing else goes on there."""
 
-    def __init__(self, fields: RunFields, out: Path, checkpoint: Checkpoint):
+    def __init__(self, fields: RunFields, out: Path, checkpoint: "Checkpoint"):
         self.fields: dict[str, Any] = {**fields}
         self.out, self.checkpoint = out, checkpoint
 

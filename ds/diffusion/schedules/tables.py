@@ -80,9 +80,11 @@ class AbstractTable(AbstractSchedule):
 
     # A constant of a compiled loss, which would make it again at every step. It is a method because
     # torch 2.11 takes no frozen dataclass as the argument of such a function.
-    @torch.compiler.assume_constant_result
     def _table(self, device: torch.device) -> Tensor:
         return _table(self, device)
+
+    # What torch.compiler.assume_constant_result does, which would import the compiler: seconds.
+    _table._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def prior(self, z: Tensor, t: float | None = None) -> Tensor:
         return z
