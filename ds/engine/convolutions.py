@@ -217,7 +217,7 @@ class Winograd(Call):
     doubled: bool = False
 
     def prepare(self, target: Target, *shapes: Shape) -> Run:
-        weight = ops.winograd_weight(self.weight).to(target.device, target.wide)
+        weight = ops.winograd_weight(self.weight, target.wide).to(target.device)
         return _biased(
             target.bias(self.bias, target.wide),
             lambda x, bias, residual: ops.winograd_conv(

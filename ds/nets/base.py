@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ds.system.arrays import load_tensors
 
@@ -61,6 +62,31 @@ class AbstractNetConfig(ABC):
         """The shape, for a sample, of all that forward takes or may be told: () of a number."""
         image = {CONTEXT: self.shape} if CONTEXT in self.conditions else {}
         return dict.fromkeys(self.takes, ()) | image | self.may_take
+
+
+class Undrawn(TorchFunctionMode):
+    """A context in which a network is built without its weights being drawn, for others to come.
+
+    A parameter then holds what its memory held. Drawing takes longer than reading a file.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if isinstance(drawn, nn.Parameter):
+                return drawn
+        return func(*args, **kwargs)
+
+
+# What fills a tensor with random numbers when a network is built.
+_DRAWS = {
+    Tensor.normal_,
+    Tensor.uniform_,
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+}
 
 
 def told(net: nn.Module) -> tuple[tuple[str, ...], int]:

@@ -56,6 +56,15 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+def test_reading_draws_no_random_numbers_and_finds_large_weights_finite(tmp_path):
+    model = student()
+    model.net.conv_in.weight.data[0, 0] = torch.finfo(torch.float32).max  # whose sum overflows
+    model.save_pretrained(tmp_path / "model")
+    before = torch.get_rng_state()
+    assert_same_weights(ds.load_student(tmp_path / "model").net, model.net)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def change_config(folder, **entries):
     """Change it by hand, and remove its checksum as one who means it."""
     config = json.loads((folder / "config.json").read_text())

@@ -20,11 +20,11 @@ PANEL = 16  # output channels that a product takes at a time
 _BLOCK = 48  # tiles that go through the products together, to stay in a cache
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
+def winograd_weight(weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Transform the weight of a 3x3 convolution [O, C, 3, 3] for winograd_conv, in float64.
 
-    The result is [36, O / P, C, P]: panels of P = 16 output channels, or one of all of them where
-    16 does not divide them.
+    The result, rounded to `dtype`, is [36, O / P, C, P]: panels of P = 16 output channels, or one
+    of all of them where 16 does not divide them.
 
     Raises:
         ValueError: the weight is not of that shape.
@@ -34,9 +34,14 @@ def winograd_weight(weight: Tensor) -> Tensor:
             f"winograd_weight: weight must be [O, C, 3, 3], not of shape {list(weight.shape)}"
         )
     g = _matrices()[1].to(weight.device)
-    panel = PANEL if len(weight) % PANEL == 0 else max(len(weight), 1)
-    panels = weight.double().unflatten(0, (-1, panel))
-    return torch.einsum("ik,opckl,jl->ijocp", g, panels, g).flatten(0, 1).contiguous()
+    out, channels = weight.shape[:2]
+    panel = PANEL if out % PANEL == 0 else max(out, 1)
+    panels = weight.new_empty((36, out // panel, channels, panel), dtype=dtype)
+    for k in range(out // panel):  # a cache holds one in float64
+        taps = weight[k * panel : (k + 1) * panel].permute(2, 3, 1, 0).double()
+        points = (g @ taps.reshape(3, -1)).view(6, 3, -1)
+        panels[:, k] = (g @ points).view(36, channels, panel)
+    return panels
 
 
 def winograd_conv(

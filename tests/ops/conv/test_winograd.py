@@ -165,3 +165,10 @@ def test_what_does_not_fit_is_one_clear_error(change, message):
 def test_a_weight_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"must be \[O, C, 3, 3\], not of shape \[4, 2, 1, 1\]"):
         ops.winograd_weight(torch.zeros(4, 2, 1, 1))
+
+
+def test_a_weight_is_transformed_in_float64_and_rounded_once():
+    _, weight, _, _ = case(1, 32, 48, 4, 4, torch.float32)
+    packed, exact = ops.winograd_weight(weight, torch.float32), ops.winograd_weight(weight)
+    assert packed.shape == exact.shape == (36, 3, 32, 16)
+    assert ((packed.double() - exact).abs() <= 2.0**-24 * exact.abs()).all()
