@@ -200,12 +200,13 @@ def _bias(conv: Conv) -> torch.Tensor:
 
 def winograd(steps: list[Step], target: Target, shapes: dict[str, Shape]) -> list[Step]:
     """Compute 3x3 convolutions by Winograd where that is worthwhile."""
+    way = "packed bfloat16" if target.dtype == torch.bfloat16 else "packed float32"
     return [
         step._replace(call=Winograd(call.weight, call.bias, doubled=isinstance(call, UpsampleConv)))
         if isinstance(call := step.call, Conv | UpsampleConv)
         and call.weight.shape[2] == 3
         and getattr(call, "stride", 1) == 1
-        and pays(call.weight, target.images, *shapes[step.outputs[0]][1:])
+        and pays(way, call.weight, target.images, *shapes[step.outputs[0]][1:])
         else step
         for step in steps
     ]

@@ -1,13 +1,13 @@
 """A 3x3 convolution for training: in float32 on CPUs by Winograd's F(4x4, 3x3)."""
 
-from collections.abc import Callable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ds.ops import _native
-from ds.ops.conv.winograd import PANEL, pays, winograd_conv
+from ds.ops.conv.winograd import PANEL, Way, pays, winograd_conv
 from ds.ops.dispatch.op import Op, Unsupported
 from ds.ops.dispatch.takes import check_places
 from ds.ops.dispatch.transforms import channels_last
@@ -19,8 +19,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve x [N, C, H, W] with weight [O, C, 3, 3], padding by 1, plus bias [O].
 
     In exact arithmetic it is F.conv2d. In float32 on a CPU it takes a quarter of the
-    multiplications, forward, in both gradients and in forward mode, if C and O are multiples of 16
-    and N, H and W make at least 16 tiles of 4 x 4 pixels.
+    multiplications, forward, in each gradient and in forward mode, where C and O are multiples of
+    16 and N, H and W make as many tiles of 4 x 4 pixels as it was measured to be faster for.
 
     Raises:
         ValueError: tensors on several devices or without their memory; else what F.conv2d raises.
@@ -35,7 +35,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether tiles are faster; False for misfits, for which F.conv2d raises."""
+    """Return whether tiles are faster in any part of the work; False for misfits.
+
+    F.conv2d raises for these.
+    """
     given = [t for t in (x, weight, bias) if t is not None]
     if not all(isinstance(t, Tensor) for t in given):
         return False
@@ -48,7 +51,11 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if x.dim() != 4 or weight.shape != (len(weight), x.shape[1], 3, 3):
         return False
     fits = bias is None or bias.shape == weight.shape[:1]
-    return fits and pays(weight, len(x), *x.shape[2:])
+    ways: list[Way] = ["forward"]
+    if torch.is_grad_enabled():
+        ways += ["gradient of x"] * x.requires_grad
+        ways += ["gradient of the weight"] * weight.requires_grad
+    return fits and any(pays(way, weight, len(x), *x.shape[2:]) for way in ways)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,37 +136,73 @@ def _tangents(primals, tangents, y):
 _op.register_tangents(_tangents)
 
 
-@_op.backend("cpu", "cpu")
+def by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve by Winograd. Raises ImportError where its kernel was not built."""
+    _check_takes(x, weight)
+    return winograd_conv(x, _packed(weight), bias)
+
+
+def gradients_by_tiles(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Make the gradients by Winograd. Raises ImportError where its kernels were not built."""
+    _check_takes(x, weight)
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    dx, dweight = fake_backward(dy, x, weight, wanted)
+    if wanted[0]:
+        dx = winograd_conv(dy, _packed(weight, transposed=True))
+    if wanted[1]:
+        images, channels, h, w = x.shape
+        error = _native.cpu_library().ds_winograd_weight_gradient(
+            x.data_ptr(), dy.data_ptr(), dweight.data_ptr(),
+            images, h, w, channels, len(weight), _PART,
+        )  # fmt: skip
+        _native.check("conv3x3_backward", error)
+    return dx, dweight
+
+
+@_op.backend("measured", "cpu")
 def _():
-    pack = _native.cpu_library().ds_winograd_weight
+    _native.cpu_library()
 
     def launch(x, weight, bias):
         _check_takes(x, weight)
-        return winograd_conv(x, _packed(pack, weight), bias)
+        ours = pays("forward", weight, len(x), *x.shape[2:])
+        return (by_tiles if ours else reference)(x, weight, bias)
 
     return launch
+
+
+@_backward.backend("measured", "cpu")
+def _():
+    _native.cpu_library()
+
+    def launch(dy, x, weight, wanted):
+        _check_takes(x, weight)
+        ours = [
+            want and pays(way, weight, len(x), *x.shape[2:])
+            for want, way in zip(wanted, get_args(Way)[-2:], strict=True)
+        ]
+        theirs = [want and not our for want, our in zip(wanted, ours, strict=True)]
+        found = gradients_by_tiles(dy, x, weight, ours)
+        if any(theirs):
+            pairs = zip(found, reference_backward(dy, x, weight, theirs), strict=True)
+            found = tuple(b if by else a for (a, b), by in zip(pairs, theirs, strict=True))
+        return found
+
+    return launch
+
+
+@_op.backend("cpu", "cpu")
+def _():
+    _native.cpu_library()
+    return by_tiles
 
 
 @_backward.backend("cpu", "cpu")
 def _():
-    lib = _native.cpu_library()
-
-    def launch(dy, x, weight, wanted):
-        _check_takes(x, weight)
-        dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
-        dx, dweight = fake_backward(dy, x, weight, wanted)
-        if wanted[0]:
-            dx = winograd_conv(dy, _packed(lib.ds_winograd_weight, weight, transposed=True))
-        if wanted[1]:
-            images, channels, h, w = x.shape
-            error = lib.ds_winograd_weight_gradient(
-                x.data_ptr(), dy.data_ptr(), dweight.data_ptr(),
-                images, h, w, channels, len(weight), _PART,
-            )  # fmt: skip
-            _native.check("conv3x3_backward", error)
-        return dx, dweight
-
-    return launch
+    _native.cpu_library()
+    return gradients_by_tiles
 
 
 def _check_takes(x: Tensor, weight: Tensor) -> None:
@@ -170,12 +213,13 @@ def _check_takes(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _packed(pack: Callable, weight: Tensor, *, transposed: bool = False) -> Tensor:
+def _packed(weight: Tensor, *, transposed: bool = False) -> Tensor:
     """Return the panels of winograd_weight for the convolution, or for the gradient of its x."""
     out, channels = weight.shape[:2]
     rows, columns = (out, channels) if transposed else (channels, out)
     panels = weight.new_empty(36, columns // PANEL, rows, PANEL)
     weight = weight.contiguous(memory_format=torch.channels_last)
+    pack = _native.cpu_library().ds_winograd_weight
     error = pack(weight.data_ptr(), panels.data_ptr(), out, channels, transposed)
     _native.check("winograd_weight", error)
     return panels

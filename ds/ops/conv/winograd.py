@@ -1,7 +1,10 @@
 """A 3x3 convolution by Winograd's F(4x4, 3x3): 36 multiplications for 16 pixels instead of 144."""
 
 import functools
+import json
 import math
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,15 +75,38 @@ def tiles(height: int, width: int) -> int:
     return -(-height // _TILE) * -(-width // _TILE)
 
 
-def pays(weight: Tensor, images: int, height: int, width: int) -> bool:
+# A 3x3 convolution with its weight packed ahead, in a dtype, or with its weight as it is.
+Way = Literal[
+    "packed float32", "packed bfloat16", "forward", "gradient of x", "gradient of the weight"
+]
+WIDTHS = (16, 32, 64, 128, 256, 512)  # channels that were measured
+Least = dict[Way, list[list[int | None]]]  # by C and by O in WIDTHS
+FASTER = Path(__file__).with_name("faster_cpu.json")
+
+
+# From how many tiles on ours is the faster kernel; None: not up to what was measured. The table has
+# it for each instruction set, as `python -m benchmarks.tiles` measured it.
+_LEVEL = {"AVX512": "avx512", "AVX2": "avx2"}.get(
+    torch.backends.cpu.get_cpu_capability(), "portable"
+)
+_LEAST: Least = json.loads(FASTER.read_text()).get(_LEVEL, {})
+
+
+def pays(way: Way, weight: Tensor, images: int, height: int, width: int) -> bool:
     """Return whether our kernel in tiles is the faster 3x3 convolution to images of this size.
 
-    With few tiles the transforms, mostly of the weight, cost more than they save. With 256 channels
-    8 tiles are about a tie on one EPYC core with AVX2. So are 16 on one with AVX-512 if the call
-    transforms its weight.
+    The transforms, of the weight above all, cost more than they save where tiles are few.
     """
     out, channels = weight.shape[:2]
-    return not (out % PANEL or channels % PANEL) and images * tiles(height, width) >= 16
+    if out % PANEL or channels % PANEL:
+        return False
+    least = _LEAST[way][_nearest(channels)][_nearest(out)]
+    return least is not None and images * tiles(height, width) >= least
+
+
+def _nearest(channels: int) -> int:
+    """Return the index in WIDTHS of the nearest number of channels, by their ratio."""
+    return min(max(round(math.log2(channels / WIDTHS[0])), 0), len(WIDTHS) - 1)
 
 
 def _channels(weight: Tensor) -> int:

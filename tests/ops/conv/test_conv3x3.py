@@ -1,5 +1,8 @@
 """conv3x3 against F.conv2d in float64, forward and backward, and which of them it is where."""
 
+import json
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from ds import ops
 from ds.ops import _native
+from ds.ops.conv import winograd
 from ds.training.throughput import flop_counter
 
 
@@ -157,6 +161,47 @@ def test_it_is_our_kernel_where_that_pays_and_pytorchs_convolution_elsewhere():
     with torch.autocast("cpu", torch.bfloat16):
         assert not called(x, weight)
         assert ops.conv3x3(x, weight).dtype == torch.bfloat16
+
+
+def rows(least):
+    return [[least] * len(winograd.WIDTHS) for _ in winograd.WIDTHS]
+
+
+@pytest.mark.parametrize("faster", [(0,), (1,), (2,), (0, 1, 2), ()])
+def test_each_part_is_by_the_kernel_that_is_faster_for_it(faster, monkeypatch):
+    """The table says so for the forward, the gradient of x and that of the weight."""
+    ways, args = get_args(winograd.Way)[-3:], case()
+    least = {way: rows(18 if i in faster else 19) for i, way in enumerate(ways)}
+    monkeypatch.setattr(winograd, "_LEAST", least)  # and there are 18 tiles
+    with ops.use_backend("cpu"):
+        both = [results(direct, *args), *([results(ops.conv3x3, *args)] if faster else [])]
+    found = results(ops.conv3x3, *args)
+    for i in range(3):
+        assert torch.equal(found[i], both[i in faster][i])
+    if faster:
+        assert not any(torch.equal(a, b) for a, b in zip(both[0][:3], both[1][:3], strict=True))
+
+
+def test_the_table_has_every_instruction_set_way_and_width():
+    table = json.loads(winograd.FASTER.read_text())
+    assert set(table) == {"portable", "avx2", "avx512"}
+    for least in table.values():
+        assert tuple(least) == get_args(winograd.Way)
+        for row in [row for way in least.values() for row in [way, *way]]:
+            assert len(row) == len(winograd.WIDTHS)
+        numbers = [n for way in least.values() for row in way for n in row if n is not None]
+        assert min(numbers) >= 1 and {type(n) for n in numbers} == {int}
+
+
+def test_the_nearest_widths_and_the_number_of_tiles_decide(monkeypatch):
+    least = [[None if c == 32 else 100 * c + o for o in winograd.WIDTHS] for c in winograd.WIDTHS]
+    monkeypatch.setattr(winograd, "_LEAST", {"forward": least})
+    for channels, out, number in ((16, 64, 1664), (96, 1024, 13312), (640, 192, 51456)):
+        weight = torch.empty(out, channels, 3, 3, device="meta")
+        assert winograd.pays("forward", weight, number // 2, 8, 4)
+        assert not winograd.pays("forward", weight, number - 1, 4, 1)
+    assert not winograd.pays("forward", torch.empty(64, 32, 3, 3, device="meta"), 10**6, 64, 64)
+    assert not winograd.pays("forward", torch.empty(64, 8, 3, 3, device="meta"), 10**6, 64, 64)
 
 
 def test_what_does_not_fit_is_refused_as_pytorch_does():
