@@ -7,8 +7,9 @@
     python -m benchmarks --against REV ops        how many times as long it takes at another commit
     python -m benchmarks chain --help             the whole chain, teacher to student
 
-Figures are microseconds, the median and the 20th to 80th percentile; "x" is how many times as long
-a side takes as ours, the last. Results go to benchmarks/results/<machine>/<case>.json, or to the
+Figures are microseconds, the median and the 20th to 80th percentile, and how far a side is off; "x"
+is how many times as long it takes as ours, the last. Results go to
+benchmarks/results/<machine>/<case>.json, with several threads to a folder of their own, or to the
 folder of --out, row by row. What is wrong or cannot run is named, and the others go on.
 """
 
@@ -103,7 +104,8 @@ def _options() -> argparse.Namespace:
     if unknown := set(options.cases) - {*CASES}:
         parser.error(f"no case {sorted(unknown)[0]!r}; the cases are {', '.join(CASES)}")
     if not (options.no_save or options.out or options.against):
-        options.out = harness.RESULTS / (options.machine or harness.machine(options.device))
+        here = options.machine or harness.machine(options.device, options.threads)
+        options.out = harness.RESULTS / here
         if not harness.is_named(harness.commit()):
             parser.error("no commit names this code: commit changes, or pass --out or --no-save")
     if options.size == "tiny":

@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
         print("not saved: our student is further from its teacher than the peer's")
         return 1
     if not options.no_save:
-        folder = harness.RESULTS / (options.machine or harness.machine(device))
+        folder = harness.RESULTS / (options.machine or harness.machine(device, options.threads))
         harness.save(f"chain_{options.preset}", folder, [row], calibration, device)
     return 0
 

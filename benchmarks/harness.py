@@ -337,11 +337,12 @@ def floor(row: dict[str, Any], calibration: dict[str, float]) -> float:
 
 
 def line(row: dict[str, Any], calibration: dict[str, float]) -> str:
-    """Lay a row out for people: each side's median and how many times faster the last one is."""
+    """Lay a row out for people: each side's median and error, and how many times ours it takes."""
     text = f"{row['case']:58}"
     last, ours = next(reversed(row["us"].items()), ("", {}))
     for name, t in row["us"].items():
         text += f"  {name} {t['median']:.0f} ({t['p20']:.0f} to {t['p80']:.0f})"
+        text += f" off by {row['error'][name]:.1e}"
         if name != last:
             text += f" {t['median'] / ours['median']:.2f}x"
     if not row["us"]:
@@ -392,10 +393,12 @@ def _timing(device: torch.device) -> str:
     return "process CPU time" if torch.get_num_threads() == 1 else "wall-clock time"
 
 
-def machine(device: torch.device | str) -> str:
-    """Return the name of the folder for the results of this machine."""
-    cores = "" if torch.device(device).type == "cuda" else f" {os.cpu_count()} cores"
-    return folder_name(f"{_name(device)}{cores}")
+def machine(device: torch.device | str, threads: int = 1) -> str:
+    """Return the name of the folder for the results of this machine, several threads apart."""
+    if torch.device(device).type == "cuda":
+        return folder_name(_name(device))
+    apart = f" {threads} threads" * (threads > 1)
+    return folder_name(f"{_name(device)} {os.cpu_count()} cores{apart}")
 
 
 def folder_name(device: str) -> str:

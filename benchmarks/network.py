@@ -1,10 +1,13 @@
-"""One call of the CIFAR-10 network: ours and diffusers' with the same weights, eager and compiled.
+"""One call of the CIFAR-10 network: ours beside diffusers' with the same weights.
 
 Random weights, channels_last. diffusers in float32 is what its pipeline does as published; the fair
-peers are the same network in our precision and memory format, and compiled, on CPUs with frozen
-weights. FLOPs: two for each multiplication of convolutions, linear layers and attention.
+peers are the same network in our precision and memory format, that compiled, on CPUs with frozen
+weights, and on CPUs OpenVINO's and ONNX Runtime's of it. "net" is our network, "ours" the engine
+that a Sampler runs. FLOPs: two for each multiplication of convolutions, linear layers and attention
+of the plain network.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,35 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Side, Size, batch
+from benchmarks.harness import Case, Side, Size, late
 from benchmarks.peers import SLOW, Call, compiled, diffusers_twin
+from benchmarks.runtimes import runtimes
+from ds.engine import Engine
 from ds.nets import UNet
 from ds.nets.blocks import AbstractUNet, AbstractUNetConfig, GroupNorm
 from ds.training import presets
 from ds.training.throughput import flop_counter
 
+TIME = 500
+
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
-    """Yield a case for each precision."""
+    """Yield a case for each batch and precision."""
     net = random_cifar10(device, size)
-    images = batch(device, size, gpu=264, cpu=8)
-    x = torch.randn(images, *net.shape, device=device)
-    t = torch.full((images,), 500, device=device)
-    exact = exact_call(net, x, t)
-    flops = count_flops(net, x, t)
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.bfloat16 and (size == "quick" or not multiplies_narrow(device)):
-            return
-        sides, missing = contenders(net, dtype, device, size)
-        yield Case(
-            f"forward {str(dtype)[6:]} {about(net, images)}",
-            {name: Side(functools.partial(_call, f, x, t)) for name, f in sides.items()},
-            lambda: exact,
-            flops=flops,
-            dtype=dtype,
-            images=images,
-            missing=missing,
-        )
+    batches = (264,) if device.type == "cuda" else (1, 4, 8, 16)
+    for images in {"full": batches, "quick": batches[-2:-1] or batches}.get(size, (2,)):
+        x = torch.randn(images, *net.shape, device=device)
+        t = torch.full((images,), TIME, device=device)
+        exact, flops = exact_call(net, x, t), count_flops(net, x, t)
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16 and (size == "quick" or not multiplies_narrow(device)):
+                continue
+            compiles = size == "full" and images in (8, 264)
+            sides, missing = contenders(net, images, dtype, device, compiles=compiles)
+            yield Case(
+                f"forward {str(dtype)[6:]} {about(net, images)}",
+                {name: Side(functools.partial(_call, f, x, t)) for name, f in sides.items()},
+                lambda exact=exact: exact,
+                flops=flops,
+                dtype=dtype,
+                images=images,
+                missing=missing,
+            )
 
 
 # Of the CIFAR-10 network, what a smaller one has.
@@ -100,20 +108,22 @@ def random_net(config: AbstractUNetConfig, device: torch.device) -> Any:
 
 
 def contenders(
-    net: nn.Module, dtype: torch.dtype, device: torch.device, size: Size
+    net: UNet, images: int, dtype: torch.dtype, device: torch.device, *, compiles: bool
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Return what to compare, ours last, and what is missing; each of x and t, float32."""
-    sides, missing = peers(net, dtype, device, compiles=size == "full")
-    ours = net.config.build().to(device)
-    ours.load_state_dict(net.state_dict())
-    sides["ours"] = ours.to(dtype).eval()
+    sides, missing = peers(net, dtype, device, compiles=compiles)
+    sides["net"] = copy.deepcopy(net).to(dtype)
+    sides["ours"] = late(lambda: Engine(net, [TIME], images=images, dtype=dtype))
     return sides, missing
 
 
 def peers(
     net: UNet, dtype: torch.dtype, device: torch.device, *, compiles: bool
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """Return diffusers' networks, first one of the precision of ours, and what is missing."""
+    """Return diffusers' networks and a CPU's runtimes of them, and what is missing.
+
+    The first is one of the precision of ours.
+    """
     sides, missing = {}, {}
     try:
         published = diffusers_twin(net).to(device)
@@ -127,7 +137,8 @@ def peers(
             missing |= SLOW
     except ImportError as error:
         missing["diffusers"] = str(error)
-    return sides, missing
+    ready, absent = runtimes(net, dtype, device)
+    return sides | ready, missing | absent
 
 
 def twin(net: UNet, dtype: torch.dtype, device: torch.device) -> Call:

@@ -1,13 +1,14 @@
 """A one-step student: images a second in batches, and how long one image takes.
 
 The CIFAR-10 network with random weights, from noise to uint8, in float32, on GPUs in bfloat16.
-"diffusers, one call" is its network in channels_last, called once; ConsistencyModelPipeline is what
-diffusers has for models of one step, its weights made to draw the same images, in float32 as
-published.
+"diffusers, one call" is its network in channels_last, called once, as are OpenVINO's and ONNX
+Runtime's; ConsistencyModelPipeline is what diffusers has for models of one step, its weights made
+to draw the same images, in float32 as published.
 """
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Side, Size, late
 from benchmarks.network import about, exact_levels, random_cifar10, twin
 from benchmarks.peers import SLOW, Loop, compiled, consistency_pipeline
+from benchmarks.runtimes import runtimes
 from ds.methods import DenoisingStudent
 from ds.models.execution import Execution
 from ds.models.sampler import Sampler
@@ -51,20 +53,26 @@ def contenders(
     sides, missing = {}, {}
     try:
         peer = twin(net, dtype, device)
-        sides["diffusers, one call"] = lambda z: _levels(METHOD.sample(peer, z) / 2 + 0.5)
+        sides["diffusers, one call"] = _drawn(peer)
         pipeline = consistency_pipeline(net, METHOD.t)
         sides["ConsistencyModelPipeline"] = lambda z: _levels(pipeline(z))
         if compiles:
-            fast = compiled(peer, device)
-            sides["diffusers, compiled"] = lambda z: _levels(METHOD.sample(fast, z) / 2 + 0.5)
+            sides["diffusers, compiled"] = _drawn(compiled(peer, device))
         else:
             missing |= SLOW
     except ImportError as error:
         missing["diffusers"] = str(error)
+    ready, absent = runtimes(net, dtype, device)
+    sides |= {name: _drawn(call) for name, call in ready.items()}
+    missing |= absent
     student = Student(net, METHOD)
     execution = Execution.default(student, precision=str(dtype)[6:])
     sides["ours"] = late(lambda: Sampler(student, batch_size=images, execution=execution).draw)
     return sides, missing
+
+
+def _drawn(net: Any) -> Loop:
+    return lambda z: _levels(METHOD.sample(net, z) / 2 + 0.5)
 
 
 def _levels(x: Tensor) -> Tensor:

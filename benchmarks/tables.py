@@ -44,6 +44,8 @@ PEERS = (
     ("train_step", "digits", "training step, digits"),
     ("cold_start", "cold", "start to first image"),
 )
+# Tables in which the error of a side stands beside its time.
+EXACTNESS = "network", "teacher_loop"
 OURS = "net", "engine", "ours, compiled", "ours, tuned", "ours"
 DATASETS = ("cifar10", "celeba", "lsun_bedroom", "lsun_church")
 
@@ -81,7 +83,7 @@ def _made(name: str) -> str:
     }
     if name in special:
         return special[name]()
-    tables = [table(saved) for saved in found(name)]
+    tables = [table(saved, errors=name in EXACTNESS) for saved in found(name)]
     command = {"chain_digits": "chain --preset digits"}.get(name, name)
     return "\n".join(tables) or f"Not measured yet: `python -m benchmarks {command}`.\n"
 
@@ -100,8 +102,8 @@ def _is_gpu(saved: Saved) -> bool:
     return "CUDA" in saved["environment"]["timing"]
 
 
-def table(saved: Saved) -> str:
-    """Return a table: a row a case, a column a side, and what was used.
+def table(saved: Saved, *, errors: bool = False) -> str:
+    """Return a table: a row a case, a column a side, with its error or not, and what was used.
 
     A row in which a side was refused is below the table, with the reason.
     """
@@ -120,11 +122,12 @@ def table(saved: Saved) -> str:
     columns = [*names, *[f"{other} / {names[-1]}" for other in names[:-1]]]
     floors = any(floor(row, calibration) for row in rows)
     columns += ["floor", "attained"] if floors else []
-    lines = [_about(saved), "", *_head("us", columns)]
+    lines = [_about(saved), "", *_head("us (error)" if errors else "us", columns)]
     for row in rows:
+        off = {name: f" ({error:.1e})" * errors for name, error in row["error"].items()}
         times = {name: row["us"][name]["median"] for name in row["us"]}
         ours = times[names[-1]]
-        cells = [f"{times[name]:,.0f}" if name in times else "" for name in names]
+        cells = [f"{times[name]:,.0f}{off[name]}" if name in times else "" for name in names]
         cells += [f"{times[name] / ours:.2f}" if name in times else "" for name in names[:-1]]
         if floors:
             least = floor(row, calibration)
@@ -147,13 +150,21 @@ def _about(saved: Saved) -> str:
         for name, rate in calibration.items()
         if "matmul" in name
     )
-    threads = "" if _is_gpu(saved) else f", {e['threads']} thread{'s' * (e['threads'] > 1)}"
     return (
-        f"{e['device']}, {e['cores']} cores{threads}, "
+        f"{e['device']}, {e['cores']} cores{_threads(saved)}, "
         f"torch {e['torch']}, {e['timing']}, {e['date']}, commit {e['commit'][:10]}. Medians. In "
         f"the same run a copy made {calibration['copy_gbs']:.1f} GB/s and matrix products, in "
         f"GFLOP/s, {products}."
     )
+
+
+def _threads(saved: Saved) -> str:
+    threads = saved["environment"]["threads"]
+    return "" if _is_gpu(saved) else f", {threads} thread{'s' * (threads > 1)}"
+
+
+def _machine(saved: Saved) -> str:
+    return saved["environment"]["device"] + _threads(saved)
 
 
 def peers() -> str:
@@ -163,14 +174,14 @@ def peers() -> str:
         for saved in found(case):
             for row in sound(saved):
                 if part in row["case"]:
-                    lines.append(_peers_row(label, row, saved["environment"]))
+                    lines.append(_peers_row(label, row, _machine(saved)))
     if not lines:
         return "Not measured yet: `make bench`.\n"
     head = ["images", "ours, ms", "usual peer", "times as long", "best peer", "times as long", "on"]
     return "\n".join([*_head("", head), *lines]) + "\n"
 
 
-def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> str:
+def _peers_row(label: str, row: dict[str, Any], machine: str) -> str:
     times = {name: t["median"] for name, t in row["us"].items()}
     ours = times.get("ours") or times["engine"]
     times = {name: t for name, t in times.items() if name not in OURS}
@@ -179,18 +190,16 @@ def _peers_row(label: str, row: dict[str, Any], environment: dict[str, Any]) -> 
     usual, best = next(iter(times)), min(times, key=times.get)
     cells = [row["images"], f"{ours / 1e3:,.1f}"]
     cells += [usual, f"{times[usual] / ours:.2f}", best, f"{times[best] / ours:.2f}"]
-    return f"| {label} | {' | '.join(map(str, cells))} | {environment['device']} |"
+    return f"| {label} | {' | '.join(map(str, cells))} | {machine} |"
 
 
 def sampler() -> str:
     """Return the lines of Sampler's docstring: images a second in one call, and in DDIM's 96."""
     lines = []
-    students = {saved["environment"]["device"]: saved for saved in found("student")}
+    students = {_machine(saved): saved for saved in found("student")}
     for loop in found("teacher_loop"):
-        e = loop["environment"]
-        threads = "" if _is_gpu(loop) else f", {e['threads']} thread{'s' * (e['threads'] > 1)}"
-        lines += ["", f"{e['device']}{threads}:"]
-        one = students.get(e["device"], {"cases": []})
+        lines += ["", f"{(here := _machine(loop))}:"]
+        one = students.get(here, {"cases": []})
         lines += [_rate("one call", row, 1) for row in sound(one)]
         for row in sound(loop):
             lines.append(_rate(f"96 calls, {row['dtype']}", row, 2 / 96))  # two were timed
@@ -280,10 +289,10 @@ def projection() -> str:
 
     Those of CIFAR-10 are measured; the others are scaled by the FLOPs of a call.
     """
-    steps = {saved["environment"]["device"]: saved for saved in found("train_step")}
+    steps = {_machine(saved): saved for saved in found("train_step")}
     lines = []
     for loop in found("teacher_loop"):
-        if (step := steps.get(loop["environment"]["device"])) is None:
+        if (step := steps.get(_machine(loop))) is None:
             continue
         cuda = _is_gpu(loop)
         call = _per_image(loop, "DDIM") / 2  # of two steps
@@ -297,9 +306,8 @@ def projection() -> str:
             calls = solver.nfe(grid)
             pairs = (p.pairs.count + p.pairs.held_out) * calls * call * scale / 3.6e9
             fit = p.pairs.count * p.train.epochs * train * scale / 3.6e9
-            device = loop["environment"]["device"]
             for count in (1, 8) if cuda else (1,):
-                where = f"{count} x {device}" if cuda else f"one thread of {device}"
+                where = f"{count} x " * cuda + _machine(loop)
                 cells = f"{calls} | {pairs / count:,.0f} | {fit / count:,.0f}"
                 lines.append(f"| {name} | {where} | {cells} | {(pairs + fit) / count:,.0f} |")
     gpu = any("| 8 x " in line for line in lines)

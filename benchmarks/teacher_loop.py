@@ -2,11 +2,12 @@
 
 Random weights, and the last two times of a grid of 20, since a step costs what another costs. The
 loop of diffusers' DDIMPipeline, called with given noise: as published in float32, with
-channels_last, and that compiled, on CPUs with frozen weights, on GPUs with max-autotune. "net" is
-our loop around the plain network, "engine" around the engine; "ours", on GPUs, is what a Sampler
-does: the engine's step, captured and replayed; tuned, it lets cuDNN try its algorithms, as all
-peers may. All but the one as published are in the precision of the case; bfloat16 where there are
-instructions for it. FLOPs are those of the plain network.
+channels_last, and that compiled, on CPUs with frozen weights, on GPUs with max-autotune; on CPUs
+also around OpenVINO's and ONNX Runtime's networks. "net" is our loop around the plain network,
+"engine" around the engine; "ours", on GPUs, is what a Sampler does: the engine's step, captured and
+replayed; tuned, it lets cuDNN try its algorithms, as all peers may. All but the one as published
+are in the precision of the case; bfloat16 where there are instructions for it. FLOPs are those of
+the plain network.
 """
 
 import copy

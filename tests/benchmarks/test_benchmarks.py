@@ -231,6 +231,17 @@ def test_a_table_has_a_row_for_each_case_and_its_floor(monkeypatch, tmp_path):
     assert "Refused in cube: ours (off by" in filled and "| cube" not in filled
     assert "old" not in filled
     assert tables.filled(filled) == filled
+    monkeypatch.setattr(tables, "EXACTNESS", ("square",))
+    off = [f"{error:.1e}" for error in row["error"].values()]
+    assert f"| square | 9 ({off[0]}) | 4 ({off[1]}) | 2.00 |" in tables.filled(page)
+    assert f"eager 9 (9 to 9) off by {off[0]} 2.00x" in harness.line(
+        row | {"us": {name: dict.fromkeys(t, t["median"]) for name, t in row["us"].items()}}, rates
+    )
+
+
+def test_results_of_several_threads_are_kept_apart():
+    folders = [harness.machine(CPU, threads) for threads in (1, 2, 4)]
+    assert folders == [folders[0], f"{folders[0]}-2-threads", f"{folders[0]}-4-threads"]
 
 
 def test_a_floor_is_the_longer_of_moving_and_multiplying():
