@@ -13,7 +13,7 @@ _DIRECTORY = Path(__file__).resolve().parent / "lib"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _BOOL, _DOUBLE = ctypes.c_bool, ctypes.c_double
 _ENUM, _TEXT = ctypes.c_int, ctypes.c_char_p
-INTERFACE = 2  # of the functions that are declared here; CMakeLists.txt has it too
+INTERFACE = 3  # of the functions that are declared here; CMakeLists.txt has it too
 # The data types that the CUDA library takes, as csrc/cuda/launch.cuh numbers them.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -38,6 +38,8 @@ def cpu_library() -> ctypes.CDLL:
         ImportError: the library was not built, or does not load; the text says why.
     """
     lib = _load("cpu")
+    lib.ds_adam_chunks.argtypes, lib.ds_adam_chunks.restype = [_POINTER, _INT], _INT
+    lib.ds_adam.argtypes = [*[_POINTER] * 2, _INT, *[_POINTER] * 5, _BOOL]
     lib.ds_gather_rows.argtypes = [*[_POINTER] * 4, *[_INT] * 3, _POINTER]
     lib.ds_gather_rows.restype = None
     lib.ds_group_norm_silu.argtypes = [*[_POINTER] * 6, *[_INT] * 4, _DOUBLE, *[_BOOL] * 3, _INT]

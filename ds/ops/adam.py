@@ -50,10 +50,12 @@ def adam_step(
     lists = _Lists(*map(list, (params, grads, exp_avgs, exp_avg_sqs, averages, copies)))
     rates = _Rates(*betas, eps, weight_decay, decoupled, ema_decay, max_norm)
     arguments = step, lr, *lists, *rates
-    if not torch.compiler.is_compiling():
-        _op.check(*arguments)  # before the step is counted
+    if torch.compiler.is_compiling():
+        step.add_(1)
+        return torch.ops.ds.adam_step(*arguments)
+    _op.check(*arguments)  # before the step is counted
     step.add_(1)
-    return torch.ops.ds.adam_step(*arguments)
+    return _op.call_checked(*arguments)
 
 
 class _Lists(NamedTuple):
@@ -162,28 +164,21 @@ _op = Op(
 )
 
 
-# PyTorch's fused step makes one pass over memory and another for the average; the reference makes
-# ten. It takes a third of the time for the 36 M weights of CIFAR-10 on one core (`python -m
-# benchmarks ops`; docs/performance.md).
-@_op.backend("fused", "cpu")
+@_op.backend("cpu", "cpu")
 def _():
+    lib = _native.cpu_library()
+
     def launch(step, lr, *args):
         lists, rates = _structured(args)
-        params, _, exp_avgs, exp_avg_sqs, *_ = lists
-        if not params:
-            return torch.zeros_like(step)
-        _check_layout(params, exp_avgs, exp_avg_sqs)
-        for tensors in zip(params, exp_avgs, exp_avg_sqs, strict=True):
-            if len({tensor.dtype for tensor in tensors}) > 1:
-                raise Unsupported("it takes moments in the dtype of their params")
-        grads, norm = _clipped(lists, rates.max_norm)
-        grads = [_like(grad, param) for grad, param in zip(grads, params, strict=True)]
-        numbers = {name: getattr(rates, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-        fused = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
-        state = params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params)
-        fused(*state, amsgrad=False, maximize=False, lr=lr, **numbers)
-        _follow(lists, rates.ema_decay)
-        return norm.to(step.dtype)
+        taken = _taken(lists)
+        partial = step.new_empty(lib.ds_adam_chunks(*taken.sizes), dtype=torch.float64)
+        norm = torch.empty_like(step)
+        pointers = _addresses((step, lr, partial, norm))
+        narrow = taken.grad_type == torch.bfloat16
+        rates = (ctypes.c_double * len(rates))(*rates)
+        error = lib.ds_adam(taken.addresses, *taken.sizes, *pointers, rates, narrow)
+        _native.check("adam_step", error)
+        return norm
 
     return launch
 
@@ -194,59 +189,77 @@ def _():
 
     def launch(step, lr, *args):
         lists, rates = _structured(args)
-        pairs = zip(lists.grads, lists.params, strict=True)
-        lists = lists._replace(grads=[_like(grad, param) for grad, param in pairs])
-        grad_type = _check_kernels_take(lists)
-        count = len(lists.params)
-        sizes = (ctypes.c_int64 * count)(*map(Tensor.numel, lists.params))
-        # A shorter list ends in null addresses.
-        arrays = [(ctypes.c_void_p * count)(*_addresses(tensors)) for tensors in lists]
-        addresses = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
-        partial = step.new_empty(lib.ds_cuda_adam_chunks(sizes, count))
+        taken = _taken(lists)
+        partial = step.new_empty(lib.ds_cuda_adam_chunks(*taken.sizes))
         norm, scale = torch.empty_like(step), torch.empty_like(step)
         pointers = _addresses((step, lr, partial, norm, scale))
-        arguments = addresses, sizes, count, *pointers, *rates, grad_type
+        grad_type = _native.TYPES[taken.grad_type]
+        arguments = taken.addresses, *taken.sizes, *pointers, *rates, grad_type
         _native.cuda_launch(lib.ds_cuda_adam, step, *arguments)
         return norm
 
     return launch
 
 
+class _Taken(NamedTuple):
+    """What the kernels in C++ and CUDA are given of the lists."""
+
+    addresses: ctypes.Array  # of an array for each list; a shorter one ends in null addresses
+    sizes: tuple[ctypes.Array, int]  # of the tensors, and how many
+    grad_type: torch.dtype
+    alive: tuple  # what the addresses belong to
+
+
+def _taken(lists: _Lists) -> _Taken:
+    """Return what the kernels are given, or raise Unsupported."""
+    grad_type = _check_dtypes(lists)
+    strides = [param.stride() for param in lists.params]
+    _check_layout(lists, strides)
+    lists = lists._replace(grads=[*map(_like, lists.grads, lists.params, strides)])
+    count = len(strides)
+    sizes = (ctypes.c_int64 * count)(*map(Tensor.numel, lists.params))
+    arrays = [(ctypes.c_void_p * count)(*_addresses(tensors)) for tensors in lists]
+    addresses = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
+    return _Taken(addresses, (sizes, count), grad_type, (lists, arrays))
+
+
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _like(grad: Tensor, param: Tensor) -> Tensor:
+def _like(grad: Tensor, param: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return grad with the strides of its param."""
-    if same_order(grad, param):
+    if grad.stride() == strides or same_order(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _check_kernels_take(lists: _Lists) -> int:
-    """Return the type of the grads, or raise Unsupported."""
-    params, _, exp_avgs, exp_avg_sqs, averages, copies = lists
-    grad_types = {grad.dtype for grad in lists.grads}
+def _check_dtypes(lists: _Lists) -> torch.dtype:
+    """Return that of the grads, or raise Unsupported."""
+    params, grads, exp_avgs, exp_avg_sqs, averages, copies = lists
+    grad_types = {grad.dtype for grad in grads} or {torch.float32}
     if len(grad_types) > 1 or not grad_types <= {torch.float32, torch.bfloat16}:
         raise Unsupported("it takes grads all in float32, or all in bfloat16")
-    for tensor in (*params, *exp_avgs, *exp_avg_sqs, *averages):
-        if tensor.dtype != torch.float32:
-            raise Unsupported(
-                f"it takes params, moments and averages in float32, not {tensor.dtype}"
-            )
-    for copy in copies:
-        if copy.dtype != torch.bfloat16:
-            raise Unsupported(f"it makes copies in bfloat16, not {copy.dtype}")
-    _check_layout(params, exp_avgs, exp_avg_sqs, averages, copies)
-    return _native.TYPES[grad_types.pop()] if lists.grads else 0
+    wide = {tensor.dtype for tensor in (*params, *exp_avgs, *exp_avg_sqs, *averages)}
+    if others := wide - {torch.float32}:
+        raise Unsupported(f"it takes params, moments and averages in float32, not {others.pop()}")
+    if others := {copy.dtype for copy in copies} - {torch.bfloat16}:
+        raise Unsupported(f"it makes copies in bfloat16, not {others.pop()}")
+    return grad_types.pop()
 
 
-def _check_layout(params, *others) -> None:
+def _check_layout(lists: _Lists, strides: list[tuple[int, ...]]) -> None:
     """Raise Unsupported unless params have no gaps in memory and all tensors their strides."""
+    params, _, *others = lists
     for tensors in others:
-        for tensor, param in zip(tensors, params, strict=False):
-            if not same_order(tensor, param):
-                raise Unsupported("it takes tensors with the strides of params")
+        if [tensor.stride() for tensor in tensors] == strides[: len(tensors)]:
+            continue
+        if not all(map(same_order, tensors, params)):
+            raise Unsupported("it takes tensors with the strides of params")
     for param in params:
-        if not (param.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(param)):
+        if not (
+            param.is_contiguous()
+            or param.is_contiguous(memory_format=torch.channels_last)
+            or torch.ops.aten.is_non_overlapping_and_dense(param)
+        ):
             raise Unsupported("it takes params without gaps in memory")

@@ -242,6 +242,13 @@ class Op:
         if not self._opaque and transforms.active():
             return self._call_reference(*args)
         self._check(*args)
+        return self._compute_checked(args)
+
+    def call_checked(self, *args):
+        """Call the op, with no gradient to record, on arguments that `check` let pass just now."""
+        return self._dispatched(*args) if _watched(args) else self._compute_checked(args)
+
+    def _compute_checked(self, args: tuple):
         device = args[0].device.type
         if self._opaque and device in DEVICES and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # the op computes in the dtypes it is given
