@@ -1,6 +1,6 @@
 """From how many tiles on Winograd's is the faster 3x3 convolution on a CPU: the table of `pays`.
 
-    python -m benchmarks.tiles [portable] [avx2] [avx512]
+    python -m benchmarks.tiles [portable] [avx2] [avx512] [vnni]
 
 For each instruction set, way and pair of widths, images of 8 x 8 pixels, up to 512 tiles of 4 x 4,
 are convolved by both kernels in turns on one thread. The table has the least number from which ours
@@ -28,14 +28,13 @@ from ds.engine import Target
 from ds.engine.convolutions import Conv, Winograd
 from ds.ops import _native
 from ds.ops.conv.conv3x3 import by_tiles, gradients_by_tiles
-from ds.ops.conv.winograd import FASTER, WIDTHS, Least, Way
+from ds.ops.conv.winograd import FASTER, LEVELS, WIDTHS, Least, Way
 from ds.system.staging import replacing
 
-# Of an instruction set: its number in csrc/cpu/simd.h, and what limits PyTorch and oneDNN to it.
-LEVELS = {
-    "portable": (0, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}),
-    "avx2": (1, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "avx512": (2, {}),
+# What limits PyTorch and oneDNN to an instruction set of ours.
+LIMITS = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
 TILES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 ROUNDS, SECONDS = 7, 0.001  # turns, and what one takes at least
@@ -47,7 +46,7 @@ def main(levels: Sequence[str]) -> None:
     for level in levels or LEVELS:
         command = [sys.executable, "-m", "benchmarks.tiles", "--one", level]
         found = subprocess.run(
-            command, env={**os.environ, **LEVELS[level][1]}, capture_output=True, text=True
+            command, env={**os.environ, **LIMITS.get(level, {})}, capture_output=True, text=True
         )
         if found.returncode:
             raise SystemExit(f"{level}: {found.stderr.strip().splitlines()[-1]}")
@@ -70,7 +69,7 @@ def laid_out(table: dict[str, Least]) -> str:
 @torch.no_grad()
 def measured(level: str) -> Least:
     """Return the least numbers of tiles, by way, C and O."""
-    number = LEVELS[level][0]
+    number = LEVELS.index(level)
     if _native.cpu_library().ds_limit_simd(number) != number:
         raise ValueError(f"this processor does not have {level}")
     torch.set_num_threads(1)

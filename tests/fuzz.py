@@ -334,6 +334,9 @@ def public(op: Op, given: dict[str, Any]) -> Callable[[], Any] | None:
         "winograd_conv": lambda: ops.winograd_conv(
             a.x, a.weight, a.bias, a.residual, doubled=a.doubled
         ),
+        "winograd_int16_conv": lambda: ops.winograd_int16_conv(
+            a.x, a.weight, a.scale, a.bias, a.residual, doubled=a.doubled
+        ),
         "noise": lambda: ops.noise(seed, a.indices, (a.size,), a.dtype),
         "prepare_batch": lambda: ops.prepare_batch(a.images, a.indices, seed, a.dtype),
         "quantize": lambda: ops.quantize(a.x, "floor" if a.floor else "round"),
@@ -425,7 +428,7 @@ def _said(x) -> str:
     return f"<{x.dtype} {[*x.shape]} {x.stride()} {x.device}>"
 
 
-def every_instruction(limit: int = 2) -> None:
+def every_instruction(limit: int = 3) -> None:
     """Let the C++ kernels use the instructions that there are, up to a level of csrc/cpu/simd.h."""
     if _native.build_info()["built"]:
         _native.cpu_library().ds_limit_simd(limit)
@@ -451,7 +454,7 @@ def attempt(number: int, seed: int, log: Path | None = None) -> str:
     if log is not None:
         log.write_text(text + "\n")
     again = {name: twin(value) for name, value in given.items()}
-    every_instruction(draw.randrange(3))
+    every_instruction(draw.randrange(4))
     try:
         found = run(way, op, given)
     except REFUSALS as error:

@@ -8,7 +8,7 @@ static SimdLevel detect() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return kAvx512;
+    return __builtin_cpu_supports("avx512vnni") ? kVnni : kAvx512;
   }
   return kAvx2;
 #else
@@ -27,3 +27,5 @@ EXPORT int ds_limit_simd(int level) {
   limit = level < detected ? static_cast<SimdLevel>(level) : detected;
   return limit;
 }
+
+EXPORT int ds_simd_level() { return simd_level(); }

@@ -20,7 +20,7 @@
 #define TARGET_AVX512
 #endif
 
-enum SimdLevel { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum SimdLevel { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kVnni = 3 };  // kVnni: kAvx512 and VNNI
 
 SimdLevel simd_level();
 
@@ -47,6 +47,7 @@ TARGET_AVX512 void run_avx512(int64_t begin, int64_t end, void* context) {
 template <class Kernel>
 RangeFunction choose() {
   switch (simd_level()) {
+    case kVnni:
     case kAvx512:
       return run_avx512<Kernel>;
     case kAvx2:
@@ -60,11 +61,14 @@ template <class V>
 struct BitsOf {
   typedef uint16_t halves __attribute__((vector_size(sizeof(V) / 2)));
   typedef uint32_t type __attribute__((vector_size(sizeof(V))));
+  typedef int32_t ints __attribute__((vector_size(sizeof(V))));
   typedef uint64_t wide __attribute__((vector_size(2 * sizeof(V))));
   typedef uint64_t longs __attribute__((vector_size(sizeof(V))));
 };
 template <class V>
 using Bits = typename BitsOf<V>::type;
+template <class V>
+using Ints = typename BitsOf<V>::ints;
 template <class V>
 using Halves = typename BitsOf<V>::halves;  // as many lanes, half as wide
 template <class V>
@@ -103,15 +107,15 @@ INLINE V splat(float value) {
   return V{} + value;
 }
 
-template <class V>
-INLINE V load(const float* from) {
+template <class V, class T>
+INLINE V load(const T* from) {
   V values;
   std::memcpy(&values, from, sizeof values);
   return values;
 }
 
-template <class V>
-INLINE void store(V values, float* to) {
+template <class V, class T>
+INLINE void store(V values, T* to) {
   std::memcpy(to, &values, sizeof values);
 }
 

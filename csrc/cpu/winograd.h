@@ -12,6 +12,7 @@ constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB;
 constexpr int64_t kPoints = 36;
 constexpr int64_t kPanel = 16;  // channels of a panel
 constexpr int64_t kLine = 16;   // floats; what keeps planes from competing for the same lines
+constexpr int64_t kMostChannels = 4096;
 
 // The images that are cut into tiles of 4 x 4 pixels.
 struct Images {
@@ -46,27 +47,34 @@ INLINE void to_points(const V* d, int64_t step, V* out) {
   out[5] = d[5 * step] - (kA2 + kB2) * d3 + kA2 * kB2 * d1;
 }
 
-// A tile of x, with the pixels around it, to its row of each point; panels of channels lie `panel`
-// apart. If `doubled`, every pixel of x counts twice in both directions.
+// A tile of x, with the pixels around it, to its row of each point; every `width` channels lie
+// `apart`. If `doubled`, every pixel of x counts twice in both directions.
 template <class V, class T>
 INLINE void transform_input(const T* x, const Images& images, int64_t channels, bool doubled,
-                            const Tile& tile, float* to, int64_t plane, int64_t panel) {
-  const int64_t width = images.width >> doubled, height = images.height >> doubled;
-  const T* image = x + tile.image * height * width * channels;
+                            const Tile& tile, float* to, int64_t plane, int64_t width,
+                            int64_t apart) {
+  static const T zeros[kMostChannels] = {};
+  const int64_t columns = images.width >> doubled, rows = images.height >> doubled;
+  const T* pixels[kPoints];
+  for (int64_t i = 0; i < 6; ++i) {
+    const int64_t row = tile.top - 1 + i;
+    for (int64_t j = 0; j < 6; ++j) {
+      const int64_t column = tile.left - 1 + j;
+      const bool inside = row >= 0 && row < images.height && column >= 0 && column < images.width;
+      const int64_t pixel = (tile.image * rows + (row >> doubled)) * columns + (column >> doubled);
+      pixels[6 * i + j] = inside ? x + pixel * channels : zeros;
+    }
+  }
+  const int64_t next = (4 >> doubled) * channels;  // what the next tile adds to this one
   for (int64_t c = 0; c < channels; c += kLanes<V>) {
     V across[kPoints];
     for (int64_t i = 0; i < 6; ++i) {
-      const int64_t row = tile.top - 1 + i;
-      V pixels[6];
-      for (int64_t j = 0; j < 6; ++j) {
-        const int64_t column = tile.left - 1 + j;
-        const bool inside = row >= 0 && row < images.height && column >= 0 && column < images.width;
-        const int64_t pixel = (row >> doubled) * width + (column >> doubled);
-        pixels[j] = inside ? load<V>(image + pixel * channels + c) : splat<V>(0.0f);
-      }
-      to_points(pixels, 1, across + 6 * i);
+      V d[6];
+      for (int64_t j = 0; j < 6; ++j) d[j] = load<V>(pixels[6 * i + j] + c);
+      for (int64_t j = 2; j < 6; ++j) __builtin_prefetch(pixels[6 * i + j] + next + c, kToRead);
+      to_points(d, 1, across + 6 * i);
     }
-    float* const at = to + c / kPanel * panel + c % kPanel;
+    float* const at = to + c / width * apart + c % width;
     for (int64_t j = 0; j < 6; ++j) {
       V points[6];
       to_points(across + j, 6, points);

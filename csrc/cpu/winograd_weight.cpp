@@ -133,7 +133,7 @@ struct Transform {
     for (int64_t t = begin; t < end; ++t) {
       const Tile tile(call.images, call.first + t);
       transform_input<V>(call.x, call.images, call.channels, false, tile,
-                         &call.inputs[t * kPanel], call.input_plane(), call.panel());
+                         &call.inputs[t * kPanel], call.input_plane(), kPanel, call.panel());
       transform_result<V>(call, tile, &call.results[t * kPanel]);
     }
   }

@@ -6,6 +6,7 @@ from ds.ops.attention import attention, attention_residual
 from ds.ops.conv.conv3x3 import conv3x3
 from ds.ops.conv.fused import conv, conv_group_norm_silu, phase_weight
 from ds.ops.conv.winograd import winograd_conv, winograd_weight
+from ds.ops.conv.winograd_int16 import winograd_int16_conv, winograd_int16_weight
 from ds.ops.dispatch.op import Row, table, use_backend
 from ds.ops.float8 import float8_weight, to_float8
 from ds.ops.gather_rows import gather_rows
@@ -45,5 +46,7 @@ __all__ = [
     "to_float8",
     "use_backend",
     "winograd_conv",
+    "winograd_int16_conv",
+    "winograd_int16_weight",
     "winograd_weight",
 ]

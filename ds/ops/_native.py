@@ -50,7 +50,7 @@ def cpu_library() -> ctypes.CDLL:
     lib.ds_prepare_batch.argtypes = [*[_POINTER] * 4, *[_INT] * 4, _BOOL]
     lib.ds_quantize.argtypes = [*[_POINTER] * 2, *[_INT] * 3, *[_BOOL] * 3]
     lib.ds_solver_update.argtypes = [*[_POINTER] * 5, *[_INT] * 2, _BOOL]
-    lib.ds_winograd_conv.argtypes = [*[_POINTER] * 5, *[_INT] * 6, *[_BOOL] * 2]
+    lib.ds_winograd_conv.argtypes = [*[_POINTER] * 6, *[_INT] * 6, *[_BOOL] * 2]
     lib.ds_winograd_weight.argtypes = [*[_POINTER] * 2, *[_INT] * 2, _BOOL]
     lib.ds_winograd_weight_gradient.argtypes = [*[_POINTER] * 3, *[_INT] * 6]
     lib.ds_limit_simd.argtypes = [ctypes.c_int]

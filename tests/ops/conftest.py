@@ -18,7 +18,7 @@ def instructions(request):
     """Limit the C++ kernels to an instruction set."""
     limit = _native.cpu_library().ds_limit_simd
     if limit(request.param) != request.param:
-        limit(2)
+        limit(3)
         pytest.skip("this processor does not have the instruction set")
     yield
-    limit(2)
+    limit(3)

@@ -52,6 +52,7 @@ def norm_backward(**addends: Tensor) -> tuple:
 
 
 X, WEIGHT, BIAS = drawn(2, 3, 4, 4), drawn(2, 3, 3, 3, seed=1), drawn(2, seed=2)
+PAIRS, WORTH = ops.winograd_int16_weight(WEIGHT[:, :2])
 HEADS = drawn(3, 2, 1, 4, 3).unbind()
 INDICES = torch.tensor([2, 0, 3, 2])
 PARAMS, GRADS, AVERAGES, SQUARES = ([drawn(3, seed=seed).square()] for seed in range(4))
@@ -74,6 +75,7 @@ ARGUMENTS = {
     "conv3x3": (X, WEIGHT, BIAS),
     "conv3x3_backward": (drawn(2, 2, 4, 4), X, WEIGHT, [True, True]),
     "winograd_conv": (X[:1], ops.winograd_weight(WEIGHT), BIAS, None, False),
+    "winograd_int16_conv": (X[:1, :2], PAIRS, WORTH.double(), BIAS, None, False),
     "attention": HEADS,
     "attention_residual": (*HEADS, drawn(2, 3), BIAS, drawn(2, 4, 2)),
     "gather_rows": (INDICES, [drawn(3, 2), drawn(0, 2), drawn(2, 2)]),

@@ -62,6 +62,11 @@ FIT = {
         "x": zeros(1, 16, 8, 8), "weight": zeros(36, 1, 16, 16), "bias": zeros(16),
         "residual": zeros(1, 16, 8, 8), "doubled": False,
     },
+    "winograd_int16_conv": {
+        "x": zeros(1, 16, 8, 8), "weight": zeros(36, 1, 8, 16, 2, dtype=torch.int16),
+        "scale": zeros(36, 16), "bias": zeros(16), "residual": zeros(1, 16, 8, 8),
+        "doubled": False,
+    },
     "noise": {"indices": zeros(3, dtype=torch.int64), "seed": 0, "size": 4, "dtype": F32},
     "prepare_batch": {
         "images": zeros(3, 4, 4, 1, dtype=torch.uint8), "indices": zeros(3, dtype=torch.int64),
@@ -176,6 +181,9 @@ MISFITS = [
     ("winograd_conv", {"x": zeros(1, 2, 8, 8)}, "weight must be"),
     ("winograd_conv", {"residual": zeros(1, 16, 8, 7)}, "residual must be"),
     ("winograd_conv", {"bias": zeros(15)}, r"bias must be \[16\]"),
+    ("winograd_int16_conv", {"x": zeros(1, 18, 8, 8)}, "x must have 16 channels .*, not 18"),
+    ("winograd_int16_conv", {"weight": zeros(36, 1, 8, 16, 2)}, "weight must be int16"),
+    ("winograd_int16_conv", {"scale": zeros(36, 15)}, r"scale must be \[36, 16\]"),
     ("noise", {"indices": zeros(3, dtype=torch.int32)}, "indices must be int64"),
     ("noise", {"size": -1}, "size must be 0 or more"),
     ("prepare_batch", {"indices": zeros(2, dtype=torch.int64)}, r"indices must be \[3\]"),

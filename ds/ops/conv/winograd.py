@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ from ds.ops.dispatch.transforms import channels_last
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
 _TILE = 4  # pixels of a result, in both directions
 PANEL = 16  # output channels that a product takes at a time
-_BLOCK = 48  # tiles that go through the products together, to stay in a cache
+MOST_CHANNELS = 4096  # of x in our kernel
+_BLOCK = 24  # tiles that go through the products together, to stay in a cache
 
 
 def winograd_weight(weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -82,14 +84,22 @@ Way = Literal[
 WIDTHS = (16, 32, 64, 128, 256, 512)  # channels that were measured
 Least = dict[Way, list[list[int | None]]]  # by C and by O in WIDTHS
 FASTER = Path(__file__).with_name("faster_cpu.json")
+LEVELS = ("portable", "avx2", "avx512", "vnni")  # as csrc/cpu/simd.h numbers them
 
 
-# From how many tiles on ours is the faster kernel; None: not up to what was measured. The table has
-# it for each instruction set, as `python -m benchmarks.tiles` measured it.
-_LEVEL = {"AVX512": "avx512", "AVX2": "avx2"}.get(
-    torch.backends.cpu.get_cpu_capability(), "portable"
-)
-_LEAST: Least = json.loads(FASTER.read_text()).get(_LEVEL, {})
+def _least() -> Least | None:
+    """Return from how many tiles on our kernel is the faster one on this processor.
+
+    `python -m benchmarks.tiles` measured it. None is not up to what was measured, or no kernel.
+    """
+    try:
+        level = _native.cpu_library().ds_simd_level()
+    except ImportError:
+        return None
+    return json.loads(FASTER.read_text())[LEVELS[level]]
+
+
+_LEAST = _least()  # now, since torch.compile cannot trace it
 
 
 def pays(way: Way, weight: Tensor, images: int, height: int, width: int) -> bool:
@@ -98,7 +108,7 @@ def pays(way: Way, weight: Tensor, images: int, height: int, width: int) -> bool
     The transforms, of the weight above all, cost more than they save where tiles are few.
     """
     out, channels = weight.shape[:2]
-    if out % PANEL or channels % PANEL:
+    if _LEAST is None or out % PANEL or channels % PANEL:
         return False
     least = _LEAST[way][_nearest(channels)][_nearest(out)]
     return least is not None and images * tiles(height, width) >= least
@@ -185,29 +195,43 @@ _op = Op(
 
 @_op.backend("cpu", "cpu")
 def _():
-    kernel = _native.cpu_library().ds_winograd_conv
+    launch_kernel = kernel()
 
     def launch(x, weight, bias, residual, doubled):
         channels, panel = weight.shape[2:]
-        narrow = x.dtype == torch.bfloat16
-        if not (narrow or x.dtype == torch.float32) or channels % PANEL or panel != PANEL:
+        if x.dtype not in (torch.float32, torch.bfloat16) or panel != PANEL:
             raise Unsupported(
-                f"it takes float32, bfloat16 and multiples of {PANEL} channels, not {x.dtype}, "
-                f"{channels}, {_channels(weight)}"
+                f"it takes float32, bfloat16 and multiples of {PANEL} channels, not {x.dtype} and"
+                f" {_channels(weight)}"
             )
         y = fake(x, weight, bias, residual, doubled)
+        return launch_kernel(x, channels, weight, None, bias, residual, y, doubled)
+
+    return launch
+
+
+def kernel() -> Callable[..., Tensor]:
+    """Return what convolves in tiles on a CPU: weight and scale are as csrc/cpu/winograd.cpp says.
+
+    It writes y and returns it.
+    """
+    kernel = _native.cpu_library().ds_winograd_conv
+
+    def launch(x, channels, weight, scale, bias, residual, y, doubled):
+        if channels % PANEL or channels > MOST_CHANNELS:
+            raise Unsupported(
+                f"it takes multiples of {PANEL} channels up to {MOST_CHANNELS}, not {channels}"
+            )
         x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
+        scale, bias = (None if v is None else v.contiguous() for v in (scale, bias))
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         images, out, h, w = y.shape
         share = -(-images * tiles(h, w) // torch.get_num_threads())
+        pointers = (None if v is None else v.data_ptr() for v in (scale, bias, residual))
         error = kernel(
-            x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            y.data_ptr(), images, h, w, channels, out,
-            max(1, min(_BLOCK, share)), doubled, narrow,
+            x.data_ptr(), weight.data_ptr(), *pointers, y.data_ptr(), images, h, w, channels, out,
+            max(1, min(_BLOCK, share)), doubled, x.dtype == torch.bfloat16,
         )  # fmt: skip
         _native.check("winograd_conv", error)
         return y

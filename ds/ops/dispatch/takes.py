@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 PLAIN = frozenset({Tensor, Parameter})
-_NAMED = (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
+_NAMED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
 DTYPES = {
     "floating": {torch.float16, torch.bfloat16, torch.float32, torch.float64},
     "float8": {torch.float8_e4m3fn},

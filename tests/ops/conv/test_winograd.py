@@ -61,7 +61,7 @@ def test_the_kernel_is_as_exact_as_the_convolution(images, channels, out, h, w, 
             found = ops.winograd_conv(x, packed, bias, residual, doubled=doubled)
             alone = ops.winograd_conv(x, packed, doubled=doubled)
     finally:
-        lib.ds_limit_simd(2)
+        lib.ds_limit_simd(3)
     assert found.is_contiguous(memory_format=torch.channels_last)
     if images:
         peer = error(direct(x, weight, bias, residual, doubled), exact)
@@ -83,7 +83,7 @@ def test_bfloat16_rounds_the_result_alone(images, channels, h, w, doubled, simd)
         with ops.use_backend("cpu"):
             found = ops.winograd_conv(x, packed, bias.float(), residual, doubled=doubled)
     finally:
-        lib.ds_limit_simd(2)
+        lib.ds_limit_simd(3)
     assert found.dtype == torch.bfloat16
     # A sum near the middle of two neighbours may go either way.
     torch.testing.assert_close(found.float(), wide, rtol=2**-8, atol=1e-5)

@@ -189,7 +189,7 @@ def test_every_instruction_set_is_as_exact_with_gradients(backend, level, dtype,
         check_forward(backend, *inputs((2, 84, 7, 9), dtype, layout), 7, True)
         check_gradients(backend, *inputs((2, 84, 7, 9), dtype, layout), 7, True)
     finally:
-        limit(2)
+        limit(3)
 
 
 @kernel_floats
