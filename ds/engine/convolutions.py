@@ -24,6 +24,7 @@ from ds.engine.calls import (
 )
 from ds.nets.blocks import doubled, pixels
 from ds.ops.conv.winograd import tiles
+from ds.ops.conv.winograd_int16 import runs_fast
 
 Convolve = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # of x, bias [C], residual
 
@@ -217,12 +218,14 @@ class Winograd(Call):
     doubled: bool = False
 
     def prepare(self, target: Target, *shapes: Shape) -> Run:
-        weight = ops.winograd_weight(self.weight, target.wide).to(target.device)
+        if target.dtype == torch.bfloat16 and runs_fast():
+            weights, convolve = ops.winograd_int16_weight(self.weight), ops.winograd_int16_conv
+        else:
+            weights, convolve = (ops.winograd_weight(self.weight, target.wide),), ops.winograd_conv
+        weights = tuple(weight.to(target.device) for weight in weights)
         return _biased(
             target.bias(self.bias, target.wide),
-            lambda x, bias, residual: ops.winograd_conv(
-                x, weight, bias, residual, doubled=self.doubled
-            ),
+            lambda x, bias, residual: convolve(x, *weights, bias, residual, doubled=self.doubled),
         )
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
