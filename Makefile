@@ -8,10 +8,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .PHONY: help demo test asan check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
-	doctor clean
+	aarch64 x86-64 emulator has-emulator doctor clean
 
 help:
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.installed ## teacher, pairs, student, report on scanned digits, in minutes
 	$(BIN)/dstudent demo
@@ -27,7 +27,7 @@ asan: $(VENV)/.test ## the C++ kernels under sanitizers: the ops' tests, and any
 	cmake --build build/asan
 	$(SANITIZED_PYTHON) -m tests.fuzz --seconds 60 --log build/asan/last-call || \
 		{ cat build/asan/last-call; false; }
-	$(SANITIZED_PYTHON) -m pytest -q -p tests.sanitized $(SANITIZED_TESTS) \
+	$(SANITIZED_PYTHON) -m pytest -q -p tests.sanitized $(KERNEL_TESTS) \
 		--deselect tests/ops/group_norm_silu/test_forward.py::test_silu_over_its_whole_range
 
 SANITIZERS = -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -35,9 +35,35 @@ SANITIZED_PYTHON = DS_SANITIZED=build/asan OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python
-SANITIZED_TESTS = tests/ops/group_norm_silu $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows \
+KERNEL_TESTS = tests/ops/group_norm_silu $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows \
 	noise prepare_batch quantize solver_update)) \
 	tests/ops/conv/test_conv3x3.py tests/ops/conv/test_winograd.py
+
+# The tests stay on this processor; the library, and what calls it, are run by qemu (tests/foreign.py).
+aarch64: $(VENV)/.test has-emulator ## the C++ kernels on an emulated AArch64: the ops' tests
+	cmake -S . -B build/$@ -G Ninja -D DS_LIBRARY=cpu -D CMAKE_CXX_COMPILER=$@-linux-gnu-g++ \
+		-D CMAKE_SYSTEM_NAME=Linux -D CMAKE_SYSTEM_PROCESSOR=$@ -D CMAKE_CXX_FLAGS=-Werror >/dev/null
+	cmake --build build/$@
+	$@-linux-gnu-g++ $(FOREIGN_FLAGS) -o build/$@/foreign tests/foreign.cpp -ldl
+	DS_FOREIGN="qemu-$@ -L /usr/$@-linux-gnu build/$@/foreign build/$@/libds_cpu.so" $(FOREIGN_TESTS)
+
+x86-64: $(VENV)/.test has-emulator ## the installed C++ kernels on an emulated x86-64 without AVX: the ops' tests
+	mkdir -p build/$@
+	$(CXX) $(FOREIGN_FLAGS) -o build/$@/foreign tests/foreign.cpp -ldl
+	DS_FOREIGN="qemu-x86_64 -cpu qemu64 build/$@/foreign ds/ops/lib/libds_cpu.so" $(FOREIGN_TESTS)
+
+emulator: ## install what those two need, Debian's compiler for AArch64 and qemu, if it is missing
+	@$(HAS_EMULATOR) || { $(APT) update -qq && $(APT) install -qq -y $(EMULATOR); }
+
+has-emulator:
+	@$(HAS_EMULATOR) || { echo "needs $(EMULATOR) of Debian (run: make emulator)" >&2; false; }
+
+EMULATOR = g++-aarch64-linux-gnu qemu-user
+HAS_EMULATOR = { which aarch64-linux-gnu-g++ qemu-aarch64 qemu-x86_64 >/dev/null; }
+APT = timeout 300 apt-get -o Acquire::http::Timeout=10 -o Acquire::Retries=1
+FOREIGN_FLAGS = -std=c++17 -O1 -Wall -Wextra
+FOREIGN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.foreign $(KERNEL_TESTS) \
+	tests/ops/test_adam.py tests/ops/conv/test_winograd_int16.py
 
 check: fmt lint test ## what a change must pass
 

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "ds" / "ops" / "lib" / "libds_cpu.so"
 _tools = [shutil.which("cmake"), shutil.which("ninja"), importlib.util.find_spec("setuptools")]
 needs_tools = pytest.mark.skipif(
     None in _tools or not (ROOT / "setup.py").is_file(),
@@ -111,6 +113,21 @@ def test_a_compile_error_is_the_recorded_reason(checkout):
     info = built(checkout)["cpu"]
     assert info["built"] is False
     assert "this machine is too old" in info["reason"]
+
+
+@pytest.mark.skipif(
+    shutil.which("objdump") is None or not LIBRARY.is_file(),
+    reason="needs objdump (install binutils) and libds_cpu.so (run: pip install .)",
+)
+def test_only_kernels_for_newer_processors_hold_their_instructions():
+    """Of AVX, all names begin with v; other functions are run before the processor is known."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    functions = re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", listing, re.MULTILINE)
+    assert functions
+    newer = {name for name, body in functions if re.search(r"\tv[a-z]|%[yz]mm", body)}
+    assert not [name for name in newer if "run_avx" not in name]
 
 
 @needs_compiler

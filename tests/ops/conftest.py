@@ -15,10 +15,10 @@ def built(request):
 
 @pytest.fixture(params=[0, 1, 2], ids=["portable", "avx2", "avx512"])
 def instructions(request):
-    """Limit the C++ kernels to an instruction set."""
+    """Limit the C++ kernels to an instruction set, and return its number."""
     limit = _native.cpu_library().ds_limit_simd
     if limit(request.param) != request.param:
         limit(3)
         pytest.skip("this processor does not have the instruction set")
-    yield
+    yield request.param
     limit(3)

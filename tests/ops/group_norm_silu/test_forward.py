@@ -146,13 +146,14 @@ def test_nan_and_infinity_propagate_as_in_pytorch(backend, dtype, layout, silu, 
 
 
 @cpu
-def test_silu_over_its_whole_range(backend):
+def test_silu_over_its_whole_range(backend, instructions):
     """With a weight of zero the output is silu(bias), whatever x is."""
     bias = torch.cat([torch.linspace(-120, 120, 4801), torch.tensor([-3e38, 3e38, 0.0, 1e-40])])
     with ds.ops.use_backend(backend):
         y = ours(torch.zeros(1, len(bias), 1, 1), torch.zeros_like(bias), bias, 1, True).flatten()
     exact = F.silu(bias.double())
-    assert ((y - exact).abs() <= 4e-7 * exact.abs() + 1e-36).all()
+    relative = 4e-7 if instructions else 4e-6  # without fused products
+    assert ((y - exact).abs() <= relative * exact.abs() + 1e-36).all()
 
 
 @every_backend
