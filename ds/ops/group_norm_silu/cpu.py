@@ -53,6 +53,8 @@ def load_backward() -> Kernel:
         _native.check("group_norm_silu_backward", error)
         if by_image:
             d_bias, d_weight = (row.float() for row in rows)
+        if grad_merged is not None and grad_merged.dtype == d_norm.dtype:
+            d_norm, grad_merged = d_norm.add_(grad_merged), None  # saves fresh memory
         d_x, d_shift, d_skip = addends.split_gradient(d_norm, x, split, grad_merged)
         return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 
