@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ds import ops
+from ds.nets.base import Undrawn
 from ds.nets.blocks import AbstractUNet, Attention, pixels
 
 
@@ -56,7 +57,8 @@ class FoldedAttention(nn.Module):
 
 
 def _pointwise(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
-    folded = nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=bias is not None)
+    with Undrawn():
+        folded = nn.Conv2d(layer.in_channels, layer.out_channels, 1, bias=bias is not None)
     folded.weight = _constant(weight[:, :, None, None], like=layer.weight)
     if bias is not None:
         folded.bias = _constant(bias, like=layer.bias)

@@ -43,7 +43,8 @@ def winograd_weight(weight: Tensor, dtype: torch.dtype = torch.float64) -> Tenso
     panel = PANEL if out % PANEL == 0 else max(out, 1)
     panels = weight.new_empty((36, out // panel, channels, panel), dtype=dtype)
     for k in range(out // panel):  # a cache holds one in float64
-        taps = weight[k * panel : (k + 1) * panel].permute(2, 3, 1, 0).double()
+        taps = weight[k * panel : (k + 1) * panel].permute(2, 3, 1, 0)
+        taps = taps.to(torch.float64, memory_format=torch.contiguous_format)
         points = (g @ taps.reshape(3, -1)).view(6, 3, -1)
         panels[:, k] = (g @ points).view(36, channels, panel)
     return panels
