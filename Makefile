@@ -35,9 +35,9 @@ SANITIZED_PYTHON = DS_SANITIZED=build/asan OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python
-KERNEL_TESTS = tests/ops/group_norm_silu $(addprefix tests/ops/test_,$(addsuffix .py,gather_rows \
+KERNEL_TESTS = tests/ops/group_norm_silu $(addprefix tests/ops/test_,$(addsuffix .py,adam gather_rows \
 	noise prepare_batch quantize solver_update)) \
-	tests/ops/conv/test_conv3x3.py tests/ops/conv/test_winograd.py
+	$(addprefix tests/ops/conv/test_,conv3x3.py winograd.py winograd_int16.py)
 
 # The tests stay on this processor; the library, and what calls it, are run by qemu (tests/foreign.py).
 aarch64: $(VENV)/.test has-emulator ## the C++ kernels on an emulated AArch64: the ops' tests
@@ -62,8 +62,7 @@ EMULATOR = g++-aarch64-linux-gnu qemu-user
 HAS_EMULATOR = { which aarch64-linux-gnu-g++ qemu-aarch64 qemu-x86_64 >/dev/null; }
 APT = timeout 300 apt-get -o Acquire::http::Timeout=10 -o Acquire::Retries=1
 FOREIGN_FLAGS = -std=c++17 -O1 -Wall -Wextra
-FOREIGN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.foreign $(KERNEL_TESTS) \
-	tests/ops/test_adam.py tests/ops/conv/test_winograd_int16.py
+FOREIGN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.foreign $(KERNEL_TESTS)
 
 check: fmt lint test ## what a change must pass
 
