@@ -18,9 +18,16 @@ namespace {
 // Rows of a product: with a row of the panel and a factor they fill 16 registers, 32 of Floats16.
 template <class V>
 constexpr int64_t kRows = sizeof(V) == 64 ? 24 : sizeof(V) == 32 ? 6 : 2;
-// Rows of a product at the end of a block.
+// Rows of the products at the end of a block: of most of them, and of the last.
 template <class V>
-constexpr int64_t kLastRows = sizeof(V) == 64 ? 8 : 2;
+constexpr int64_t kLeftRows = sizeof(V) == 64 ? 8 : 2;
+template <class V>
+constexpr int64_t kLastRows = sizeof(V) == 64 ? 4 : 2;
+// The rows that so many tiles take.
+template <class V>
+constexpr int64_t whole_rows(int64_t tiles) {
+  return (tiles + kLastRows<V> - 1) / kLastRows<V> * kLastRows<V>;
+}
 // Between the rows of a product's factors: a constant, so that all of them are at one address.
 template <class Factor>
 constexpr int64_t kStride = kDepth + 64 / sizeof(Factor);
@@ -149,15 +156,16 @@ INLINE void multiply_point(const Call<T, Factor>& call, const Factor* from, int6
       const int64_t steps = std::min(kDepth, call.channels - c) / Way::kChannels;
       const Factor* const factors = from + c / kDepth * apart;
       const Factor* const panel = weight + o * call.channels + c * kPanel;
-      int64_t t = 0;
-      for (; t + kRows<V> <= count; t += kRows<V>) {
-        multiply<V, Way, kRows<V>>(factors + t * kStride<Factor>, panel, steps, c > 0,
-                                   to + t * to_row + o, to_row);
-      }
-      for (; t < count; t += kLastRows<V>) {
-        multiply<V, Way, kLastRows<V>>(factors + t * kStride<Factor>, panel, steps, c > 0,
-                                       to + t * to_row + o, to_row);
-      }
+      const auto multiply_rows = [&](auto rows, int64_t t, int64_t end) INLINE_LAMBDA {
+        for (; t + rows <= end; t += rows) {
+          multiply<V, Way, rows>(factors + t * kStride<Factor>, panel, steps, c > 0,
+                                 to + t * to_row + o, to_row);
+        }
+        return t;
+      };
+      int64_t t = multiply_rows(std::integral_constant<int64_t, kRows<V>>(), 0, count);
+      t = multiply_rows(std::integral_constant<int64_t, kLeftRows<V>>(), t, count);
+      multiply_rows(std::integral_constant<int64_t, kLastRows<V>>(), t, whole_rows<V>(count));
     }
   }
 }
@@ -168,7 +176,7 @@ struct Convolve {
   static INLINE void run(int64_t begin, int64_t end, void* context) {
     using Factor = typename Way::Factor;
     const Call<T, Factor>& call = *static_cast<const Call<T, Factor>*>(context);
-    const int64_t rows = (call.block + kLastRows<V> - 1) / kLastRows<V> * kLastRows<V>;
+    const int64_t rows = whole_rows<V>(call.block);
     const int64_t apart = rows * kStride<Factor>, to_row = call.out + kLine;
     const int64_t from_plane = (call.channels + kDepth - 1) / kDepth * apart + kLine;
     const int64_t to_plane = rows * to_row + kLine;

@@ -211,6 +211,12 @@ def _():
     return launch
 
 
+def block(count: int, threads: int) -> int:
+    """Return how many tiles make a task: few enough for a cache, and as many tasks a thread."""
+    tasks = -(-count // (_BLOCK * threads)) * threads
+    return max(1, -(-count // tasks) if tasks else 1)
+
+
 def kernel() -> Callable[..., Tensor]:
     """Return what convolves in tiles on a CPU: weight and scale are as csrc/cpu/winograd.cpp says.
 
@@ -228,11 +234,10 @@ def kernel() -> Callable[..., Tensor]:
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         images, out, h, w = y.shape
-        share = -(-images * tiles(h, w) // torch.get_num_threads())
         pointers = (None if v is None else v.data_ptr() for v in (scale, bias, residual))
         error = kernel(
             x.data_ptr(), weight.data_ptr(), *pointers, y.data_ptr(), images, h, w, channels, out,
-            max(1, min(_BLOCK, share)), doubled, x.dtype == torch.bfloat16,
+            block(images * tiles(h, w), torch.get_num_threads()), doubled, x.dtype == torch.bfloat16,
         )  # fmt: skip
         _native.check("winograd_conv", error)
         return y
