@@ -3,8 +3,10 @@
     python -m benchmarks.tiles [portable] [avx2] [avx512] [vnni]
 
 For each instruction set, way and pair of widths, images of 8 x 8 pixels, up to 512 tiles of 4 x 4,
-are convolved by both kernels in turns on one thread. The table has the least number from which ours
-takes less of the process's time, twice in a row: a minute or two for each instruction set.
+are convolved by both kernels in turns on one thread. Their caches are cold, as a layer of a large
+network finds them: hot ones hide that tiles read four times the weights. The table has the least
+number from which ours takes less of the process's time, twice in a row: a minute or two for each
+instruction set.
 
 PyTorch's library is limited to the same instruction set, which has to be said before it starts:
 each is measured in a process of its own. The result is ds/ops/conv/faster_cpu.json.
@@ -37,7 +39,8 @@ LIMITS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
 }
 TILES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-ROUNDS, SECONDS = 7, 0.001  # turns, and what one takes at least
+ROUNDS = 7  # turns
+CACHE = 48 * 2**20  # bytes, more than the last cache has
 Convolve = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
@@ -123,19 +126,19 @@ def both(way: Way, channels: int, out: int, tiles: int) -> tuple[Convolve, Convo
 
 def is_faster(ours: Convolve, theirs: Convolve) -> bool:
     """Return whether the first takes less time in the median of turns."""
-    for convolve in (ours, theirs):
-        convolve()
-    runs = 1 + int(SECONDS / max(seconds(theirs, 1), 1e-6))
-    ratios = [seconds(ours, runs) / seconds(theirs, runs) for _ in range(ROUNDS)]
-    return statistics.median(ratios) < 1
+    ratios = [seconds(ours) / seconds(theirs) for _ in range(ROUNDS + 1)]
+    return statistics.median(ratios[1:]) < 1
 
 
-def seconds(convolve: Convolve, runs: int) -> float:
-    """Return the process's time of a number of runs."""
+def seconds(convolve: Convolve) -> float:
+    """Return the process's time of a call whose weight is in no cache, as within a network."""
+    _FLUSH.add_(1)
     begin = time.process_time()
-    for _ in range(runs):
-        convolve()
+    convolve()
     return time.process_time() - begin
+
+
+_FLUSH = torch.zeros(CACHE // 4)
 
 
 if __name__ == "__main__":
