@@ -1,7 +1,8 @@
 // A 3x3 convolution by Winograd's F(4x4, 3x3): image to tiles, 36 matrix products, tiles to image.
 //
-// A task is a block of tiles, which goes through all three steps while it is in a cache. Between
-// them it is [36, tiles, C] and [36, tiles, O], with the tiles of an image in reading order. A
+// A task is a block of tiles, and some of the output channels, which goes through all three steps
+// while it is in a cache. Between them it is [36, tiles, C] and [36, tiles, O], with the tiles of an
+// image in reading order. A
 // cache line separates rows, and the 36 matrices: at distances of powers of two, all would compete
 // for the same few lines.
 //
@@ -42,8 +43,10 @@ struct Call {
   T* y;
   Images images;  // of y
   int64_t channels, out;
-  int64_t block;  // tiles of a task
-  bool doubled;   // every pixel of x counts twice in both directions
+  int64_t block, slice;  // tiles and output channels of a task
+  bool doubled;          // every pixel of x counts twice in both directions
+
+  int64_t blocks() const { return (images.tiles() + block - 1) / block; }
 };
 
 // One direction of A^T m: six points to four pixels.
@@ -60,16 +63,17 @@ INLINE void to_pixels(const V* m, int64_t step, V* out) {
 // Turns the row of each point into a tile of y; `worth` is what the sums of a row are worth.
 template <class V, class Way, class T>
 INLINE void transform_output(const Call<T, typename Way::Factor>& call, const Tile& tile,
-                             const typename Way::Sum* from, int64_t plane, const float* worth) {
+                             int64_t begin, int64_t end, const typename Way::Sum* from,
+                             int64_t plane, const float* worth) {
   using Sums = typename Way::template Sums<V>;
   const int64_t next = 4 * call.out;  // to the next tile
-  for (int64_t c = 0; c < call.out; c += kLanes<V>) {
+  for (int64_t c = begin; c < end; c += kLanes<V>) {
     V down[24];  // [6, 4]
     for (int64_t j = 0; j < 6; ++j) {
       V points[6];
       for (int64_t i = 0; i < 6; ++i) {
         const int64_t point = 6 * i + j;
-        points[i] = Way::template values<V>(load<Sums>(from + point * plane + c));
+        points[i] = Way::template values<V>(load<Sums>(from + point * plane + c - begin));
         if (Way::kScaled) points[i] *= worth[point] * load<V>(call.scale + point * call.out + c);
       }
       to_pixels(points, 1, down + 4 * j);
@@ -149,9 +153,9 @@ INLINE void transform_factors(const Call<T, typename Way::Factor>& call, const T
 // The product of the rows of one point with the weight's matrix.
 template <class V, class Way, class T, class Factor>
 INLINE void multiply_point(const Call<T, Factor>& call, const Factor* from, int64_t apart,
-                           int64_t count, const Factor* weight, typename Way::Sum* to,
-                           int64_t to_row) {
-  for (int64_t o = 0; o < call.out; o += kPanel) {
+                           int64_t count, const Factor* weight, int64_t width,
+                           typename Way::Sum* to, int64_t to_row) {
+  for (int64_t o = 0; o < width; o += kPanel) {
     for (int64_t c = 0; c < call.channels; c += kDepth) {
       const int64_t steps = std::min(kDepth, call.channels - c) / Way::kChannels;
       const Factor* const factors = from + c / kDepth * apart;
@@ -177,7 +181,7 @@ struct Convolve {
     using Factor = typename Way::Factor;
     const Call<T, Factor>& call = *static_cast<const Call<T, Factor>*>(context);
     const int64_t rows = whole_rows<V>(call.block);
-    const int64_t apart = rows * kStride<Factor>, to_row = call.out + kLine;
+    const int64_t apart = rows * kStride<Factor>, to_row = call.slice + kLine;
     const int64_t from_plane = (call.channels + kDepth - 1) / kDepth * apart + kLine;
     const int64_t to_plane = rows * to_row + kLine;
     // Kept, since new memory costs a page fault every 4 kB.
@@ -187,20 +191,23 @@ struct Convolve {
     from.resize(std::max<size_t>(from.size(), kPoints * from_plane));
     to.resize(std::max<size_t>(to.size(), kPoints * to_plane));
     worth.resize(std::max<size_t>(worth.size(), kPoints * rows));
-    for (int64_t first = begin * call.block; first < end * call.block; first += call.block) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % call.blocks() * call.block;
       const int64_t count = std::min(call.block, call.images.tiles() - first);
+      const int64_t out = task / call.blocks() * call.slice;
+      const int64_t width = std::min(call.slice, call.out - out);
       for (int64_t t = 0; t < count; ++t) {
         transform_factors<V, Way>(call, Tile(call.images, first + t), &from[t * kStride<Factor>],
                                   from_plane, apart, &worth[t * kPoints]);
       }
       for (int64_t point = 0; point < kPoints; ++point) {
         multiply_point<V, Way>(call, &from[point * from_plane], apart, count,
-                               call.weight + point * call.out * call.channels,
+                               call.weight + (point * call.out + out) * call.channels, width,
                                &to[point * to_plane], to_row);
       }
       for (int64_t t = 0; t < count; ++t) {
-        transform_output<V, Way>(call, Tile(call.images, first + t), &to[t * to_row], to_plane,
-                                 &worth[t * kPoints]);
+        transform_output<V, Way>(call, Tile(call.images, first + t), out, out + width,
+                                 &to[t * to_row], to_plane, &worth[t * kPoints]);
       }
     }
   }
@@ -216,7 +223,7 @@ RangeFunction choose_pairs() {
 template <class T, class Factor>
 int convolve(RangeFunction function, const void* x, const void* weight, const float* scale,
              const float* bias, const void* residual, void* y, const Images& images,
-             int64_t channels, int64_t out, int64_t block, bool doubled) {
+             int64_t channels, int64_t out, int64_t block, int64_t slice, bool doubled) {
   Call<T, Factor> call{static_cast<const T*>(x),
                        static_cast<const Factor*>(weight),
                        scale,
@@ -227,8 +234,9 @@ int convolve(RangeFunction function, const void* x, const void* weight, const fl
                        channels,
                        out,
                        block,
+                       slice,
                        doubled};
-  return parallel_for((images.tiles() + block - 1) / block, 1, function, &call);
+  return parallel_for(call.blocks() * ((out + slice - 1) / slice), 1, function, &call);
 }
 
 }  // namespace
@@ -238,11 +246,12 @@ int convolve(RangeFunction function, const void* x, const void* weight, const fl
 // shape of y, each of which may be null. If `narrow`, x, residual and y are bfloat16. With a scale
 // [36, out], which asks for `narrow`, weight holds 16-bit integers, [36, out / 16, channels / 2, 16,
 // 2], and the scale is what they are worth; else scale is null. Channels and out are multiples of
-// 16; `block` tiles of 4 x 4 pixels make a task. Returns 0, or the error code of the thread pool.
+// 16; `block` tiles of 4 x 4 pixels and `slice` channels of y, a multiple of 16, make a task. Returns
+// 0, or the error code of the thread pool.
 EXPORT int ds_winograd_conv(const void* x, const void* weight, const float* scale,
                             const float* bias, const void* residual, void* y, int64_t images,
                             int64_t height, int64_t width, int64_t channels, int64_t out,
-                            int64_t block, bool doubled, bool narrow) {
+                            int64_t block, int64_t slice, bool doubled, bool narrow) {
   const auto run = scale    ? convolve<bfloat16, int16_t>
                    : narrow ? convolve<bfloat16, float>
                             : convolve<float, float>;
@@ -250,5 +259,5 @@ EXPORT int ds_winograd_conv(const void* x, const void* weight, const float* scal
                                  : narrow ? choose<Convolve<bfloat16, Singles>>()
                                           : choose<Convolve<float, Singles>>();
   return run(function, x, weight, scale, bias, residual, y, {images, height, width}, channels, out,
-             block, doubled);
+             block, slice, doubled);
 }

@@ -9,7 +9,7 @@ is one for all images, [columns], or one each, [N, columns].
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -273,6 +273,36 @@ class Scale(Call):
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         return shapes
+
+
+@dataclass(frozen=True, eq=False)
+class InFloat32(Call):
+    """A call that takes and computes float32 within a narrower plan, and perhaps returns it."""
+
+    call: Call
+    returns: bool
+
+    def prepare(self, target: Target, *shapes: Shape) -> Run:
+        run = self.call.prepare(replace(target, dtype=target.wide), *shapes)
+        dtype = target.wide if self.returns else target.dtype
+
+        def widened(row: Tensor, *inputs: Tensor) -> Tensor:
+            return run(row, *(x.to(target.wide) for x in inputs)).to(dtype)
+
+        return widened
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return self.call.shapes(*shapes)
+
+    def flops(self, *shapes: Shape) -> int:
+        return self.call.flops(*shapes)
+
+    def weights(self) -> int:
+        return self.call.weights()
+
+    @property
+    def kind(self) -> str:
+        return self.call.kind
 
 
 class Add(Call):

@@ -1,7 +1,7 @@
 """How a plan differs from its network: one small function for each difference, steps to steps.
 
 In exact arithmetic a rewrite does not change the result, and any of them can be left out. The
-exception is `in_float8`, a precision, which follows the target.
+exceptions are precisions, which follow the target: `in_float8` and `ends_in_float32`.
 """
 
 import json
@@ -19,6 +19,7 @@ from ds.engine.calls import (
     Attend,
     Call,
     Cat,
+    InFloat32,
     Norm,
     ScaleShift,
     Shape,
@@ -82,7 +83,8 @@ class Rewrites:
         for rewrite, unmeasured in ((norm_into_conv, is_small), (implicit_gemm, spares_a_pass)):
             wanted = getattr(self, rewrite.__name__)
             steps = rewrite(steps, _choice(wanted, target, shapes, unmeasured))
-        return steps
+        narrow = target.device.type == "cpu" and target.dtype == torch.bfloat16
+        return ends_in_float32(steps) if narrow else steps
 
 
 def fold_attention(steps: list[Step]) -> list[Step]:
@@ -273,6 +275,20 @@ def in_float8(steps: list[Step]) -> list[Step]:
         return step.call
 
     return [step._replace(call=call(step)) for step in steps]
+
+
+def ends_in_float32(steps: list[Step]) -> list[Step]:
+    """Compute the first and the last convolution of a plan in float32.
+
+    They have the network's few channels on one side, so this costs little, and neither its input
+    nor its result is rounded. The first stays narrow where another call reads the input.
+    """
+    first, *middle, last = steps
+    if isinstance(first.call, Conv) and len(_readers(steps)[first.inputs[0]]) == 1:
+        first = first._replace(call=InFloat32(first.call, returns=False))
+    if isinstance(last.call, Conv):
+        last = last._replace(call=InFloat32(last.call, returns=True))
+    return [first, *middle, last]
 
 
 def _is_3x3(call: Call) -> bool:

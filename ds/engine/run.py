@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from ds.engine.calls import Target, values
+from ds.engine.calls import InFloat32, Target, values
 from ds.engine.plan import RUNS, Plan, can_run
 from ds.engine.rewrites import Rewrites
 from ds.engine.told import Told
@@ -76,6 +76,8 @@ class Engine(nn.Module):
             self.plan = Plan.of(net, self.target, self.rewrites)
         self.shape, self.config = net.shape, net.config
         self._prepared = self.plan.prepare(self.target)
+        wide = isinstance(self.plan.steps[0].call, InFloat32)
+        self._takes = self.target.wide if wide else self.target.dtype
         known = sorted(set(times))
         if weight.is_cuda and not known:
             raise ValueError("Engine: on a GPU it needs the times of its calls")
@@ -99,7 +101,7 @@ class Engine(nn.Module):
 
     def call(self, x: Tensor, row: Tensor) -> Tensor:
         """Run the plan for images that are told a row, [columns] for all or [N, columns]."""
-        made = {INPUT: x.to(self.target.dtype).contiguous(memory_format=torch.channels_last)}
+        made = {INPUT: x.to(self._takes).contiguous(memory_format=torch.channels_last)}
         with _cudnn_tunes(self.tune):
             for run, step, last in self._prepared:
                 out = run(row, *(made[name] for name in step.inputs))

@@ -13,7 +13,7 @@ _DIRECTORY = Path(__file__).resolve().parent / "lib"
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _BOOL, _DOUBLE = ctypes.c_bool, ctypes.c_double
 _ENUM, _TEXT = ctypes.c_int, ctypes.c_char_p
-INTERFACE = 3  # of the functions that are declared here; CMakeLists.txt has it too
+INTERFACE = 4  # of the functions that are declared here; CMakeLists.txt has it too
 # The data types that the CUDA library takes, as csrc/cuda/launch.cuh numbers them.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -50,7 +50,7 @@ def cpu_library() -> ctypes.CDLL:
     lib.ds_prepare_batch.argtypes = [*[_POINTER] * 4, *[_INT] * 4, _BOOL]
     lib.ds_quantize.argtypes = [*[_POINTER] * 2, *[_INT] * 3, *[_BOOL] * 3]
     lib.ds_solver_update.argtypes = [*[_POINTER] * 5, *[_INT] * 2, _BOOL]
-    lib.ds_winograd_conv.argtypes = [*[_POINTER] * 6, *[_INT] * 6, *[_BOOL] * 2]
+    lib.ds_winograd_conv.argtypes = [*[_POINTER] * 6, *[_INT] * 7, *[_BOOL] * 2]
     lib.ds_winograd_weight.argtypes = [*[_POINTER] * 2, *[_INT] * 2, _BOOL]
     lib.ds_winograd_weight_gradient.argtypes = [*[_POINTER] * 3, *[_INT] * 6]
     lib.ds_limit_simd.argtypes = [ctypes.c_int]

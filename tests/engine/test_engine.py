@@ -273,3 +273,12 @@ def test_a_plan_knows_how_much_is_alive_at_once():
             del held[name]
     assert list(held) == [engine.plan.steps[-1].outputs[0]]
     assert engine.plan.peak() == most
+
+
+def test_in_bfloat16_neither_the_input_nor_the_result_is_rounded():
+    net = build(TINY)
+    x, t = torch.randn(2, *net.shape), torch.full((2,), 37)
+    engine = Engine(net, [37], dtype=torch.bfloat16)
+    found = engine(x, t)
+    assert not torch.equal(found, found.bfloat16().float())
+    assert not torch.equal(found, engine(x.bfloat16().float(), t))

@@ -23,6 +23,7 @@ _TILE = 4  # pixels of a result, in both directions
 PANEL = 16  # output channels that a product takes at a time
 MOST_CHANNELS = 4096  # of x in our kernel
 _BLOCK = 24  # tiles that go through the products together, to stay in a cache
+_ROWS = 8  # of them that are multiplied at once, or three times as many
 
 
 def winograd_weight(weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -211,10 +212,20 @@ def _():
     return launch
 
 
-def block(count: int, threads: int) -> int:
-    """Return how many tiles make a task: few enough for a cache, and as many tasks a thread."""
-    tasks = -(-count // (_BLOCK * threads)) * threads
-    return max(1, -(-count // tasks) if tasks else 1)
+def task(count: int, out: int, threads: int) -> tuple[int, int]:
+    """Return how many tiles, and channels of the result, are a task.
+
+    Tiles are few enough for a cache, and the tasks as many for each thread. Of a few tiles each
+    thread makes some channels, so that it reads its part of the weight alone.
+    """
+    if count <= _BLOCK:
+        return max(1, count), _to_multiple(-(-out // threads), PANEL)
+    tasks = _to_multiple(-(-count // _BLOCK), threads)
+    return min(_BLOCK, _to_multiple(-(-count // tasks), _ROWS)), out
+
+
+def _to_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
 
 
 def kernel() -> Callable[..., Tensor]:
@@ -234,10 +245,11 @@ def kernel() -> Callable[..., Tensor]:
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         images, out, h, w = y.shape
+        block, width = task(images * tiles(h, w), out, torch.get_num_threads())
         pointers = (None if v is None else v.data_ptr() for v in (scale, bias, residual))
         error = kernel(
             x.data_ptr(), weight.data_ptr(), *pointers, y.data_ptr(), images, h, w, channels, out,
-            block(images * tiles(h, w), torch.get_num_threads()), doubled, x.dtype == torch.bfloat16,
+            block, width, doubled, x.dtype == torch.bfloat16,
         )  # fmt: skip
         _native.check("winograd_conv", error)
         return y

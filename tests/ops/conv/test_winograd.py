@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ds import ops
 from ds.ops import _native
+from ds.ops.conv import winograd
 
 
 def case(images, channels, out, h, w, dtype, doubled=False, seed=0):
@@ -172,3 +173,24 @@ def test_a_weight_is_transformed_in_float64_and_rounded_once():
     packed, exact = ops.winograd_weight(weight, torch.float32), ops.winograd_weight(weight)
     assert packed.shape == exact.shape == (36, 3, 32, 16)
     assert ((packed.double() - exact).abs() <= 2.0**-24 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 4, 16, 24, 25, 64, 512])
+def test_tasks_are_spread_over_the_threads(count, threads):
+    block, width = winograd.task(count, 256, threads)
+    tasks = -(-count // block) * -(-256 // width)
+    assert 1 <= block <= 24 and width % 16 == 0 and (count <= 24 or tasks >= min(threads, 2))
+    assert tasks in (0, min(threads, 16)) if count <= 24 else tasks * block * width >= count * 256
+
+
+def test_threads_do_not_move_a_bit():
+    x, weight, bias, residual = case(1, 32, 48, 16, 12, torch.float32)
+    packed, found = ops.winograd_weight(weight).float(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(ops.winograd_conv(x, packed, bias, residual))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
