@@ -57,22 +57,41 @@ struct Flat {
   }
 };
 
+// Three planes to pixels. The compiler knows how to permute vectors of these.
+INLINE void interleave(const uint8_t* red, const uint8_t* green, const uint8_t* blue, int64_t count,
+                       uint8_t* __restrict to) {
+  for (int64_t p = 0; p < count; ++p) {
+    to[3 * p] = red[p];
+    to[3 * p + 1] = green[p];
+    to[3 * p + 2] = blue[p];
+  }
+}
+
 // From planes to pixels: a task is a tile of the pixels of an image, with all channels.
 template <class T, bool kFloor>
 struct Planes {
   template <class V>
   static INLINE void run(int64_t begin, int64_t end, void* context) {
     const Call& call = *static_cast<const Call*>(context);
-    uint8_t plane[kTile];
+    uint8_t planes[3][kTile];  // of neighboring channels
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / call.tiles * call.channels * call.pixels;
       const int64_t first = task % call.tiles * kTile;
       const int64_t count = std::min(kTile, call.pixels - first);
       uint8_t* to = call.levels + image + first * call.channels;
-      for (int64_t c = 0; c < call.channels; ++c) {
-        const T* x = static_cast<const T*>(call.x) + image + c * call.pixels + first;
-        write_levels<V, T, kFloor>(x, count, plane);
-        for (int64_t p = 0; p < count; ++p) to[p * call.channels + c] = plane[p];
+      for (int64_t c = 0; c < call.channels; c += 3) {
+        const int64_t few = std::min<int64_t>(3, call.channels - c);
+        for (int64_t i = 0; i < few; ++i) {
+          const T* x = static_cast<const T*>(call.x) + image + (c + i) * call.pixels + first;
+          write_levels<V, T, kFloor>(x, count, planes[i]);
+        }
+        if (call.channels == 3) {
+          interleave(planes[0], planes[1], planes[2], count, to);
+        } else {
+          for (int64_t i = 0; i < few; ++i) {
+            for (int64_t p = 0; p < count; ++p) to[p * call.channels + c + i] = planes[i][p];
+          }
+        }
       }
     }
   }

@@ -219,9 +219,9 @@ def task(count: int, out: int, threads: int) -> tuple[int, int]:
     thread makes some channels, so that it reads its part of the weight alone.
     """
     if count <= _BLOCK:
-        return max(1, count), _to_multiple(-(-out // threads), PANEL)
+        return max(1, count), _to_multiple(max(1, -(-out // threads)), PANEL)
     tasks = _to_multiple(-(-count // _BLOCK), threads)
-    return min(_BLOCK, _to_multiple(-(-count // tasks), _ROWS)), out
+    return min(_BLOCK, _to_multiple(-(-count // tasks), _ROWS)), max(1, out)
 
 
 def _to_multiple(number: int, of: int) -> int:

@@ -18,7 +18,6 @@ itself or, outside of lists, another argument.
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -313,13 +312,19 @@ def _reach(x: Tensor) -> int:
 
 def check_apart(op: str, arguments: dict[str, Any], written: list[str]) -> None:
     """Raise if an argument that is written shares memory with another."""
-    spans = []
+    spans = []  # of memory: whether it is written, first byte, end
     for name, value in arguments.items():
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            if type(x) in PLAIN and x.numel() and not x.is_meta:
-                first = x.storage_offset() * x.itemsize
-                dense = _reach(x) - first == x.nbytes
-                spans += [(name, x.data_ptr(), x.data_ptr() + x.nbytes)] if dense else []
-    for (a, start, end), (b, other_start, other_end) in itertools.combinations(spans, 2):
-        if (a in written or b in written) and start < other_end and other_start < end:
-            raise ValueError(f"{op}: {a} and {b} must not share memory")
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if type(x) in PLAIN:
+                first = x.data_ptr()
+                spans.append((name in written, first, first + x.nbytes, name, x))
+    for i, (a_written, start, end, a, x) in enumerate(spans):
+        for b_written, other_start, other_end, b, y in spans[:i]:
+            overlap = start < other_end and other_start < end
+            if overlap and (a_written or b_written) and _is_dense(x) and _is_dense(y):
+                raise ValueError(f"{op}: {b} and {a} must not share memory")
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Return whether a tensor has memory, and leaves no gaps in what it reaches."""
+    return not x.is_meta and _reach(x) - x.storage_offset() * x.itemsize == x.nbytes

@@ -194,3 +194,8 @@ def test_threads_do_not_move_a_bit():
     finally:
         torch.set_num_threads(1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("images", [1, 30])
+def test_no_channels_of_the_result_are_none(images):
+    assert ops.winograd_conv(torch.zeros(images, 16, 4, 4), torch.zeros(36, 0, 16, 16)).numel() == 0
