@@ -106,11 +106,16 @@ INLINE V chain(V grad, V h) {
 INLINE bool is_small(const Call& call, const Task& task) {
   const float most = static_cast<float>(std::sqrt(1.0 / call.shape.share));
   const Affine affine = call.affine.of(task.image, task.first_channel);
-  bool small = true;
+  uint32_t largest = 0;  // of positive numbers, as whose bits are ordered, and of NaN
   for (int64_t c = 0; c < task.width; ++c) {
-    small &= std::fabs(affine.weight[c]) * most + std::fabs(affine.bias[c]) < kSmall;
+    const float bound = std::fabs(affine.weight[c]) * most + std::fabs(affine.bias[c]);
+    uint32_t bits;
+    std::memcpy(&bits, &bound, sizeof bits);
+    largest = std::max(largest, bits);
   }
-  return small;
+  float bound;
+  std::memcpy(&bound, &largest, sizeof bound);
+  return bound < kSmall;
 }
 
 // Writes g, and sums g and g * (x - pivot) by column. dx is only prefetched.
