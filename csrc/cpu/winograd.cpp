@@ -1,10 +1,9 @@
 // A 3x3 convolution by Winograd's F(4x4, 3x3): image to tiles, 36 matrix products, tiles to image.
 //
-// A task is a block of tiles, and some of the output channels, which goes through all three steps
-// while it is in a cache. Between them it is [36, tiles, C] and [36, tiles, O], with the tiles of an
-// image in reading order. A
-// cache line separates rows, and the 36 matrices: at distances of powers of two, all would compete
-// for the same few lines.
+// A task is a block of tiles, and some of the output channels. It goes through all three steps
+// while it is in a cache. Between them it is [36, tiles, C] and [36, tiles, O], with the tiles of
+// an image in reading order. A cache line separates rows, and the 36 matrices: at distances of
+// powers of two, all would compete for the same few lines.
 //
 // The products take the weight in panels of 16 output channels, of which kDepth input channels fit
 // the L1 cache, and hold kRows<V> x 16 sums in registers. The order of a sum depends on C alone, so
@@ -16,9 +15,15 @@
 
 namespace {
 
-// Rows of a product: with a row of the panel and a factor they fill 16 registers, 32 of Floats16.
+// Rows of a product: with a row of the panel and a factor they fill 16 registers, 32 of Floats16
+// and of AArch64.
+#if defined(__aarch64__)
+constexpr int64_t kRowsOfFour = 4;
+#else
+constexpr int64_t kRowsOfFour = 2;
+#endif
 template <class V>
-constexpr int64_t kRows = sizeof(V) == 64 ? 24 : sizeof(V) == 32 ? 6 : 2;
+constexpr int64_t kRows = sizeof(V) == 64 ? 24 : sizeof(V) == 32 ? 6 : kRowsOfFour;
 // Rows of the products at the end of a block: of most of them, and of the last.
 template <class V>
 constexpr int64_t kLeftRows = sizeof(V) == 64 ? 8 : 2;

@@ -12,7 +12,7 @@ constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB;
 constexpr int64_t kPoints = 36;
 constexpr int64_t kPanel = 16;  // channels of a panel
 constexpr int64_t kLine = 16;   // floats; what keeps planes from competing for the same lines
-constexpr int64_t kMostChannels = 4096;
+constexpr int64_t kMostChannels = 4096;  // ds/ops/conv/winograd.py: MOST_CHANNELS
 
 // The images that are cut into tiles of 4 x 4 pixels.
 struct Images {

@@ -2,8 +2,8 @@
 //
 // A processor with VNNI multiplies and adds two pairs of integers where it multiplies and adds one
 // pair of floats. Each row of a matrix is scaled to the norm kRowNorm, and each column of the
-// weight to at most 66000 (ds/ops/conv/winograd.py). By Cauchy and Schwarz no sum overflows 32 bits,
-// and a rounding is 1e-4 of a value, a tenth of what it is in bfloat16.
+// weight to at most 66000 (ds/ops/conv/winograd_int16.py). By Cauchy and Schwarz no sum overflows
+// 32 bits, and a rounding is 1e-4 of a value, a tenth of what it is in bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include "winograd.h"
 
 constexpr float kRowNorm = 32000.0f;
-constexpr int64_t kDepth = 256;  // input channels of a product, whose sums another one goes on with
+constexpr int64_t kDepth = 256;  // input channels of a product; another goes on with its sums
 
 // How values become factors of the products, how a step of them is added to the sums, and what the
 // sums are worth.
