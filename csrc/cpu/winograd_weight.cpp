@@ -77,17 +77,17 @@ struct Pack {
     }
   }
 
+  // Lines of the weight are read whole, since those of neighboring channels compete for the same
+  // few places of a cache.
   static INLINE void read(const Weight& call, int64_t column, int64_t row,
                           float square[kPanel][9][kPanel]) {
-    for (int64_t r = 0; r < kPanel; ++r) {
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        const float* const from = call.weight + tap * call.channels;
-        for (int64_t c = 0; c < kPanel; ++c) {
-          if (call.transposed) {
-            square[r][8 - tap][c] = from[(row + r) * 9 * call.channels + column + c];
-          } else {
-            square[r][tap][c] = from[(column + c) * 9 * call.channels + row + r];
-          }
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      for (int64_t i = 0; i < kPanel; ++i) {
+        const int64_t out = (call.transposed ? row : column) + i;
+        const int64_t channel = call.transposed ? column : row;
+        const float* const line = call.weight + (out * 9 + tap) * call.channels + channel;
+        for (int64_t k = 0; k < kPanel; ++k) {
+          (call.transposed ? square[i][8 - tap][k] : square[k][tap][i]) = line[k];
         }
       }
     }
