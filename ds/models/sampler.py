@@ -50,12 +50,12 @@ class Sampler:
     .. table: sampler
 
     AMD EPYC, AVX512 with bfloat16, 1 thread:
-        one call               16 at a time      13.7 images/s
-        one call                4 at a time      14.5 images/s
-        one call                1 at a time      10.5 images/s
-        96 calls, float32       8 at a time     0.165 images/s
-        96 calls, bfloat16      8 at a time     0.189 images/s
-        96 calls, float32       1 at a time     0.102 images/s
+        one call               16 at a time      18.8 images/s
+        one call                4 at a time      16.7 images/s
+        one call                1 at a time      13.4 images/s
+        96 calls, float32       8 at a time     0.205 images/s
+        96 calls, bfloat16      8 at a time      0.36 images/s
+        96 calls, float32       1 at a time     0.138 images/s
 
     .. end
 
