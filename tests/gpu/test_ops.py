@@ -52,10 +52,17 @@ def scaled(x, weight, bias, scale, shift):
 
 
 TILES = ops.winograd_weight(drawn(32, 16, 3, 3) / 12)
+PAIRS, WORTH = ops.winograd_int16_weight(drawn(32, 16, 3, 3) / 12)
 PROJECTED = [drawn(2, 1, 16, 32)] * 3 + [drawn(32, 32) / 6, drawn(32), drawn(2, 16, 32)]
 CONVOLVED = [drawn(2, 16, 8, 8), drawn(32, 16, 3, 3) / 12, drawn(32)]
 # As the kernel for sm_90 takes them, in half precision only.
 WIDE = [drawn(2, 64, 8, 8), drawn(128, 64, 3, 3) / 24, drawn(128)]
+
+
+def tiles_of_integers(x, worth, bias):
+    return ops.winograd_int16_conv(x, PAIRS.to(x.device), worth, bias)
+
+
 # Of each op a use of it, and what that takes.
 LEARNING = {
     "group_norm_silu": (
@@ -74,6 +81,7 @@ FORWARD = {
     "conv": (ops.conv, [*WIDE, drawn(2, 128, 8, 8)]),
     "conv_group_norm_silu": (conv_norm, [*WIDE, drawn(128), drawn(128)]),
     "winograd_conv": (ops.winograd_conv, [drawn(2, 16, 8, 8), TILES, drawn(32)]),
+    "winograd_int16_conv": (tiles_of_integers, [drawn(2, 16, 8, 8), WORTH, drawn(32)]),
     "noise": (lambda x: ops.noise(3, INDICES.to(x.device), (5, 7)).to(x), [drawn(1)]),
     "quantize": (lambda x: ops.quantize(x).to(x), [drawn(2, 3, 5, 7).round(decimals=1) + 0.01]),
     "prepare_batch": (batch, [drawn(3, 3, 5, 7)]),
