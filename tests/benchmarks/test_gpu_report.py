@@ -24,7 +24,8 @@ def row(case: str, images: int = 264, refused: dict | None = None, **sides: floa
     times = {name.replace("_", ", "): us(t) for name, t in sides.items()}
     return {
         "case": case, "us": times, "error": dict.fromkeys(times, 0.1), "bytes": 0, "flops": 0,
-        "dtype": "bfloat16", "images": images, "wall": False, "missing": {}, "refused": refused or {}, "phases": {},
+        "dtype": "bfloat16", "images": images, "wall": False, "missing": {},
+        "refused": refused or {}, "phases": {},
     }  # fmt: skip
 
 
