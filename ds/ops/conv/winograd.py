@@ -175,9 +175,13 @@ def reference(
 
 
 def fake(x, weight, bias, residual, doubled):
+    return empty(x, _channels(weight), doubled)
+
+
+def empty(x: Tensor, out: int, doubled: bool) -> Tensor:
+    """Return an empty result with this number of channels."""
     images, _, h, w = x.shape
-    y = x.new_empty((images, h << doubled, w << doubled, _channels(weight)))
-    return y.permute(0, 3, 1, 2)
+    return x.new_empty((images, h << doubled, w << doubled, out)).permute(0, 3, 1, 2)
 
 
 _op = Op(

@@ -78,9 +78,7 @@ def _reference(x, weight, scale, bias, residual, doubled):
 
 
 def _fake(x, weight, scale, bias, residual, doubled):
-    images, _, h, w = x.shape
-    y = x.new_empty((images, h << doubled, w << doubled, scale.shape[1]))
-    return y.permute(0, 3, 1, 2)
+    return winograd.empty(x, scale.shape[1], doubled)
 
 
 _op = Op(

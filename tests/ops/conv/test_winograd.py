@@ -186,13 +186,13 @@ def test_tasks_are_spread_over_the_threads(count, threads):
 
 def test_threads_do_not_move_a_bit():
     x, weight, bias, residual = case(1, 32, 48, 16, 12, torch.float32)
-    packed, found = ops.winograd_weight(weight).float(), []
+    packed, found, before = ops.winograd_weight(weight).float(), [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(ops.winograd_conv(x, packed, bias, residual))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
