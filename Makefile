@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .PHONY: help demo test asan check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
-	aarch64 x86-64 emulator has-emulator doctor clean
+	aarch64 x86-64 emulator has-emulator browser doctor clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ x86-64: $(VENV)/.test has-emulator ## the installed C++ kernels on an emulated x
 
 emulator: ## install what those two need, Debian's compiler for AArch64 and qemu, if it is missing
 	@$(HAS_EMULATOR) || { $(APT) update -qq && $(APT) install -qq -y $(EMULATOR); }
+
+browser: ## install what the tests of pages need, Debian's chromium, if it is missing
+	@which chromium >/dev/null || { $(APT) update -qq && $(APT) install -qq -y chromium; }
 
 has-emulator:
 	@$(HAS_EMULATOR) || { echo "needs $(EMULATOR) of Debian (run: make emulator)" >&2; false; }

@@ -1,6 +1,7 @@
 """Small networks on one thread, and a GPU's tests and kernels where there is one."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -22,6 +23,9 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 torch.set_num_threads(1)
 
 
+CHROMIUM = shutil.which("chromium")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what cannot run here, and begin with files of slow tests.
 
@@ -29,13 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    missing = [] if CHROMIUM else ["browser"]
     if not torch.cuda.is_available():
-        marker = "gpu"
+        missing.append("gpu")
     elif emulated.VARIABLE in os.environ:
-        marker = "compiles"
-    else:
-        return
-    left_out = [item for item in items if item.get_closest_marker(marker)]
+        missing.append("compiles")
+    left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -5,11 +5,8 @@ at least 0.97, sliced W2 of at most 0.07 to exact samples at n = 10,000. Two exa
 size are 0.036 apart in the mean and 0.058 for the two that the score draws.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,20 +14,12 @@ import torch
 import ds
 from ds.analytic import GaussianMixture
 from ds.evaluation.scores import Score, scores, table
+from tests.examples import load
 
 pytestmark = pytest.mark.slow
 
 
-def load_example():
-    path = Path(__file__).parents[2] / "examples" / "mixture.py"
-    spec = importlib.util.spec_from_file_location("mixture_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-mixture = load_example()
+mixture = load("mixture")
 
 
 @dataclass(frozen=True)
