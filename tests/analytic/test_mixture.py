@@ -7,6 +7,7 @@ size are 0.036 apart in the mean and 0.058 for the two that the score draws.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
