@@ -7,10 +7,13 @@
     python -m benchmarks --against REV ops        how many times as long it takes at another commit
     python -m benchmarks chain --help             the whole chain, teacher to student
 
-Figures are microseconds, the median and the 20th to 80th percentile, and how far a side is off; "x"
-is how many times as long it takes as ours, the last. Results go to
-benchmarks/results/<machine>/<case>.json, with several threads to a folder of their own, or to the
-folder of --out, row by row. What is wrong or cannot run is named, and the others go on.
+Each row shows its sides, ours last: how long they take, how far they are off, and how many times as
+long as ours they take. What is wrong or cannot run is named, and the others go on. The end says
+where ours wins and where it loses.
+
+Results go to runs/benchmarks/<machine>/<time>/<case>.json, row by row, with the commit, and a "+"
+where the checkout has changes. Those that are to be committed go to benchmarks/results/<machine>
+with --commit, which wants the full size and a checkout without changes.
 """
 
 import argparse
@@ -19,12 +22,11 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 
 import torch
 
-from benchmarks import against, harness
+from benchmarks import against, harness, printed
 from benchmarks.harness import Case
 
 CASES = (
@@ -61,23 +63,25 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     calibration = harness.calibrate(device, options.size)
-    print("machine:", ", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
-    failed = False
+    print(printed.machine(calibration))
+    failed, measured = False, {}
     for name in options.cases or CASES:
-        rows = []
+        print(printed.head(name))
+        rows = measured[name] = []
         try:
             for row in harness.run(_cases(name, options), device, options.pace):
-                print(harness.line(row, calibration), flush=True)
+                print(printed.table(row, calibration), flush=True)
                 failed |= bool(row["refused"])
                 rows.append(row)
-                if options.out:
-                    path = harness.save(name, options.out, rows, calibration, device)
+                if options.folder:
+                    harness.save(name, options.folder, rows, calibration, device)
         except Exception as error:  # of one case, such as too little memory; the others go on
             traceback.print_exc()
             print(f"not timed: {name}: {type(error).__name__}: {error}", flush=True)
             failed = True
-        if rows and options.out:
-            print(f"wrote {path}")
+    print(printed.verdict(measured))
+    if options.folder:
+        print(f"Results: {options.folder}")
     return int(failed)
 
 
@@ -96,18 +100,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="hold sides to float64, time nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
-    parser.add_argument("--machine", help="folder of the results; by default the processor's name")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results there instead")
-    parser.add_argument("--no-save", action="store_true", help="print, and write nothing")
+    harness.saving(parser)
     parser.add_argument("--against", metavar="REV", help="compare with another commit, built here")
     options = parser.parse_args()
     if unknown := set(options.cases) - {*CASES}:
         parser.error(f"no case {sorted(unknown)[0]!r}; the cases are {', '.join(CASES)}")
-    if not (options.no_save or options.out or options.against):
-        here = options.machine or harness.machine(options.device, options.threads)
-        options.out = harness.RESULTS / here
-        if not harness.is_named(harness.commit()):
-            parser.error("no commit names this code: commit changes, or pass --out or --no-save")
+    if options.commit and (options.check or options.size != "full"):
+        parser.error("--commit is for what was timed in full: leave out --check and --size")
+    try:
+        options.folder = harness.folder(options)
+    except ValueError as error:
+        parser.error(str(error))
     if options.size == "tiny":
         options.without = "|".join(filter(None, (options.without, "compiled", "inductor")))
     options.pace = None if options.check else harness.PACES[options.size]

@@ -6,8 +6,9 @@
 
 Each side runs once, in wall-clock seconds by phase. The peer has the same network in diffusers'
 modules, the same batches in number and size, the same rates and average, float32 on CPUs, and
-keeps its pairs as tensors; it holds nothing out and saves no checkpoint. A row is refused where our
-student ends further from its teacher than the peer's does from its own, by more than a fifth.
+keeps its pairs as tensors; it holds nothing out and saves no checkpoint. A side is off by its
+student's distance to its own teacher. A row is refused where that is more than a fifth above the
+peer's.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import harness
+from benchmarks import harness, printed
 from benchmarks.network import random_net
 from benchmarks.peers import Loop, diffusers_twin
 from ds.diffusion.denoiser import Denoiser
@@ -55,9 +56,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of epochs and pairs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s)")
-    parser.add_argument("--machine", help="folder of the results; by default the processor's name")
-    parser.add_argument("--no-save", action="store_true", help="print, and write nothing")
+    harness.saving(parser)
     options = parser.parse_args(arguments)
+    try:
+        folder = harness.folder(options)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     preset = scaled(presets.PRESETS[options.preset](), options.share, options.pairs, device)
@@ -90,14 +94,14 @@ def main(arguments: list[str]) -> int:
         row["us"][name] = {"median": total, "p20": total, "p80": total}
         row["phases"][name] = phases
     calibration = harness.calibrate(device)
-    print(harness.line(row, calibration))
-    print("distance to the teacher:", row["error"])
+    name = f"chain_{options.preset}"
+    print(printed.head(name), printed.table(row, calibration), sep="\n")
     if refused(row["error"]):
         print("not saved: our student is further from its teacher than the peer's")
         return 1
-    if not options.no_save:
-        folder = harness.RESULTS / (options.machine or harness.machine(device, options.threads))
-        harness.save(f"chain_{options.preset}", folder, [row], calibration, device)
+    print(printed.verdict({name: [row]}))
+    if folder:
+        print(f"Results: {harness.save(name, folder, [row], calibration, device)}")
     return 0
 
 

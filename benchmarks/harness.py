@@ -6,6 +6,7 @@ whatever else the machine does reaches all of them. `calibrate` finds what this 
 multiply in the same run; figures are given as shares of that, not of a data sheet.
 """
 
+import argparse
 import datetime
 import functools
 import gc
@@ -32,7 +33,8 @@ from ds.system.machine import device_name
 from ds.system.staging import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # what is committed, and what the documents are made of
+RUNS = ROOT / "runs" / "benchmarks"  # what is measured for oneself
 # The L2 caches of today's GPUs are smaller; what is written between two runs of a side.
 FLUSH_BYTES = 256 * 2**20
 
@@ -336,29 +338,6 @@ def floor(row: dict[str, Any], calibration: dict[str, float]) -> float:
     return max(row["bytes"] / 1e3 / calibration["copy_gbs"], row["flops"] / 1e6 / rate)
 
 
-def line(row: dict[str, Any], calibration: dict[str, float]) -> str:
-    """Lay a row out for people: each side's median and error, and how many times ours it takes."""
-    text = f"{row['case']:58}"
-    last, ours = next(reversed(row["us"].items()), ("", {}))
-    for name, t in row["us"].items():
-        text += f"  {name} {t['median']:.0f} ({t['p20']:.0f} to {t['p80']:.0f})"
-        text += f" off by {row['error'][name]:.1e}"
-        if name != last:
-            text += f" {t['median'] / ours['median']:.2f}x"
-    if not row["us"]:
-        text += ", ".join(f"  {name} off by {error:.1e}" for name, error in row["error"].items())
-    if ours and (least := floor(row, calibration)):
-        text += f"  floor {least:.0f}, {least / ours['median']:.0%} of its rate attained"
-    for side, parts in row["phases"].items():
-        split = ", ".join(f"{phase} {seconds:.3g} s" for phase, seconds in parts.items())
-        text += f"\n    {side}: {split}"
-    for name, reason in row["missing"].items():
-        text += f"\n    {name} missing: {reason}"
-    for name, reason in row["refused"].items():
-        text += f"\nnot timed: {row['case']}: {name}: {reason.splitlines()[0]}"
-    return text
-
-
 def environment(device: torch.device, *, wall: bool = False) -> dict[str, Any]:
     """Say what was measured, on what, with which versions, and by the clock on the wall or not."""
     cuda = device.type == "cuda"
@@ -436,6 +415,34 @@ def dirty() -> bool:
     return bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
 
 
+def saving(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where results go."""
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results there instead")
+    parser.add_argument("--no-save", action="store_true", help="print, and write nothing")
+    parser.add_argument(
+        "--commit", action="store_true", help="write to benchmarks/results, to be committed"
+    )
+    parser.add_argument("--machine", metavar="NAME", help="of its folder there")
+
+
+def folder(options: argparse.Namespace) -> Path | None:
+    """Return where the results of a run go, or None.
+
+    Raises ValueError if they are to be committed and no commit names the code.
+    """
+    if options.no_save:
+        return None
+    here = options.machine or machine(options.device, options.threads)
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    chosen = options.out or (RESULTS / here if options.commit else RUNS / here / now)
+    if RESULTS in chosen.resolve().parents and not is_named(code := commit()):
+        raise ValueError(
+            f"results that are committed need a commit that names the code, not {code!r}: commit "
+            f"your changes, or leave --commit out and find the results in {RUNS.relative_to(ROOT)}"
+        )
+    return chosen
+
+
 def save(
     name: str,
     folder: Path,
@@ -443,10 +450,8 @@ def save(
     calibration: dict[str, float],
     device: torch.device,
 ) -> Path:
-    """Write <folder>/<name>.json. Raises ValueError for results/ if no commit names the code."""
+    """Write <folder>/<name>.json, in which the environment names the commit, or adds a "+"."""
     environ = environment(device, wall=any(row["wall"] for row in rows))
-    if RESULTS in folder.parents and not is_named(environ["commit"]):
-        raise ValueError(f"no commit names this code ({environ['commit']}): commit changes first")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     write(path, {"environment": environ, "calibration": calibration, "cases": rows})

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.harness import RESULTS, ROOT, floor
 from benchmarks.methods import BUDGET, CALLS, DEMO_BUDGET, ENTRIES
+from benchmarks.printed import OURS
 from ds.engine import Plan, Target
 from ds.training import presets
 
@@ -46,7 +47,6 @@ PEERS = (
 )
 # Tables in which the error of a side stands beside its time.
 EXACTNESS = "network", "teacher_loop"
-OURS = "net", "engine", "ours, compiled", "ours, tuned", "ours"
 DATASETS = ("cifar10", "celeba", "lsun_bedroom", "lsun_church")
 
 CAPTIONS = {

@@ -1,10 +1,12 @@
 """The harness times nothing that is wrong, and keeps no result that no commit names."""
 
+import argparse
 import itertools
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -173,14 +175,38 @@ def test_a_check_times_nothing(fake, monkeypatch, tmp_path):
     assert [*rows[0]["error"]] == ["ours"] and "ours" in rows[1]["refused"]
 
 
+def folder(*arguments: str) -> Path | None:
+    parser = argparse.ArgumentParser()
+    harness.saving(parser)
+    options = parser.parse_args(arguments)
+    return harness.folder(argparse.Namespace(**vars(options), device="cpu", threads=1))
+
+
 @pytest.mark.parametrize("commit", ["unknown", "a" * 40 + "+"])
-def test_code_that_no_commit_names_has_no_results(commit, monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+def test_code_that_no_commit_names_has_no_results_to_commit(commit, monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "commit", lambda: commit)
-    with pytest.raises(ValueError, match="no commit names this code"):
-        harness.save("square", tmp_path / "results" / "here", [], {}, CPU)
-    assert not list(tmp_path.iterdir())
-    assert harness.save("square", tmp_path / "elsewhere", [], {}, CPU).exists()
+    for arguments in (["--commit"], ["--out", str(harness.RESULTS / "here")]):
+        with pytest.raises(ValueError, match="commit your changes, or leave --commit out"):
+            folder(*arguments)
+    assert folder("--out", str(tmp_path)) == tmp_path
+    assert folder("--no-save") is None
+
+
+def test_what_a_person_measures_is_kept_outside_of_what_is_tracked(monkeypatch):
+    monkeypatch.setattr(harness, "commit", lambda: "a" * 40 + "+")
+    kept = folder()
+    assert kept.parent == harness.RUNS / harness.machine(CPU)
+    harness.git("check-ignore", str(kept))  # raises for what git would see
+    monkeypatch.setattr(harness, "commit", lambda: "a" * 40)
+    assert folder("--commit", "--machine", "mine") == harness.RESULTS / "mine"
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--size", "quick"]])
+def test_only_what_was_timed_in_full_is_committed(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "ops", "--commit", *arguments])
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "leave out --check and --size" in capsys.readouterr().err
 
 
 def test_a_tree_without_git_is_measured_and_may_say_its_commit(monkeypatch):
@@ -234,9 +260,6 @@ def test_a_table_has_a_row_for_each_case_and_its_floor(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "EXACTNESS", ("square",))
     off = [f"{error:.1e}" for error in row["error"].values()]
     assert f"| square | 9 ({off[0]}) | 4 ({off[1]}) | 2.00 |" in tables.filled(page)
-    assert f"eager 9 (9 to 9) off by {off[0]} 2.00x" in harness.line(
-        row | {"us": {name: dict.fromkeys(t, t["median"]) for name, t in row["us"].items()}}, rates
-    )
 
 
 def test_results_of_several_threads_are_kept_apart():
