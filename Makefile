@@ -7,8 +7,8 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test asan check fmt lint bench gpu-test gpu-bench gpu-wheels gpu-first gpu-second \
-	aarch64 x86-64 emulator has-emulator browser doctor clean
+.PHONY: help demo test asan check fmt lint docs bench gpu-test gpu-bench gpu-wheels gpu-first \
+	gpu-second aarch64 x86-64 emulator has-emulator browser doctor clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,13 @@ lint: $(VENV)/.test ## check format, style and types without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.docs ## the documentation site, into build/site, without a warning or a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(LINKS) --root-dir $(CURDIR)/build/site 'build/site/**/*.html'
+	$(LINKS) '*.md' 'docs/**/*.md'
+
+LINKS = $(BIN)/lychee --offline --include-fragments --quiet
+
 bench: $(VENV)/.test ## time this library and its peers on this machine; CASES="NAME --size quick" for less
 	$(BIN)/python -m benchmarks $(CASES)
 
@@ -139,6 +146,10 @@ $(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.9,<3.10"
 	@$(SAY_BUILT)
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --editable ".[docs]"
+	@touch $@
 
 SAY_BUILT = $(BIN)/python -c 'from ds.ops import build_info as b; i = b(); \
 	print("C++ kernels:", i["compiler"] if i["built"] else i["reason"])'

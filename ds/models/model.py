@@ -61,7 +61,7 @@ class Model(ABC):
         return shape
 
     def decoded(self, x: Tensor) -> Tensor:
-        """Return the pictures of samples [N, *shape], floats about [-1, 1] [N, C, H, W].
+        """Return the pictures of samples [N, *shape]: floats [N, C, H, W], about [-1, 1].
 
         Without a decoder they are the samples themselves.
         """
