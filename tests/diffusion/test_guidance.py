@@ -169,6 +169,15 @@ def test_the_cost_of_a_sample_counts_both_halves(solver):
     assert net.rows == [1]  # so that its time, times nfe, is that of a sample
 
 
+def test_a_row_costs_a_second_evaluation_where_a_scale_moves_it_and_never_for_a_classifier():
+    inside = 0.5, 2.0
+    costs = {scale: ClassifierFree(scale, inside).evaluations(1.0) for scale in (0.0, 1.0, 1.5)}
+    assert costs == {0.0: 1, 1.0: 1, 1.5: 2}
+    assert ClassifierFree(None, inside).evaluations(1.0) == 2
+    assert [ClassifierFree(3.0, inside).evaluations(r) for r in (0.4, 2.1)] == [1, 1]
+    assert ClassifierGuidance(len, 3.0, inside, 3).evaluations(1.0) == 1
+
+
 def test_a_classifier_s_gradient_follows_the_clipping_and_is_not_clipped_again():
     x, label = points()
     denoiser = by_classifier(None, 4.0).given(label=label)

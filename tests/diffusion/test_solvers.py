@@ -361,6 +361,26 @@ def test_an_order_that_a_solver_lacks_is_refused(cls, order):
         cls(order)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0.0}, "Clipped: limit must be above 0, not 0.0"),
+        ({"quantile": 0.0}, "Clipped: quantile must be"),
+        ({"most": -1.0}, "Clipped: most must be above 0"),
+    ],
+)
+def test_a_clipping_that_clips_everything_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Clipped(**options)
+
+
+@pytest.mark.parametrize("inner", [DDIM(), DDIM(eta=1.0), Heun()], ids=repr)
+def test_a_clipped_solver_says_of_itself_what_its_solver_says(inner):
+    clipped = Clipped(inner)
+    assert (clipped.order, clipped.stochastic) == (inner.order, inner.stochastic)
+    assert clipped.nfe((3, 2, 1)) == inner.nfe((3, 2, 1))
+
+
 PLUS = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 # A solver, and the scheduler of diffusers that does the same.
 PEERS = [
