@@ -6,6 +6,7 @@
     python -m benchmarks teacher_loop --check     how far each side is off, and no times
     python -m benchmarks --against REV ops        how many times as long it takes at another commit
     python -m benchmarks chain --help             the whole chain, teacher to student
+    python -m benchmarks methods --help           what the methods give for equal spending
 
 Each row shows its sides, ours last: how long they take, how far they are off, and how many times as
 long as ours they take. What is wrong or cannot run is named, and the others go on. The end says
@@ -50,10 +51,8 @@ CASES = (
 
 def main() -> int:
     """Run the cases that were asked for; return 1 if one failed or a side was refused."""
-    if sys.argv[1:2] == ["chain"]:  # which has options of its own
-        from benchmarks import chain
-
-        return chain.main(sys.argv[2:])
+    if (own := sys.argv[1:2]) in (["chain"], ["methods"]):  # which have options of their own
+        return importlib.import_module(f"benchmarks.{own[0]}").main(sys.argv[2:])
     options = _options()
     if options.against:
         rest = [f"--threads={options.threads}", f"--device={options.device}"]

@@ -3,21 +3,23 @@
     python -m benchmarks.tables
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
-of the case of that name, or "classes", "methods", "methods_demo", "peers" (the README's), "plots",
-"projection", "seeds" or "starts". In the docstring of Sampler the marks are ".. table: sampler" and
-".. end". A test fails when a page is not what the JSON says.
+of the case of that name, or "classes", "methods", "methods_demo", "methods_plane", "peers" (the
+README's), "plots", "projection", "seeds" or "starts". In the docstring of Sampler the marks are
+".. table: sampler" and ".. end". A test fails when a page is not what the JSON says.
 """
 
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.harness import RESULTS, ROOT, floor
-from benchmarks.methods import BUDGET, CALLS, DEMO_BUDGET, ENTRIES
+from benchmarks.methods import Spent
+from benchmarks.methods_entries import BUDGET, CALLS, DEMO_BUDGET, ENTRIES, PLANE_BUDGET
 from benchmarks.printed import OURS
 from ds.engine import Plan, Target
 from ds.training import presets
@@ -62,6 +64,17 @@ CAPTIONS = {
 }
 
 Saved = dict[str, Any]
+# Of a figure its words, its places, and the numbers of calls whose figures are in the table.
+Columns = dict[str, tuple[str, int, Sequence[int | str]]]
+DIGITS_FIGURES: Columns = {
+    "frechet_distance": ("Frechet distance", 1, CALLS),
+    "recall": ("recall", 2, CALLS),
+}
+PLANE_FIGURES: Columns = {
+    "distance": ("distance", 3, CALLS),
+    "modes": ("modes", 2, CALLS),
+    "map": ("error of the map", 3, CALLS[:1]),
+}
 
 
 def filled(page: str) -> str:
@@ -74,6 +87,7 @@ def _made(name: str) -> str:
         "classes": classes,
         "methods": methods,
         "methods_demo": partial(methods, DEMO_BUDGET),
+        "methods_plane": partial(methods, PLANE_BUDGET),
         "peers": peers,
         "projection": projection,
         "plots": plots,
@@ -235,31 +249,43 @@ def classes() -> str:
 
 
 def methods(budget: int = BUDGET) -> str:
-    """Return what the methods give in few calls for a budget, means over seeds."""
-    path = RESULTS / "methods.json"
+    """Return what the methods give in few calls for a budget, means over seeds, and controls."""
+    path, plane = RESULTS / "methods.json", budget == PLANE_BUDGET
     found = json.loads(path.read_text()) if path.exists() else {"rows": []}
     names = dict.fromkeys(row["method"] for row in found["rows"])
     names = [name for name in names if ENTRIES[name].budget == budget]
     if not names:
-        return "Not measured yet: `python -m benchmarks.methods`.\n"
-    columns = ["Frechet distance", "recall", "s / 1,000 images"]
-    heads = [f"{column}, 1" if nfe == 1 else str(nfe) for column in columns for nfe in CALLS]
-    lines = _head("network calls", heads)
+        return "Not measured yet: `python -m benchmarks methods`.\n"
+    columns = PLANE_FIGURES if plane else DIGITS_FIGURES
+    heads = [
+        f"{words}, {nfe}" if nfe == 1 else str(nfe)
+        for words, _, calls in columns.values()
+        for nfe in calls
+    ]
+    lines, notes = _head("network calls", [*heads, "passes, thousands"]), []
     for name in names:
-        rows = [row["figures"] for row in found["rows"] if row["method"] == name]
-        cells = [
-            _spread([row[str(nfe)][figure] for row in rows if str(nfe) in row], digits)
-            for figure, digits in (("frechet_distance", 1), ("recall", 2))
-            for nfe in CALLS
-        ]
-        times = found["seconds"].get(name, {})
-        cells += [f"{times[str(nfe)]:.3f}" if str(nfe) in times else "-" for nfe in CALLS]
-        lines.append(f"| {ENTRIES[name].words} | {' | '.join(cells)} |")
-    e = found["environment"]
-    note = (
-        f"Real digits are {found['real']:.1f} from other real ones. {e['device']}, {e['timing']}."
-    )
-    return "\n".join([*lines, "", note]) + "\n"
+        entry, rows = ENTRIES[name], [row for row in found["rows"] if row["method"] == name]
+        cells = _cells(rows, columns)
+        passes = statistics.mean(Spent(row["evaluations"], row["backward"]).passes for row in rows)
+        words = f"*{entry.words}*" if entry.control else entry.words
+        lines.append(f"| {words} | {' | '.join(cells)} | {passes / 1000:,.0f} |")
+        if more := [nfe for nfe in rows[0]["figures"] if int(nfe) not in CALLS]:
+            full = {figure: (words, places, more) for figure, (words, places, _) in columns.items()}
+            said = zip((words for words, *_ in full.values()), _cells(rows, full), strict=True)
+            notes.append(f"The teacher in {more[0]} calls: {', '.join(map(' '.join, said))}.")
+    floor = found["floor"]["plane" if plane else "digits"]
+    real = [f"{columns[name][0]} {value:.{columns[name][1]}f}" for name, value in floor.items()]
+    notes.append(f"Real data beside other real data: {', '.join(real)}.")
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _cells(rows: list[dict[str, Any]], columns: Columns) -> list[str]:
+    """Return means and deviations of figures over rows, a cell for each number of calls."""
+    return [
+        _spread([f[str(nfe)][name] for row in rows if str(nfe) in (f := row["figures"])], places)
+        for name, (_, places, calls) in columns.items()
+        for nfe in calls
+    ]
 
 
 def starts() -> str:

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
-from benchmarks import methods, tables
+from benchmarks import methods, methods_problems, tables
+from benchmarks.methods_entries import CONTROLS, DEMO_BUDGET, ENTRIES
+from benchmarks.methods_problems import problem
+from ds.analytic import ExactNet
 from ds.engine import Engine
+from ds.nets import MLP
 from ds.nets.blocks import AbstractUNet
 from ds.pairs import generate
 from ds.pairs.sources import Images, digits
@@ -20,10 +25,13 @@ from ds.training.trainer import Trainer
 
 
 class Spy:
-    """Counts the rows that networks are called on, twice where they carry a derivative."""
+    """Counts the rows that networks are called on, twice where they carry a derivative.
+
+    Beside them it counts the rows of calls whose gradient is asked for.
+    """
 
     def __init__(self, monkeypatch):
-        self.evaluations, self._on = 0, False
+        self.spent, self._on = methods.Spent(), False
         self._while(monkeypatch, Trainer, "_take")
         self._while(monkeypatch, generate, "_write_missing")
 
@@ -41,30 +49,41 @@ class Spy:
         monkeypatch.setattr(owner, name, counted)
 
     def __call__(self, module, args):
-        if self._on and isinstance(module, (AbstractUNet, Engine)):
-            x = args[0]
+        if self._on and isinstance(module, (AbstractUNet, MLP, ExactNet, Engine)):
+            x, weights = args[0], [*module.parameters()] if isinstance(module, nn.Module) else []
             dual = not isinstance(module, Engine) and forward_ad.unpack_dual(x).tangent is not None
-            self.evaluations += len(x) * (1 + dual)
+            learns = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+            self.spent += methods.Spent(len(x) * (1 + dual), len(x) * learns)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.ENTRIES if not n.endswith("_demo")])
-def test_a_run_spends_the_evaluations_that_its_networks_do(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", [n for n in ENTRIES if not n.endswith(("_demo", "k", *CONTROLS))])
+def test_a_run_spends_what_its_networks_do(name, monkeypatch, tmp_path):
     monkeypatch.setattr(methods, "HELD_OUT", 4)
-    entry, rows = methods.ENTRIES[name], 8
+    monkeypatch.setattr(methods_problems, "HELD_OUT", 4)
+    entry, rows = ENTRIES[name], 8
     net: Any = entry.net
+    small = (
+        replace(net, width=8, depth=1)
+        if entry.in_plane
+        else replace(net, channels=8, norm_groups=4, channel_mult=(1,), attention_resolutions=())
+    )
     entry = replace(
         entry,
-        net=replace(net, channels=8, norm_groups=4, channel_mult=(1,), attention_resolutions=()),
+        net=small,
         train=replace(entry.train, batch_size=8),
         teach=entry.teach and replace(entry.teach, batch_size=8, epochs=1),
         pairs=rows,
     )
-    least = methods.spends(entry, Images(digits()[0][:rows])) + 160 * bool(entry.teach)
+    least = methods.spends(entry, Images(digits()[0][:rows])).evaluations
+    least += 160 * bool(entry.teach) + 240 * (entry.in_plane and entry.method.feeds == "pairs")
     spy = Spy(monkeypatch)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(spy)
     with hook:
-        _, spent = methods.trained(entry, tmp_path, 0, least + 104, rows)
-    assert spent == spy.evaluations > 0
+        _, spent = methods.trained(
+            entry, tmp_path, 0, least + (480 if entry.in_plane else 104), rows
+        )
+    assert spent == spy.spent
+    assert spent.evaluations >= spent.backward > 0
 
 
 def test_the_second_budget_is_what_the_demo_spends():
@@ -75,7 +94,7 @@ def test_the_second_budget_is_what_the_demo_spends():
     )
     calls = len(demo.solve.build(demo.denoising.schedule)[1])
     pairs = calls * (demo.pairs.count + demo.pairs.held_out)
-    assert taught + pairs + learnt == methods.DEMO_BUDGET
+    assert taught + pairs + learnt == DEMO_BUDGET
 
 
 @pytest.mark.parametrize(
@@ -83,15 +102,13 @@ def test_the_second_budget_is_what_the_demo_spends():
     [
         ("ds.methods.flow.mean_flow", '"""', '"""So: ', False),
         ("ds.methods.flow.mean_flow", "self.guidance", "self.kappa", True),
-        # of what it uses of other files, and of what it does not
-        ("ds.methods.flow.path", "x - (t - r) * u", "x + (t - r) * u", True),
-        ("ds.methods.flow.path", "v = eps - x0", "v = x0 - eps", False),
+        ("ds.methods.flow.mean_flow", "agreement=0.93", "agreement=0.5", False),
     ],
 )
 def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(
     changed, old, new, anew, monkeypatch
 ):
-    entry, read = methods.ENTRIES["mean_flow"], inspect.getsource
+    entry, read = ENTRIES["mean_flow"], inspect.getsource
     before = methods.made_of(entry)
     assert old in read(sys.modules[changed])
 
@@ -103,19 +120,43 @@ def test_a_run_is_made_anew_when_its_method_changes_and_not_for_words(
     assert (methods.made_of(entry) != before) is anew
 
 
-def test_a_row_of_a_later_seed_is_written_beside_the_times_that_were_measured(
-    monkeypatch, tmp_path
-):
-    path, seconds = tmp_path / "methods.json", {"mean_flow": {"1": 0.1}}
-    path.write_text(json.dumps({"rows": [], "seconds": seconds}))
+@pytest.mark.parametrize("name", ["teacher", "plane_teacher"])
+def test_the_control_of_a_teacher_is_asked_for_few_calls_and_for_its_own(name, tmp_path):
+    entry = ENTRIES[name]
+    entry = replace(entry, teach=entry.teach and replace(entry.teach, epochs=0.05))
+    made, _ = methods.trained(entry, tmp_path, 0)
+    own = 20 if entry.in_plane else 12
+    assert {nfe: model.nfe for nfe, model in made.items()} == {n: n for n in (1, 2, 4, own)}
+
+
+def test_the_control_of_shuffled_pairs_has_no_noise_beside_its_own_image(tmp_path):
+    entry = replace(ENTRIES["plane_denoising_student"], pairs=9)
+    teacher, _ = problem(entry).teacher(entry, tmp_path, 0, problem(entry).sources(0, 8))
+    store = generate.generate_pairs(teacher, tmp_path / "pairs", 9)
+    right, wrong = (kind(store).batch(range(9)) for kind in (methods.Pairs, methods.Shuffled))
+    assert torch.equal(right.noise, wrong.noise)
+    assert not (right.x0 == wrong.x0).all(1).any()
+    assert torch.equal(right.x0.sort(0).values, wrong.x0.sort(0).values)
+
+
+def test_figures_in_the_plane_tell_data_from_half_of_its_modes_and_from_a_wrong_map():
+    exact = methods_problems._exact(0)
+    data, shuffled = (methods_problems._judged(x) for x in (exact, exact.roll(1, 0)))
+    assert data["distance"] < 0.02 and data["modes"] > 0.99 and data["map"] == 0
+    assert shuffled["map"] > 1 and shuffled["distance"] == data["distance"]
+    half = methods_problems._judged(exact[exact[:, 0] > 0].repeat(3, 1)[: len(exact)])
+    assert half["modes"] == pytest.approx(0.5, abs=0.02) and half["distance"] > 0.5
+
+
+def test_rows_are_written_in_the_order_of_entries_and_keep_the_floor(monkeypatch, tmp_path):
+    path = tmp_path / "methods.json"
+    path.write_text(json.dumps({"rows": [], "floor": {"digits": {"frechet_distance": 8.0}}}))
     monkeypatch.setattr(methods, "PATH", path)
-    monkeypatch.setattr(methods, "split_floor", lambda *_, **__: 8.0)
-    (tmp_path / "mean_flow-0").mkdir()
     rows = {("mean_flow", seed): {"method": "mean_flow", "seed": seed} for seed in (1, 0)}
-    methods.write(rows, tmp_path)
+    methods.write(rows)
     written = json.loads(path.read_text())
     assert [row["seed"] for row in written["rows"]] == [0, 1]
-    assert written["seconds"] == seconds
+    assert written["floor"] == {"digits": {"frechet_distance": 8.0}}
 
 
 def test_the_table_of_methods_has_means_of_seeds_and_dashes_for_calls_that_none_makes(
@@ -123,17 +164,25 @@ def test_the_table_of_methods_has_means_of_seeds_and_dashes_for_calls_that_none_
 ):
     figures = {"frechet_distance": 30.0, "recall": 0.5}
     rows = [
-        {"method": name, "figures": {nfe: {**figures, "recall": recall} for nfe in calls}}
-        for name, calls in (("mean_flow", "124"), ("denoising_student", "1"))
+        {
+            "method": name,
+            **{"evaluations": 5000, "backward": 2000},
+            "figures": {nfe: {**figures, "recall": recall} for nfe in calls},
+        }
+        for name, calls in (
+            ("mean_flow", ("1", "2", "4")),
+            ("denoising_student", ("1",)),
+            ("teacher", ("1", "2", "4", "12")),
+        )
         for recall in (0.25, 0.75)
     ]
-    seconds = {"mean_flow": {"1": 0.1, "2": 0.2, "4": 0.4}}
-    about = {"real": 8.0, "environment": {"device": "a CPU", "timing": "its time"}}
-    saved = {"rows": rows, "seconds": seconds, **about}
+    saved = {"rows": rows, "floor": {"digits": {"frechet_distance": 8.0}}}
     (tmp_path / "methods.json").write_text(json.dumps(saved))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     table = tables.methods()
     distances, recalls = " | ".join(["30.0 ± 0.0"] * 3), " | ".join(["0.50 ± 0.35"] * 3)
-    assert f"| MeanFlow | {distances} | {recalls} | 0.100 | 0.200 | 0.400 |" in table
-    assert "| Denoising Student | 30.0 ± 0.0 | - | - | 0.50 ± 0.35 | - | - | - | - | - |" in table
-    assert "8.0 from other real ones. a CPU, its time." in table
+    assert f"| MeanFlow | {distances} | {recalls} | 9 |" in table
+    assert "| Denoising Student | 30.0 ± 0.0 | - | - | 0.50 ± 0.35 | - | - | 9 |" in table
+    assert f"| *the teacher itself* | {distances} | {recalls} | 9 |" in table
+    assert "teacher in 12 calls: Frechet distance 30.0 ± 0.0, recall 0.50 ± 0.35." in table
+    assert "Real data beside other real data: Frechet distance 8.0." in table
