@@ -265,20 +265,20 @@ def _factor(cov: Tensor) -> Tensor:
 
 def _covered(samples: Tensor, members: Tensor, k: int) -> float:
     """Return the share of samples inside the union of the members' k-th neighbour balls."""
-    from sklearn.metrics import pairwise_distances_chunked
-    from sklearn.neighbors import NearestNeighbors
-
     centre = members.mean(0)
-    others, own = ((points - centre).cpu().numpy() for points in (samples, members))
-    radii = NearestNeighbors(n_neighbors=k).fit(own).kneighbors()[0][:, -1]
+    others, own = samples - centre, members - centre
+    rows = max(1, _CHUNK * 2**20 // (8 * len(own)))
+    # A member is the nearest to itself, or as near as its copies are.
+    nearest = [_products(part, own).kthvalue(k + 1).values for part in own.split(rows)]
     # Distances here are roots of differences of squared norms, so that of a copy is not quite
     # zero. Without this slack a member with k twins, whose ball is a point, would miss them.
     eps = torch.finfo(torch.float64).eps
-    radii += (eps * own.shape[1]) ** 0.5 * (own**2).sum(1).max() ** 0.5
-    chunks = pairwise_distances_chunked(
-        others,
-        own,
-        reduce_func=lambda distances, _: (distances <= radii).any(1),
-        working_memory=_CHUNK,
-    )
-    return sum(int(inside.sum()) for inside in chunks) / len(samples)
+    slack = (eps * own.shape[1]) ** 0.5 * own.square().sum(1).max().sqrt()
+    radii = torch.cat(nearest) + slack
+    inside = [(_products(part, own) <= radii).any(1).sum() for part in others.split(rows)]
+    return float(torch.stack(inside).sum()) / len(samples)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Return the distances of rows [N, M] by a matrix product, fast where D is large."""
+    return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")

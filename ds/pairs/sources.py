@@ -4,7 +4,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -353,9 +354,8 @@ def _prepared(
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return scikit-learn's 1,797 scanned digits: uint8 [N, 8, 8, 1] and labels [N]."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    levels = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    return torch.from_numpy(levels)[..., None], torch.from_numpy(data.target)
+    """Return the 1,797 scanned digits of ds/pairs/digits: uint8 [N, 8, 8, 1] and labels [N]."""
+    with np.load(Path(__file__).parent / "digits" / "images.npz") as data:
+        levels = np.rint(data["images"] * (255 / 16)).astype(np.uint8)
+        labels = data["labels"].astype(np.int64)
+    return torch.from_numpy(levels)[..., None], torch.from_numpy(labels)

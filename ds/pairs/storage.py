@@ -217,14 +217,14 @@ class Bucket(AbstractPlace):
     caches: ClassVar = True
 
     def __init__(self, url: str):
-        import fsspec
-
         self.path = url.rstrip("/")
         try:
+            import fsspec
+
             self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
         except ImportError as error:
             raise ValueError(
-                f"{self}: {error}; pip install 'denoising-student[remote]' brings s3fs"
+                f"{self}: {error}; pip install 'denoising-student[remote]' brings s3fs and gcsfs"
             ) from None
         except Exception as error:  # every protocol has its own
             raise ValueError(f"{self}: {self._said(error)}") from None

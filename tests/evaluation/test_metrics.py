@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from sklearn.metrics import r2_score
+from sklearn.metrics import pairwise_distances, r2_score
+from sklearn.neighbors import NearestNeighbors
 
 from ds.evaluation import metrics
 
@@ -197,7 +198,7 @@ def test_sliced_wasserstein_depends_on_its_seed_and_leaves_the_global_one_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("width", [2, 20])  # scikit-learn takes a tree for few dimensions
+@pytest.mark.parametrize("width", [2, 20])
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_recall_agrees_with_brute_force(width, k):
     real, fake = normal(70, width, seed=1), 0.9 * normal(50, width, seed=2)
@@ -205,6 +206,17 @@ def test_precision_recall_agrees_with_brute_force(width, k):
     got = metrics.precision_recall(real, fake, k)
     assert got == (naive_covered(fake, real, k), naive_covered(real, fake, k))
     assert 0 < got.recall < got.precision < 1
+
+
+@pytest.mark.parametrize("chunk", [0, 256])  # MiB: a row at a time, or all of them
+def test_precision_recall_agrees_with_scikit_learn(chunk, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK", chunk)
+    sets = {"recall": normal(300, 64, seed=1), "precision": 0.9 * normal(200, 64, seed=2)}
+    got = metrics.precision_recall(*sets.values(), k=3)
+    for name, samples, members in zip(sets, sets.values(), reversed(sets.values()), strict=True):
+        radii = NearestNeighbors(n_neighbors=3).fit(members).kneighbors()[0][:, -1]
+        inside = (pairwise_distances(samples, members) <= radii).any(1)
+        assert getattr(got, name) == inside.mean()
 
 
 def test_a_lost_mode_costs_recall_and_not_precision():

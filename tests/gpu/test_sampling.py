@@ -96,7 +96,6 @@ def test_a_pair_is_what_the_teacher_makes_of_the_noise(tmp_path):
 
 
 def test_a_model_on_a_gpu_is_judged_as_one_on_the_cpu():
-    pytest.importorskip("sklearn", reason="precision and recall need scikit-learn")
     model = student()
     real = ds.Sampler(model)(seed=9, indices=range(8))
     on_cpu = evaluate(model, real, Pixels(), n=4)

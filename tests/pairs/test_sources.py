@@ -1,7 +1,9 @@
 """Sources: what the rows of a batch are."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import ds
 from ds.analytic import Gaussian, GaussianMixture
@@ -83,6 +85,14 @@ def test_processes_share_the_making_of_a_pool(monkeypatch):
 def test_generated_pairs_in_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
         generated(**{name: 0})
+
+
+def test_the_digits_are_those_of_scikit_learn():
+    data = load_digits()
+    images, labels = digits()
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert np.array_equal(images[..., 0], np.rint(data.images * (255 / 16)))
+    assert np.array_equal(labels, data.target)
 
 
 def test_an_image_gets_fresh_noise_at_every_draw():
