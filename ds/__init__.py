@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not run __getatt
     from ds.training.stages import Stages as Stages
     from ds.training.trainer import Trainer as Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "ClassifierGuided": "ds.diffusion.denoiser",

@@ -81,7 +81,7 @@ def _gpu() -> str:
 def _dali() -> str:
     found = [d for d in importlib.metadata.distributions() if _is_dali(d.metadata["Name"])]
     return ", ".join(f"{d.metadata['Name']} {d.version}" for d in found) or (
-        "not installed: pip install 'denoising-student[dali]'"
+        "not installed: pip install 'denoising-student[dali]', of CUDA 12 '[dali-cuda12]'"
     )
 
 

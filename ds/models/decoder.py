@@ -163,7 +163,7 @@ def _built(fields: dict[str, Any], file: Path) -> nn.Module:
         import diffusers
     except ImportError:
         raise RuntimeError(
-            f"{file}: decoding latents needs one more package: pip install diffusers"
+            f"{file}: decoding latents needs diffusers: pip install 'denoising-student[latents]'"
         ) from None
     try:
         with without_ambient(), torch.device("meta"):

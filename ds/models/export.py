@@ -44,7 +44,9 @@ def to_onnx(student: Student, path: str | Path, *, force: bool = False) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        raise RuntimeError("ONNX needs two more packages: pip install onnx onnxscript") from None
+        raise RuntimeError(
+            "ONNX needs onnx and onnxscript: pip install 'denoising-student[onnx]'"
+        ) from None
     program = torch.onnx.export(
         _exported(student),
         input_names=["noise", *student.takes],

@@ -22,7 +22,9 @@ def push_to_hub(
     try:
         import huggingface_hub
     except ImportError:
-        raise RuntimeError("the hub needs one more package: pip install huggingface_hub") from None
+        raise RuntimeError(
+            "the hub needs huggingface_hub: pip install 'denoising-student[hub]'"
+        ) from None
     url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / repo_id.rpartition("/")[2]

@@ -143,7 +143,8 @@ def _dali_modules() -> tuple[Any, Any]:
         from nvidia.dali import Pipeline, fn
     except ImportError as error:
         raise ValueError(
-            f"loader dali: {error}; pip install 'denoising-student[dali]', or take memory_map"
+            f"loader dali: {error}; pip install 'denoising-student[dali]', of CUDA 12 "
+            "'[dali-cuda12]', or take memory_map"
         ) from None
     return Pipeline, fn
 

@@ -23,7 +23,9 @@ log = logging.getLogger("ds")
 def check_project(project: str) -> None:
     """Raise ValueError if a project is named and wandb is not installed."""
     if project and not find_spec("wandb"):
-        raise ValueError("runtime.wandb: wandb is not installed: pip install wandb")
+        raise ValueError(
+            "runtime.wandb: wandb is not installed: pip install 'denoising-student[wandb]'"
+        )
 
 
 class RunLog:

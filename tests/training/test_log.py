@@ -118,5 +118,5 @@ def test_wandb_is_told_where_a_project_is_named_and_goes_on_with_the_same_run(
 
 def test_wandb_that_is_asked_for_and_missing_is_named(tmp_path, monkeypatch):
     installed(monkeypatch)
-    with pytest.raises(ValueError, match="wandb is not installed: pip install wandb"):
+    with pytest.raises(ValueError, match=r"wandb is not installed: pip install .*\[wandb\]"):
         check_project("digits")

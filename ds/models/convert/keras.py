@@ -38,7 +38,9 @@ def read(path: Path, options: Options) -> Imported:
     try:
         import h5py
     except ImportError:
-        raise RuntimeError(f"{path}: an HDF5 file needs h5py; pip install h5py") from None
+        raise RuntimeError(
+            f"{path}: an HDF5 file needs h5py: pip install 'denoising-student[hdf5]'"
+        ) from None
     with whole(path, "HDF5 file"):
         file = h5py.File(path)
     with file:

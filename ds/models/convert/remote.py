@@ -44,7 +44,7 @@ class Repository(NamedTuple):
             import huggingface_hub
         except ImportError:
             raise RuntimeError(
-                f"{self.path}: the hub needs one more package: pip install huggingface_hub"
+                f"{self.path}: the hub needs huggingface_hub: pip install 'denoising-student[hub]'"
             ) from None
         patterns = [*_SMALL, *patterns]
         try:
