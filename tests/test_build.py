@@ -27,13 +27,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """Copy what the build reads; the package itself is not needed."""
-    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "README.md").touch()
-    (tmp_path / "ds").mkdir()
-    (tmp_path / "ds" / "__init__.py").touch()
+    shutil.copytree(ROOT / "ds" / "pairs" / "digits", tmp_path / "ds" / "pairs" / "digits")
+    (tmp_path / "ds" / "__init__.py").write_text('__version__ = "1.2.3"\n')
     return tmp_path
 
 
@@ -155,9 +155,22 @@ def test_the_build_can_be_switched_off(checkout):
         assert info["reason"] == "the build was switched off with DS_BUILD_EXT=0"
 
 
-def test_the_source_archive_can_build_the_library(checkout):
-    setup(checkout, "sdist", "--formats=zip")
-    (path,) = (checkout / "dist").glob("*.zip")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout of git")
+def test_the_source_archive_holds_the_whole_checkout(tmp_path):
+    command = ["-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    setup(ROOT, *command, "--formats=zip")
+    (path,) = tmp_path.glob("*.zip")
     names = {name.partition("/")[2] for name in zipfile.ZipFile(path).namelist()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert {"CMakeLists.txt", *sources} <= names
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    assert {*tracked.stdout.splitlines()} - names == set()
+    assert not [name for name in names if name.endswith((".so", ".pyc", "build.json"))]
+
+
+def test_a_wheel_holds_what_is_no_module(checkout):
+    shutil.copytree(ROOT / "ds", checkout / "ds", dirs_exist_ok=True)
+    setup(checkout, "bdist_wheel", DS_BUILD_EXT="0")
+    found = {name for name in wheel(checkout)[2] if name.startswith("ds/")}
+    tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "ds").rglob("*") if p.is_file()}
+    absent = {name for name in tracked - found if not name.endswith((".so", ".pyc"))}
+    assert absent <= {"ds/ops/lib/build.json"}
+    assert any(name.endswith("licenses/ds/pairs/digits/README.md") for name in wheel(checkout)[2])
