@@ -9,12 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ds.cli.verb import Code, Model, Verb, classes_in, in_calls, say
-from ds.diffusion.schedules import AbstractTable
 from ds.models import export, pretrained
-from ds.models.convert import diffusers, to_diffusers
-from ds.models.convert.diffusers import calls
+from ds.models.convert import diffusers
 from ds.models.load import load
-from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.system import targets
 from ds.system.config import Count, Natural
@@ -62,44 +59,21 @@ class Convert(Verb):
         model = in_calls(model, self.source, self.nfe)
         if self.to in ("pt2", "onnx") and isinstance(model, Teacher):
             raise ValueError(f"convert: {self.to} is for students, {self.source} is a teacher")
-        guided = isinstance(model, Teacher) and model.denoiser.guidance is not None
-        if self.to == "diffusers" and guided:
-            raise ValueError("convert: diffusers keeps no guidance; convert a teacher without it")
-        if self.to == "diffusers" and _is_few(model):
-            calls.drawing(model, self.out)
+        if self.to == "diffusers":
+            export.check_diffusers(model, self.out)
         return partial(self._write, model)
 
     def _write(self, model: Any) -> None:  # a Teacher or a Student, as the format needs it
         if self.to == "ours":
             model.save_pretrained(self.out, force=self.force)
-        elif self.to == "diffusers":
-            self._to_diffusers(model)
         else:
-            write = {"pt2": export.to_program, "onnx": export.to_onnx}[self.to]
+            write = {
+                "diffusers": export.to_diffusers,
+                "pt2": export.to_program,
+                "onnx": export.to_onnx,
+            }[self.to]
             write(model, self.out, force=self.force)
         say(f"{model.kind}: {self.out}")
-
-    def _to_diffusers(self, model: Any) -> None:
-        if _is_few(model):
-            calls.write(self.out, model, force=self.force)
-            return
-        denoiser = model.denoiser
-        to_diffusers(
-            self.out,
-            model.net.config,
-            model.net.state_dict(),
-            denoiser.schedule,
-            denoiser.prediction,
-            solver=model.solver,
-            grid=model.grid,
-            decoder=model.decoder and model.decoder.files(),
-            force=self.force,
-        )
-
-
-def _is_few(model: Teacher | Student) -> bool:
-    """Return whether diffusers is to draw a model in its own calls, and not by a table of betas."""
-    return isinstance(model, Student) or not isinstance(model.denoiser.schedule, AbstractTable)
 
 
 # What says more of a file than the file does.

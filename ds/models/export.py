@@ -1,20 +1,63 @@
-"""Students for programs without this library: torch.export and ONNX."""
+"""Models for programs without this library: diffusers, torch.export and ONNX."""
 
 import io
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds.diffusion.schedules import AbstractTable
+from ds.models.convert import to_diffusers as write_table
+from ds.models.convert.diffusers import calls
 from ds.models.student import Student
+from ds.models.teacher import Teacher
 from ds.ops.group_norm_silu import Addends
 from ds.system import targets
 from ds.system.staging import replacing
 
 log = logging.getLogger("ds")
 BATCH = torch.export.Dim("batch", min=1, max=65536)
+
+
+def to_diffusers(model: Teacher | Student, path: str | Path, *, force: bool = False) -> None:
+    """Write a directory from which a stock pipeline of diffusers draws what a model draws.
+
+    A teacher on a table of betas becomes a DDIMPipeline. Students, and teachers on other paths, are
+    drawn in as many calls as they make, which the log tells. Raises ValueError for guidance, for
+    steps and networks that diffusers does not have, and if the path cannot be written to or,
+    without `force`, exists.
+    """
+    check_diffusers(model, path)
+    if _in_calls(model):
+        calls.write(path, model, force=force)
+        return
+    teacher = cast(Teacher, model)
+    denoiser, config = teacher.denoiser, cast(Any, teacher.net.config)
+    write_table(
+        path, config, teacher.net.state_dict(), denoiser.schedule, denoiser.prediction,
+        solver=teacher.solver, grid=teacher.grid,
+        decoder=teacher.decoder and teacher.decoder.files(),
+        force=force,
+    )  # fmt: skip
+
+
+def check_diffusers(model: Teacher | Student, path: str | Path) -> None:
+    """Raise ValueError, naming a path, for what diffusers cannot draw, as far as it shows at once.
+
+    That is guidance, and calls that no pipeline makes.
+    """
+    if isinstance(model, Teacher) and model.denoiser.guidance is not None:
+        raise ValueError(f"{path}: diffusers keeps no guidance; write the teacher without it")
+    if _in_calls(model):
+        calls.drawing(model, Path(path))
+
+
+def _in_calls(model: Teacher | Student) -> bool:
+    """Return whether diffusers is to draw a model in its own calls, and not by a table of betas."""
+    return isinstance(model, Student) or not isinstance(model.denoiser.schedule, AbstractTable)
 
 
 def to_program(student: Student, path: str | Path, *, force: bool = False) -> None:
