@@ -139,7 +139,7 @@ def _open_streams() -> None:
 def _broken(verb: str, error: Exception) -> int:
     """Report what cannot be imported. The doctor's report needs nothing that can be missing."""
     if verb == "doctor":
-        from ds.cli import environment
+        from ds.evaluation import environment
 
         print(environment.text(environment.report()))
     return _fail(f"{error}; `dstudent doctor` shows what this machine has")

@@ -14,7 +14,6 @@ import tyro
 from torch import Tensor
 
 import ds
-from ds.cli import environment
 from ds.cli.evaluate import EvalConfig
 from ds.cli.pairs import Maker
 from ds.cli.teach import forget_pictures, training_images
@@ -42,6 +41,7 @@ from ds.cli.verb import (
 )
 from ds.diffusion.conditions import Conditions
 from ds.diffusion.noise import Draws
+from ds.evaluation import environment
 from ds.evaluation.evaluate import evaluate, figures, way
 from ds.methods import AbstractMethod
 from ds.models import pretrained

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ds.cli import environment
 from ds.cli.verb import Verb, say
 from ds.engine import Plan, Target
+from ds.evaluation import environment
 from ds.system.config import Count, Positive
 from ds.training.presets import PRESETS
 

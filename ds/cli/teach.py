@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import ds
-from ds.cli import environment
 from ds.cli.verb import (
     Here,
     Verb,
@@ -28,6 +27,7 @@ from ds.cli.verb import (
 )
 from ds.diffusion.conditions import Sheet
 from ds.diffusion.schedules import AbstractTable
+from ds.evaluation import environment
 from ds.methods import Denoising
 from ds.models import pretrained
 from ds.models.images import save_png, tile

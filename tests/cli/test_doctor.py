@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ds
-from ds.cli import environment
 from ds.cli.__main__ import main
 from ds.cli.doctor import PLANS
+from ds.evaluation import environment
 from ds.training.throughput import flop_counter
 from tests.cli.chain import (
     ROOT,

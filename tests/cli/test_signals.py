@@ -39,7 +39,7 @@ def heard(monkeypatch) -> Callable:
 
 PLACES = {
     "demo": ("ds.cli.demo.demo", ["demo", "--out", "new"]),
-    "doctor": ("ds.cli.environment.report", ["doctor"]),
+    "doctor": ("ds.evaluation.environment.report", ["doctor"]),
     "teach, its images": ("ds.cli.teach.digits", ["teach", "digits", "--out", "new"]),
     "pairs, its teacher": ("ds.cli.pairs.load_teacher", ["pairs", "digits"]),
     "info": ("ds.cli.pairs.info", ["pairs", "info", "x"]),

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ds import ops
-from ds.cli import environment
+from ds.evaluation import environment
 
 
 @pytest.mark.parametrize(
