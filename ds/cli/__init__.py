@@ -9,6 +9,7 @@ VERBS = {
     "distill": ("Distill", "PRESET", "train a student, after making the pairs it lacks"),
     "sample": ("Sample", "MODEL", "draw images from a teacher or a student"),
     "evaluate": ("Evaluate", "MODEL", "compare a model's images with real ones"),
+    "report": ("Report", "RUN [RUN ...]", "write a page about a run, or compare several"),
     "verify": ("Verify", "[METHOD ...]", "hold methods against the truth, in minutes"),
     "convert": ("Convert", "MODEL OUT", "write a model in another format"),
 }

@@ -1,8 +1,8 @@
 """dstudent evaluate: compare a model's images with real ones."""
 
+import io
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,8 @@ from ds.evaluation.features import (
     Pixels,
 )
 from ds.evaluation.references import Moments, read_reference
-from ds.evaluation.report import text_table, write_page
+from ds.evaluation.report.page import notes, opening, picture, table, write
+from ds.evaluation.report.tables import text_table
 from ds.models import pretrained
 from ds.models.execution import Execution, Mode, Precision
 from ds.models.images import save_png, tile
@@ -205,27 +206,28 @@ class Evaluate(Verb):
         images = sampler(self.seed + 1, range(asked.count), asked.cond.get("label"))
         names = tuple(sampler.model.provenance.get("classes", ()))
         n, around = result["protocol"]["n"], result["protocol"]["reference"].get("n")
-        every = {"images": n, **({"reference": around} if around else {}), **result}
-        table = [rows({"0": every}, ("",))[0]._replace(name="all")]
-        with tempfile.TemporaryDirectory() as folder:
-            picture = Path(folder) / "samples.png"
-            save_png(tile(images, asked.columns), picture, scale=max(1, 64 // images.shape[1]))
-            write_page(
-                page,
-                f"{sampler.model.kind.capitalize()}: {self.model}",
-                f"{sampler.model.nfe} network calls a sample."
-                + (" Each column has one class." if "label" in asked.cond else ""),
-                picture,
-                COLUMNS,
-                table + rows(result.get(CLASSES, {}), names),
+        whole = {"images": n, **({"reference": around} if around else {}), **result}
+        every = [rows({"0": whole}, ("",))[0]._replace(name="all")]
+        named = "label" in asked.cond
+        sheet = io.BytesIO()
+        save_png(tile(images, asked.columns), sheet)
+        calls = f"{sampler.model.nfe} network calls a sample."
+        kind = sampler.model.kind
+        write(
+            page,
+            title := f"{kind.capitalize()}: {self.model}",
+            opening(kind, title, calls + " Each column has one class." * named),
+            picture(sheet.getvalue(), "Samples" + ", a column for each class" * named),
+            table(COLUMNS, every + rows(result.get(CLASSES, {}), names)),
+            notes(
                 [
                     f"Obtained in {way(result)}.",
                     "A Frechet distance needs more images than features, drawn and real; classes "
                     "with less have none. Kernel distances are unbiased for few images too.",
-                ],
-                alt="Samples" + ", a column for each class" * ("label" in asked.cond),
-                force=self.force,
-            )
+                ]
+            ),
+            force=self.force,
+        )
         say(f"page: {page}")
 
     def _page(self) -> Path | None:

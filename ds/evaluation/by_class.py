@@ -10,7 +10,7 @@ from torch import Tensor
 from ds.diffusion.conditions import Conditions
 from ds.diffusion.noise import words
 from ds.evaluation.metrics import frechet_distance, kernel_distance
-from ds.evaluation.report import Row
+from ds.evaluation.report.tables import Row
 from ds.evaluation.statistics import Statistics
 from ds.pairs.pictures import Pictures
 from ds.system.config import Seed, require

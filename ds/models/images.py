@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return sheet
 
 
-def save_png(image: Tensor, path: Path, *, scale: int = 1) -> None:
+def save_png(image: Tensor, path: Path | BinaryIO, *, scale: int = 1) -> None:
     """Write one uint8 image [H, W, 1 or 3], each pixel enlarged to scale x scale.
 
     Raises ValueError for another number of channels, or another dtype.

@@ -137,6 +137,7 @@ DRY = {
     "sample": ["sample", "teacher", "--out", "new.png"],
     "evaluate": ["evaluate", "student", "--extractor", "pixels", "--out", "new.json"],
     "convert": ["convert", "student", "new"],
+    "report": ["report", "student", "--out", "new.html"],
     "verify of methods": ["verify", "mean_flow"],
     "verify of a store": ["pairs", "verify", "pairs"],
 }

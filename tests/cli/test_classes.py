@@ -189,8 +189,8 @@ def test_evaluate_tells_the_figures_of_each_class_by_its_name(at, tmp_path, capl
     assert main(["evaluate", "guided", *options]) == 0
     assert json.loads(out.read_text())["protocol"]["guidance"]["scale"] == [1.0, 2.0]
     shown = page.read_text()
-    assert all(f"<th>{k} {name}</th>" in shown for k, name in enumerate(FOLDERS))
-    assert "<th>all</th><td>40</td><td>30</td>" in shown and "data:image/png;base64," in shown
+    assert all(f'<th scope="row">{k} {name}</th>' in shown for k, name in enumerate(FOLDERS))
+    assert ">all</th><td>40</td><td>30</td>" in shown and "data:image/png;base64," in shown
 
 
 def test_figures_of_a_model_on_its_way_are_those_of_the_scales_it_learns(at):

@@ -22,6 +22,7 @@ OPTIONS = {
     "pairs": ["--teacher", "--out", "--pairs.count", "--solve.grid", "--plan", "--precision"],
     "distill": ["--teacher", "--store", "--out", "--method.loss-type", "--train.lr", "--held-out"],
     "sample": ["--out", "--seed", "--indices", "--batch-size", "--device"],
+    "report": ["RUN", "--out", "--force"],
     "verify": ["METHOD", "--json", "--seed", "--steps"],
     "convert": ["--to", "--image-size"],
     "evaluate": ["--reference", "--extractor", "--count", "--seed", "--store", "--out", "--mode"],
@@ -69,6 +70,7 @@ WRONG = {  # what a run of it finds wrong before its work
     "sample": ["--out", "new.bmp"],
     "evaluate": ["--reference", "nowhere"],
     "convert": ["--nfe", "2"],
+    "report": ["--out", "new.txt"],
 }
 
 

@@ -48,6 +48,7 @@ PLACES = {
     "distill, its teacher": ("ds.cli.distill.load_teacher", ["distill", "digits"]),
     "sample": ("ds.cli.sample.loaded", ["sample", "x"]),
     "evaluate": ("ds.cli.evaluate.loaded", ["evaluate", "x"]),
+    "report": ("ds.evaluation.report.pages.read_run", ["report", "x"]),
     "convert": ("ds.cli.convert.load", ["convert", "x", "new"]),
 }
 

@@ -12,7 +12,7 @@ from ds.evaluation.by_class import COLUMNS, rows
 from ds.evaluation.evaluate import evaluate, figures
 from ds.evaluation.features import Digits, Pixels
 from ds.evaluation.references import Moments
-from ds.evaluation.report import text_table
+from ds.evaluation.report.tables import text_table
 from ds.models.images import to_float
 from ds.pairs.pictures import Pictures
 from ds.pairs.sources import digits

@@ -17,8 +17,8 @@ import torch
 
 import ds
 from ds.cli.__main__ import main
-from ds.evaluation import report
 from ds.evaluation.features import Pixels
+from ds.evaluation.report import page
 from ds.models import export, images
 from ds.models.convert import to_diffusers
 from ds.nets import UNet, UNetConfig
@@ -48,10 +48,6 @@ def home(tmp_path_factory) -> Path:
     teacher.save_pretrained(home / "teacher")
     ds.Student(net, ds.methods.DenoisingStudent()).save_pretrained(home / "student")
     ds.generate_pairs(teacher, home / "store", 16)
-    images.save(GREY, home / "picture.png")
-    (home / "run").mkdir()
-    line = '{"step": 1, "loss": 1.0, "held_out_loss": 1.0}\n'
-    (home / "run" / "metrics.jsonl").write_text(line)
     return home
 
 
@@ -192,16 +188,10 @@ WRITERS = {
         makes=STORE, goes_on=True, forces=False,
     ),
     "Trainer": Writer(_trainer, makes=RUN, goes_on=True, forces=False, slow=True),
-    "write_page": Writer(
-        lambda home, out, force: report.write_page(
-            out, "title", "lead", home / "picture.png", (), [], [], force=force
-        ),
-        suffix=".html",
+    "page.write": Writer(
+        lambda home, out, force: page.write(out, "title", force=force), suffix=".html"
     ),
-    "draw": Writer(
-        lambda home, out, force: report.draw({"a": GREY[:2]}, home / "run", out, force=force),
-        suffix=".png", slow=True,
-    ),
+    "report": verb("report", "HOME/student", "--out", "OUT", suffix=".html"),
 }  # fmt: skip
 FILES = [name for name, w in WRITERS.items() if w.suffix]
 QUICK = [name for name, w in WRITERS.items() if not w.slow]

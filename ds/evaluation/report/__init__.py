@@ -1,0 +1,1 @@
+"""Pages for people: what a run has done, several runs side by side, the figures of a model."""
