@@ -10,7 +10,6 @@ A bucket has no locks, so a claim there only saves work: the first put of a file
 If-None-Match: *), and later ones leave it as it is.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from typing import Any, ClassVar
 
 from ds.system import targets
 from ds.system.files import MOST_JSON, parse_json, read_bytes, redacted, regular, sha256, small
-from ds.system.staging import is_at, locked, open_own, recover, replacing
+from ds.system.staging import is_at, locked, open_own, recover, replacing, take
 
 RENEW = 30.0  # seconds between two renewals of a claim in a bucket
 STALE = 300.0  # seconds without a renewal, after which others take a claim over
@@ -187,7 +186,7 @@ class Directory(AbstractPlace):
         claim = self.path / claim_of(name)
         with open(open_own(claim, os.O_RDWR | os.O_CREAT), "rb") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take(file.fileno(), self.path)
             except BlockingIOError:
                 yield None
                 return
@@ -234,9 +233,8 @@ class Bucket(AbstractPlace):
         try:
             return getattr(self._fs, call)(f"{self._root}/{name}".rstrip("/"), *args, **options)
         except OSError as error:
-            if (said := self._said(error)) == str(error):
-                raise
-            raise type(error)(said) from None
+            said = self._said(error)
+            raise type(error)(said if str(self) in said else f"{self}: {said}") from None
         except Exception as error:
             raise OSError(f"{self}: {self._said(error)}") from None
 

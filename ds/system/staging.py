@@ -27,6 +27,7 @@ from ds.system.files import kind_of
 LOCK, NEW, GONE, COMMIT = "lock", "new", "gone", ".ds-commit.tmp"
 _STAGE = re.compile(r"\.ds-[a-z0-9_]{8}\.tmp")
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of a rename to a taken name
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -297,19 +298,33 @@ def is_at(descriptor: int, path: Path) -> bool:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a directory. The kernel releases it if the process dies.
 
-    Without `wait`, raise RuntimeError if another process holds it.
+    Raise RuntimeError if the file system has no locks or, without `wait`, another process holds it.
     """
-    descriptor = open_own(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    with open(open_own(folder / ".lock", os.O_RDWR | os.O_CREAT), "rb") as file:
+        try:
+            take(file.fileno(), folder, wait=wait)
+        except BlockingIOError:
+            raise RuntimeError(f"{folder}: another process is writing here; wait for it") from None
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child shares the lock
+
+
+def take(descriptor: int, folder: Path, *, wait: bool = False) -> None:
+    """Lock an open file of a folder.
+
+    Raise RuntimeError if the file system has no locks, BlockingIOError if another process has it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RuntimeError(f"{folder}: another process is writing here; wait for it") from None
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child shares the lock
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise RuntimeError(
+            f"{folder}: its file system has no locks ({error.strerror}); use one that has, such as "
+            f"a local disk"
+        ) from None
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """generate_pairs: the same store from every process, refusals before work, interruptions."""
 
+import errno
 import logging
 import os
 import shutil
@@ -117,10 +118,22 @@ def test_a_claim_on_a_file_that_was_dropped_meanwhile_is_not_used(tmp_path, monk
         (folder.path / places.claim_of(name)).unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr(places.fcntl, "flock", drop_then_lock)
+        patch.setattr("fcntl.flock", drop_then_lock)
         with folder.claim(name) as put:
             assert put is None
     assert contents(make(tmp_path / "s").path) == contents(make(tmp_path / "t").path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(RuntimeError, match=r"/s: its file system has no locks \(Function not"):
+        make(tmp_path / "s")
+    folder = places.Directory(tmp_path / "s")
+    with pytest.raises(RuntimeError, match=r"/s: its file system has no locks"):
+        folder.claim("images-00001.npy").__enter__()
 
 
 # What is refused before any work.

@@ -248,12 +248,13 @@ def test_an_empty_folder_is_no_store(url):
         ds.PairStore(url)
 
 
-def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch):
+@pytest.mark.parametrize("error", [TypeError, PermissionError])
+def test_a_bucket_that_cannot_be_reached_is_one_line(monkeypatch, error):
     def fail(*_, **__):
-        raise TypeError("no credentials")
+        raise error("no credentials")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", fail)
-    with pytest.raises(OSError, match="memory://bucket/x: no credentials"):
+    with pytest.raises(OSError, match=r"^memory://bucket/x: no credentials$"):
         ds.PairStore("memory://bucket/x")
 
 
