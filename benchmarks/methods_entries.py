@@ -32,7 +32,7 @@ from ds.nets import MLPConfig, SongConfig, UNetConfig
 from ds.training import presets
 from ds.training.config import TrainConfig
 
-CALLS, BUDGET, PLANE_BUDGET = (1, 2, 4), 100_000, 250_000
+CALLS, BUDGET, PLANE_BUDGET = (1, 2, 4), 100_000, 1_000_000
 # `make demo`: 40 epochs of a teacher, 12 calls for each of 12,800 pairs, and 7 epochs of a student.
 DEMO_BUDGET = 40 * 28 * 64 + 12 * 12_800 + 7 * 12_288
 DEMO = presets.digits()
@@ -209,7 +209,7 @@ def _in_plane(name: str, method: Any) -> Entry:
         replace(method, **changes),
         net,
         replace(PLANE_TRAIN, **method.train),
-        pairs=4096,
+        pairs=8192,
         budget=PLANE_BUDGET,
     )
 

@@ -89,8 +89,9 @@ class InPlane:
         return DATA.teacher(DPMSolverPP(order=2), grids.quadratic(20, LinearBeta())), 0
 
     def start(self, entry: Entry, teacher: Teacher, seed: int) -> Teacher:
-        """Return what the first network is a copy of, where the method names no network."""
-        return teacher.using(built(entry.net, seed))
+        """Return the exact teacher, or for a method that copies its network, one that can learn."""
+        copies = getattr(entry.method, "student", None) is None
+        return teacher.using(built(entry.net, seed)) if copies else teacher
 
     def figures(self, model: Model) -> Figures:
         """Return the distance to data, the modes that are found, and the error of the map.

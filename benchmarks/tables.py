@@ -11,7 +11,7 @@ README's), "plots", "projection", "seeds" or "starts". In the docstring of Sampl
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ CAPTIONS = {
 
 Saved = dict[str, Any]
 # Of a figure its words, its places, and the numbers of calls whose figures are in the table.
-Columns = dict[str, tuple[str, int, Sequence[int | str]]]
+Columns = Mapping[str, tuple[str, int, Sequence[int | str]]]
 DIGITS_FIGURES: Columns = {
     "frechet_distance": ("Frechet distance", 1, CALLS),
     "recall": ("recall", 2, CALLS),
@@ -251,7 +251,7 @@ def classes() -> str:
 def methods(budget: int = BUDGET) -> str:
     """Return what the methods give in few calls for a budget, means over seeds, and controls."""
     path, plane = RESULTS / "methods.json", budget == PLANE_BUDGET
-    found = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    found: Saved = json.loads(path.read_text()) if path.exists() else {"rows": []}
     names = dict.fromkeys(row["method"] for row in found["rows"])
     names = [name for name in names if ENTRIES[name].budget == budget]
     if not names:
