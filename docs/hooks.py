@@ -22,6 +22,9 @@ NOTES = ROOT / "docs" / "notes"
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 README = "index.md"
 COMMANDS = "reference/command-line.md"
+FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"(?<!\[)`(ds(?:\.\w+)+)(?:\([^`\n]*\))?`")
+OPTION = re.compile(r"<code>(--[\w.=-]{2,34})</code>")
 LINK = re.compile(r"(?<=\]\()(?![a-z+]+:|#)([^)#\s]+)")
 
 
@@ -46,10 +49,23 @@ def on_page_markdown(text: str, page: Page, **_: Any) -> str:
     source = page.file.src_uri
     here = ROOT / source if source in ROOT_PAGES else ROOT / "docs" / source
     text = LINK.sub(lambda link: _moved(link[1], here, source), text)
+    text = "".join(_named(part) for part in FENCED.split(text))
     if source == "notes/index.md":
         lines = (f"- [{_title(note)}]({note.name})\n" for note in _notes())
         return f"{text}\n{''.join(lines)}"
     return f"{text}\n{''.join(_helps())}" if source == COMMANDS else text
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark the names of options, which are not to be broken at a hyphen."""
+    return OPTION.sub(r'<code class="option">\1</code>', html)
+
+
+def _named(text: str) -> str:
+    """Link the names of the library to their places in the reference, but for those in blocks."""
+    if text.startswith("```"):
+        return text
+    return NAME.sub(r'<autoref identifier="\1" optional>\g<0></autoref>', text)
 
 
 def _pages() -> Iterator[Path]:
