@@ -6,8 +6,12 @@ MACHINE is a folder of results/; by default the one with the most cases.
 """
 
 import json
+import math
+import re
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.harness import RESULTS
+from benchmarks.methods import Spent
+from benchmarks.methods_entries import CALLS, ENTRIES, LEADERS
 from benchmarks.tables import PLOTS
 
 # Okabe & Ito's colours, which differ for every kind of eye.
@@ -46,6 +52,7 @@ STYLE = {
     "savefig.dpi": 130,
 }
 Saved = dict[str, Any]
+Label = tuple[str, str, float, float]  # a name, its colour, and the point that it belongs to
 
 
 def main(*machine: str) -> None:
@@ -59,6 +66,9 @@ def main(*machine: str) -> None:
         for path in sorted(folder.glob(f"{case}.json"))[:1]:
             with plt.rc_context(STYLE):
                 _draw(json.loads(path.read_text()), draw, PLOTS / f"{name}.png")
+    if (path := RESULTS / "methods.json").exists():
+        with plt.rc_context(STYLE):
+            methods(json.loads(path.read_text()), PLOTS / "methods.png")
 
 
 def _draw(saved: Saved, draw: Callable[[Axes, Saved], None], path: Path) -> None:
@@ -298,6 +308,125 @@ def training(axes: Axes, saved: Saved) -> None:
     )
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3)
+
+
+# Of the methods on digits: the colour of a family, and the short name of each beside its line.
+FAMILIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "a teacher's pairs": (BLACK, {"denoising_student": "Denoising Student"}),
+    "flows": (
+        BLUE,
+        {
+            "rectified_flow": "rectified flow",
+            "reflow": "reflow",
+            "distil": "reflow, distilled",
+            "mix_flow": "MixFlow",
+            "shortcut": "shortcut",
+        },
+    ),
+    "mean flows": (
+        RED,
+        {
+            "mean_flow": "MeanFlow",
+            "discrete_mean_flow": "discrete MeanFlow",
+            "posterior_mean_flow": "posterior MeanFlow",
+        },
+    ),
+    "consistency": (
+        GREEN,
+        {
+            "consistency_distillation": "CD",
+            "consistency_training": "CT",
+            "improved_consistency_training": "iCT",
+            "easy_consistency_tuning": "ECT",
+            "scd": "sCD",
+            "sct": "sCT",
+            "regularized_consistency_model": "rCM",
+        },
+    ),
+    "others": (PURPLE, {"progressive_distillation": "progressive", "drifting": "drifting"}),
+    "not distilled": (GREY, {"teacher": "the teacher itself"}),
+}
+
+
+def methods(saved: Saved, path: Path) -> None:
+    """Frechet distance of methods on digits, against calls and against what the training cost."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 6.4), sharey=True)
+    beside: dict[str, list[Label]] = {"many": [], "one": [], "cost": []}
+    for family, (color, names) in FAMILIES.items():
+        left.plot([], [], color=color, marker="o", label=family)
+        for name, short in names.items():
+            points = _by_calls(saved, name)
+            if not points:
+                continue
+            style = {"color": color, "marker": "o", "markersize": 5}
+            left.plot(*zip(*points, strict=True), **style)
+            beside["one" if len(points) == 1 else "many"].append((short, color, *points[-1]))
+            if ENTRIES[name].control:
+                continue
+            spent = _by_cost(saved, name)
+            right.plot(*zip(*spent, strict=True), **style)
+            if name in LEADERS:
+                beside["cost"].append((short, color, *spent[0]))
+    real = saved["floor"]["digits"]["frechet_distance"]
+    for axes, title, label in (
+        (left, "More calls", "network calls a sample"),
+        (right, "More training", "thousands of passes to train; a backward pass counts two"),
+    ):
+        axes.set(xscale="log", yscale="log", title=title, xlabel=label, ylim=(10, 2000))
+        axes.axhline(real, color=BLACK, linestyle=":", linewidth=1.2)
+    left.set(xlim=(0.28, 14), ylabel="Frechet distance to real digits")
+    right.set_xlim(22, 420)
+    _plain_ticks(right, "x", "y")
+    left.set_xticks(CALLS, [str(nfe) for nfe in CALLS])
+    left.minorticks_off()
+    left.annotate("real digits beside others", (0.3, real * 0.93), va="top", fontsize=9)
+    _name(left, beside["many"], 1.25, "left")
+    _name(left, beside["one"], 0.8, "right")
+    _name(right, beside["cost"], 0.9, "right")
+    left.legend(loc="upper right", fontsize=9.5)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _by_calls(saved: Saved, name: str) -> list[tuple[float, float]]:
+    """Return numbers of calls, and the mean distances over seeds."""
+    rows = [row["figures"] for row in saved["rows"] if row["method"] == name]
+    return [
+        (nfe, statistics.mean(row[str(nfe)]["frechet_distance"] for row in rows))
+        for nfe in CALLS
+        if rows and str(nfe) in rows[0]
+    ]
+
+
+def _by_cost(saved: Saved, name: str) -> list[tuple[float, float]]:
+    """Return thousands of passes, and the mean distances in one call, for every budget."""
+    budgets: dict[str, list[dict[str, Any]]] = {}
+    for row in saved["rows"]:
+        if re.fullmatch(rf"{name}(_\d+k)?", row["method"]):
+            budgets.setdefault(row["method"], []).append(row)
+    return sorted(
+        (
+            statistics.mean(Spent(r["evaluations"], r["backward"]).passes for r in rows) / 1000,
+            statistics.mean(r["figures"]["1"]["frechet_distance"] for r in rows),
+        )
+        for rows in budgets.values()
+    )
+
+
+def _name(axes: Axes, labels: list[Label], reach: float, side: str) -> None:
+    """Write names beside their points, pushed apart where they would touch."""
+    labels, gap = sorted(labels, key=lambda label: label[3]), 0.05  # of a logarithm
+    heights = [math.log10(y) for *_, y in labels]
+    for _ in range(200):
+        for i, (low, high) in enumerate(pairwise(heights)):
+            push = max(0.0, gap - (high - low)) / 2
+            heights[i], heights[i + 1] = low - push, high + push
+    for (name, color, x, y), height in zip(labels, heights, strict=True):
+        to = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        place = x * reach, 10**height
+        axes.annotate(
+            name, (x, y), place, va="center", ha=side, fontsize=9, color=color, arrowprops=to
+        )
 
 
 DRAWN: dict[str, tuple[str, Callable[[Axes, Saved], None]]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from benchmarks import methods, methods_problems, tables
+from benchmarks import methods, methods_problems, plots, tables
 from benchmarks.methods_entries import CONTROLS, DEMO_BUDGET, ENTRIES
 from benchmarks.methods_problems import problem
 from ds.analytic import ExactNet
@@ -186,3 +186,30 @@ def test_the_table_of_methods_has_means_of_seeds_and_dashes_for_calls_that_none_
     assert f"| *the teacher itself* | {distances} | {recalls} | 9 |" in table
     assert "teacher in 12 calls: Frechet distance 30.0 ± 0.0, recall 0.50 ± 0.35." in table
     assert "Real data beside other real data: Frechet distance 8.0." in table
+
+
+def test_the_plot_of_methods_has_means_by_calls_and_a_point_for_each_budget(tmp_path):
+    def row(name, evaluations, **distances):
+        figures = {nfe: {"frechet_distance": far} for nfe, far in distances.items()}
+        spent = {"evaluations": evaluations, "backward": evaluations / 2}
+        return {"method": name, **spent, "figures": figures}
+
+    rows = [
+        row("mean_flow", 100_000, **{"1": 30.0, "2": 20.0, "4": 10.0}),
+        row("mean_flow", 100_000, **{"1": 50.0, "2": 40.0, "4": 10.0}),
+        row("mean_flow_25k", 25_000, **{"1": 90.0, "2": 80.0, "4": 70.0}),
+        row("mean_flow_demo", 311_296, **{"1": 20.0, "2": 13.0, "4": 11.0}),
+        row("denoising_student", 100_000, **{"1": 80.0}),
+    ]
+    saved = {"rows": rows, "floor": {"digits": {"frechet_distance": 13.0}}}
+    assert plots._by_calls(saved, "mean_flow") == [(1, 40.0), (2, 30.0), (4, 10.0)]
+    assert plots._by_calls(saved, "denoising_student") == [(1, 80.0)]
+    assert plots._by_cost(saved, "mean_flow") == [(50.0, 90.0), (200.0, 40.0)]
+    plots.methods(saved, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size
+
+
+def test_every_method_of_digits_has_a_colour_in_the_plot():
+    drawn = [name for _, names in plots.FAMILIES.values() for name in names]
+    digits_alone = [n for n, e in ENTRIES.items() if e.budget == 100_000 and not e.control]
+    assert sorted(drawn) == sorted([*digits_alone, "teacher"])
