@@ -7,8 +7,8 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test asan check fmt lint docs bench gpu-test gpu-bench gpu-wheels gpu-first \
-	gpu-second aarch64 x86-64 emulator has-emulator browser doctor clean
+.PHONY: help demo test test-slow verify asan check fmt lint docs bench gpu-test gpu-bench gpu-wheels \
+	gpu-first gpu-second aarch64 x86-64 emulator has-emulator browser doctor clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,8 +16,18 @@ help:
 demo: $(VENV)/.installed ## teacher, pairs, student, report on scanned digits, in minutes
 	$(BIN)/dstudent demo
 
-test: $(VENV)/.test ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.test ## the tests, minutes on two CPU cores
+	$(PYTEST) --dist worksteal -m "not slow"
+
+# A file is run by one process, since what its tests share takes the longest.
+test-slow: $(VENV)/.test ## the tests that take longer: kills, several processes, an emulated GPU, machine code
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
+
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+verify: $(VENV)/.installed ## hold every method against the truth, beside its controls, a process for each core
+	$(BIN)/python -c 'from ds.cli.verb import methods; print(*methods())' | \
+		OMP_NUM_THREADS=1 xargs -n 1 -P "$$(nproc)" $(BIN)/dstudent verify
 
 # Built without optimization, which takes a quarter of the time, and one test asks for fused products.
 # PyTorch throws C++ exceptions, which the sanitizer only sees if it was given libstdc++ at the start.

@@ -3,11 +3,14 @@
 import os
 import shutil
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests import emulated
+from tests.combinations import mark_slow, slow
 
 if emulated.VARIABLE in os.environ:  # in the workers of an emulated run
     emulated.install()
@@ -26,13 +29,10 @@ torch.set_num_threads(1)
 CHROMIUM = shutil.which("chromium")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what cannot run here, and begin with files of slow tests.
-
-    Else one process would be left with those at the end.
-    """
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Leave out what cannot run here, and mark what is slow of `each_value`."""
+    mark_slow(items)
     missing = [] if CHROMIUM else ["browser"]
     if not torch.cuda.is_available():
         missing.append("gpu")
@@ -41,6 +41,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count them for the process that reports; pytest-xdist does not."""
+    for item in items:
+        if (output := getattr(item.config, "workeroutput", None)) is not None:
+            output["deselected"] = output.get("deselected", 0) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    output = getattr(node, "workeroutput", {})  # a process that has died left none
+    reporter.stats["deselected"] = [SimpleNamespace()] * output.get("deselected", 0)
+
+
+@pytest.fixture(params=["aot_eager", slow("inductor")])
+def compiler(request, monkeypatch) -> str:
+    """Let torch.compile stop at a graph of PyTorch's calls, or go on to machine code."""
+    if request.param == "aot_eager":
+        compile = torch.compile
+        monkeypatch.setattr(
+            torch,
+            "compile",
+            lambda model, fullgraph=False, **_: compile(
+                model, fullgraph=fullgraph, backend="aot_eager"
+            ),
+        )
+    return request.param
 
 
 @pytest.fixture(scope="module", autouse=True)

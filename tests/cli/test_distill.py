@@ -12,6 +12,7 @@ import ds
 from ds.cli.__main__ import main
 from ds.training.trainer import Trainer
 from tests.cli.chain import DISTILL, distill_of, pairs_of, python, recipe_of, refused, tree
+from tests.combinations import slow
 
 
 def test_a_store_that_is_not_there_is_made_and_the_student_is_the_same(home, capsys, caplog):
@@ -85,7 +86,9 @@ LIMITED = (
 )
 
 
-@pytest.mark.parametrize("out", ["student", "new"], ids=["at the student", "at a checkpoint"])
+@pytest.mark.parametrize(
+    "out", [slow("student", id="at the student"), pytest.param("new", id="at a checkpoint")]
+)
 def test_a_disk_that_fills_up_costs_nothing_that_was_there(home, out):
     """The limit on the size of a file stands for the disk: no weights fit, small files do."""
     before = tree(home)

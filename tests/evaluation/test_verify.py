@@ -25,6 +25,7 @@ from ds.nets import MLPConfig
 from ds.pairs.sources import Images
 from ds.system.config import from_json, to_json
 from ds.training.trainer import Trainer
+from tests.combinations import slow
 
 SHORT = 250  # steps; the bars of the methods are made for 2000
 MADE = {}
@@ -41,13 +42,13 @@ def figures(method: AbstractMethod) -> dict[str, Check]:
     ("method", "metric", "bar"),
     [
         (DenoisingStudent(), "distance, 1 call", 0.13),
-        (RectifiedFlow(), "stage 1: distance, 100 calls", 0.28),
-        (RectifiedFlow(), "stage 2: distance, 1 call", 0.28),
-        (RectifiedFlow(), "distance, 1 call", 0.28),
-        (RectifiedFlow(), "agreement with the exact ODE", 0.88),
-        (MeanFlow(), "agreement with the exact ODE", 0.85),
-        (ConsistencyDistillation(), "distance, 1 call", 0.6),
-        (ConsistencyDistillation(), "agreement with the exact ODE", 0.8),
+        slow(RectifiedFlow(), "stage 1: distance, 100 calls", 0.28),
+        slow(RectifiedFlow(), "stage 2: distance, 1 call", 0.28),
+        slow(RectifiedFlow(), "distance, 1 call", 0.28),
+        slow(RectifiedFlow(), "agreement with the exact ODE", 0.88),
+        slow(MeanFlow(), "agreement with the exact ODE", 0.85),
+        slow(ConsistencyDistillation(), "distance, 1 call", 0.6),
+        slow(ConsistencyDistillation(), "agreement with the exact ODE", 0.8),
     ],
 )
 def test_a_short_training_passes_bars_of_its_own_and_its_control_fails_them(method, metric, bar):
@@ -84,10 +85,9 @@ REFLOW = RectifiedFlow(feeds="pairs", reflow=0, time_scale=1.0)
 @pytest.mark.parametrize(
     ("right", "wrong", "bar"),
     [
-        (DenoisingStudent(), Shuffled(), 0.13),
-        (RectifiedFlow(), Shuffled(REFLOW), 0.28),
+        pytest.param(DenoisingStudent(), Shuffled(), 0.13, id="regression"),
+        slow(RectifiedFlow(), Shuffled(REFLOW), 0.28, id="reflow"),
     ],
-    ids=["regression", "reflow"],
 )
 def test_a_method_on_shuffled_pairs_fails(right, wrong, bar):
     value, control = (figures(method)["distance, 1 call"].value for method in (right, wrong))
@@ -112,6 +112,7 @@ class SelfTaught(ConsistencyDistillation):
         return ()
 
 
+@pytest.mark.slow
 def test_a_consistency_model_that_is_its_own_target_has_no_loss_and_learns_nothing():
     check = figures(SelfTaught())["distance, 1 call"]
     assert {*SelfTaught.losses} == {0.0}

@@ -65,6 +65,7 @@ def fresh() -> dict:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_the_report_has_every_kernel_at_every_shape(committed, fresh):
     def keys(report):
         return [{name: row[name] for name in KEY} for row in report["kernels"]]
@@ -72,6 +73,7 @@ def test_the_report_has_every_kernel_at_every_shape(committed, fresh):
     assert keys(committed) == keys(fresh), "run: python benchmarks/aot.py > " + str(REPORT)
 
 
+@pytest.mark.slow
 def test_the_code_is_what_the_report_says(committed, fresh):
     compiled = [
         (new, old)

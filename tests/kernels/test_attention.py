@@ -23,6 +23,7 @@ from tests.oracle import assert_close, poison
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = [
+    pytest.mark.each_value,
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
     pytest.mark.usefixtures("products_of_bfloat16"),
 ]

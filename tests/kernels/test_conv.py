@@ -36,6 +36,7 @@ from tests.oracle import assert_close, poison, poisoned
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
 pytestmark = [
+    pytest.mark.each_value,
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
     pytest.mark.usefixtures("products_of_bfloat16"),
 ]

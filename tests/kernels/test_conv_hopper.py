@@ -28,6 +28,7 @@ from tests.oracle import assert_close, poisoned
 
 SM_90 = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
+    pytest.mark.each_value,
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
     pytest.mark.usefixtures("products_of_bfloat16"),
     pytest.mark.skipif(not SM_90, reason="needs sm_90"),

@@ -40,7 +40,10 @@ from tests.ops.group_norm_silu.cases import (
 from tests.oracle import assert_close, assert_same_bits, gradient_like, poison
 
 # NumPy's, with which the interpreter computes: a GPU says nothing of an infinity.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.each_value,
+    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
+]
 
 # The last two do not fit one pass: too many pixels, too wide a group.
 SHAPES = [

@@ -185,6 +185,7 @@ def test_the_loss_leaves_the_global_random_state_alone(method):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow  # of labelled points, test_conditions.py
 @every_method
 def test_the_loss_is_one_graph_for_all_steps(method):
     """Network, target, randomness and all, under autocast and in training."""

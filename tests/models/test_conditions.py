@@ -150,7 +150,7 @@ def test_a_conditional_sampler_is_pickled_with_its_conditions():
     assert torch.equal(a, b)
 
 
-def test_a_compiled_conditional_student_draws_the_same():
+def test_a_compiled_conditional_student_draws_the_same(compiler):
     model = student(replace(TOLD, width=8, depth=1))
     options = {"conditions": Conditions(guidance=2.0), "batch_size": 8, "indices": range(16)}
     compiled = points(model, execution=Execution(mode="compile"), **options)

@@ -175,7 +175,7 @@ def test_a_model_that_is_no_recurrence_is_not_captured(unet, no_check):
 # What each way draws.
 
 
-def test_a_compiled_teacher_draws_the_same_images():
+def test_a_compiled_teacher_draws_the_same_images(compiler):
     expected = ds.Sampler(TEACHER)(indices=range(4))
     sampler = ds.Sampler(TEACHER, execution=Execution(mode="compile"), batch_size=4)
     assert sampler.cold_start["compile"] > sampler.cold_start["capture"] == 0

@@ -41,7 +41,7 @@ from tests.training.runs import store as store
 # Resuming.
 
 
-def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
+def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # to be as it was afterwards
     options = RuntimeConfig(compile="yes", compile_cache=str(tmp_path / "cache"))
 
@@ -51,7 +51,9 @@ def test_a_compiled_run_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
     whole = compiled("whole")
     whole.fit()
     assert whole.losses["student"]._compiled_call_impl is not None
-    assert list((tmp_path / "cache" / "fxgraph").rglob("*")), "the cache is where it was asked for"
+    if compiler == "inductor":
+        cache = tmp_path / "cache" / "fxgraph"
+        assert list(cache.rglob("*")), "the cache is where it was asked for"
     plain = trainer(store, tmp_path / "plain")
     plain.fit()
     for name, w in state(whole).items():

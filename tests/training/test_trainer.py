@@ -372,6 +372,7 @@ def _after_every_step(method: AbstractMethod, act):
     return Acting()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam", "apex_adamw"])
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_step_is_clipping_then_torch_optim_then_the_average(
