@@ -4,8 +4,8 @@
 
 What stands between <!-- table: NAME --> and <!-- end --> is made anew: for each machine the results
 of the case of that name, or "classes", "methods", "methods_demo", "methods_plane", "peers" (the
-README's), "plots", "projection", "seeds" or "starts". In the docstring of Sampler the marks are
-".. table: sampler" and ".. end". A test fails when a page is not what the JSON says.
+README's), "plots", "projection", "sampler" (of its docstring), "seeds" or "starts". A test fails
+when a page is not what the JSON says.
 """
 
 import json
@@ -34,9 +34,7 @@ PAGES = (
     ROOT / "ds" / "models" / "sampler.py",
 )
 PLOTS = ROOT / "docs" / "plots"
-MARKED = re.compile(
-    r"((?:<!--|\.\.) table: (\w+)(?: -->)?\n).*?((?:<!-- end -->)|(?:    \.\. end))", re.DOTALL
-)
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?( *<!-- end -->)", re.DOTALL)
 # Of the README: the case, the part of a row's name, what it is called, and the peers worth naming.
 PEERS = (
     ("teacher_loop", "DDIM float32", "teacher, two network calls, float32"),
@@ -217,7 +215,7 @@ def sampler() -> str:
         lines += [_rate("one call", row, 1) for row in sound(one)]
         for row in sound(loop):
             lines.append(_rate(f"96 calls, {row['dtype']}", row, 2 / 96))  # two were timed
-    return "".join(f"    {line}".rstrip() + "\n" for line in [*lines, ""])
+    return "".join(f"        {line}".rstrip() + "\n" for line in [*lines, ""])
 
 
 def _rate(label: str, row: dict[str, Any], share: float) -> str:

@@ -47,17 +47,17 @@ class Sampler:
 
     Measured with the CIFAR-10 network (benchmarks/results; docs/performance.md):
 
-    .. table: sampler
+    <!-- table: sampler -->
 
-    AMD EPYC, AVX512 with bfloat16, 1 thread:
-        one call               16 at a time      18.8 images/s
-        one call                4 at a time      16.7 images/s
-        one call                1 at a time      13.4 images/s
-        96 calls, float32       8 at a time     0.205 images/s
-        96 calls, bfloat16      8 at a time      0.36 images/s
-        96 calls, float32       1 at a time     0.138 images/s
+        AMD EPYC, AVX512 with bfloat16, 1 thread:
+            one call               16 at a time      18.8 images/s
+            one call                4 at a time      16.7 images/s
+            one call                1 at a time      13.4 images/s
+            96 calls, float32       8 at a time     0.205 images/s
+            96 calls, bfloat16      8 at a time      0.36 images/s
+            96 calls, float32       1 at a time     0.138 images/s
 
-    .. end
+    <!-- end -->
 
     Raises ValueError for a batch_size below 1 or beyond the memory, for an execution that the model
     or its device does not support, and for conditions that the model does not take. Every way to

@@ -30,7 +30,7 @@ class PotentialConfig(AbstractNetConfig):
 
 
 class Potential(nn.Module):
-    """A velocity grad c*(grad f), where a network makes f: net(x [N, *shape], t [N], **cond).
+    """A velocity `grad c*(grad f)`, where a network makes f: net(x [N, *shape], t [N], **cond).
 
     f(x, t) = <x, net(x, t)> / 2 is a number for each row, whatever the network, and
 
@@ -41,10 +41,12 @@ class Potential(nn.Module):
     as the SiLU of all networks here is: the slope of a ReLU's f is constant in pieces, and its loss
     has no derivative there.
 
-    The cost is c(v) = d * (|v|**2 / d)**(q/2) / q for rows of d elements, with q = 2 or 4. That is
-    |v|**q / q but for a factor that keeps images and points alike of ordinary size. Its conjugate
-    is the same with 1/q + 1/q* = 1, so grad c*(p) = p * (|p|**2 / d)**(q*/2 - 1), which is p itself
-    for q = 2.
+    The cost of rows of d elements, with q = 2 or 4, and the gradient of its conjugate are
+
+        c(v) = d * (|v|**2 / d)**(q/2) / q        grad c*(p) = p * (|p|**2 / d)**(q*/2 - 1)
+
+    with 1/q + 1/q* = 1. The cost is `|v|**q / q` but for a factor that keeps images and points
+    alike of ordinary size, and its gradient is p itself for q = 2.
 
     The derivative is computed without autocast, and where gradients are off as well.
     """

@@ -103,7 +103,7 @@ class Shortcut(AbstractMethod):
         return _GUIDED.out(call, x, t, told, 1.0)
 
     def s(self, net: nn.Module, x: Tensor, t: Tensor, *, level: Tensor, **cond: Tensor) -> Tensor:
-        """Return the average velocity from x [N, *shape] at t [N] over steps of 2**-level."""
+        """Return the average velocity from x [N, *shape] at t [N] over steps of `2**-level`."""
         return net(x, (self.time_scale * t).to(x.dtype), level=level.to(x.dtype), **cond)
 
     def score(self, modules: nn.ModuleDict, batch: Batch, progress: Progress) -> None:
