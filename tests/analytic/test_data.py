@@ -329,6 +329,15 @@ def test_the_total_variance_of_a_mixture_is_that_of_its_samples():
     assert data.total_variance == pytest.approx(found, rel=0.02)
 
 
+def test_the_mixture_that_every_bar_is_about_stays_the_same():
+    data = GaussianMixture()
+    centre = torch.tensor(data.weights, dtype=torch.float64) @ data.centres(torch.zeros(0).double())
+    assert centre.tolist() == pytest.approx([0.1, 0.285], abs=1e-15)
+    assert sum(data.weights) == pytest.approx(1, abs=1e-15)
+    assert data.total_variance == pytest.approx(1.699075, rel=1e-14)
+    assert (data.std, data.classes) == (0.12, (0, 0, 1, 1, 2, 2))
+
+
 def test_a_class_is_the_mixture_of_its_modes():
     data, x = GaussianMixture(), noise(3, range(30), (2,), dtype=torch.float64)
     y = torch.arange(30) % 3

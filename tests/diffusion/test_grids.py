@@ -102,6 +102,7 @@ def test_grids_even_in_noise_list_a_time_once_when_asked_for_too_many(grid):
     assert len(grid(24, LinearBeta(), top=800)) == 24
     assert 60 < len(grid(100, LinearBeta(), top=800)) < 100
     assert grid(10_000, LinearBeta(5)) == (4, 3, 2, 1, 0)
+    assert grid(2, LinearBeta(), top=1) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,23 @@ def test_a_row_costs_a_second_evaluation_where_a_scale_moves_it_and_never_for_a_
     assert ClassifierGuidance(len, 3.0, inside, 3).evaluations(1.0) == 1
 
 
+@pytest.mark.parametrize("schedule", [Linear(), EDM()], ids=repr)
+def test_the_first_call_costs_what_the_interval_says_even_without_any_signal(schedule):
+    denoiser = by_label(schedule, 3.0, interval=(0.0, 1e9))
+    grid = schedule.noise, schedule.time(0.0)
+    found = solvers.evaluations(denoiser, solvers.DDIM(), grid)
+    assert found == (3 if schedule.at(schedule.noise)[0] == 0 else 4)
+
+
+def test_a_classifier_on_another_device_is_named():
+    x, label = points()
+    plain = DATA.teacher(solvers.DDIM(), (9, 0)).denoiser
+    elsewhere = ds.ClassifierGuided(plain, nn.Linear(2, 3, device="meta"), 2.0)
+    words = "the classifier is on meta, the samples are on cpu; move it with classifier.to"
+    with pytest.raises(ValueError, match=words):
+        elsewhere.given(label=label)(x, 10)
+
+
 def test_a_classifier_s_gradient_follows_the_clipping_and_is_not_clipped_again():
     x, label = points()
     denoiser = by_classifier(None, 4.0).given(label=label)
