@@ -79,3 +79,6 @@ def test_a_student_may_start_afresh_and_no_teacher_is_kept():
 def test_more_levels_at_the_start_than_at_the_end_are_refused():
     with pytest.raises(ValueError, match=r"start_levels \(30\) must be at most end_steps \+ 1"):
         ConsistencyTraining(start_levels=30, end_steps=20)
+    with pytest.raises(ValueError, match=r"start_levels \(22\) must be at most"):
+        ConsistencyTraining(start_levels=22, end_steps=20)
+    assert ConsistencyTraining(start_levels=21, end_steps=20).start_levels == 21

@@ -1,4 +1,4 @@
-"""Targets and shared dropout."""
+"""Targets, shared dropout and the learned weight of a loss."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import ds
 from ds.analytic import GaussianMixture
 from ds.methods.consistency.levels import disagreement
-from ds.methods.networks import Frozen, SharedDropout, follow, target_of
+from ds.methods.networks import Frozen, SharedDropout, Weight, follow, target_of
 
 CPU = torch.device("cpu")
 
@@ -146,3 +146,14 @@ def test_a_target_follows_its_network_and_does_not_learn():
     assert not any(p.requires_grad for p in target.parameters())
     follow(target, student, 0.0)
     torch.testing.assert_close(target[0].weight, student[0].weight)
+
+
+def test_the_weight_of_a_loss_is_made_of_waves_of_the_log_of_the_noise_level():
+    weight, t = Weight(4), torch.tensor([0.2, 0.8, 1.5], dtype=torch.float64)
+    assert torch.equal(weight(t), torch.zeros(3))
+    told = t.tan().log() / 4
+    waves = torch.stack([(6 * told).sin(), (told / 2).sin(), (6 * told).cos(), (told / 2).cos()], 1)
+    for i in range(4):
+        with torch.no_grad():
+            weight.gains.copy_(torch.eye(4)[i])
+        torch.testing.assert_close(weight(t), waves[:, i].float(), rtol=0, atol=1e-6)
