@@ -154,6 +154,19 @@ def test_a_guided_call_is_one_batch_of_both_halves_where_both_are_needed(scale, 
     assert denoiser.net.rows == rows
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_guided_network_keeps_its_learned_variance_whatever_the_number_of_rows(count):
+    x, label = points(count)
+    cond = {"label": label}
+
+    def net(x, t, label):
+        return torch.cat([x * (label[:, None] + 2), x + label[:, None]], 1)
+
+    out = ClassifierFree(3.0).out(net, x, torch.zeros(count), cond, 1.0)
+    mean = x + 3 * ((label[:, None] + 2) * x - x)  # without a label, -1, the network returns x
+    torch.testing.assert_close(out, torch.cat([mean, x + label[:, None]], 1))
+
+
 @pytest.mark.parametrize("solver", [solvers.DDIM(), solvers.Heun(), solvers.UniPC()], ids=repr)
 def test_the_cost_of_a_sample_counts_both_halves(solver):
     z, label = points(1)

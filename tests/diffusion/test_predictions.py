@@ -53,7 +53,12 @@ def draw(n=6, seed=0):
     return torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
 
 
-@every_case
+RESCALED = [Rescaled(EDM(), Preconditioned(0.5)), Rescaled(Linear(), Velocity())]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule"), [*CASES, *((p, s) for p in RESCALED for s in SCHEDULES)], ids=repr
+)
 def test_target_and_estimate_are_inverse(prediction, schedule):
     x0, eps = draw()
     for lam in LAMS:

@@ -7,6 +7,8 @@ from ds.methods import losses
 
 ERROR = torch.tensor([[[3.0, 0.0], [0.0, -4.0]], [[0.0, 0.1], [0.0, 0.0]]], dtype=torch.float64)
 
+WIDTH = 4 * 0.00054  # of rows of 4 elements
+HUBER = [((size + WIDTH**2) ** 0.5 - WIDTH) / 4 for size in (25, 0.01)]
 LEVELS = torch.tensor([[[[0.6]], [[0.9]]], [[[0.8]], [[0.3]]]], dtype=torch.float64)
 
 
@@ -15,6 +17,8 @@ LEVELS = torch.tensor([[[[0.6]], [[0.9]]], [[[0.8]], [[0.3]]]], dtype=torch.floa
     [
         (losses.mean(ERROR, "l1"), 7.1 / 8),
         (losses.mean(ERROR, "l2"), 25.01 / 8),
+        (losses.mean(ERROR, "pseudo_huber"), sum(HUBER) / 2),
+        (losses.relative_huber(ERROR), HUBER),
         (losses.squares(ERROR), [25, 0.01]),
         # of the size of a whole row: element by element, the first would be 9.24 - 4
         (losses.pseudo_huber(ERROR, 2.0), [29**0.5 - 2, 4.01**0.5 - 2]),
