@@ -158,6 +158,18 @@ def test_a_run_without_a_model_says_so(run, tmp_path):
     assert "Compared with real images" not in page.text
 
 
+def test_a_run_is_found_by_the_name_of_the_model_that_it_will_make(run, tmp_path):
+    write_report([run], tmp_path / "a.html")
+    write_report([run.with_name("net")], tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+
+
+def test_distances_on_the_way_are_told_until_there_are_others(run, tmp_path):
+    write_lines(run, {"step": 3, "frechet_distance": 8.0}, {"step": 9, "frechet_distance": 7.0})
+    page = report(run, out=tmp_path / "page.html")
+    assert "7.00 at step 9" in page.text and "lower is better" in page.text
+
+
 def test_a_run_that_has_just_begun_has_a_page(run, tmp_path):
     (run / "metrics.jsonl").unlink()
     for sheet in (run / "samples").iterdir():

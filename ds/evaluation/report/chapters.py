@@ -86,33 +86,43 @@ def chapter(run: Run, head: Markup) -> Iterator[Part]:
 
 def about(run: Run) -> Iterator[tuple[str, str]]:
     """Yield what a run is, in names and values."""
-    train, model = part(run.about, "train"), run.model
-    net = part(model, "net")
     yield "method", run.method.replace("_", " ")
-    if net:
+    yield from _of_model(run)
+    yield from _of_steps(run)
+    for name in ("fid", "frechet_distance"):
+        if text := figure(name).text(run.figures.get(name)):
+            yield figure(name).name, text
+        elif on_the_way := run.points(name):
+            step, value = on_the_way[-1]
+            yield figure(name).name, f"{figure(name).text(value)} at step {number(step)}"
+    if device := part(part(run.figures, "protocol"), "device").get("name"):
+        yield "measured on", str(device)
+    if version := run.model.get("version"):
+        commit = str(part(run.model, "provenance").get("commit", "unknown"))
+        known = f", commit {commit[:10]}" if commit != "unknown" else ""
+        yield "made by", f"version {version}{known}"
+
+
+def _of_model(run: Run) -> Iterator[tuple[str, str]]:
+    if net := part(run.model, "net"):
         yield "network", " ".join(filter(None, (str(net.get("type", "")), _side(net))))
     if run.weights:
         yield "weights", f"{run.weights:,}"
-    if is_number(nfe := model.get("nfe") or part(run.figures, "protocol").get("nfe")):
+    if is_number(nfe := run.model.get("nfe") or part(run.figures, "protocol").get("nfe")):
         yield "network calls a sample", f"{nfe:,}"
+
+
+def _of_steps(run: Run) -> Iterator[tuple[str, str]]:
     if data := _data(run):
         yield "trained on", data
     if run.step:
         yield "steps", f"{run.step:,}"
-    if is_number(train.get("batch_size")):
-        yield "batch", f"{train['batch_size']:,} rows"
+    if is_number(size := part(run.about, "train").get("batch_size")):
+        yield "batch", f"{size:,} rows"
     if (seconds := run.seconds()) is not None:
         yield "training time", duration(seconds)
     if best := run.best():
         yield "held-out loss", f"{number(best[1])} at step {number(best[0])}"
-    for name in ("fid", "frechet_distance"):
-        if text := figure(name).text(run.figures.get(name)):
-            yield figure(name).name, text
-    if device := part(part(run.figures, "protocol"), "device").get("name"):
-        yield "measured on", str(device)
-    commit = str(part(model, "provenance").get("commit", ""))[:10]
-    if version := model.get("version"):
-        yield "made by", f"version {version}" + (f", commit {commit}" * (commit != "unknown"))
 
 
 def _side(net: dict[str, Any]) -> str:
@@ -143,7 +153,7 @@ def _remarks(run: Run) -> Iterator[str]:
         yield f"The run goes on, or broke off, after step {run.step:,}: it has made no model yet."
     elif is_number(made) and not run.stages and made < run.step:
         yield f"The model is that of step {made:,}; its run has gone on since."
-    if run.model and not run.figures:
+    if run.model and not run.figures and not run.judged():
         yield "Its images were not compared with real ones yet: dstudent evaluate does that."
     best = run.best()
     if best and best[0] < run.points("held_out_loss")[-1][0]:

@@ -22,7 +22,7 @@ from ds.evaluation.report.tables import Row
 from ds.system.config import short
 from ds.system.cost import duration
 
-SETTINGS = ("method", "train", "start", "source", "held_out")  # of run.json
+SETTINGS = ("method", "train", "start", "source", "held_out", "net")
 JUDGING = ("n", "extractor", "reference", "classes")  # what figures must share to be compared
 Of = Callable[[Run], Any]
 
@@ -170,7 +170,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Part]:
     """Yield a table of the settings that differ."""
     settings = [_settings(run, net=all(run.model for run in runs)) for run in runs]
     rows = []
-    for name in dict.fromkeys(name for found in settings for name in found):
+    every = dict.fromkeys(name for found in settings for name in found)
+    for name in sorted(every, key=lambda name: SETTINGS.index(name.partition(".")[0])):
         values = [found.get(name, "") for found in settings]
         if len(set(values)) > 1:
             rows.append(Row(name, tuple(map(_brief, values))))

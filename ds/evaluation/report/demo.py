@@ -11,7 +11,7 @@ from ds.evaluation.evaluate import SECONDS
 from ds.evaluation.report import page
 from ds.evaluation.report.chapters import chapter, shown
 from ds.evaluation.report.markup import Markup, Part, tag
-from ds.evaluation.report.runs import END, is_number, is_run, part, read_figures, read_run
+from ds.evaluation.report.runs import is_number, part, places, read_figures, read_run
 from ds.evaluation.report.tables import Row
 from ds.models.images import save_png, tile
 from ds.models.pretrained import METRICS
@@ -119,8 +119,8 @@ def page_of(folder: Path) -> list[Part]:
         *(
             one
             for name in ("student", "teacher")
-            for place in [p for p in (folder / name, folder / f"{name}{END}") if is_run(p)][:1]
-            for one in chapter(read_run(place), tag("h2", f"The {name}"))
+            if any(places(folder / name))
+            for one in chapter(read_run(folder / name), tag("h2", f"The {name}"))
         ),
     ]
 

@@ -109,9 +109,17 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_run(path: Path) -> bool:
-    """Return whether a run, or a model of ours, is in a directory."""
-    return (path / RUN).exists() or pretrained.is_ours(path)
+def places(path: Path) -> tuple[Path | None, Path | None]:
+    """Return the directories of a run and of the model that it makes, of which either is given.
+
+    Each is None where nothing is there.
+    """
+    where = Path(os.path.abspath(path))
+    own = (where / RUN).exists()
+    folder = where if own else where.with_name(where.name + END)
+    model = where.with_name(where.name.removesuffix(END)) if own else where
+    there = model != folder and (model / pretrained.CONFIG).exists()
+    return folder if (folder / RUN).exists() else None, model if there else None
 
 
 def read_run(path: Path) -> Run:
@@ -119,26 +127,17 @@ def read_run(path: Path) -> Run:
 
     Raises ValueError if neither is there.
     """
-    where = Path(os.path.abspath(path))
-    model: Path | None = where
-    if (where / RUN).exists():
-        folder, model = where, where.with_name(where.name.removesuffix(END))
-        model = model if model != where and (model / pretrained.CONFIG).exists() else None
-    elif is_run(where):
-        beside = where.with_name(where.name + END)
-        folder = beside if (beside / RUN).exists() else None
-    else:
-        raise ValueError(f"{path}: no run is here{_instead(where)}")
+    folder, model = places(path)
+    if folder is None and not (model and pretrained.is_ours(model)):
+        raise ValueError(f"{path}: no run is here{_instead(path)}")
     with _warned() as notes:
-        run = _read(str(path).removesuffix(END), folder, model, notes)
-    return run
+        return _read(str(path).removesuffix(END), folder, model, notes)
 
 
-def _instead(where: Path) -> str:
-    """Say what to give instead of a directory that holds no run."""
-    folders = sorted(p for p in where.iterdir() if p.is_dir()) if where.is_dir() else []
-    names = [p.name for p in folders if not p.name.endswith(END) and is_run(p)]
-    if names:
+def _instead(path: Path) -> str:
+    """Say what to give instead of a path where no run is."""
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    if names := dict.fromkeys(p.name.removesuffix(END) for p in inside if any(places(p))):
         return f"; it holds {', '.join(names)}, give one of them"
     return "; give the directory of a teacher or a student, such as runs/digits/student"
 
