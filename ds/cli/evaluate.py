@@ -215,8 +215,8 @@ class Evaluate(Verb):
         kind = sampler.model.kind
         write(
             page,
-            title := f"{kind.capitalize()}: {self.model}",
-            opening(kind, title, calls + " Each column has one class." * named),
+            f"{kind.capitalize()}: {self.model}",
+            opening(kind, str(self.model), calls + " Each column has one class." * named),
             picture(sheet.getvalue(), "Samples" + ", a column for each class" * named),
             table(COLUMNS, every + rows(result.get(CLASSES, {}), names)),
             notes(
