@@ -63,7 +63,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A folder that looks as `dstudent demo` leaves it, from a few steps of training."""
+    """A folder as `dstudent demo` and the tutorial leave it, from a few steps of training."""
     folder = tmp_path_factory.mktemp("docs")
     p = presets.digits()
     quick = replace(p.train, epochs=0.5, check_every=1000)
@@ -81,6 +81,7 @@ def trained(tmp_path_factory) -> Path:
             store=str(home / "pairs"),
             out=home / "student",
         ).run()
+    home.with_name("digits").symlink_to(home)
     return folder
 
 
@@ -156,6 +157,29 @@ def test_the_page_of_one_s_own_images_makes_a_student(tmp_path, monkeypatch):
         words for language, code in rest if language == "bash" for words in commands(code)
     ):
         check_command(*words)
+
+
+@pytest.mark.slow
+def test_the_tutorial_makes_students(tmp_path, monkeypatch):
+    """Its commands run in their order, shortened, and leave what its Python reads."""
+    monkeypatch.chdir(tmp_path)
+    few, steps = ["--pairs.count", "128", "--held-out", "32"], ["--train.warmup-steps", "1"]
+    brief = {
+        "teach": [*BRIEF["teach"], *steps],
+        "pairs": [*few, "--solve.steps", "2"],
+        "distill": ["--held-out", "32", "--train.epochs", "1", *steps],
+        "evaluate": ["--count", "64"],
+    }
+    page = blocks(ROOT / "docs" / "tutorial.md")
+    shown = [words for own, code in page if own == "bash" for words in commands(code)]
+    for program, verb, *args in shown:
+        if program == "dstudent" and verb != "doctor":
+            of_images = "mean_flow" in args
+            more = ["--train.epochs", "0.1", *steps] if of_images else brief.get(verb, [])
+            assert main([verb, *args, *more]) == 0, (verb, args)
+    (code,) = (code for own, code in page if own == "python")
+    exec(compile(code, "tutorial.md", "exec"), {})
+    assert all(Path(made).exists() for made in ("student.png", "four.json", "report.html"))
 
 
 @pytest.mark.parametrize("page", [p for p in pages_with("bash") if p != OWN], ids=name)
