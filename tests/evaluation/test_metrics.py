@@ -266,6 +266,27 @@ def test_mode_agreement_counts_pairs_in_the_same_mode():
     assert metrics.mode_agreement(a, a, means) == 1
 
 
+def test_one_pair_has_a_mode_too():
+    means = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert metrics.mode_agreement(means[:1] + 0.1, means[:1], means) == 1
+    with pytest.raises(ValueError, match="mode_agreement"):
+        metrics.mode_agreement(means[:0], means[:0], means)
+
+
+@pytest.mark.parametrize(("n", "splits"), [(11, 3), (12, 4), (5, 5), (7, 1)])
+def test_the_inception_score_is_its_formula_over_runs_of_rows(n, splits):
+    """The first splits have a row more; the deviation is that of all splits, not a sample's."""
+    p, scores = (3 * normal(n, 4)).softmax(1), []
+    for part in p.tensor_split(splits):
+        kl = (part * (part / part.mean(0)).log()).sum(1)
+        scores.append(kl.mean().exp().item())
+    mean, deviation = metrics.inception_score(p.log(), splits)
+    assert mean == pytest.approx(np.mean(scores), rel=1e-12)
+    assert deviation == pytest.approx(np.std(scores), rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match=f"{n} rows cannot make {n + 1} splits"):
+        metrics.inception_score(p.log(), n + 1)
+
+
 def test_mode_agreement_of_unrelated_pairs_is_chance():
     means = normal(4, 2) * 10
     labels = torch.randint(4, (2, 4000), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ds.ops
 from ds.ops import _native
-from ds.ops.noise import philox, reference
+from ds.ops.noise import philox, reference, signed
 from tests.oracle import poison
 
 WORDS = st.integers(0, 2**64 - 1)
@@ -163,3 +163,16 @@ def test_errors_name_what_does_not_fit():
         ds.ops.noise(1, INDICES.int(), (1,))
     with pytest.raises(ValueError, match=r"noise: dtype must be floating point, not torch.int64"):
         ds.ops.noise(1, INDICES, (1,), torch.int64)
+
+
+@pytest.mark.parametrize("value", [0, 2**62 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_seed_keeps_its_64_bits_as_a_signed_number(value):
+    found = signed("noise", "seed", value)
+    assert found % 2**64 == value and -(2**63) <= found < 2**63
+    assert ds.ops.noise(value, torch.tensor([0]), (2,)).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-1, 2**64])
+def test_a_seed_of_more_than_64_bits_is_refused(value):
+    with pytest.raises(ValueError, match=rf"noise: seed must lie in 0 .. 2\*\*64 - 1, not {value}"):
+        signed("noise", "seed", value)

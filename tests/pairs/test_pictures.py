@@ -165,6 +165,11 @@ READ = {
         "16 bits",
     ),
     "16-bit grey of 12": (of(DEEP // 32), np.rint(DEEP // 32 / 257), "dark"),
+    "16-bit grey up to 4095": (
+        of(np.minimum(DEEP, 4095)),
+        np.rint(np.minimum(DEEP, 4095) / 257),
+        "dark",
+    ),
     "palette": (
         palette([9, 8, 7, 200, 0, 0, 0, 0, 99], INDEX),
         np.array([[9, 8, 7], [200, 0, 0], [0, 0, 99]], np.uint8)[INDEX],
@@ -374,6 +379,16 @@ def test_an_array_of_pictures_is_read_in_its_layout(case, suffix, tmp_path, monk
     assert np.array_equal(read_pictures(tmp_path / f"a.{suffix}").images, expected)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_labels_of_an_npz_may_be_a_column_and_no_table(columns, tmp_path):
+    labels = np.arange(5 * columns).reshape(5, columns)
+    np.savez(tmp_path / "a.npz", x_train=BATCH, y=labels)
+    found = read_pictures(tmp_path / "a.npz").labels
+    assert (found.tolist() if found is not None else None) == (
+        [*range(5)] if columns == 1 else None
+    )
+
+
 @pytest.mark.parametrize("name", ["labels", "y", "any_name"])
 def test_an_npz_keeps_the_labels_beside_its_images(name, tmp_path, caplog):
     labels = np.array([3, 1, 4, 1, 5], np.uint8)
@@ -432,6 +447,18 @@ def test_a_webdataset_is_read_with_its_labels_and_no_link_is_followed(tmp_path, 
         assert np.array_equal(found.images, expected)
         assert found.labels is not None and found.labels.tolist() == [0, 1, 0]
         assert "3 pictures of 3 x 2, RGB; 2 classes (0, 1); left out: 2 hidden, 2 .png" in heard
+
+
+def test_what_a_webdataset_holds_beside_pictures_and_labels_is_counted(tmp_path, caplog):
+    members = {"0.png": of(RGB), "0.txt": b"a cat", "1.png": of(RGB), "1.txt": b"a dog"}
+    found, heard = read_and_heard(caplog, archive(tmp_path / "data.tar", **members))
+    assert len(found.images) == 2 and "left out: 1 .png, 2 .txt" in heard
+
+
+@pytest.mark.parametrize(("first", "last"), [(5, 4), (0, 100_000)])
+def test_a_range_of_archives_that_is_empty_or_endless_is_refused(tmp_path, first, last):
+    with pytest.raises(ValueError, match=f"from {first} to {last} are too many files, or none"):
+        read_pictures(f"{tmp_path}/data-{{{first}..{last}}}.tar")
 
 
 def test_a_webdataset_tells_its_labels_in_json(tmp_path):

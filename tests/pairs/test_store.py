@@ -262,6 +262,27 @@ def test_verify_computes_as_the_store_was_computed(tmp_path, unet, precision):
     store.verify(unet, recompute=COUNT)
 
 
+@pytest.mark.parametrize(("recompute", "picks"), [(1, [0]), (2, [0, 39]), (4, [0, 13, 26, 39])])
+def test_verify_recomputes_pairs_from_the_first_to_the_last(
+    tmp_path, monkeypatch, recompute, picks
+):
+    store, seen = make(tmp_path / "s"), []
+
+    class Spy(ds.Sampler):
+        def batches(self, seed, indices):
+            seen.append([*indices])
+            return super().batches(seed, indices)
+
+    monkeypatch.setattr("ds.pairs.store.Sampler", Spy)
+    store.verify(GAUSSIAN, recompute)
+    assert seen == [picks]
+
+
+def test_the_hash_of_a_store_is_that_of_its_manifest(tmp_path):
+    store = make(tmp_path / "s")
+    assert store.sha256 == hashlib.sha256((tmp_path / "s/manifest.json").read_bytes()).hexdigest()
+
+
 def test_verify_finds_images_of_another_teacher_under_right_hashes(tmp_path):
     """Hashes say that a file did not change; only a new computation says that it was right."""
     store = make(tmp_path / "s")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import nn
 
 import ds
@@ -124,3 +125,17 @@ def test_a_snapshot_of_something_else_is_named(walked, tmp_path, content):
         ema.write_snapshot(tmp_path, 200, [nn.Linear(1, 1) for _ in range(2)])
     with pytest.raises(ValueError, match=f"{file}: not a whole snapshot"):
         ds.post_hoc_ema(tmp_path, 0.1)
+
+
+@pytest.mark.parametrize("a", [(100, 6.0), (40, 16.5)])
+@pytest.mark.parametrize("b", [(100, 6.0), (70, 3.2)])
+def test_what_two_averages_share_is_the_integral_of_their_weights(a, b):
+    """An average of t steps weighs step s by (gamma + 1) * s**gamma / t**(gamma + 1)."""
+
+    def weight(average: tuple[int, float], s: float) -> float:
+        t, gamma = average
+        return (gamma + 1) / t * (s / t) ** gamma
+
+    shared, _ = quad(lambda s: weight(a, s) * weight(b, s), 0, min(a[0], b[0]), epsrel=1e-12)
+    assert ema._product(a, b) == pytest.approx(shared, rel=1e-9)
+    assert ema._product(b, a) == ema._product(a, b)
