@@ -422,7 +422,8 @@ def _name(axes: Axes, labels: list[Label], reach: float, side: str) -> None:
             push = max(0.0, gap - (high - low)) / 2
             heights[i], heights[i + 1] = low - push, high + push
     for (name, color, x, y), height in zip(labels, heights, strict=True):
-        to = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        edge = (0.0 if side == "left" else 1.0, 0.5)  # of the text, where its line ends
+        to = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "relpos": edge}
         place = x * reach, 10**height
         axes.annotate(
             name, (x, y), place, va="center", ha=side, fontsize=9, color=color, arrowprops=to
