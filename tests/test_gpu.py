@@ -36,6 +36,7 @@ def test_tests_are_found_without_packages_that_only_some_need():
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_a_case_without_its_peers_is_measured_alone(tmp_path):
     arguments = ["--check", "--size", "tiny", "--device", "cpu", "--out", tmp_path]
     code = WITHOUT + "from benchmarks.__main__ import main; sys.exit(main())"
@@ -48,6 +49,7 @@ def test_a_case_without_its_peers_is_measured_alone(tmp_path):
             assert [*row["error"]] == own and "diffusers" in row["missing"]
 
 
+@pytest.mark.slow
 def test_a_test_that_needs_diffusers_is_skipped_without_and_its_neighbours_run():
     command = [sys.executable, "-c", PYTEST, "-rs", "-q", "tests/diffusion/test_grids.py"]
     done = subprocess.run(
@@ -176,6 +178,7 @@ def test_one_command_tests_the_cuda_library_and_sanitizes_without_the_caching_al
     assert gpu.SANITIZED in sanitized
 
 
+@pytest.mark.slow
 def test_the_sanitizer_sees_every_kind_of_kernel():
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "", "-k"]
     command += [gpu.SANITIZED, "tests/kernels", "tests/cuda", "-p", "no:cacheprovider"]
@@ -185,6 +188,7 @@ def test_the_sanitizer_sees_every_kind_of_kernel():
         assert f"tests/{file}.py" in found
 
 
+@pytest.mark.slow
 def test_a_bare_tree_with_a_broken_kernel_names_it_and_goes_on(run, tmp_path, monkeypatch):
     """As a tree arrives on a machine with a GPU: without git."""
     tree = tmp_path / "tree"

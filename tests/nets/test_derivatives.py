@@ -11,6 +11,7 @@ from torch.func import grad, jvp
 from ds import ops
 from ds.nets import SongConfig, UNet, UNetConfig
 from ds.ops.dispatch.transforms import tangents_are_lost
+from tests.combinations import slow
 
 TIMES = torch.tensor([3.0, 100.0, 500.0, 900.0])
 
@@ -193,7 +194,7 @@ def test_gradients_of_weights_through_primal_and_tangent(net, x, v):
         )
 
 
-@pytest.mark.parametrize("order", ["jvp of compiled", "compiled jvp"])
+@pytest.mark.parametrize("order", ["jvp of compiled", slow("compiled jvp")])
 @torch.no_grad()
 def test_compiled(x, v, order):
     torch._dynamo.reset()

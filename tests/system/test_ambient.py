@@ -169,6 +169,7 @@ def entry(request, setting):
     return request.param, bits(request.param(setting))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("ambient", AMBIENT)
 def test_no_bit_depends_on_what_the_caller_has_set(entry, ambient, setting):
     make, expected = entry

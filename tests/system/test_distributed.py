@@ -51,6 +51,7 @@ def shared(student: Path, out: Path) -> None:
         out.with_suffix(f".{int(distributed.is_first())}").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_the_verb_evaluate_runs_in_two_processes(student, tmp_path):
     # torchrun reads what comes after the module too, and takes shortened names for its own.
     launcher = (

@@ -330,6 +330,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.each_value
 @every
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_not_ours_is_left_alone(name, kind, home, tmp_path):

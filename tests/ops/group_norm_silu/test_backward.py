@@ -107,6 +107,7 @@ def test_bits_do_not_depend_on_the_batch(backend, layout, dtype):
             assert torch.equal(found[0][0], d_batch[i])
 
 
+@pytest.mark.each_value
 @every_backend
 @layouts
 def test_opcheck(backend, layout):

@@ -155,6 +155,7 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype):
             assert_same_bits(compute(slice(i, i + 1)), [t[i : i + 1] for t in batch])
 
 
+@pytest.mark.each_value
 @every_backend
 @pytest.mark.parametrize("keep", [False, True])
 def test_opcheck(backend, keep):
