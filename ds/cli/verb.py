@@ -293,7 +293,7 @@ def _guided(teacher: Teacher, scale: float | tuple[float, float]) -> Teacher:
 
 def methods() -> dict[str, type[AbstractMethod]]:
     """Return the methods of the library by tag."""
-    found = [cls for cls in vars(ds.methods).values() if _is_method(cls)]
+    found = [cls for cls in vars(ds.methods).values() if ds.methods.is_method(cls)]
     return {tag(cls): cls for cls in sorted(found, key=tag)}
 
 
@@ -309,7 +309,7 @@ def method_named(name: str) -> type[AbstractMethod]:
             return method
     if not name.endswith(".py"):
         raise ValueError(f"no method {name!r}; the methods are {', '.join(known)}, or a FILE.py")
-    found = [cls for cls in classes_in(Path(name)) if _is_method(cls)]
+    found = [cls for cls in classes_in(Path(name)) if ds.methods.is_method(cls)]
     if len(found) != 1:
         raise ValueError(
             f"{name}: defines {len(found)} methods; a file must define one, a frozen dataclass "
@@ -323,11 +323,6 @@ def initials(name: str) -> str:
     have = ["".join(word[0] for word in own.split("_")) for own in methods()]
     short = "".join(word[0] for word in name.split("_"))
     return short if len(short) > 1 and have.count(short) == 1 else ""
-
-
-def _is_method(value: Any) -> bool:
-    is_class = inspect.isclass(value) and issubclass(value, AbstractMethod)
-    return is_class and not inspect.isabstract(value)
 
 
 def solve_idle(solve: SolveConfig) -> dict[str, str]:

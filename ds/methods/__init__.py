@@ -9,21 +9,23 @@ import inspect
 import itertools
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from ds.methods.base import AbstractMethod, Progress
 
 __all__ = ["AbstractMethod", "Progress"]
 
 
+def is_method(value: Any) -> TypeGuard[type[AbstractMethod]]:
+    """Return whether a value is a final method."""
+    is_class = issubclass(type(value), type)  # isinstance takes list[int] for one in Python 3.10
+    return is_class and issubclass(value, AbstractMethod) and not inspect.isabstract(value)
+
+
 def defined_in(module: ModuleType) -> list[type[AbstractMethod]]:
     """Return the final methods that a module defines itself."""
-    return [
-        cls
-        for cls in vars(module).values()
-        if inspect.isclass(cls) and issubclass(cls, AbstractMethod) and not inspect.isabstract(cls)
-        if cls.__module__ == module.__name__
-    ]
+    values = vars(module).values()
+    return [cls for cls in values if is_method(cls) and cls.__module__ == module.__name__]
 
 
 def files() -> list[ModuleType]:

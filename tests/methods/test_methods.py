@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ds
 from ds.diffusion.noise import Draws
-from ds.methods import AbstractMethod, Progress, defined_in, files
+from ds.methods import AbstractMethod, Progress, defined_in, files, is_method
 from ds.models.student import Student
 from ds.models.teacher import Teacher
 from ds.nets import UNetConfig
@@ -119,6 +120,12 @@ def test_the_package_has_the_methods_of_its_folder():
 @pytest.mark.parametrize("module", files(), ids=lambda module: module.__name__)
 def test_a_file_holds_one_method_at_most(module):
     assert len(defined_in(module)) <= 1
+
+
+@pytest.mark.parametrize("value", [list[int], Sequence[int], AbstractMethod, "denoising"])
+def test_only_a_final_method_is_taken_for_one(value):
+    """Also in Python 3.10, which takes list[int] for a class."""
+    assert not is_method(value)
 
 
 @every_method
