@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .PHONY: help demo test test-slow verify asan check fmt lint docs bench gpu-test gpu-bench gpu-wheels \
-	gpu-first gpu-second aarch64 x86-64 emulator has-emulator browser doctor clean
+	gpu-first gpu-second aarch64 x86-64 emulator has-emulator browser dist doctor clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -130,6 +130,29 @@ SIZE = full
 TRAVEL = tyro docstring_parser typeguard diffusers importlib_metadata huggingface_hub httpx2 \
 	httpcore2 h11 anyio idna truststore certifi requests urllib3 charset_normalizer pyyaml \
 	pytest-xdist execnet pytest-timeout
+
+# auditwheel gives the wheel its tag, or refuses: what it links to must be as old as that. Both files
+# are tried in an environment with nothing else, the archive with no compiler that works.
+dist: ## the source archive and a wheel for Linux since 2018, in dist/
+	rm -rf $(DIST) dist/denoising_student-*
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DIST)/bin/pip install --quiet --group dist
+	$(DIST)/bin/pip install --quiet --group nvcc --target $(DIST)/cuda
+	ln -s lib $(DIST)/cuda/nvidia/cu13/lib64
+	CUDACXX=$(DIST)/cuda/nvidia/cu13/bin/nvcc \
+		LDFLAGS="$$($(DIST)/bin/python release/old_glibc.py 2.28 $(DIST)/glibc)" \
+		$(DIST)/bin/python -m build --outdir $(DIST)/built
+	PATH="$(DIST)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+		--wheel-dir dist $(DIST)/built/*.whl
+	mv $(DIST)/built/*.tar.gz dist
+	$(PYTHON) -m venv $(DIST)/bare
+	$(DIST)/bare/bin/pip install --quiet "$(TORCH)" dist/*.whl
+	cd $(DIST) && bare/bin/python $(CURDIR)/release/bare.py && PATH=bare/bin dstudent doctor
+	CXX=false CUDACXX=false $(DIST)/bare/bin/pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	cd $(DIST) && PATH=bare/bin dstudent doctor
+
+DIST := $(CURDIR)/build/dist
 
 doctor: $(VENV)/.installed ## what this machine has and which kernels run here
 	$(BIN)/dstudent doctor
