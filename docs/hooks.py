@@ -24,7 +24,7 @@ README = "index.md"
 COMMANDS = "reference/command-line.md"
 FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"(?<!\[)`(ds(?:\.\w+)+)(?:\([^`\n]*\))?`")
-OPTION = re.compile(r"<code>(--[\w.=-]{2,34})</code>")
+OPTION = re.compile(r"<code>(--[\w.=-]{2,24}(?: [\w.,:-]{1,12})?)</code>")
 LINK = re.compile(r"(?<=\]\()(?![a-z+]+:|#)([^)#\s]+)")
 
 
