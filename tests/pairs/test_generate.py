@@ -257,6 +257,11 @@ def test_the_size_and_the_time_are_estimated_before_work(tmp_path, caplog):
     assert "40 pairs to make, 1.28 kB, 10 network calls each, about " in caplog.text
 
 
+def test_nothing_is_shown_unless_asked_for(tmp_path, capfd):
+    make(tmp_path / "s")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_progress_counts_what_is_left_and_says_what_it_costs(tmp_path, monkeypatch):
     made = []
 

@@ -162,9 +162,9 @@ def test_any_whole_numbers_are_indices(store, good):
 
 NO_INDICES = [
     [1.5], [1.0], [True], [None], ["1"], [2**70], [-1], [COUNT], [[1]], range(0, -2, -1),
-    range(10**12), 5, None, "12", np.array([1.0]), np.array([True]), np.array(1), np.array(["1"]),
-    np.array([2**63], np.uint64), torch.tensor([1.0]), torch.tensor([True]), torch.tensor(1),
-    torch.tensor([[1]]), torch.tensor([-1]), torch.tensor([COUNT]),
+    range(-1, 2), range(10**12), 5, None, "12", np.array([1.0]), np.array([True]), np.array(1),
+    np.array(["1"]), np.array([2**63], np.uint64), torch.tensor([1.0]), torch.tensor([True]),
+    torch.tensor(1), torch.tensor([[1]]), torch.tensor([-1]), torch.tensor([COUNT]),
 ]  # fmt: skip
 READS: dict[str, Callable] = {
     "images": lambda store, i: store.images(i),

@@ -246,3 +246,12 @@ def test_its_flops_are_counted_as_those_of_the_convolution():
             convolve(x, weight, bias).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 3 * 2 * 2 * 12 * 12 * 9 * 16 * 32
+
+
+def test_a_weight_without_its_memory_is_named_where_pytorch_convolves():
+    x, weight = torch.zeros(1, 3, 4, 4), torch.zeros(5, 3, 3, 3)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(
+        ValueError, match=r"conv3x3: weight of shape \[5, 3, 3, 3\] needs 540 bytes"
+    ):
+        ops.conv3x3(x, weight)
