@@ -7,8 +7,9 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test test-slow verify asan check fmt lint docs bench gpu-test gpu-bench gpu-wheels \
-	gpu-first gpu-second aarch64 x86-64 emulator has-emulator browser dist doctor clean
+.PHONY: help demo test test-slow coverage mutants verify asan check fmt lint docs bench gpu-test \
+	gpu-bench gpu-wheels gpu-first gpu-second aarch64 x86-64 emulator has-emulator browser dist doctor \
+	clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +25,15 @@ test-slow: $(VENV)/.test ## the tests that take longer: kills, several processes
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+# With every line, which tests run it: that is how a mutant finds the tests that should notice it.
+coverage: $(VENV)/.test ## which lines and branches of ds/ the tests run; as pages in build/coverage/pages
+	$(PYTEST) --dist worksteal -m "not slow" --junitxml=build/coverage/tests.xml \
+		--cov=ds --cov-context=test --cov-report=term --cov-report=html
+
+mutants: $(VENV)/.test ## break ds/ a little, 300 times: do the tests notice? MUTANTS="ds/pairs --count 50"
+	test -e build/coverage/tests.xml || $(MAKE) coverage
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.mutants $(MUTANTS)
 
 verify: $(VENV)/.installed ## hold every method against the truth, beside its controls, a process for each core
 	$(BIN)/python -c 'from ds.cli.verb import methods; print(*methods())' | \
