@@ -47,9 +47,8 @@ class Demo(Verb):
 def demo(out: Path, preset: presets.Preset | None = None) -> dict[str, dict[str, Any]]:
     """Run the verbs one after another in `out`, and write report.html and report.png there.
 
-    metrics.json has the figures of each model.
-    Results of an interrupted demo are kept. Returns the figures of each model. Raises ValueError if
-    `out` holds anything but a demo.
+    Results of an interrupted demo are kept. Returns the figures of each model, which metrics.json
+    has too. Raises ValueError if `out` holds anything but a demo.
     """
     out = targets.kept(out, "demo", targets.MARK)
     if targets.marked(out, "demo") is None:

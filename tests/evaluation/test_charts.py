@@ -148,7 +148,16 @@ def test_names_are_text():
 
 
 @pytest.mark.parametrize(
-    "value, text", [(12000, "12,000"), (0.12345, "0.1235"), (1e-7, "1e-07"), (0, "0"), (2.0, "2")]
+    "value, text",
+    [
+        (12000, "12,000"),
+        (0.12345, "0.1235"),
+        (1e-7, "1e-07"),
+        (0, "0"),
+        (2.0, "2"),
+        (INF, "inf"),
+        (NAN, "nan"),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text

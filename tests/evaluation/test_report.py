@@ -1,6 +1,7 @@
 """Pages about runs: what is on them, and what is left out."""
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from ds.evaluation.report import demo
 from ds.evaluation.report.comparison import short_names
 from ds.evaluation.report.markup import Markup, tag
 from ds.evaluation.report.pages import target, write_report
+from ds.evaluation.report.runs import read_run
 from ds.models.images import save_png
 from ds.nets import UNet
 from ds.system import targets
@@ -200,6 +202,15 @@ def test_stages_are_chapters(run, tmp_path):
     assert "Stage 2" in page.text and page.text.count("Loss by step") == 2
 
 
+def test_stages_follow_one_another_in_a_comparison(run):
+    (run / "stage-2").mkdir()
+    (run / "stage-2" / "run.json").write_bytes((run / "run.json").read_bytes())
+    write_lines(run / "stage-2", {"step": 3, "loss": 0.5})
+    points = read_run(run).along("loss")
+    assert points[:8] == [(i, 1 / i) for i in range(1, 9)] and points[9:] == [(11, 0.5)]
+    assert points[8][0] == 8 and math.isnan(points[8][1])
+
+
 DAMAGE = {
     "run.json": b"{",
     "metrics.jsonl": b'{"step": 1, "loss": 2.0}\n{"step": "2"}\n{"step": 3, "loss": 1.0}\n',
@@ -222,6 +233,21 @@ def test_what_is_damaged_of_a_model_is_left_out_and_named(name, home, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-40])
     page = report(tmp_path / "a-run", out=tmp_path / "page.html")
     assert name in page.text and "Loss by step" in page.text
+
+
+@pytest.mark.parametrize("classes", [{"x": {}}, {"0": {"images": 1.5}}, {"0": 3}, {"0": None}])
+def test_figures_by_class_that_are_damaged_are_left_out(classes, home, tmp_path):
+    shutil.copytree(home / "a", tmp_path / "a")
+    figures = json.loads((home / "a" / "metrics.json").read_text()) | {"classes": classes}
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps(figures))
+    assert "They are damaged, and left out." in report(tmp_path / "a", out=tmp_path / "p.html").text
+
+
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(run):
+    losses = enumerate([float("nan"), float("inf"), 2.0, 1.0, float("-inf")], 1)
+    write_lines(run, *({"step": i, "held_out_loss": loss} for i, loss in losses))
+    assert read_run(run).best() == (4, 1.0)
+    assert read_run(run).points("held_out_loss")[1] == (2, math.inf)
 
 
 def test_hostile_words_are_text(run, tmp_path):
@@ -306,6 +332,8 @@ def test_a_directory_without_a_run_is_refused_with_what_it_holds(home, tmp_path)
         target([tmp_path], None)
     with pytest.raises(ValueError, match="given twice"):
         target([home / "a", home / "pairs" / ".." / "a"], None)
+    with pytest.raises(ValueError, match="given twice"):
+        target([home / "a", home / "a-run"], None)
 
 
 def test_a_page_goes_beside_the_losses(home, tmp_path, monkeypatch):

@@ -57,4 +57,5 @@ def _step(least: float) -> float:
 
 def number(value: float) -> str:
     """Format a number for people."""
-    return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
+    whole = abs(value) >= 1000 and float(value).is_integer()
+    return f"{value:,.0f}" if whole else f"{value:.4g}"

@@ -64,7 +64,7 @@ def page_of(run: Run) -> list[Part]:
     """Return the parts of the page of a run, and of its later stages."""
     parts: list[Part] = [*chapter(run, page.opening(run.kind, title(run), run.said))]
     for k, stage in enumerate(run.stages, 2):
-        parts += chapter(stage, tag("h2", f"Stage {k}"))
+        parts += chapter(stage, tag("h2", f"Stage {k} of {len(run.stages) + 1}"))
     return parts
 
 
@@ -115,6 +115,8 @@ def _of_model(run: Run) -> Iterator[tuple[str, str]]:
 def _of_steps(run: Run) -> Iterator[tuple[str, str]]:
     if data := _data(run):
         yield "trained on", data
+    if run.stages:
+        yield "stage", f"1 of {len(run.stages) + 1}, the others are below"
     if run.step:
         yield "steps", f"{run.step:,}"
     if is_number(size := part(run.about, "train").get("batch_size")):
@@ -232,9 +234,16 @@ def _judged(run: Run) -> Iterator[Part]:
     if said := how(run.figures):
         yield page.notes([said])
     if classes := part(run.figures, CLASSES):
-        names = tuple(part(run.model, "provenance").get("classes") or ())
         yield tag("h3", "By class")
-        yield page.table(by_class.COLUMNS, by_class.rows(classes, names))
+        yield _by_class(classes, part(run.model, "provenance").get("classes"))
+
+
+def _by_class(classes: dict[str, Any], names: Any) -> Markup | None:
+    try:
+        rows = by_class.rows(classes, tuple(names or ()))
+    except (TypeError, ValueError):
+        return page.notes(["They are damaged, and left out."])
+    return page.table(by_class.COLUMNS, rows)
 
 
 def how(figures: dict[str, Any]) -> str:

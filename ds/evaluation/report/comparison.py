@@ -1,7 +1,9 @@
 """The page that compares runs: curves in one chart, figures and samples side by side."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +66,33 @@ def page_of(runs: Sequence[Run]) -> list[Part]:
 def _rows(runs: Sequence[Run]) -> Iterator[Row]:
     """Yield the table: what the runs are, and their figures, the best of which is bold."""
     yield Row("method", tuple(run.method.replace("_", " ") for run in runs))
-    plain: tuple[tuple[str, Of], ...] = (
-        (
-            "network calls",
-            lambda run: run.model.get("nfe") or part(run.figures, "protocol").get("nfe"),
-        ),
-        ("weights", lambda run: run.weights),
-        ("steps", lambda run: run.step or None),
-    )
-    for name, of in plain:
-        yield from _row(name, runs, of, lambda value: f"{value:,}")
-    yield from _row("training time", runs, Run.seconds, duration)
-    yield from _row(
-        "held-out loss",
-        runs,
-        lambda run: (run.best() or (0, None))[1],
-        number,
-        "lower" if _same_rows(runs) else "",
-    )
+    yield from _row("network calls", runs, _calls, "{:,}".format)
+    yield from _row("weights", runs, lambda run: run.weights, "{:,}".format)
+    yield from _row("steps", runs, lambda run: sum(one.step for one in run.every), "{:,}".format)
+    yield from _row("training time", runs, _seconds, duration)
+    better = "lower" if _same_rows(runs) else ""
+    yield from _row("held-out loss", runs, _held_out, number, better)
     for name, shown in FIGURES.items():
         better = shown.better if _comparable(runs, name) else ""
-        yield from _row(
-            shown.name, runs, lambda run, name=name: run.figures.get(name), shown.text, better
-        )
+        yield from _row(shown.name, runs, partial(_figure, name), shown.text, better)
+
+
+def _calls(run: Run) -> Any:
+    return run.model.get("nfe") or part(run.figures, "protocol").get("nfe")
+
+
+def _seconds(run: Run) -> float | None:
+    found = [one.seconds() for one in run.every]
+    return sum(s for s in found if s is not None) if any(found) else None
+
+
+def _held_out(run: Run) -> float | None:
+    best = run.every[-1].best()
+    return best and best[1]
+
+
+def _figure(name: str, run: Run) -> Any:
+    return run.figures.get(name)
 
 
 def _row(
@@ -94,7 +100,7 @@ def _row(
 ) -> Iterator[Row]:
     """Yield a row, if any run has the value; `better` says which one is marked."""
     values = [value if is_number(value := of(run)) else None for run in runs]
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return
     best = {"lower": min, "higher": max}[better](known) if better and len(known) > 1 else None
@@ -114,9 +120,8 @@ def _comparable(runs: Sequence[Run], name: str) -> bool:
 
 def _same_rows(runs: Sequence[Run]) -> bool:
     """Return whether losses are of one method, on the same held-out rows."""
-    return (
-        len({(str(run.about.get("method")), str(run.about.get("held_out"))) for run in runs}) == 1
-    )
+    ends = [run.every[-1].about for run in runs]
+    return len({(str(about.get("method")), str(about.get("held_out"))) for about in ends}) == 1
 
 
 def _remarks(runs: Sequence[Run]) -> Iterator[str]:
@@ -131,8 +136,7 @@ def _remarks(runs: Sequence[Run]) -> Iterator[str]:
 def _sheets(runs: Sequence[Run], names: Sequence[str], remarks: list[str]) -> Iterator[Markup]:
     """Yield the last preview of each run."""
     for name, run in zip(names, runs, strict=True):
-        last = (run.stages[-1] if run.stages and run.stages[-1].previews else run).previews[-1:]
-        for preview in last:
+        for preview in (run.every[-1].previews or run.previews)[-1:]:
             caption = f"{name}, step {preview.step:,}"
             if shown := sheet(preview, remarks, caption):
                 yield shown
@@ -153,7 +157,8 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Markup]:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Markup]:
-    for name in dict.fromkeys(name for run in runs for name in run.judged()):
+    judged = (name for run in runs for one in run.every for name in one.judged())
+    for name in dict.fromkeys(judged):
         if lines := _lines(runs, names, name):
             yield curve(name, lines)
 
@@ -161,9 +166,9 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Markup]:
 def _lines(runs: Sequence[Run], names: Sequence[str], name: str) -> list[Line]:
     """Return the line of a figure of each run that has it; a run keeps its colour everywhere."""
     found = (
-        Line(n, run.points(name), i) for i, (n, run) in enumerate(zip(names, runs, strict=True))
+        Line(n, run.along(name), i) for i, (n, run) in enumerate(zip(names, runs, strict=True))
     )
-    return [line for line in found if line.points]
+    return [line for line in found if any(math.isfinite(value) for _, value in line.points)]
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Part]:

@@ -43,9 +43,10 @@ def rows(figures: dict[str, Any]) -> list[Row]:
     for name in figures:
         f = part(figures, name)
         seconds = f.get(SECONDS)
-        faster = slowest / seconds if is_number(slowest) and is_number(seconds) else None
+        known = is_number(slowest) and is_number(seconds) and seconds > 0
+        faster = slowest / seconds if known else None
         cells = (
-            _text(part(f, "protocol").get("nfe"), "d"),
+            _text(part(f, "protocol").get("nfe"), ".0f"),
             _text(f.get("frechet_distance"), ".2f"),
             _text(f.get("kernel_distance"), ".4g"),
             _text(f.get("precision"), ".2f"),
@@ -148,7 +149,7 @@ def _table(folder: Path, remarks: list[str]) -> Iterator[Part]:
 
 
 def _notes(judged: list[dict[str, Any]]) -> Iterator[str]:
-    n = _text(part(judged[0], "protocol").get("n"), ",d") if judged else ""
+    n = _text(part(judged[0], "protocol").get("n"), ",.0f") if judged else ""
     yield (
         f"Frechet distance, KID, precision and recall compare {n} images with all real digits on "
         f"the features of a small digits classifier. They cannot be compared with distances on "

@@ -6,7 +6,7 @@ from pathlib import Path
 import ds
 from ds.evaluation.report import chapters, comparison, demo, page
 from ds.evaluation.report.markup import Part, tag
-from ds.evaluation.report.runs import read_run
+from ds.evaluation.report.runs import END, read_run
 from ds.system import targets
 
 NAME = "report.html"
@@ -18,7 +18,7 @@ def target(paths: Sequence[Path], out: Path | None, *, force: bool = False) -> P
     Raises ValueError if nothing can be written there, for a name that does not end in .html, for a
     run that is given twice, and for a directory that holds no run.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({str(path.resolve()).removesuffix(END) for path in paths}) < len(paths):
         raise ValueError("report: a run is given twice; give each once")
     single = len(paths) == 1
     folder = paths[0] if single and demo.is_demo(paths[0]) else None

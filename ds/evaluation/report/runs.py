@@ -77,6 +77,20 @@ class Run:
         """Return a figure by step."""
         return [(line["step"], line[name]) for line in self.lines if is_number(line.get(name))]
 
+    @property
+    def every(self) -> "list[Run]":
+        """The stages, this one first."""
+        return [self, *self.stages]
+
+    def along(self, name: str) -> list[tuple[float, float]]:
+        """Return a figure by step of all stages one after the other, with a gap between them."""
+        found, begin = [], 0
+        for stage in self.every:
+            found += [(begin, math.nan)] if begin else []
+            found += [(begin + step, value) for step, value in stage.points(name)]
+            begin += stage.step
+        return found
+
     def judged(self) -> list[str]:
         """Return the names of figures that were measured on the way, besides losses."""
         names = dict.fromkeys(name for line in self.lines for name in line)
@@ -84,7 +98,8 @@ class Run:
 
     def best(self) -> tuple[float, float] | None:
         """Return the step and the loss of the best average on held-out rows."""
-        return min(self.points("held_out_loss"), key=lambda p: p[1], default=None)
+        found = (p for p in self.points("held_out_loss") if math.isfinite(p[1]))
+        return min(found, key=lambda p: p[1], default=None)
 
     def seconds(self) -> float | None:
         """Return the time that the steps took, without checks and evaluations."""
