@@ -21,7 +21,7 @@ test: $(VENV)/.test ## the tests, minutes on two CPU cores
 	$(PYTEST) --dist worksteal -m "not slow"
 
 # A file is run by one process, since what its tests share takes the longest.
-test-slow: $(VENV)/.test ## the tests that take longer: kills, several processes, an emulated GPU, machine code
+test-slow: $(VENV)/.test-slow ## the tests that take longer: kills, several processes, an emulated GPU, machine code
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
@@ -89,11 +89,11 @@ FOREIGN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.foreign $(
 
 check: fmt lint test ## what a change must pass
 
-fmt: $(VENV)/.test ## format the code
+fmt: $(VENV)/.lint ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix --quiet .
 
-lint: $(VENV)/.test ## check format, style and types without changing anything
+lint: $(VENV)/.lint ## check format, style and types without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -184,16 +184,17 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILT_FROM)
 	@$(SAY_BUILT)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP) install --editable ".[test,lint]"
-	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.9,<3.10"
-	@$(SAY_BUILT)
-	@touch $@ $(VENV)/.installed
+# The package is there already, so this brings the packages of an extra and builds no kernels again.
+$(VENV)/.test $(VENV)/.test-slow $(VENV)/.lint $(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install "denoising-student[$(@F:.%=%)]"
+	@touch $@
 
-# Not the package once more, whose kernels would be built again.
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install $$($(BIN)/python -c 'from importlib.metadata import requires as of; \
-		print(*(r.split(";")[0] for r in of("denoising-student") if r.endswith("\"docs\"")))')
+$(VENV)/.test: $(VENV)/.triton
+$(VENV)/.test-slow: $(VENV)/.test
+$(VENV)/.lint: $(VENV)/.test-slow
+
+$(VENV)/.triton: $(VENV)/.torch
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "triton>=3.9,<3.10"
 	@touch $@
 
 SAY_BUILT = $(BIN)/python -c 'from ds.ops import build_info as b; i = b(); \

@@ -19,12 +19,13 @@ from ds.system.distributed import share
 from ds.training import loader
 from ds.training.batches import Batches
 from ds.training.loader import LoaderKind, load
+from tests.combinations import slow
 
 CPU = torch.device("cpu")
 ROWS, BATCH = 103, 12
-# Where there is a wheel of DALI, it is installed with what the tests need.
+# Where there is a wheel of DALI, it is installed with what the slow tests need.
 HAS_DALI = (platform.system(), platform.machine()) == ("Linux", "x86_64")
-KINDS = [kind for kind in get_args(LoaderKind) if kind != "dali" or HAS_DALI]
+KINDS = [kind for kind in get_args(LoaderKind) if kind != "dali"] + [slow("dali")] * HAS_DALI
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
