@@ -43,8 +43,9 @@ def rows(figures: dict[str, Any]) -> list[Row]:
     for name in figures:
         f = part(figures, name)
         seconds = f.get(SECONDS)
-        known = is_number(slowest) and is_number(seconds) and seconds > 0
-        faster = slowest / seconds if known else None
+        faster = None
+        if is_number(slowest) and is_number(seconds) and seconds > 0:
+            faster = slowest / seconds
         cells = (
             _text(part(f, "protocol").get("nfe"), ".0f"),
             _text(f.get("frechet_distance"), ".2f"),
