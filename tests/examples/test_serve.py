@@ -3,6 +3,8 @@
 import http.client
 import io
 import json
+import socket
+import struct
 import sys
 import urllib.parse
 
@@ -114,6 +116,17 @@ def test_no_other_path_exists(served, path):
 
 def test_nothing_can_be_sent(served):
     assert ask(served, "/images.png", "POST")[0].status == 501
+
+
+def test_a_visitor_who_leaves_is_passed_over(served, capfd):
+    place = urllib.parse.urlsplit(served)
+    for _ in range(3):
+        with socket.create_connection((place.hostname, place.port)) as visitor:
+            # what is closed so is reset, and its answer has nowhere to go
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            visitor.sendall(b"GET /images.png?count=64 HTTP/1.1\r\n\r\n" * 2)
+    assert ask(served, "/images.png?count=64")[0].status == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_only_this_machine_is_let_in_unless_it_is_asked_for(served):
