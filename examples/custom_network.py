@@ -3,7 +3,7 @@
 A network is a frozen configuration with `build`, and a module that keeps it as `config`. That is
 all the library asks: the module is trained, saved, loaded and exported like its own. Files name the
 configuration by its tag, here "mixer_config", and never the code; so whoever loads one gives the
-class. This takes about two minutes on a CPU core:
+class. This takes about four minutes on a CPU core:
 
     python examples/custom_network.py runs/mixer
 

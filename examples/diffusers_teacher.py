@@ -92,7 +92,7 @@ def main(
 
     student = distill(teacher, out, count, epochs)
     images = [ds.Sampler(model)(seed=1, indices=range(16)) for model in (teacher, student)]
-    save(torch.cat(images), out / "teacher-above-student.png", columns=16, scale=4, force=True)
+    save(torch.cat(images), out / "teacher-above-student.png", columns=16, scale=6, force=True)
 
     ds.export.to_diffusers(student, out / "student", force=True)
     found = difference(student, out / "student")
