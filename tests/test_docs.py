@@ -36,7 +36,7 @@ PAGES = [
 DATA: dict[str, Callable[[str], object]] = {"json": json.loads, "yaml": yaml.safe_load}
 LANGUAGES = {"python", "bash", "text", *DATA}
 EXTRAS = {*re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)}
-PLAIN = {"cd", "git"}  # of other programs, nothing is checked
+PLAIN = {"cd", "curl", "git"}  # of other programs, nothing is checked
 OWN = ROOT / "docs" / "own-images.md"
 # What makes its commands as short as a test: the same steps, and a few of each.
 BRIEF = {

@@ -41,7 +41,7 @@ from tests.training.runs import (
     unet,
 )
 from tests.training.runs import store as store
-from tests.training.test_loader import KINDS
+from tests.training.test_loader import every_kind
 
 # The bar with a closed form.
 
@@ -538,11 +538,13 @@ def test_pairs_of_the_step_train_as_those_of_a_store(tmp_path):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_every_loader_trains_to_the_same_bits(store, tmp_path):
-    runs = [trainer(store, tmp_path / kind, runtime=RuntimeConfig(loader=kind)) for kind in KINDS]
-    for run in runs:
+@every_kind
+def test_every_loader_trains_to_the_same_bits(store, tmp_path, kind):
+    plain = trainer(store, tmp_path / "plain")
+    other = trainer(store, tmp_path / "other", runtime=RuntimeConfig(loader=kind))
+    for run in (plain, other):
         run.fit()
-        assert_same_bits(runs[0], run)
+    assert_same_bits(plain, other)
 
 
 def test_parts_of_a_batch_have_dropout_of_their_own(store, tmp_path):

@@ -385,7 +385,7 @@ def imagenet64() -> Preset:
 
 
 def digits() -> Preset:
-    """scikit-learn's scanned digits, 8 x 8: the whole chain in minutes on two CPU cores.
+    """Scanned digits, 8 x 8: the whole chain in minutes on two CPU cores.
 
     It uses one thread: such small images are faster computed than shared among threads.
     """
