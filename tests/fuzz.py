@@ -59,6 +59,10 @@ ODD = [None, 2.0, "2", [], 0, -1, -5, 2**50, 2**62, 2**63, 2**70, True, math.nan
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3}  # else of narrower types
 LARGEST = 60_000  # elements of a tensor
 
+# Of a norm's backward: with one of them changed, the statistics are not those of x, and a kernel
+# may measure again what the reference takes as it is.
+NORMALIZED = {"x", "mean", "rstd", "groups", "shift", "residual", "skip"}
+
 
 class Call:
     """An op and its arguments by name, as its declaration allows; drawn from a generator."""
@@ -222,6 +226,8 @@ class Call:
         self.broken = self.draw.random() < 0.25
         for name in self.draw.sample(names, 1 if self.broken else min(count, len(names))):
             value = self.arguments[name]
+            if self.op.name == "group_norm_silu_backward" and name in NORMALIZED:
+                self.compared = False
             if isinstance(value, list) and value and self.draw.random() < 0.7:
                 i = self.draw.randrange(len(value))
                 self.arguments[name] = [*value[:i], self._spoilt(name, value[i]), *value[i + 1 :]]
@@ -393,7 +399,7 @@ def _written(op: Op) -> list[str]:
 def twin(x):
     """Return a copy of an argument, of the same strides, with memory of its own."""
     if isinstance(x, (list, tuple)):
-        return [twin(y) for y in x]
+        return type(x)(map(twin, x))
     if type(x) is not Tensor or x.layout is not torch.strided or x.device.type != "cpu":
         return x
     if x.is_quantized or x.is_neg() or x._is_zerotensor():

@@ -39,7 +39,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     F.conv2d raises for these.
     """
-    given = [t for t in (x, weight, bias) if t is not None]
+    given = [x, weight] if bias is None else [x, weight, bias]
     if not all(isinstance(t, Tensor) for t in given):
         return False
     kinds = {(t.device.type, t.dtype) for t in given}

@@ -62,6 +62,13 @@ sizes = st.integers(1, 13)
 channels = st.sampled_from([16, 32, 48])
 
 
+@pytest.mark.parametrize("missing", ["x", "weight"])
+def test_what_is_no_tensor_is_refused_as_pytorch_refuses_it(missing):
+    given = {"x": torch.ones(1, 16, 8, 8), "weight": torch.ones(16, 16, 3, 3)} | {missing: None}
+    with pytest.raises(TypeError, match="conv2d"):
+        ops.conv3x3(**given)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(16, 20), channels, channels, sizes, sizes, st.sampled_from([0, 1, 2]))
 def test_it_and_its_gradients_are_near_those_of_float64(images, c, out, h, w, simd):
