@@ -29,23 +29,21 @@ def backward(grad, x, weight, bias, mean, rstd, groups, silu, split, grad_merged
     merged = addends.merged_before(x, grad_merged)
     x, grad = _pixels(merged), _pixels(like(grad, merged))
     w, b, mean, rstd = _contiguous(merged, weight, bias, mean, rstd)
-    if silu:
-        grouped = groups, w.shape[-1] // groups
-        scale = w.unflatten(-1, grouped) * rstd[..., None]  # [N, groups, C / groups]
-        shift = b.unflatten(-1, grouped) - mean[..., None] * scale
-        y = torch.addcmul(columns(shift.flatten(1), x), x, columns(scale.flatten(1), x))
-        grad = torch.ops.aten.silu_backward(grad, y)
     by_image = weight.dim() == 2
+    if silu or by_image:
+        spread = w.shape[-1] // groups  # the mean goes first: a sum of large terms would round more
+        means, rstds = (columns(s.repeat_interleave(spread, 1), x) for s in (mean, rstd))
+        normal = (x - means) * rstds
+    if silu:
+        y = torch.addcmul(columns(b, x), normal, columns(w, x))
+        grad = torch.ops.aten.silu_backward(grad, y)
     d_norm, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
         grad * columns(w, x) if by_image else grad,
         *(x, mean, rstd, None if by_image else w),
         *(*sizes(x), groups, [True, not by_image, not by_image]),
     )
     if by_image:
-        means, rstds = (
-            columns(s.repeat_interleave(w.shape[1] // groups, 1), x) for s in (mean, rstd)
-        )
-        d_weight, d_bias = sums(grad * ((x - means) * rstds), w), sums(grad, b)
+        d_weight, d_bias = sums(grad * normal, w), sums(grad, b)
     d_x, d_shift, d_skip = addends.split_gradient(d_norm, merged, split, grad_merged)
     return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_shift, d_skip
 

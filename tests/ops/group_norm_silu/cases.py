@@ -140,13 +140,11 @@ def some_gradients(outputs) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(o.shape, generator=generator).bfloat16().to(o.device), o) for o in outputs]
 
 
-def cancelling(
-    backend: str, x: Tensor, weight: Tensor, grad: Tensor, groups: int, silu: bool
-) -> Sizes:
+def cancelling(backend: str, x: Tensor, weight: Tensor, grad: Tensor, groups: int) -> Sizes:
     """Return, for each gradient of a norm, the size of the terms that cancel in it.
 
-    If the mean is rounded to float32 before it is subtracted, they grow with x * rstd; those of the
-    bias through the slope of SiLU. The C++ kernels carry the rounding error of the mean along.
+    If the mean is rounded to float32 before it is subtracted, they grow with x * rstd. The C++
+    kernels carry the rounding error of the mean along.
     """
     x, sizes = x.double(), grad.double().abs()
     rstd = (x.reshape(len(x), groups, -1).var(2, correction=0).min() + 1e-6).rsqrt()
@@ -156,7 +154,7 @@ def cancelling(
     return {
         "x": (largest * offset).item(),
         "weight": (summed * offset).item(),
-        "bias": (summed * offset if silu else summed).item(),
+        "bias": summed.item(),
     }
 
 
@@ -182,7 +180,7 @@ def compare_gradients(backend, found, x, weight, bias, groups, silu, grad) -> No
     values = x, weight, bias
     plain = gradients(pytorch, values, groups, silu, grad)
     exact = gradients(pytorch, values, groups, silu, grad, torch.float64)
-    sizes = cancelling(backend, x, weight, grad, groups, silu).items()
+    sizes = cancelling(backend, x, weight, grad, groups).items()
     for (name, terms), *gradient in zip(sizes, exact, found, plain, strict=True):
         assert_close(f"d_{name}", *gradient, factor=3, terms=terms)
 
@@ -204,8 +202,7 @@ def check_addends(function, values, addends, groups, backend="") -> list[Tensor]
     exact, found_exact = results(rounded, values, addends, groups, some_gradients, torch.float64)
     assert_close("y", exact[0], outputs[0], plain[0])
     x, weight, _ = values
-    grad = some_gradients(exact)[0][0].to(x.device)
-    sizes = cancelling(backend, exact[1], weight, grad, groups, True)
+    sizes = cancelling(backend, exact[1], weight, some_gradients(exact)[0][0].to(x.device), groups)
     sizes |= dict.fromkeys(("residual", "skip"), sizes["x"])
     sizes["shift"] = sizes["x"] * len(x) * x[0, 0].numel()
     # The gradient of x may be rounded, each element by half of eps, before shift's sums it.
